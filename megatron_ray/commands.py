@@ -1,7 +1,7 @@
-"""Commands to a running training loop, and how all ranks agree on one.
+"""Defines commands to a running training loop, and how all ranks agree on one.
 
-Owns: the commands, their order of strength, the form of a vote. Torch-free. Must not know:
-who gives a command.
+Owns: the commands, their precedence, the form of a vote. Torch-free. Must not know: the
+sender of a command.
 """
 
 from collections.abc import Sequence
@@ -9,15 +9,15 @@ from enum import IntEnum
 
 
 class Command(IntEnum):
-    """An order for the next step boundary; the larger of two orders wins."""
+    """A command for the next step boundary; the larger of two commands wins."""
 
     CONTINUE = 0
     CHECKPOINT = 1
-    """Save now and go on."""
+    """Save and continue."""
     STOP = 2
-    """End at this boundary without saving."""
+    """Stop at this boundary without saving."""
     CHECKPOINT_AND_STOP = 3
-    """Save, wait until the shard is durable, end."""
+    """Save, wait until the shard is durable, stop."""
 
     @property
     def saves(self) -> bool:
@@ -30,8 +30,8 @@ class Command(IntEnum):
         return self in (Command.STOP, Command.CHECKPOINT_AND_STOP)
 
 
-# The step's reduction is a sum, which a maximum over ranks does not fit into. So each
-# command but CONTINUE has a slot of its own, in which the ranks that got it are counted.
+# The step's reduction is a sum, which cannot compute a maximum over ranks. So each command
+# but CONTINUE has a slot that counts the ranks that received it.
 _VOTED = (Command.CHECKPOINT, Command.STOP, Command.CHECKPOINT_AND_STOP)
 
 
@@ -46,7 +46,7 @@ def strongest_voted(counts: Sequence[float]) -> Command:
     `counts` are `votes_for` of every rank, summed.
     """
     strongest = Command.CONTINUE
-    # Slots are in order of strength, so the last one with a vote wins.
+    # Slots are in ascending order of commands, so the last one with a vote wins.
     for command, count in zip(_VOTED, counts, strict=True):
         if count:
             strongest = command

@@ -1,10 +1,10 @@
-"""The library's exceptions and what kind of failure each of them is.
+"""Defines the base classes of the library's exceptions and the kinds of failure.
 
-Owns: the base classes and the kinds. Torch-free. Must not know: what a caller does about a
-failure.
+Owns: the base classes and the kinds. Torch-free. Must not know: how callers handle
+failures.
 
-Each exception is defined beside the code that raises it. Beside it stands its kind, or,
-where it has the kind of the class above, its module:
+Each exception is defined beside the code that raises it. The second column is its kind
+or, if it inherits the kind, its module:
 
     MegatronRayError                  internal
     ├── InputError                    user
@@ -28,16 +28,17 @@ from typing import ClassVar
 
 
 class ErrorKind(StrEnum):
-    """The cause of an error: who has to change something before another try."""
+    """The cause of an error, which determines whether a retry can help."""
 
     USER = "user"
-    """The user's config, data or files; the message names the field and the remedy."""
+    """The user's config, data or files; the message contains the field and the
+    remedy."""
     STORAGE = "storage"
-    """The storage of the job; another try may find it working."""
+    """The storage of the job; a retry may succeed."""
     NUMERICS = "numerics"
-    """The training itself: the same steps give the same numbers."""
+    """The training itself, which a retry would only repeat."""
     INTERNAL = "internal"
-    """None of these: a bug, or a peer that went away."""
+    """Any other cause: a bug, or a lost peer."""
 
 
 class MegatronRayError(Exception):
@@ -47,9 +48,9 @@ class MegatronRayError(Exception):
 
 
 class InputError(MegatronRayError):
-    """An input of the user cannot work; the message names it and how to mend it.
+    """A user's input cannot be used; the message names it and the remedy.
 
-    Nothing is gained by trying again.
+    A retry would fail in the same way.
     """
 
     failure_kind = ErrorKind.USER

@@ -1,8 +1,8 @@
-"""Computes with ranks: the degrees of the parallel axes, and which ranks form a group.
+"""Defines the degrees of the parallel axes, and which ranks form a group.
 
 There are two grids, the dense one and that of experts. Placement, planning and the
-process groups all ask here, so they cannot disagree. Pure Python. Must not know: torch,
-nodes.
+process groups all use this module, so they cannot disagree. Pure Python. Must not know:
+torch, nodes.
 """
 
 from collections.abc import Iterable
@@ -18,10 +18,10 @@ ORDER = ("tp", "cp", "ep", "dp", "pp")
 
 @dataclass(frozen=True)
 class Grid:
-    """Ranks in an n-dimensional grid."""
+    """An n-dimensional grid of ranks."""
 
     axes: tuple[tuple[str, int], ...]
-    """(axis, size) pairs, the axis that varies fastest first."""
+    """(axis, size) pairs, the fastest-varying axis first."""
 
     @cached_property
     def sizes(self) -> dict[str, int]:
@@ -44,7 +44,7 @@ class Grid:
         return prod(self.sizes.values())
 
     def size(self, *axes: str) -> int:
-        """Returns how many ranks a group that spans the axes has."""
+        """Returns the number of ranks of a group that spans the axes."""
         size = 1
         for axis in axes:
             size *= self.sizes[axis]
@@ -57,14 +57,14 @@ class Grid:
         """
         if not 0 <= rank < self.world_size:
             raise ValueError(f"rank {rank} is outside a world of {self.world_size}")
-        # A number in a mixed radix whose fastest digit is the first axis.
+        # A mixed-radix number with the first axis as the fastest digit.
         indices = {}
         for axis, size in self.axes:
             rank, indices[axis] = divmod(rank, size)
         return indices
 
     def rank_at(self, **coordinates: int) -> int:
-        """Inverts `coordinates`; axes that are not named are at 0."""
+        """Inverts `coordinates`; axes that are not given are at 0."""
         rank = 0
         for axis, index in coordinates.items():
             rank += index * self.strides[axis]
@@ -72,7 +72,7 @@ class Grid:
 
     def group_of(self, rank: int, axes: Iterable[str]) -> tuple[int, ...]:
         """Returns the ranks that differ from `rank` only along `axes`, in rank order."""
-        # From the group's lowest rank, which is at 0 along its axes.
+        # Starts from the group's lowest rank, which is at 0 along its axes.
         group_axes = tuple(axes)
         indices = self.coordinates(rank)
         lowest = rank
@@ -86,13 +86,14 @@ class Grid:
         Each rank is in exactly one of them.
         """
         group_axes = tuple(axes)
-        # The lowest rank of a group is at 0 along its axes, and anywhere along the others.
+        # The lowest rank of a group is at 0 along its axes, and at any index along the
+        # others.
         other_axes = [axis for axis in self.sizes if axis not in group_axes]
         leaders = sorted(self._spread([0], other_axes))
         return tuple([self.group_of(leader, group_axes) for leader in leaders])
 
     def _spread(self, ranks: list[int], axes: Iterable[str]) -> list[int]:
-        """Returns the ranks at every index along the axes, given those at 0."""
+        """Returns the ranks at all indices along the axes, given those at 0."""
         for axis in axes:
             spread = []
             for index in range(self.sizes[axis]):
@@ -106,11 +107,11 @@ class Grid:
 class ParallelDims:
     """Sizes of all axes.
 
-    tp x cp x dp x pp ranks make up the dense grid; the experts lie on the same ranks, cut
-    another way: etp x ep x edp x pp, with edp what is left.
+    The dense grid has tp x cp x dp x pp ranks. Experts use the same ranks as another
+    grid, etp x ep x edp x pp, where edp follows from the others.
 
-    Raises ValueError when an axis is below 1, the order is none, or the two grids do not
-    fit each other.
+    Raises ValueError when an axis is below 1, the order is invalid, or the two grids
+    are incompatible.
     """
 
     tp: int = 1
@@ -159,7 +160,7 @@ class ParallelDims:
                 f" tp({self.tp}) x cp({self.cp}) x dp({self.dp}) x pp({self.pp}) = "
                 f"{self.world_size} ranks"
             )
-        # A pipeline stage must be the same ranks in both grids.
+        # A pipeline stage must have the same ranks in both grids.
         if self.pp > 1 and self.dense.strides["pp"] != self.experts.strides["pp"]:
             raise ValueError(
                 f"order {'-'.join(self.order)} puts the pipeline stages of dense layers "
@@ -179,11 +180,11 @@ class ParallelDims:
         ep: int = 1,
         etp: int | None = None,
     ) -> "ParallelDims":
-        """Returns the grid of a world, whose dp is derived, or checked when given.
+        """Returns the grid of a world; dp is derived, or checked if given.
 
         Raises ValueError with the whole product when the world does not factor.
         """
-        # ep and etp cut the same ranks another way, so they are no factors here.
+        # ep and etp arrange the same ranks differently, so they are not factors here.
         model = tp * cp * pp
         resolved = dp
         if resolved is None:
@@ -199,9 +200,9 @@ class ParallelDims:
     def of(
         cls, parallel: ParallelismConfig, world_size: int | None = None
     ) -> "ParallelDims":
-        """Returns the grid that a config describes.
+        """Returns the grid of a config.
 
-        `world_size` is needed, and checked, where the config's dp is not resolved.
+        `world_size` is required, and checked, if the config's dp is not resolved.
 
         Raises ValueError when it is not given then, or does not factor.
         """
@@ -227,7 +228,7 @@ class ParallelDims:
     @property
     def expert_tp(self) -> int:
         """Tensor parallel degree inside an expert."""
-        # As in Megatron, experts are cut like everything else unless etp is set.
+        # As in Megatron, experts use tp unless etp is set.
         if self.etp is None:
             return self.tp
         return self.etp
@@ -252,9 +253,9 @@ class ParallelDims:
     def experts(self) -> Grid:
         """The grid of the experts: etp, ep, edp, pp.
 
-        Context-parallel ranks are replicas like any other there.
+        Context-parallel ranks are ordinary replicas in this grid.
         """
-        # By the axis of `order` that stands for it.
+        # Keyed by the corresponding axis of `order`.
         expert_axes = {
             "tp": ("etp", self.expert_tp),
             "ep": ("ep", self.ep),
@@ -266,7 +267,7 @@ class ParallelDims:
         )
 
     def size(self, *axes: str) -> int:
-        """Returns how many ranks a dense group that spans the axes has."""
+        """Returns the number of ranks of a dense group that spans the axes."""
         return self.dense.size(*axes)
 
     def coordinates(self, rank: int) -> dict[str, int]:
@@ -291,7 +292,7 @@ class ParallelDims:
     def embedding_group_of(self, rank: int) -> tuple[int, ...]:
         """Returns the first and last rank of a rank's pipeline, which tie embeddings.
 
-        On the stages between, and at pp=1, the rank alone.
+        Only the rank itself on other stages and at pp=1.
         """
         stages = self.group_of(rank, ("pp",))
         ends = (stages[0], stages[-1])
@@ -309,10 +310,10 @@ class ParallelDims:
     def shard_levels_of(self, rank: int) -> tuple[tuple[int, ...], ...]:
         """Returns a rank's two groups of sharded state.
 
-        The ranks that share one copy of it with the rank, and those with the same shard
-        of another copy.
+        The ranks that hold the same copy of the state, and those with the same shard of
+        other copies.
         """
-        # Copies are the outer level, so that the ranks that gather weights are near ones.
+        # Copies are the outer level, so that weights are gathered among near ranks.
         group = self.group_of(rank, ("dp", "cp"))
         shards = len(group) // self.zero_replicas
         return _levels_of(rank, group, (shards, self.zero_replicas))
@@ -322,7 +323,7 @@ def _levels_of(
     rank: int, group: tuple[int, ...], sizes: tuple[int, ...]
 ) -> tuple[tuple[int, ...], ...]:
     """Splits a group into levels of these sizes, innermost first; returns the rank's."""
-    # The group is itself a grid, of which `sizes` are the axes.
+    # The group is itself a grid with axes of these `sizes`.
     levels = []
     index = group.index(rank)
     # Neighbours on a level are `stride` apart in the group.

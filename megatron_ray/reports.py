@@ -1,6 +1,6 @@
 """Defines what a rank reports while it trains.
 
-Owns: the fields of reports. Torch-free. Must not know: who reads them.
+Owns: the fields of reports. Torch-free. Must not know: readers of reports.
 """
 
 from dataclasses import dataclass, field
@@ -70,7 +70,7 @@ class CheckpointReport:
 
 @dataclass(frozen=True)
 class PhaseReport:
-    """A rank has ended a phase of its start-up: rendezvous, model, load, data ..."""
+    """A rank has finished a phase of its start-up: rendezvous, model, load, data ..."""
 
     kind: ClassVar[str] = "phase"
     phase: str

@@ -1,7 +1,7 @@
-"""Puts the service together as an ASGI app.
+"""Assembles the service as an ASGI app.
 
-Owns: opening the parts at start and closing them at the end. Must not know: what routes
-do.
+Owns: opening the components at start and closing them at the end. Must not know: the
+work of routes.
 """
 
 import asyncio
@@ -47,7 +47,8 @@ _ROUTERS = (
 
 def create_app(settings: Settings) -> FastAPI:
     """Returns the app; database, tokens and key are opened when it starts, not here."""
-    # Made here and not at start: the server ends its streams before the app shuts down.
+    # Created here, not at start, because the server ends its streams before the app shuts
+    # down.
     notifier = Notifier()
 
     @contextlib.asynccontextmanager
@@ -70,7 +71,7 @@ def create_app(settings: Settings) -> FastAPI:
         lifespan=lifespan,
         docs_url=None,
         redoc_url=None,
-        # A redirect would drop the body and the token of a request.
+        # Clients drop body and token when they follow a redirect.
         redirect_slashes=False,
     )
     app.state.notifier = notifier

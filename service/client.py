@@ -158,7 +158,7 @@ class Client:
         return self._object("GET", f"/v1/jobs/{job_id}")
 
     def cancel(self, job_id: str) -> Json:
-        """Cancels a job and returns it as it is now; cancelling again is harmless."""
+        """Cancels a job and returns its current state; cancelling again is harmless."""
         headers = {"Idempotency-Key": _new_key()}
         path = f"/v1/jobs/{job_id}/cancel"
         return self._object("POST", path, headers=headers, repeat=True)

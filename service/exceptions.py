@@ -27,8 +27,8 @@ from megatron_ray.config.problem import Problem
 class ServiceProblemError(Exception):
     """Base of all errors that are shown to the caller.
 
-    `detail` is what is wrong and what to do about it; `errors` name single fields;
-    `extra` is added to the answer for programs that must react to the error.
+    `detail` contains the error and the remedy, `errors` the single fields; `extra` is
+    added to the response for programs that must react to the error.
     """
 
     code: ClassVar[str]
@@ -63,7 +63,7 @@ class RequestInvalidError(ServiceProblemError):
 
 
 class SpecInvalidError(ServiceProblemError):
-    """A job spec cannot run; `errors` holds everything that is wrong with it."""
+    """A job spec cannot run; `errors` contains all of its errors."""
 
     code = "spec_invalid"
 
@@ -140,5 +140,5 @@ class StorageUnavailableError(ServiceProblemError):
 
 
 def joined(problems: Iterable[Problem]) -> str:
-    """Returns one line that names every field with what is wrong with it."""
+    """Returns one line with every field and its error."""
     return "; ".join(f"{problem.pointer}: {problem.detail}" for problem in problems)

@@ -6,7 +6,7 @@ Owns: the wording of each kind of error. Must not know: HTTP, job specs.
 from collections.abc import Mapping
 from typing import Any
 
-LONGEST_VALUE = 80
+MAX_VALUE_CHARS = 80
 """Characters of a wrong value that a message repeats."""
 
 # By pydantic's error type; braces name entries of the error's `ctx`.
@@ -70,6 +70,6 @@ def short_value(value: Any) -> str:
         return str(value).lower()
     # Quotes show where a string ends, and that it is one.
     text = repr(value)
-    if len(text) > LONGEST_VALUE:
-        return text[:LONGEST_VALUE] + "..."
+    if len(text) > MAX_VALUE_CHARS:
+        return text[:MAX_VALUE_CHARS] + "..."
     return text

@@ -41,7 +41,7 @@ def prepare_data(
     cache = spec.data_cache
     if cache is None:
         raise ValueError("storage.path is not resolved")
-    # First the check that costs nothing: tokenizing may take hours.
+    # The cheap check comes first, because tokenizing may take hours.
     model = _model_with_initial_vocabulary(spec)
     seq_length = spec.training.seq_length
     if progress is None:
@@ -79,12 +79,12 @@ def _model_with_initial_vocabulary(spec: JobSpec) -> ModelConfig:
 def prepare_task(spec: dict[str, Any]) -> dict[str, Any]:
     """Prepares the data of a spec given as JSON.
 
-    Returns `{"prepared": PreparedData}` or `{"problems": [...]}`; raises what else goes
-    wrong.
+    Returns `{"prepared": PreparedData}` or `{"problems": [...]}`; raises every other
+    error.
     """
     try:
         prepared = prepare_data(JobSpec.from_mapping(spec))
-    # An error of the user's is a result. Only what may pass by itself is raised.
+    # A user's error is a result. Only errors that a retry may avoid are raised.
     except UnusableDataError as error:
         return {"problems": problem_rows(error.problems)}
     return {"prepared": prepared.model_dump(mode="json")}
@@ -107,7 +107,7 @@ def read_dead_rank_files(
 
     The log is read from `log_offset`, but at most its last `log_bytes` bytes.
     """
-    # First the reports: a log that cannot be read must not cost them.
+    # The reports come first, so that an unreadable log cannot lose them.
     lines = SpoolReader(Path(report_file)).read(after, limit=_ALL_LINES)
     try:
         with open(log_file, "rb") as file:
@@ -119,11 +119,11 @@ def read_dead_rank_files(
 
 
 def delete_job_folder(folder: str) -> None:
-    """Deletes a job's folder on a node, until it stays away.
+    """Deletes a job's folder on a node until it is not recreated.
 
-    A process that Ray reports as dead may still be dying, and write.
+    A process that Ray reports as dead may still be exiting and writing files.
     """
-    # Tried a few times only: a folder that stays is Ray's to delete with its session.
+    # Gives up after a few tries: Ray deletes the folder with its session.
     for _ in range(_MAX_TRIES):
         shutil.rmtree(folder, ignore_errors=True)
         time.sleep(_RETRY_S)

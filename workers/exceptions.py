@@ -1,7 +1,7 @@
-"""Draws the tree of the workers' exceptions and owns its base class.
+"""Defines the base class of the workers' exceptions and documents their tree.
 
-The library's tree is in `megatron_ray.exceptions`; this one hangs below it. Each class
-is defined beside the code that raises it:
+The library's tree is in `megatron_ray.exceptions`; this one extends it. Each class is
+defined beside the code that raises it:
 
     MegatronRayError                        internal
     ├── InputError                          user

@@ -2,8 +2,8 @@
 
 Owns: the routes and the classes of their failures.
 
-Used by the agent and by drivers, each thread with a client of its own. Requests go from
-the cluster to the service only. Must not know: Ray, torch, what the messages mean.
+Used by the agent and by drivers; each thread has its own client. Only the cluster sends
+requests, never the service. Must not know: Ray, torch, the meaning of the messages.
 """
 
 from types import TracebackType
@@ -28,7 +28,7 @@ Reply = TypeVar("Reply", bound=BaseModel)
 
 _TIMEOUT_S = 10.0
 _POLL_SLACK_S = 10.0
-"""Time that a long poll may take beyond the wait it asked for."""
+"""Seconds that a long poll may take beyond its requested wait."""
 _UPGRADE_REQUIRED = 426
 _TRANSIENT_STATUSES = (408, 429)
 
@@ -49,9 +49,9 @@ class ServiceRefusedError(WorkersError):
         self.code = code
 
 
-# Not a ServiceRefusedError: callers retry or log those, but must end on this one.
+# Not a ServiceRefusedError, which callers retry or log: after this error they must end.
 class ReplacedError(WorkersError):
-    """A newer incarnation of this driver has called the service: this one must end."""
+    """A newer incarnation of this driver has called the service, so this one must end."""
 
 
 class Hello(BaseModel):
@@ -76,7 +76,7 @@ class ServiceClient:
             base_url=self.url,
             headers={"Authorization": f"Bearer {token}"},
             timeout=_TIMEOUT_S,
-            # No proxies from the environment: they would see the token.
+            # Proxies of the environment are ignored, because they could read the token.
             trust_env=False,
         )
 
@@ -150,7 +150,7 @@ class ServiceClient:
     def _get(
         self, path: str, query: dict[str, Any] | None = None, wait_s: float = 0.0
     ) -> Any:
-        # The service holds a long poll for `wait_s`; only then is it late.
+        # The service answers a long poll after up to `wait_s`.
         return self._send("GET", path, params=query, timeout=wait_s + _POLL_SLACK_S)
 
     def _post(self, path: str, message: BaseModel) -> Any:
@@ -171,13 +171,13 @@ class ServiceClient:
                 f"{target}: {type(error).__name__}: {error}"
             ) from error
         status = response.status_code
-        # Errors that another try may not meet, unlike a refusal.
+        # Unlike a refusal, these errors may be temporary.
         if status >= 500 or status in _TRANSIENT_STATUSES:
             raise ServiceUnavailableError(f"{target}: {status}")
         try:
             body = response.json()
         except ValueError as error:
-            # A proxy or another program replied; the service may be back later.
+            # A proxy or another program replied; the service may be available later.
             raise ServiceUnavailableError(
                 f"{target}: status {status} without JSON; check the service URL"
             ) from error
@@ -202,7 +202,7 @@ def _refusal(status: int, body: Any) -> ReplacedError | ServiceRefusedError:
         problem = body
     code = str(problem.get("code", ""))
     detail = str(problem.get("detail", ""))
-    # Conflicts of other kinds are refusals; this one ends the driver.
+    # Other conflicts are ordinary refusals; this one ends the driver.
     if status == 409 and code == "fenced":
         return ReplacedError(detail or "a newer driver of this job is running")
     return ServiceRefusedError(status, code, detail)

@@ -1,9 +1,10 @@
 """Runs a job under torchrun, without Ray and without a service.
 
-Owns: spec, data and commits, which elsewhere are the driver's.
+Owns: spec, data and commits, for which the driver is responsible under Ray.
 
-Rank 0 prepares the data while the others wait at the store, and commits a checkpoint once
-a counter in the store shows that every rank has written its part. Must not know: Ray, HTTP.
+Rank 0 prepares the data while the others wait on the store, and commits a checkpoint
+once a counter in the store shows that every rank has written its part. Must not know:
+Ray, HTTP.
 """
 
 import queue
@@ -54,8 +55,8 @@ def run_standalone(
     """Trains a job on the ranks that torchrun started.
 
     `overrides` are `path.to.field=value`; `reports` is a file for rank 0's reports.
-    Returns a line about the outcome on rank 0, None elsewhere. Raises UserError, with an
-    empty message on all ranks but 0: every rank finds the same, one reports it.
+    Returns a line about the outcome on rank 0, None elsewhere. Raises UserError, with
+    an empty message on all ranks but 0, so that the error is printed once.
     """
     try:
         env = RankEnv.from_environ()
@@ -64,7 +65,7 @@ def run_standalone(
     try:
         return _run(env, job, overrides, reports, resume)
     except UserError as error:
-        # torchrun shows the output of all its processes: one message is enough.
+        # torchrun prints the output of all its processes, so only one has a message.
         if env.rank == 0:
             raise
         raise UserError("") from error
@@ -86,8 +87,8 @@ def _run(
     # torchrun's own store is shared by every group of the process: these keys, like each
     # attempt's process group, have a prefix of their own in it.
     store = PrefixStore("megatron-ray", connect_store(request))
-    # Every rank finds the same checkpoint and number: none is written before all of them
-    # have met in the process group.
+    # Every rank finds the same checkpoint and number, because none is written before all
+    # ranks have joined the process group.
     data = _share_prepared(spec, env, store)
     resume_from = None
     if resume:
@@ -129,7 +130,7 @@ def _train(
     except ConfigError as error:
         raise UserError(str(error)) from error
     finally:
-        # Also after a failure: a checkpoint that is whole is committed, not lost.
+        # Also after a failure, so that a complete checkpoint is committed.
         committer.close()
         if spool is not None:
             spool.close()
@@ -221,7 +222,8 @@ def _share_prepared(spec: JobSpec, env: RankEnv, store: Store) -> PreparedData:
         try:
             data = prepare_data(spec)
         except UnusableDataError as error:
-            # The others end too, instead of waiting until torchrun kills them.
+            # The other ranks read it and end too, instead of waiting until torchrun kills
+            # them.
             store.set(_DATA_KEY, _PROBLEM)
             raise UserError(f"the job cannot start:{_listed(error.problems)}") from error
         store.set(_DATA_KEY, _PREPARED + data.model_dump_json())
@@ -236,8 +238,8 @@ def _share_prepared(spec: JobSpec, env: RankEnv, store: Store) -> PreparedData:
 class StoreCommitter:
     """Commits checkpoints on rank 0 once all ranks have counted their parts in the store.
 
-    On other ranks it only counts. It works in a thread of its own, since rank 0 waits for
-    the slowest rank.
+    On other ranks it only counts. It uses its own thread, since rank 0 waits for the
+    slowest rank.
     """
 
     def __init__(self, spec: JobSpec, request: StartRequest, store: Store) -> None:
@@ -257,7 +259,7 @@ class StoreCommitter:
         self._thread.start()
 
     def report(self, item: Report) -> None:
-        """Takes a report of this rank; never blocks."""
+        """Adds a report of this rank; never blocks."""
         # Phases are neither counted nor stored in a checkpoint.
         if not isinstance(item, PhaseReport):
             self._items.put(item)
@@ -288,7 +290,8 @@ class StoreCommitter:
                     "data": dict(vars(item)),
                 }
             )
-        # A step that all have written is whole only once rank 0 has reported it too.
+        # A checkpoint that all ranks have written is complete only after rank 0 has
+        # reported its step.
         while self._is_first:
             whole = self._ledger.take_whole()
             if whole is None:
@@ -309,7 +312,7 @@ class StoreCommitter:
     def _await_all(self, key: str) -> None:
         timeout_s = self._request.timeout_s
         deadline = time.monotonic() + timeout_s
-        # Adding 0 reads a counter; `get` would wait for one that does not exist yet.
+        # Adding 0 reads the counter; `get` would block while it does not exist.
         while self._store.add(key, 0) < self._request.env.world_size:
             if time.monotonic() > deadline:
                 raise TimeoutError(

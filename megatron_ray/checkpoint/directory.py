@@ -1,10 +1,10 @@
 """Manages the checkpoint folders of a job.
 
-Owns: their names, what makes one count, which are kept. Must not know: tensors, torch.
+Owns: their names, when one is complete, which are kept. Must not know: tensors, torch.
 
-A checkpoint counts once its COMMITTED marker exists, which is written last and
-deleted first; manifest.json lists every file with its size, so that a folder that lost
-one is recognised.
+A checkpoint is committed once its COMMITTED marker exists, which is written last and
+deleted first. manifest.json lists every file with its size, so that missing files are
+detected.
 """
 
 import json
@@ -60,8 +60,8 @@ class CheckpointInfo:
 def checkpoint_path(storage_path: str, step: int, attempt: int) -> str:
     """Returns the folder of a checkpoint.
 
-    The attempt is in the name, so that ranks of a replaced attempt that still run cannot
-    write into a checkpoint of the next one.
+    The name contains the attempt, so that ranks of a replaced attempt that still run
+    cannot write into a checkpoint of the next attempt.
     """
     return f"{storage_path.rstrip('/')}/{_folder(step, attempt)}"
 
@@ -85,7 +85,7 @@ def list_checkpoints(storage_path: str) -> list[CheckpointInfo]:
             files[name] = entry.size
     infos = []
     for folder, files in files_by_folder.items():
-        # Other folders are not ours: neither listed nor ever deleted.
+        # Other folders are not checkpoints: they are neither listed nor deleted.
         match = _NAME.fullmatch(folder)
         if match:
             step = int(match[1])
@@ -108,32 +108,32 @@ def commit(
     reports: Iterable[Mapping[str, Any]],
     storage: Storage | None = None,
 ) -> None:
-    """Makes a checkpoint count: writes reports, the manifest of all files, the marker.
+    """Commits a checkpoint: writes reports, the manifest of all files, the marker.
 
     All ranks must have reported that their part is durable. Committing again changes
-    nothing. `storage` is that of `path`, when it is open already. Raises CheckpointError
+    nothing. `storage` is the open storage of `path`, if any. Raises CheckpointError
     when the common part or a rank's part is missing.
     """
     storage = storage or open_storage(path)
-    # A driver that was replaced in the middle of a commit repeats it.
+    # The successor of a driver that died during a commit repeats the commit.
     if storage.exists(COMMITTED):
         return
     _check_parts(storage, path)
     lines = [json.dumps(dict(report)).encode() + b"\n" for report in reports]
     storage.write_bytes_atomic(REPORTS, b"".join(lines))
     files = _file_sizes(storage)
-    # One of a commit that was killed may be there; the manifest does not list itself.
+    # An interrupted commit may have left a manifest, which must not list itself.
     files.pop(MANIFEST, None)
     body = {**manifest, "format_version": FORMAT_VERSION, "files": files}
     storage.write_bytes_atomic(MANIFEST, json.dumps(body, indent=2).encode())
-    # From here on the checkpoint counts.
+    # From here on the checkpoint is committed.
     storage.write_bytes_atomic(COMMITTED, b"")
 
 
 def read_reports(path: str) -> list[bytes]:
     """Returns the step reports of a committed checkpoint, a JSON object each.
 
-    None when it has been deleted meanwhile. Raises StorageError.
+    None when the checkpoint has been deleted meanwhile. Raises StorageError.
     """
     try:
         return open_storage(path).read_bytes(REPORTS).splitlines()
@@ -154,7 +154,7 @@ def _check_parts(storage: Storage, path: str) -> None:
 
 
 def read_manifest(path: str) -> dict[str, Any]:
-    """Returns the manifest of a checkpoint that may be loaded.
+    """Returns the manifest of a committed, complete checkpoint.
 
     Raises CheckpointError when it is not committed, has lost a file, or was written by
     a newer version.
@@ -165,7 +165,7 @@ def read_manifest(path: str) -> dict[str, Any]:
             "it is not committed (no COMMITTED marker): the save did not finish, use an "
             "older checkpoint"
         )
-        # A wrong path is the more common mistake, and has another remedy.
+        # A wrong path is a more common error, with a different remedy.
         if not storage.list():
             cause = "there is no checkpoint at this path"
         raise CheckpointError("load", path, cause)
@@ -181,7 +181,7 @@ def read_manifest(path: str) -> dict[str, Any]:
 
 def check_format_version(path: str, values: Mapping[str, Any]) -> None:
     """Raises CheckpointError when `values` were written by a newer version."""
-    # Older ones stay readable: a reader knows every version up to its own.
+    # A reader supports every version up to its own.
     version = values.get("format_version")
     if not isinstance(version, int) or version > FORMAT_VERSION:
         cause = (
@@ -195,7 +195,7 @@ def apply_retention(storage_path: str, keep_last: int) -> Sequence[str]:
     """Deletes old and unfinished checkpoints and returns their paths.
 
     Deleted are committed ones beyond the newest `keep_last`, and those that were never
-    finished before the newest. Nothing newer than the newest committed one is touched:
+    finished before the newest. Nothing newer than the newest committed one is deleted:
     it may still be written. Raises ValueError for keep_last < 1, StorageError.
     """
     if keep_last < 1:
@@ -232,7 +232,7 @@ def delete_checkpoint(storage_path: str, info: CheckpointInfo) -> None:
     """Deletes a checkpoint. Raises StorageError."""
     storage = open_storage(storage_path)
     folder = f"{FOLDER}/{info.path.rpartition('/')[2]}"
-    # The marker first, so that a half-deleted checkpoint never counts.
+    # The marker first, so that a partly deleted checkpoint is not committed.
     storage.delete_file(f"{folder}/{COMMITTED}")
     storage.delete_tree(folder)
 
@@ -241,11 +241,11 @@ def _checkpoint_info(
     storage: Storage, storage_path: str, step: int, attempt: int, files: FileSizes
 ) -> CheckpointInfo:
     manifest = None
-    # Without the marker there is nothing to read, and a request less.
+    # Without the marker no manifest is read, which saves a request.
     if COMMITTED in files:
         name = f"{_folder(step, attempt)}/{MANIFEST}"
         manifest = _read_manifest_file(storage, name)
-    # A listing has all sizes already; a complete checkpoint costs one small read.
+    # The listing contains all sizes, so only the manifest is read.
     is_complete = manifest is not None and _find_damage(manifest, files) is None
     loss = None
     if manifest is not None and is_complete:
@@ -261,7 +261,7 @@ def _checkpoint_info(
 
 
 def _read_manifest_file(storage: Storage, name: str) -> dict[str, Any] | None:
-    """Returns None when it is missing or no manifest."""
+    """Returns None when the file is missing or not a manifest."""
     try:
         manifest = json.loads(storage.read_bytes(name))
     except (MissingFileError, json.JSONDecodeError, UnicodeDecodeError):
@@ -280,7 +280,7 @@ def _file_sizes(storage: Storage) -> FileSizes:
 
 
 def _find_damage(manifest: Mapping[str, Any], files: FileSizes) -> str | None:
-    """Returns what is missing of the files that a manifest lists."""
+    """Returns a message about missing or truncated files of a manifest, if any."""
     for name, size in manifest["files"].items():
         if name not in files:
             return f"its file {name} is missing"

@@ -1,9 +1,10 @@
-"""Plans where each box of each logical tensor lies in the files of a checkpoint.
+"""Plans the location of each box of each logical tensor in a checkpoint's files.
 
-Owns: which rank writes what, file offsets, index.json. Must not know: staging, threads.
+Owns: which rank writes which box, file offsets, index.json. Must not know: staging,
+threads.
 
-Planning is collective but happens once per layout: with it every rank knows its part
-for good, and the background thread that writes needs no collective.
+Planning is collective but happens once per layout. The plan fixes the part of every
+rank, so the background thread that writes needs no collective.
 """
 
 import json
@@ -28,7 +29,7 @@ from megatron_ray.sharding.sharded_state import ShardedState
 from megatron_ray.storage.storage import Storage
 
 _ALIGNMENT = 64
-"""Bytes; lets a reader map any dtype straight over the file."""
+"""Alignment in bytes, so that a reader can memory-map any dtype."""
 _MAX_DEFECTS_SHOWN = 5
 
 Shape = tuple[int, ...]
@@ -62,7 +63,7 @@ class BoxSpec:
 
 @dataclass(frozen=True)
 class RankPlan:
-    """The boxes that one rank writes, and their places in its file."""
+    """The boxes that one rank writes, and their offsets in its file."""
 
     slots: tuple[Slot, ...]
     index: bytes | None
@@ -88,8 +89,9 @@ def data_file(rank: int) -> str:
 def plan_save(state: ShardedState, group: Group) -> RankPlan:
     """Plans this rank's file. Collective over `group`.
 
-    Each box is written by one of the ranks that have it, evenly spread. Raises ValueError
-    on every rank when the boxes of all ranks do not cover each tensor exactly.
+    Each box is written by one of the ranks that hold it, evenly distributed. Raises
+    ValueError on every rank when the boxes of all ranks do not cover each tensor
+    exactly.
     """
     local_boxes = _local_boxes(state)
     if group is None:
@@ -114,8 +116,8 @@ def _plan_on_first_rank(
 ) -> RankPlan | str:
     boxes_by_rank: list[Any] | None = None
     plans: list[RankPlan | str] | None = None
-    # Once per run, and small: names and shapes, never tensors. Every rank planning for
-    # itself would need all boxes on every rank.
+    # Once per run, and small: names and shapes only. If every rank planned for itself, all
+    # boxes would have to be sent to every rank.
     if group.rank() == 0:
         boxes_by_rank = [None] * group.size()
     dist.gather_object(local_boxes, boxes_by_rank, group=group, group_dst=0)
@@ -127,10 +129,10 @@ def _plan_on_first_rank(
 
 
 def plan_all(boxes_by_rank: Sequence[Sequence[BoxSpec]]) -> list[RankPlan | str]:
-    """Returns each rank's plan from the boxes that each rank has.
+    """Returns each rank's plan, given the boxes of each rank.
 
-    When the boxes do not cover the tensors, every rank gets the same message instead: an
-    error on rank 0 alone would leave the others waiting.
+    When the boxes do not cover the tensors, every rank gets the same message instead,
+    because an error on rank 0 alone would leave the others waiting.
     """
     slots_by_rank = []
     for written in _without_replicas(boxes_by_rank):
@@ -143,7 +145,7 @@ def plan_all(boxes_by_rank: Sequence[Sequence[BoxSpec]]) -> list[RankPlan | str]
     if message is not None:
         return [message] * len(boxes_by_rank)
     plans: list[RankPlan | str] = []
-    # Only rank 0 writes the index, of all ranks' files.
+    # Rank 0 writes the index of all ranks' files.
     index: bytes | None = _index_json(slots_by_rank, shapes)
     for slots in slots_by_rank:
         plans.append(RankPlan(slots, index))
@@ -152,20 +154,20 @@ def plan_all(boxes_by_rank: Sequence[Sequence[BoxSpec]]) -> list[RankPlan | str]
 
 
 def _without_replicas(boxes_by_rank: Sequence[Sequence[BoxSpec]]) -> list[list[BoxSpec]]:
-    """Returns what each rank writes: each box once.
+    """Returns the boxes that each rank writes; each box is written once.
 
-    Of the ranks that have a box, the one with the least to write so far takes it.
+    Among the ranks that hold a box, the one with the fewest bytes so far writes it.
     """
-    # Data-parallel replicas, tensor-parallel copies of norms, shared embeddings: all are
-    # equal boxes, whatever made them so.
+    # Data-parallel replicas, tensor-parallel copies of norms and shared embeddings are all
+    # equal boxes.
     ranks_by_box: dict[BoxSpec, list[int]] = {}
     for rank, boxes in enumerate(boxes_by_rank):
         for spec in boxes:
             ranks_by_box.setdefault(spec, []).append(rank)
     written_by_rank: list[list[BoxSpec]] = [[] for _ in boxes_by_rank]
     load = [0] * len(boxes_by_rank)
-    # In the order in which ranks list their boxes, which is the same in every run: the
-    # same layout gives the same files.
+    # In the order in which ranks list their boxes, which is the same in every run, so that
+    # the same layout yields the same files.
     for spec, ranks in ranks_by_box.items():
         writer = min(ranks, key=load.__getitem__)
         load[writer] += spec.box.num_elements * spec.dtype.itemsize
@@ -179,7 +181,7 @@ def _lay_out(boxes: Sequence[BoxSpec]) -> tuple[Slot, ...]:
     for spec in boxes:
         slot = Slot(spec.fqn, spec.box, spec.dtype, start)
         slots.append(slot)
-        # Rounded up to the alignment; the gap is written too, as part of the host copy.
+        # Rounded up to the alignment; the gap is part of the host copy and is written too.
         start += -(-slot.num_bytes // _ALIGNMENT) * _ALIGNMENT
     return tuple(slots)
 
@@ -187,15 +189,16 @@ def _lay_out(boxes: Sequence[BoxSpec]) -> tuple[Slot, ...]:
 def _find_uncovered(
     slots_by_rank: Sequence[Sequence[Slot]], shapes: dict[str, Shape]
 ) -> str | None:
-    """Returns what is wrong when the boxes do not cover each tensor exactly once.
+    """Returns a message unless the boxes cover each tensor exactly once.
 
-    As many elements as there should be, all inside, and none twice: then none is missing.
+    With the right number of elements, all inside and without overlaps, none can be
+    missing.
     """
     boxes_by_fqn: dict[str, list[Box]] = {fqn: [] for fqn in shapes}
     for slots in slots_by_rank:
         for slot in slots:
             boxes_by_fqn[slot.fqn].append(slot.box)
-    # All defects of one kind first: a wrong count explains more than an overlap.
+    # Defects are listed by kind: wrong counts are more informative than overlaps.
     wrong_counts = []
     outside = []
     overlapping = []
@@ -229,10 +232,10 @@ def _is_inside(box: Box, shape: Shape) -> bool:
 
 
 def overlaps(boxes: Sequence[Box], others: Sequence[Box]) -> Iterator[tuple[Box, Box]]:
-    """Yields the pairs with an element in common. All boxes are of the same tensor.
+    """Yields the pairs that overlap. All boxes belong to the same tensor.
 
-    Sorted by their first row, so that it takes no look at every pair: layers with
-    thousands of boxes have few neighbours each.
+    Boxes are sorted by their first row, which avoids comparing every pair: in layers
+    with thousands of boxes each has few neighbours.
     """
     ordered = sorted(others, key=_first_row)
     first_rows = [_first_row(box) for box in ordered]
@@ -240,7 +243,7 @@ def overlaps(boxes: Sequence[Box], others: Sequence[Box]) -> Iterator[tuple[Box,
     for box in others:
         most_rows = max(most_rows, _num_rows(box))
     for box in boxes:
-        # A box that starts `most_rows` or more above this one ends before it.
+        # A box that starts at least `most_rows` rows above this one ends before it.
         low = bisect_right(first_rows, _first_row(box) - most_rows)
         high = bisect_left(first_rows, _first_row(box) + _num_rows(box))
         for other in ordered[low:high]:
@@ -294,7 +297,7 @@ def read_index(storage: Storage, path: str) -> dict[str, SavedTensor]:
     """
     try:
         body = json.loads(storage.read_bytes(INDEX))
-        # The version before the rest: a newer format may have other fields.
+        # The version is checked first, because a newer format may have other fields.
         check_format_version(path, body)
         tensors = {}
         for fqn, entry in body["tensors"].items():
@@ -305,7 +308,7 @@ def read_index(storage: Storage, path: str) -> dict[str, SavedTensor]:
 
 
 def _saved_tensor(fqn: str, entry: dict[str, Any]) -> SavedTensor:
-    # Any name of torch would do for getattr; only a dtype may.
+    # getattr accepts any name in torch, so the result must be a dtype.
     dtype = getattr(torch, entry["dtype"])
     if not isinstance(dtype, torch.dtype):
         raise ValueError(f"{fqn}: unknown dtype {entry['dtype']!r}")

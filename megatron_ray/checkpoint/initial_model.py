@@ -1,8 +1,8 @@
 """Resolves the model of a run that starts from given weights, without reading a tensor.
 
-Owns: the difference between a checkpoint of ours and a Hugging Face folder, and whether
-a run's model is the one that the weights were made for. Torch-free; `initial_weights`
-reads the tensors. Must not know: optimizers.
+Owns: telling native checkpoints from Hugging Face folders, and checking a run's model
+against the weights. Torch-free; `initial_weights` reads the tensors. Must not know:
+optimizers.
 """
 
 from megatron_ray.checkpoint.directory import COMMITTED, CheckpointError
@@ -17,11 +17,11 @@ from megatron_ray.validation.initial_weights import contradictions, with_vocabul
 
 
 def is_native_checkpoint(path: str) -> bool:
-    """Returns True for a committed checkpoint of ours, False for a Hugging Face folder.
+    """Returns True for a committed native checkpoint, False for a Hugging Face folder.
 
     Raises CheckpointError when neither is at the path or URI.
     """
-    # Ours first: an uncommitted one has no config.json either, and is refused below.
+    # An uncommitted checkpoint has no config.json either, so it raises the error below.
     if open_storage(path).exists(COMMITTED):
         return True
     if is_hf_folder(path):
@@ -36,7 +36,7 @@ def is_native_checkpoint(path: str) -> bool:
 def initial_model(path: str) -> ModelConfig:
     """Returns the model of the weights at a path or URI.
 
-    Raises CheckpointError for what is damaged, ConfigError for what is not supported.
+    Raises CheckpointError for damaged files, ConfigError for unsupported models.
     """
     if is_native_checkpoint(path):
         return saved_model(path, read_train_state(path, 0))
@@ -58,6 +58,6 @@ def resolve_initial_model(
     except (CheckpointError, ConfigError) as error:
         problem = Problem("/checkpoint/start_from", "start_from", str(error))
         return model, [problem]
-    # The vocabulary first: it may be left open in the config, and is compared too.
+    # The vocabulary comes first: the config may omit it, and it is compared too.
     model = with_vocabulary_of(model, weights_model)
     return model, contradictions(model, weights_model)

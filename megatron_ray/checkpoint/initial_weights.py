@@ -1,7 +1,7 @@
 """Loads the weights that a new run starts from.
 
-Owns: the choice of reader, of a checkpoint of ours or of a Hugging Face folder. Must not
-know: optimizers, layouts, the run.
+Owns: the choice between the readers of native checkpoints and Hugging Face folders.
+Must not know: optimizers, layouts, the run.
 """
 
 from megatron_ray.checkpoint.hf.weights import HfWeights
@@ -15,10 +15,10 @@ _MODEL_PREFIX = "model/"
 def load_initial_weights(path: str, state: ShardedState) -> None:
     """Fills every `model/...` box of `state` and leaves the others alone.
 
-    Every rank reads what it holds. Raises CheckpointError, ConfigError.
+    Every rank reads its own boxes. Raises CheckpointError, ConfigError.
     """
     weights = {}
-    # Not the optimizer's moments: a new run starts with fresh ones.
+    # The optimizer's moments are left out, because a new run starts with zero moments.
     for name, tensor in state.items():
         if name.startswith(_MODEL_PREFIX):
             weights[name] = tensor

@@ -1,8 +1,8 @@
-"""Reads a checkpoint into live memory, whatever layout wrote it.
+"""Reads a checkpoint of any layout into live memory.
 
 Owns: overlaps, bounded reads. Must not know: optimizers, models.
 
-Every rank reads by itself what it needs; there is no collective.
+Every rank reads its own boxes; no collective is needed.
 """
 
 from collections import defaultdict
@@ -34,9 +34,9 @@ class Read:
 def load_into(path: str, state: ShardedState) -> None:
     """Fills every box of `state`, converting dtypes where they differ.
 
-    Tensors of the checkpoint that `state` does not have are left out. Raises
-    CheckpointError when the checkpoint is not committed, incomplete, newer, or lacks a
-    tensor or has it in another shape.
+    Tensors that are not in `state` are not read. Raises CheckpointError when the
+    checkpoint is not committed, incomplete, newer, or lacks a tensor or has it in
+    another shape.
     """
     SavedCheckpoint(path).load_into(state)
 
@@ -56,8 +56,8 @@ class SavedCheckpoint:
 
     def load_into(self, state: ShardedState) -> None:
         """Fills every box of `state`."""
-        # All reads are planned before the first one: a checkpoint that does not fit
-        # leaves the memory as it was.
+        # All reads are planned before the first one, so that an unsuitable checkpoint
+        # leaves the memory unchanged.
         reads_by_file: dict[str, list[Read]] = defaultdict(list)
         for fqn, tensor in state.items():
             saved = self._saved_tensor(fqn, tensor)
@@ -83,7 +83,7 @@ def read_all(storage: Storage, reads_by_file: Mapping[str, Sequence[Read]]) -> N
     """Carries out the reads of each file, through scratch memory of a fixed size."""
     scratch = torch.empty(SCRATCH_BYTES, dtype=torch.uint8)
     for file, reads in reads_by_file.items():
-        # In the order of the file, as disks read ahead.
+        # In file order, because disks read ahead.
         ordered = sorted(reads, key=lambda read: read.slot.start)
         with storage.open_input(file) as source:
             for read in ordered:
@@ -110,7 +110,7 @@ def _plan_reads(
         assert part is not None
         reads.append((file, Read(slot, part, _narrow(memory_by_box[box], box, part))))
         num_missing -= part.num_elements
-    # Saved boxes never overlap each other, so the counts tell whether all is covered.
+    # Saved boxes never overlap, so equal counts mean that everything is covered.
     if num_missing:
         cause = f"its tensor {fqn!r} lacks {num_missing} elements of the boxes asked for"
         raise CheckpointError("load", path, cause)
@@ -118,8 +118,8 @@ def _plan_reads(
 
 
 def _narrow(memory: torch.Tensor, box: Box, part: Box) -> torch.Tensor:
-    """Returns the view of a part of a box's memory."""
-    # A view: what is read into it lands in the live memory.
+    """Returns a view of a part of a box's memory."""
+    # A view, so that reads into it fill the live memory.
     for dim in range(len(part.size)):
         memory = memory.narrow(dim, part.offset[dim] - box.offset[dim], part.size[dim])
     return memory
@@ -140,7 +140,7 @@ def _carry_out(read: Read, source: Readable, scratch: torch.Tensor) -> None:
         and target.device.type == "cpu"
         and target.is_contiguous()
     )
-    # Whole rows of the saved box lie together in the file as they do in memory.
+    # Whole rows of the saved box are contiguous in the file as in memory.
     if is_in_place and lengths[1:] == sizes[1:]:
         source.read_into(first, bytes_of(target))
     else:
@@ -150,7 +150,7 @@ def _carry_out(read: Read, source: Readable, scratch: torch.Tensor) -> None:
 def _read_through(
     source: Readable, scratch: torch.Tensor, read: Read, target: torch.Tensor
 ) -> None:
-    """Reads some whole rows of the saved box at a time and copies the part of them."""
+    """Reads a few whole rows of the saved box at once and copies the requested part."""
     slot = read.slot
     sizes = slot.box.size or (1,)
     lengths = read.part.size or (1,)
@@ -165,8 +165,8 @@ def _read_through(
         count = min(rows_at_once, lengths[0] - row)
         raw = scratch[: count * row_bytes]
         source.read_into(first + row * row_bytes, bytes_of(raw))
-        # Whole rows are read where a part of each is needed: one request instead of one
-        # for each row, at the price of bytes that are thrown away.
+        # Whole rows are read although only a part of each is needed: one request instead of
+        # one per row, at the cost of unused bytes.
         block = raw.view(slot.dtype).view(count, *sizes[1:])
         for dim in range(1, len(sizes)):
             block = block.narrow(dim, offsets[dim], lengths[dim])

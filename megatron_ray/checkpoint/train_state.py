@@ -1,7 +1,7 @@
-"""Reads what a checkpoint has beside its tensors.
+"""Reads the parts of a checkpoint that are not tensors.
 
-Owns: the files of the run's progress, its config and tokenizer. Torch-free. Must not
-know: tensors, what a run does with it.
+Owns: the files with the run's progress, config and tokenizer. Torch-free. Must not
+know: tensors, how a run uses these files.
 """
 
 import json
@@ -27,15 +27,15 @@ def rank_state_file(rank: int) -> str:
 
 
 def read_train_state(path: str, rank: int) -> dict[str, Any]:
-    """Returns what the run saved beside the tensors.
+    """Returns the saved state of the run other than tensors.
 
-    It has this rank's own part (`rng`) where the saving layout had such a rank. Raises
-    CheckpointError when the checkpoint is not committed, incomplete, or newer.
+    It contains this rank's own part (`rng`) if the saving layout had such a rank.
+    Raises CheckpointError when the checkpoint is not committed, incomplete, or newer.
     """
     files = read_manifest(path)["files"]
     storage = open_storage(path)
     names = [TRAIN_STATE]
-    # More ranks may load than have saved.
+    # More ranks may load a checkpoint than have saved it.
     if rank_state_file(rank) in files:
         names.append(rank_state_file(rank))
     state: dict[str, Any] = {}
@@ -51,7 +51,7 @@ def read_train_state(path: str, rank: int) -> dict[str, Any]:
 
 
 def saved_model(path: str, train_state: Mapping[str, Any]) -> ModelConfig:
-    """Returns the model that a checkpoint of ours was saved from.
+    """Returns the model of a native checkpoint.
 
     Raises CheckpointError when its train state has no valid model.
     """

@@ -1,11 +1,11 @@
 """Saves a rank's part of a checkpoint, in the background.
 
-Owns: the host copy, the writing thread, errors that surface late. Must not know: the
-commit, what is saved.
+Owns: the host copy, the writing thread, errors of background writes. Must not know: the
+commit, the contents.
 
-A save blocks for the copy into host memory only. The thread writes that memory in large
-blocks, without collectives, so a rank that dies meanwhile delays no other; the checkpoint
-then simply never counts.
+A save blocks only for the copy into host memory. The thread writes that memory in large
+blocks, without collectives, so a rank that dies meanwhile delays no other rank; the
+checkpoint is then never committed.
 """
 
 import json
@@ -35,15 +35,15 @@ SmallFiles = list[tuple[str, bytes]]
 
 
 class WriteAbandonedError(MegatronRayError):
-    """The save was given up half-way; what it has written never counts."""
+    """The save was abandoned; its files never become part of a committed checkpoint."""
 
 
 class CheckpointWriter:
     """Writes this rank's part of every checkpoint of a run.
 
-    `on_written` is called when the rank's part is durable: from the writing thread in
-    `async` mode. The layout of the state (names, boxes, dtypes) is fixed by `prepare`,
-    which plans collectively.
+    `on_written` is called when the rank's part is durable, in `async` mode from the
+    writing thread. `prepare`, a collective, fixes the layout of the state (names,
+    boxes, dtypes).
     """
 
     def __init__(
@@ -73,13 +73,13 @@ class CheckpointWriter:
     def prepare(self, state: ShardedState) -> None:
         """Plans the files and allocates the host memory; every rank must call it.
 
-        Optional: the first save does it otherwise, and takes longer. Raises ValueError
+        Optional: otherwise the first save does it, and takes longer. Raises ValueError
         when the boxes of all ranks do not cover the tensors.
         """
         if self._plan is None:
             self._plan = plan_save(state, self._mesh.world_group)
             self._layout = _layout(state)
-            # Kept for the whole run: page-locking it anew would delay every save.
+            # Kept for the whole run, because page-locking it again would delay every save.
             self._host = _allocate_host(self._plan.num_bytes, self._mesh.device)
 
     def save(
@@ -92,19 +92,19 @@ class CheckpointWriter:
     ) -> None:
         """Copies this rank's part to host memory and starts writing it to folder `path`.
 
-        Every rank must call it. Rank 0 writes `files` (name -> content, small) beside the
-        tensors, for readers that have only the checkpoint. The live memory may change as
-        soon as it returns.
+        Every rank must call it. Rank 0 writes `files` (name -> content, small) beside
+        the tensors, for readers that have only the checkpoint. The live memory may
+        change as soon as this method returns.
 
-        Waits first for a save that is under way and raises its error. Raises ValueError
-        when the state's layout changed or its boxes do not cover the tensors.
+        First waits for a running save and raises its error. Raises ValueError when the
+        state's layout changed or its boxes do not cover the tensors.
         """
-        # The host memory of the save before is free only once it is written.
+        # The host memory can be reused only after the previous save has been written.
         self.wait()
         start = time.monotonic()
         plan = self._plan_for(state)
         copied = self._copy_to_host(plan, state)
-        # Serialized before `save` returns: the caller may go on changing its state.
+        # Serialized before `save` returns, because the caller may then change its state.
         small_files = self._small_files(plan, train_state, files or {})
         if self._executor is None:
             self._write(step, path, small_files, copied, start)
@@ -115,7 +115,7 @@ class CheckpointWriter:
 
     def wait(self) -> None:
         """Blocks until the last save is durable. Raises the error that ended it, once."""
-        # Forgotten before it is asked, so that its error is raised only once.
+        # Cleared before reading the result, so that an error is raised only once.
         pending = self._pending
         self._pending = None
         if pending is not None:
@@ -129,10 +129,10 @@ class CheckpointWriter:
             self._release()
 
     def abandon(self) -> None:
-        """Gives up a save that is under way, and returns at once.
+        """Abandons a running save and returns at once.
 
-        The thread ends after the block that it is writing, and the save never counts.
-        For a run that has failed and is to restart soon.
+        The thread ends after the current block, and the save is never committed. For a
+        run that has failed and is to restart soon.
         """
         self._abandoned.set()
         self._pending = None
@@ -143,7 +143,8 @@ class CheckpointWriter:
             self._executor.shutdown(wait=wait)
         if self._mesh.device.type == "cuda" and self._plan is not None:
             _unregister_host(self._host)
-        # The thread of an abandoned save has a view of the memory, which keeps it alive.
+        # The thread of an abandoned save still has a view of the memory, which keeps it
+        # allocated.
         self._plan = None
         self._host = torch.empty(0, dtype=torch.uint8)
 
@@ -157,9 +158,9 @@ class CheckpointWriter:
         return self._plan
 
     def _copy_to_host(self, plan: RankPlan, state: ShardedState) -> torch.cuda.Event | None:
-        """Copies this rank's boxes; on CUDA returns an event for when that is done.
+        """Copies this rank's boxes; on CUDA returns an event that marks the end.
 
-        There the copies are queued on the current stream, before any later work that
+        On CUDA the copies are queued on the current stream before later work that
         changes the memory, so the host need not wait.
         """
         for slot in plan.slots:
@@ -187,7 +188,8 @@ class CheckpointWriter:
         if plan.index is not None:
             small_files += files.items()
             small_files.append((TRAIN_STATE, json.dumps(common_state).encode()))
-            # Last: a commit takes it as the sign that the common part is written.
+            # Written last: a commit checks for this file to know that the common part is
+            # complete.
             small_files.append((INDEX, plan.index))
         return small_files
 
@@ -199,14 +201,15 @@ class CheckpointWriter:
         copied: torch.cuda.Event | None,
         start: float,
     ) -> None:
-        # In this thread: the training thread goes on while the copies finish.
+        # Waits in this thread, so that the training thread continues while the copies
+        # finish.
         if copied is not None:
             copied.synchronize()
         storage = open_storage(path)
         memory = self._host.numpy().data
         with storage.open_output(data_file(self._mesh.rank)) as file:
             for position in range(0, len(memory), BLOCK_BYTES):
-                # Within the context: an error here means that the file never appears.
+                # Inside the context, so that after an error the file never appears.
                 if self._abandoned.is_set():
                     raise WriteAbandonedError
                 file.write(memory[position : position + BLOCK_BYTES])
@@ -214,14 +217,14 @@ class CheckpointWriter:
         for name, content in small_files:
             storage.write_bytes_atomic(name, content)
             num_bytes += len(content)
-        # Once more: an abandoned save must not be reported as durable.
+        # Checked again, because an abandoned save must not be reported as durable.
         if self._abandoned.is_set():
             raise WriteAbandonedError
         self._on_written(CheckpointReport(step, path, num_bytes, time.monotonic() - start))
 
 
 def _layout(state: ShardedState) -> list[tuple[object, ...]]:
-    """Returns what must stay the same between saves."""
+    """Returns the properties of a state that must not change between saves."""
     rows: list[tuple[object, ...]] = []
     for fqn, tensor in state.items():
         for local in tensor.boxes:
@@ -234,7 +237,7 @@ def _allocate_host(num_bytes: int, device: torch.device) -> torch.Tensor:
 
     Raises MemoryError when it cannot be page-locked.
     """
-    # Filled, so that the first save does not wait for the kernel to find its pages.
+    # Filled with zeros, so that the first save does not wait for page faults.
     memory = torch.empty(num_bytes, dtype=torch.uint8).zero_()
     if device.type == "cuda" and num_bytes:
         # Registered and not `pin_memory`, whose allocator rounds up to a power of two.

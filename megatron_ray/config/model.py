@@ -112,8 +112,8 @@ class ModelConfig(Config):
             )
         preset = PRESETS[name]
         merged = {**preset, **values}
-        # A group such as `moe` is merged too: to change one of its fields the user need
-        # not repeat the others. Null still removes the whole group.
+        # A group such as `moe` is merged too, so that changing one of its fields does not
+        # require the others. Null removes the whole group.
         for group in _NESTED_FIELDS:
             defaults = preset.get(group)
             overrides = values.get(group)
@@ -132,7 +132,7 @@ class ModelConfig(Config):
             derived["moe"] = self.moe.model_copy(
                 update={"ffn_hidden_size": derived["ffn_hidden_size"]}
             )
-        # The class is frozen for its users; this validator is still constructing it.
+        # The class is frozen, but this validator is part of its construction.
         for name, value in derived.items():
             object.__setattr__(self, name, value)
         return self
@@ -239,7 +239,7 @@ class ModelConfig(Config):
 
     @property
     def vocabulary(self) -> int:
-        """Vocabulary size; raises ValueError while it is left to the tokenizer."""
+        """Vocabulary size; raises ValueError while it depends on the tokenizer."""
         if self.vocab_size is None:
             raise ValueError("model.vocab_size is not known before the tokenizer is")
         return self.vocab_size

@@ -1,4 +1,4 @@
-"""Defines how a wrong config is reported: as a value, and as an exception.
+"""Defines how an invalid config is reported: as a value, and as an exception.
 
 Must not know: any rule.
 """
@@ -17,11 +17,11 @@ class Problem:
     code: str
     """Stable name of the rule."""
     detail: str
-    """What is wrong, with the numbers, and how to fix it."""
+    """What is wrong, with the numbers, and the remedy."""
 
 
 class ConfigError(InputError, ValueError):
     """A config contradicts itself, its data or the world size.
 
-    Only its author can fix it, so the run must not be retried.
+    Only the user can fix it, so the run must not be retried.
     """

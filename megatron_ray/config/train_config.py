@@ -21,7 +21,7 @@ from megatron_ray.config.training import TrainingConfig
 
 
 class TrainConfig(Config):
-    """Everything that a training run needs to know."""
+    """All parameters of a training run."""
 
     model: ModelConfig
     """Architecture of the model."""

@@ -1,11 +1,11 @@
-"""Attention over gathered keys and values (Llama 3's form of context parallelism).
+"""Computes attention over gathered keys and values, as Llama 3 does.
 
-Owns: the gather, and what a rank's queries see of whole sequences. Must not know:
-heads, layers.
+Owns: the gather, and the keys that a rank's queries attend to. Must not know: heads,
+layers.
 
-One gather, then everything is local. Simpler than the ring and with fewer, larger
-messages, but each rank holds the keys and values of whole sequences for the length of
-one layer.
+One gather, after which everything is local. Simpler than the ring, with fewer and
+larger messages, but each rank holds the keys and values of whole sequences during a
+layer.
 
 Shapes: as in ring; L = cp x S tokens of a whole sequence.
 """
@@ -33,10 +33,10 @@ from megatron_ray.sharding.sequence_split import SequenceCut
 
 
 def gather_tiles(cut: SequenceCut, length: int, window: int | None) -> list[Tile]:
-    """Returns what a rank's `length` queries see of keys in natural order.
+    """Returns the tiles of a rank's `length` queries and all keys in natural order.
 
-    Each of its two chunks sees all chunks before it and a triangle of itself; with a
-    window, what of both is within it.
+    Each of its two chunks attends to all chunks before it and to a triangle of itself;
+    with a window, to the part of both within the window.
     """
     chunk = length // 2
     tiles = []
@@ -48,7 +48,7 @@ def gather_tiles(cut: SequenceCut, length: int, window: int | None) -> list[Tile
             first = max(0, start - window + 1)
             tiles.append(Tile(rows, slice(first, end), band=(start - first, window)))
             continue
-        # Two tiles and not one: the kernels' triangle is for squares only.
+        # Two tiles, because the kernels apply the causal mask to squares only.
         if number:
             tiles.append(Tile(rows, slice(0, start)))
         tiles.append(Tile(rows, slice(start, end), causal=True))
@@ -62,7 +62,7 @@ def merge_chunks(parts: Tensor, dim: int) -> Tensor:
     dim - 1 of the result.
     """
     early, late = parts.chunk(2, dim=dim)
-    # The late chunks of the first ranks are the latest, see `SequenceCut`.
+    # Late chunks are in descending order of ranks, see `SequenceCut`.
     return torch.cat([*early.unbind(0), *late.flip(0).unbind(0)], dim=dim - 1)
 
 
@@ -99,7 +99,7 @@ class _Gather(AutogradFunction[Tensor]):
         tiles = gather_tiles(cut, q.shape[2], window)
         attend(partial, q, keys, values, tiles, _documents(cut, documents))
         output = tokens_first(partial.output, q.dtype)
-        # The backward gathers again: what is kept is this rank's part only.
+        # Only this rank's part is saved; the backward gathers again.
         ctx.save_for_backward(q, own, output, partial.lse)
         ctx.cut = cut
         ctx.group = group
@@ -113,7 +113,7 @@ class _Gather(AutogradFunction[Tensor]):
         q, own, output, lse = ctx.saved_tensors
         cut: SequenceCut = ctx.cut
         whole = _gathered(own, ctx.group)
-        # Keys of later chunks are in no tile, and keep a gradient of zero.
+        # Keys of later chunks are in no tile, so their gradient stays zero.
         gradients = TileGradients(
             torch.zeros_like(q, dtype=lse.dtype),
             torch.zeros_like(whole, dtype=lse.dtype),
@@ -129,7 +129,7 @@ class _Gather(AutogradFunction[Tensor]):
             gather_tiles(cut, q.shape[2], ctx.window),
             _documents(cut, ctx.documents),
         )
-        # Every rank has added to the keys of all others; each gets the sum for its own.
+        # Every rank has gradients for all keys; each receives the sum for its own keys.
         parts = split_by_rank(gradients.keys_values, cut.cp, dim=4)
         summed = collectives.reduce_scatter_rows(parts, ctx.group).squeeze(0)
         grad_k, grad_v = summed.to(q.dtype).unbind(0)

@@ -1,8 +1,8 @@
-"""Exchanges parts of all heads for whole sequences of some heads (DeepSpeed-Ulysses).
+"""Exchanges parts of all heads for whole sequences of some heads (Ulysses).
 
-Owns: the exchange around an inner attention (Jacobs et al. 2023), which then has longer
-sequences and fewer heads: all of a sequence, or, in a hierarchy, the part of a ring's
-rank. Must not know: what the inner attention does.
+Owns: the exchange around an inner attention (DeepSpeed-Ulysses, Jacobs et al. 2023),
+which then has longer sequences and fewer heads: whole sequences or, in a hierarchy, the
+part of a rank of the outer ring. Must not know: the inner attention.
 
 Shapes: B batch, N heads, D head width, S tokens before and L = S x group after the
 exchange.
@@ -22,9 +22,9 @@ from megatron_ray.ops.autograd import AutogradFunction
 class UlyssesAttention(nn.Module):
     """(q [B, N, S, D], k and v [B, G, S, D]) -> [B, N, S, D], by `inner` over some heads.
 
-    The group's ranks are neighbours in the zig-zag order, so their chunks put together
-    are again two runs, one early and one late: what a rank of an outer ring has, and
-    the whole sequence where there is no outer ring.
+    The group's ranks are neighbours in the zig-zag order, so their chunks together form
+    two runs, one early and one late: the part of a rank of the outer ring, or the whole
+    sequence without an outer ring.
     """
 
     def __init__(self, group: Group, inner: nn.Module) -> None:
@@ -45,14 +45,14 @@ class UlyssesAttention(nn.Module):
 def _to_heads(x_BNSD: Tensor, group: Group) -> Tensor:
     """Returns some heads of the group's tokens, [B, N / group, L, D]."""
     batch, _, *rest = x_BNSD.shape
-    # Heads are cut among ranks; rows of an all-to-all come first.
+    # Heads are split over ranks; the all-to-all exchanges rows of dim 0.
     by_receiver = x_BNSD.reshape(batch, collectives.size(group), -1, *rest).transpose(0, 1)
     return merge_chunks(collectives.all_to_all_rows(by_receiver, group), dim=3)
 
 
 def _to_tokens(x_BNLD: Tensor, group: Group) -> Tensor:
     """Returns all heads of this rank's tokens; undoes `_to_heads`."""
-    # Tokens are cut among ranks again.
+    # Tokens are split over ranks again.
     by_receiver = split_by_rank(x_BNLD, collectives.size(group), dim=3)
     by_sender = collectives.all_to_all_rows(by_receiver, group)
     return by_sender.transpose(0, 1).flatten(1, 2)

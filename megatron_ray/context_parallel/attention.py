@@ -1,4 +1,4 @@
-"""Holds what ring and all-gather attention have in common: the module around a kernel.
+"""Defines the module that ring and all-gather attention share.
 
 Must not know: how keys and values reach a rank.
 """
@@ -15,8 +15,8 @@ from megatron_ray.ops.autograd import AutogradFunction
 class ContextParallelAttention(nn.Module):
     """(q [B, N, S, D], k and v [B, G, S, D]) -> causal attention [B, N, S, D].
 
-    Queries see the sequences of the whole group. Subclasses name the `kernel`, which is
-    called with (q, k, v, documents, group, window, in_fp32).
+    Queries attend to the sequences of the whole group. Subclasses name the `kernel`,
+    which is called with (q, k, v, documents, group, window, in_fp32).
     """
 
     kernel: type[AutogradFunction[Tensor]]
@@ -24,7 +24,7 @@ class ContextParallelAttention(nn.Module):
     def __init__(self, group: Group, device: DeviceKind, window: int | None = None) -> None:
         """Creates it for ranks on such devices.
 
-        `window`: tokens that a token sees, itself included; None for all.
+        `window`: tokens that a token attends to, itself included; None for all.
         """
         super().__init__()
         self.group = group

@@ -2,9 +2,9 @@
 
 Owns: the order of the hops. Must not know: heads, layers.
 
-While a rank attends to one block of keys and values, the next is on its way, so it
-never holds more than two. In the backward pass each block is passed around again, its
-gradient one hop behind it, so that the gradient arrives complete at the block's owner.
+While a rank attends to one block of keys and values, the next one is in transfer, so it
+never holds more than two. In the backward pass each block is passed around again with
+its gradient one hop behind, so that the complete gradient arrives at the block's owner.
 
 Shapes: B batch, N query heads, G key/value heads, D head width, S this rank's tokens:
 two chunks of every sequence (sharding.sequence_split).
@@ -34,16 +34,16 @@ from megatron_ray.sharding.sequence_split import SequenceCut
 
 
 def ring_tiles(rank: int, owner: int, length: int) -> list[Tile]:
-    """Returns what the `length` queries of `rank` see of the keys of `owner`.
+    """Returns the tiles of the `length` queries of `rank` and the keys of `owner`.
 
-    That is as much work for every pair but a rank and itself.
+    All pairs of different ranks have equal work.
     """
     half = length // 2
     everything = slice(0, length)
     if owner == rank:
         return [Tile(everything, everything, causal=True)]
-    # Rank r has chunks r and 2 cp - 1 - r. So an owner of lower rank has an early chunk
-    # before both of ours and a late one after both, and the other way round.
+    # Rank r has chunks r and 2 cp - 1 - r. The early chunk of a lower rank precedes both
+    # chunks of `rank`, and its late chunk follows both; vice versa for a higher rank.
     if owner < rank:
         return [Tile(everything, slice(0, half))]
     return [Tile(slice(half, length), everything)]
@@ -52,7 +52,7 @@ def ring_tiles(rank: int, owner: int, length: int) -> list[Tile]:
 def windowed_ring_tiles(
     cut: SequenceCut, owner: int, length: int, window: int
 ) -> list[Tile]:
-    """Returns the same for attention within a window, chunk against chunk.
+    """Returns the tiles for attention within a window, chunk against chunk.
 
     Chunks too far apart are left out.
     """
@@ -60,7 +60,7 @@ def windowed_ring_tiles(
     tiles = []
     for query_index, query_chunk in enumerate(cut.chunks):
         for key_index, key_chunk in enumerate(SequenceCut(cut.cp, owner).chunks):
-            # Tokens from a key to the query at the same place of its chunk.
+            # Distance in tokens from a key to the query at the same index of its chunk.
             distance = (query_chunk - key_chunk) * chunk
             nearest = max(0, distance - chunk + 1)
             farthest = distance + chunk - 1
@@ -76,20 +76,20 @@ def windowed_ring_tiles(
 
 
 @dataclass(frozen=True)
-class _Arriving:
-    """A tensor that is on its way from the rank before."""
+class _PendingReceive:
+    """A tensor that is being received from the previous rank."""
 
     tensor: Tensor
     pending: collectives.Pending
 
     def wait(self) -> Tensor:
-        """Returns the tensor once it is here."""
+        """Returns the tensor once it has arrived."""
         self.pending.wait()
         return self.tensor
 
 
 class _Hops:
-    """Knows which block is here at which hop, and moves blocks to the next rank."""
+    """Moves blocks to the next rank, and tracks the local block of each hop."""
 
     def __init__(self, group: Group, documents: Tensor | None, window: int | None) -> None:
         self.group = group
@@ -99,13 +99,13 @@ class _Hops:
         self._window = window
 
     def owner(self, hop: int) -> int:
-        """Returns the rank whose keys and values are here at a hop."""
+        """Returns the owner of the keys and values that are local at a hop."""
         return (self.rank - hop) % self.size
 
-    def start(self, tensor: Tensor) -> _Arriving:
-        """Starts to send `tensor` on and to receive what the rank before sends.
+    def start(self, tensor: Tensor) -> _PendingReceive:
+        """Starts sending `tensor` to the next rank and receiving from the previous one.
 
-        `tensor` must stay as it is until the wait for the other is over.
+        `tensor` must not change until the received tensor has been waited for.
         """
         incoming = torch.empty_like(tensor)
         next_rank = (self.rank + 1) % self.size
@@ -113,10 +113,10 @@ class _Hops:
         pending = collectives.start_exchange(
             tensor, next_rank, incoming, previous_rank, self.group
         )
-        return _Arriving(incoming, pending)
+        return _PendingReceive(incoming, pending)
 
     def tiles(self, owner: int, length: int) -> list[Tile]:
-        """Returns what this rank's queries see of an owner's keys."""
+        """Returns the tiles of this rank's queries and an owner's keys."""
         if self._window is None:
             return ring_tiles(self.rank, owner, length)
         cut = SequenceCut(self.size, self.rank)
@@ -150,7 +150,7 @@ class _Ring(AutogradFunction[Tensor]):
         own = torch.stack([k, v])
         block = own
         for hop in range(hops.size):
-            # The last block to come goes nowhere: its owner has it.
+            # The last block is not passed on: the next rank is its owner.
             next_block = None
             if hop + 1 < hops.size:
                 next_block = hops.start(block)
@@ -161,7 +161,7 @@ class _Ring(AutogradFunction[Tensor]):
             if next_block is not None:
                 block = next_block.wait()
         output = tokens_first(partial.output, q.dtype)
-        # Blocks of other ranks are not kept: the backward passes them around again.
+        # Blocks of other ranks are not saved: the backward passes them around again.
         ctx.save_for_backward(q, own, output, partial.lse)
         ctx.hops = hops
         ctx.in_fp32 = in_fp32
@@ -172,14 +172,14 @@ class _Ring(AutogradFunction[Tensor]):
         q, block, output, lse = ctx.saved_tensors
         hops: _Hops = ctx.hops
         grad_q = torch.zeros_like(q, dtype=lse.dtype)
-        # What the ranks before have added to the gradient of the block that is here.
-        arriving_grad: _Arriving | None = None
+        # The gradient of the local block, as accumulated by the previous ranks.
+        arriving_grad: _PendingReceive | None = None
         for hop in range(hops.size):
             next_block = None
             if hop + 1 < hops.size:
                 next_block = hops.start(block)
             owner = hops.owner(hop)
-            # This rank's part of the block's gradient, to which that of others is added.
+            # This rank's part of the block's gradient, to which the received sum is added.
             gradients = TileGradients(
                 grad_q, torch.zeros_like(block, dtype=lse.dtype), in_fp32=ctx.in_fp32
             )
@@ -197,7 +197,7 @@ class _Ring(AutogradFunction[Tensor]):
                 gradients.keys_values += arriving_grad.wait()
             if next_block is not None:
                 block = next_block.wait()
-            # One hop more than the blocks themselves, to return to the owner.
+            # One more hop than for the blocks returns each gradient to its owner.
             arriving_grad = hops.start(gradients.keys_values)
         assert arriving_grad is not None
         own_grad = arriving_grad.wait().to(q.dtype)

@@ -1,12 +1,12 @@
 """Computes attention by tiles: some queries against some keys, merged by softmax sums.
 
-Owns: the arithmetic of a tile, of merging tiles, and of their gradients. Must not know:
-groups, which rank has which tokens.
+Owns: the arithmetic of tiles, of merging them, and of their gradients. Must not know:
+groups, the tokens of each rank.
 
-A tile's output is exact within the tile. With its log-sum-exp two tiles of the same
-queries merge into what one softmax over both would have given (online softmax: Milakov
-and Gimelshein 2018; FlashAttention, Dao et al. 2022). In the backward pass a tile's
-probabilities are exp(scores - final log-sum-exp), so each tile is done by itself.
+A tile's output is exact within the tile. Two tiles of the same queries are merged by
+their log-sum-exp into the result of one softmax over both (online softmax: Milakov and
+Gimelshein 2018; FlashAttention, Dao et al. 2022). In the backward pass a tile's
+probabilities are exp(scores - final log-sum-exp), so tiles are independent.
 
 Shapes: B batch, N query heads, G key/value heads, D head width, Q queries and K keys of
 a tile.
@@ -25,20 +25,20 @@ from megatron_ray.sharding.sequence_split import SequenceCut
 
 @dataclass(frozen=True)
 class Tile:
-    """Which of the queries here attend to which of the keys at hand."""
+    """A range of local queries that attends to a range of the current keys."""
 
     queries: slice
     keys: slice
     causal: bool = False
-    """Whether the tile is a square on the diagonal, where later keys are hidden."""
+    """Whether the tile is a square on the diagonal, where later keys are masked."""
     band: tuple[int, int] | None = None
-    """Set when a window ends inside of the tile: how many tokens the first query is
-    behind the first key, and the window. Replaces `causal`, since it hides later keys
+    """Set when a window ends inside the tile: the distance in tokens from the first key
+    to the first query, and the window. Replaces `causal`, since it masks later keys
     too."""
 
 
 def chunks_of(whole: Tensor, cut: SequenceCut, dim: int) -> Tensor:
-    """Returns a rank's two chunks of whole sequences, which lie along `dim`."""
+    """Returns a rank's two chunks of whole sequences along `dim`."""
     chunks = whole.chunk(2 * cut.cp, dim=dim)
     return torch.cat([chunks[number] for number in cut.chunks], dim=dim)
 
@@ -47,21 +47,21 @@ def chunks_of(whole: Tensor, cut: SequenceCut, dim: int) -> Tensor:
 class Documents:
     """Document numbers of the queries [B, Q] and keys [B, K] of a list of tiles.
 
-    A query does not see keys of other documents.
+    Queries do not attend to keys of other documents.
     """
 
     of_queries: Tensor
     of_keys: Tensor
 
     def bias(self, tile: Tile, dtype: torch.dtype) -> Tensor:
-        """Returns [B, 1, Q, K]: 0 where a query sees a key, -inf elsewhere.
+        """Returns [B, 1, Q, K]: 0 where a query attends to a key, -inf elsewhere.
 
-        That includes the diagonal of a causal tile.
+        The causal mask is included.
         """
         query_documents = self.of_queries[:, None, tile.queries, None]
         key_documents = self.of_keys[:, None, None, tile.keys]
         is_seen = query_documents == key_documents
-        # A document is one run of tokens, so order within it is order in the sequence.
+        # A document is contiguous, so order within it is order in the sequence.
         queries, keys = is_seen.shape[-2:]
         device = is_seen.device
         if tile.band is not None:
@@ -76,9 +76,9 @@ class Documents:
 def _bias(
     tile: Tile, documents: Documents | None, q_BNQD: Tensor, k_BGKD: Tensor
 ) -> Tensor | None:
-    """Returns what is added to the scores of a tile, [B or 1, 1, Q, K].
+    """Returns the bias that is added to the scores of a tile, [B or 1, 1, Q, K].
 
-    None where the kernel's own causal mask is all that is needed.
+    None where the kernel's own causal mask suffices.
     """
     if documents is not None:
         return documents.bias(tile, q_BNQD.dtype)
@@ -89,7 +89,7 @@ def _bias(
 
 @dataclass
 class PartialAttention:
-    """The attention of some queries over the keys that they have seen so far.
+    """The attention of queries over the keys processed so far.
 
     Output [B, N, Q, D] and log-sum-exp of the scores [B, N, Q], fp32 or wider.
     """
@@ -108,12 +108,11 @@ class PartialAttention:
         return cls(output, lse, in_fp32)
 
     def merge(self, rows: slice, output: Tensor, lse: Tensor) -> None:
-        """Adds keys that the queries in `rows` had not seen yet."""
+        """Merges in the attention of the queries in `rows` to further keys."""
         old_lse = self.lse[:, :, rows]
-        # Each side's output is weighed by its share of the sum of exponentials.
+        # Each output is weighted by its share of the sum of exponentials.
         merged_lse = torch.logaddexp(old_lse, lse)
-        # Where nothing is seen on either side both are -inf and their difference is not
-        # a number; such a side has weight 0.
+        # Without any key both are -inf and their difference is NaN; the weight is 0 then.
         old_weight = (old_lse - merged_lse).nan_to_num_(nan=-torch.inf).exp_()
         new_weight = (lse - merged_lse).nan_to_num_(nan=-torch.inf).exp_()
         old_output = self.output[:, :, rows]
@@ -139,14 +138,14 @@ def attend(
         bias = _bias(tile, documents, q, k)
         output, lse = fused.forward(q, k, v, tile.causal, bias, in_fp32=partial.in_fp32)
         if bias is not None:
-            # The kernel returns 0 for queries that see no key; their sum is empty.
+            # The kernel returns 0 for queries without a key; their sum is empty.
             lse = lse.masked_fill((bias == -torch.inf).all(-1), -torch.inf)
         partial.merge(tile.queries, output, lse)
 
 
 @dataclass
 class TileGradients:
-    """Sums over tiles of gradients, fp32 or wider."""
+    """Accumulates gradients over tiles, fp32 or wider."""
 
     queries: Tensor
     """Gradient of all queries of this rank, [B, N, Q, D]."""

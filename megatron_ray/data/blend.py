@@ -1,10 +1,10 @@
 """Blends several datasets into one, by weight.
 
-Owns: which sample comes from which. Must not know: files, tokens, ranks.
+Owns: the dataset of each sample. Must not know: files, tokens, ranks.
 
-Greedy as in Megatron: sample i is taken from the dataset that lags its share most, argmax
-over d of weight_d * max(i, 1) - taken_d, the lowest d on ties. So every prefix of the
-blend has the configured proportions to within one sample a dataset.
+Greedy as in Megatron: sample i is taken from the dataset that lags its share most,
+argmax over d of weight_d * max(i, 1) - taken_d, with the lowest d on ties. So every
+prefix of the blend has the configured proportions to within one sample per dataset.
 """
 
 import math
@@ -23,7 +23,7 @@ _MAX_DATASETS = 32767  # dataset numbers are int16
 
 
 class SampleDataset(Protocol):
-    """Samples by position; the order is fixed when it is built."""
+    """Samples by index, in an order that is fixed on construction."""
 
     def __len__(self) -> int: ...
 
@@ -47,9 +47,10 @@ def normalized(weights: Sequence[float]) -> npt.NDArray[np.float64]:
 
 
 def samples_needed(weights: Sequence[float], size: int) -> list[int]:
-    """Returns how many samples to build of each dataset for a blend of `size`.
+    """Returns the number of samples of each dataset for a blend of `size`.
 
-    Its share, rounded up, plus half a percent: the greedy order may run ahead of it.
+    Its share, rounded up, plus half a percent, because the greedy order may exceed the
+    share.
     """
     counts = []
     for share in normalized(weights).tolist():
@@ -60,22 +61,22 @@ def samples_needed(weights: Sequence[float], size: int) -> list[int]:
 def build_blend_indices(weights: Sequence[float], size: int) -> Arrays:
     """Returns dataset_index [size] int16 and dataset_sample_index [size] int64.
 
-    Takes about 0.1 us a sample and dataset, so the caller keeps the result.
+    Takes about 0.1 us per sample and dataset, so callers cache the result.
     """
     shares: list[float] = normalized(weights).tolist()
     taken = [0] * len(shares)
     dataset_index = np.empty(size, np.int16)
     sample_index = np.empty(size, np.int64)
     other_datasets = range(1, len(shares))
-    # Plain floats in plain lists: numpy would cost a call for each of the few datasets.
+    # Python floats and lists: numpy would cost a call for each of the few datasets.
     for index in range(size):
-        # At least 1, or all lags would be zero for the first sample.
+        # At least 1, because otherwise all lags of the first sample would be zero.
         scale = max(float(index), 1.0)
         best = 0
         largest_lag = shares[0] * scale - taken[0]
         for dataset in other_datasets:
             lag = shares[dataset] * scale - taken[dataset]
-            # Not >=: the lowest dataset wins ties, as in Megatron.
+            # Not >=, so that the lowest dataset wins ties, as in Megatron.
             if lag > largest_lag:
                 best = dataset
                 largest_lag = lag
@@ -86,7 +87,7 @@ def build_blend_indices(weights: Sequence[float], size: int) -> Arrays:
 
 
 class BlendedDataset:
-    """`size` samples of several datasets in proportion to their weights."""
+    """A blend of `size` samples of several datasets in proportion to their weights."""
 
     def __init__(
         self,
@@ -102,14 +103,14 @@ class BlendedDataset:
         if len(datasets) != len(weights):
             raise ValueError(f"{len(datasets)} datasets with {len(weights)} weights")
         self._datasets = list(datasets)
-        # Of the shares and not of the weights: 1:2 and 2:4 are one blend.
+        # Keyed by normalized weights, because 1:2 and 2:4 are the same blend.
         key = cache_key(
             {"format": 1, "weights": normalized(weights).tolist(), "size": size}
         )
         arrays = load_or_build(cache_dir, key, lambda: build_blend_indices(weights, size))
         self.dataset_index = arrays["dataset_index"]
         self.dataset_sample_index = arrays["dataset_sample_index"]
-        # Now, and not when training reaches the sample that is missing.
+        # Checked now, not when training reaches the missing sample.
         self._require_enough_samples()
 
     def _require_enough_samples(self) -> None:

@@ -1,6 +1,6 @@
 """Builds one dataset from prepared corpora.
 
-Owns: putting indices and blend together. Must not know: how corpora were made, ranks.
+Owns: combining indices and blend. Must not know: how corpora were prepared, ranks.
 """
 
 from collections.abc import Sequence
@@ -20,16 +20,16 @@ def build_dataset(
 ) -> SampleDataset:
     """Returns a dataset of at least `num_samples` samples of [seq_length + 1] tokens.
 
-    `cache` is the folder of prepared data; indices go below it. Every rank may call
-    this at once. The order depends on num_samples too, as in Megatron: a run that
-    resumes must ask for the same number. Raises ValueError or OSError when a corpus
+    `cache` is the folder of prepared data; indices are written below it. All ranks may
+    call this at the same time. The order depends on num_samples too, as in Megatron, so
+    a resumed run must pass the same number. Raises ValueError or OSError when a corpus
     cannot be read.
     """
     index_folder = None
     if cache is not None:
         index_folder = f"{cache.rstrip('/')}/indices"
     if len(corpora) == 1:
-        # Not a blend of one, which would need an order and half a percent of surplus.
+        # No blend of a single dataset, which would need an order and surplus samples.
         return GPTDataset(
             IndexedDataset(corpora[0].prefix), num_samples, seq_length, seed, index_folder
         )

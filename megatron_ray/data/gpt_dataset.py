@@ -2,11 +2,11 @@
 
 Owns: the three indices. Must not know: blends, ranks, tokenizers.
 
-Sequences of all epochs are laid end to end in the order of the document index; sample j
-is the seq_length + 1 tokens from token j * seq_length of that tape (neighbours share
-one token: the last label is the next first input); the shuffle index gives the j that
-is served i-th. A last epoch of which less than 80% is needed is shuffled apart, so that it
-does not thin out the epochs before it. The order is a function of (sequence lengths,
+Sequences of all epochs are concatenated in the order of the document index. Sample j is
+the seq_length + 1 tokens from token j * seq_length of that stream (neighbours share one
+token: the last label is the next first input). The shuffle index maps position i to j.
+If less than 80% of the last epoch is needed, it is shuffled separately, so that it does
+not thin out the epochs before it. The order is a function of (sequence lengths,
 num_samples, seq_length, seed) alone. Equal to megatron-core's GPTDataset.
 """
 
@@ -28,27 +28,27 @@ _CHUNK = 1 << 20
 
 @dataclass(frozen=True)
 class EpochPlan:
-    """The passes over a corpus that a number of samples needs."""
+    """The number of passes over a corpus for a number of samples."""
 
     epochs: int
     samples_before_last: int
-    """Samples that lie in the epochs before the last."""
+    """Samples in all epochs before the last."""
     separate_last: bool
-    """Whether the last epoch is shuffled apart."""
+    """Whether the last epoch is shuffled separately."""
 
 
 def plan_epochs(tokens_per_epoch: int, num_samples: int, seq_length: int) -> EpochPlan:
-    """Returns the fewest epochs that hold `num_samples` samples and the one extra token.
+    """Returns the fewest epochs with `num_samples` samples and the one extra token.
 
     Raises ValueError when there are no tokens.
     """
     if tokens_per_epoch < 1:
         raise ValueError("the corpus has no tokens")
-    # The one token more is the last label. Ceiling division.
+    # The extra token is the last label. Ceiling division.
     epochs = max(1, -(-(num_samples * seq_length + 1) // tokens_per_epoch))
     before_last = max(0, (epochs - 1) * tokens_per_epoch - 1) // seq_length
     from_last = num_samples - before_last
-    # Samples that one epoch alone would give.
+    # Samples in a single epoch.
     per_epoch = (tokens_per_epoch - 1) // seq_length
     separate_last = epochs > 1 and from_last < int(_LAST_EPOCH_THRESHOLD * per_epoch)
     return EpochPlan(epochs, before_last, separate_last)
@@ -57,14 +57,14 @@ def plan_epochs(tokens_per_epoch: int, num_samples: int, seq_length: int) -> Epo
 def build_document_index(
     num_sequences: int, plan: EpochPlan, random: np.random.RandomState
 ) -> IntArray:
-    """Returns [epochs * num_sequences] int32: sequence ids in the order of the tape."""
+    """Returns [epochs * num_sequences] int32: sequence ids in the order of the stream."""
     sequences = np.arange(num_sequences, dtype=np.int32)
     shuffles = [plan.epochs]
     if plan.separate_last:
         shuffles = [plan.epochs - 1, 1]
     shuffled = []
-    # All epochs of a part in one shuffle, as in Megatron: a document may come twice
-    # before another comes once.
+    # All epochs of a part are shuffled together, as in Megatron, so a document may occur
+    # twice before another occurs once.
     for epochs in shuffles:
         index = np.tile(sequences, epochs)
         random.shuffle(index)
@@ -77,12 +77,12 @@ def build_sample_index(
 ) -> IntArray:
     """Returns [num_samples + 1, 2], where samples start in the document index.
 
-    Row j is (position in the document index, token offset) where sample j starts and
-    j - 1 ends. It is where token j * seq_length of the tape lies: one binary search in the
-    running sum of lengths, in chunks so that the only large arrays are the sum (8 bytes
-    an entry of the document index) and the result.
+    Row j is (position in the document index, token offset) where sample j starts and j
+    - 1 ends, the location of token j * seq_length of the stream. It is found by a
+    binary search in the running sum of lengths, in chunks, so that the only large
+    arrays are the sum (8 bytes per entry of the document index) and the result.
     """
-    # The tape's running length, in 64 bits: it has all epochs.
+    # Running length of the stream in 64 bits, since it covers all epochs.
     ends = np.cumsum(lengths[document_index], dtype=np.int64)
     largest = max(len(document_index), int(lengths.max(initial=0)))
     dtype: type[np.generic] = np.int32
@@ -93,8 +93,8 @@ def build_sample_index(
     for start in range(1, num_samples + 1, _CHUNK):
         stop = min(start + _CHUNK, num_samples + 1)
         tokens = np.arange(start, stop, dtype=np.int64) * seq_length
-        # To the right of equal ends: a token at the end of one sequence is the first of
-        # the next, and empty sequences in between are passed over.
+        # side="right": an offset equal to the end of one sequence is the first token of the
+        # next, and empty sequences in between are skipped.
         position = np.searchsorted(ends, tokens, side="right")
         begins = np.where(position > 0, ends[position - 1], 0)
         index[start:stop, 0] = position
@@ -109,7 +109,7 @@ def build_shuffle_index(
     dtype: type[np.generic] = np.int64
     if total < np.iinfo(np.uint32).max - 1:
         dtype = np.uint32
-    # Four bytes a sample while the numbers fit, as in Megatron.
+    # Four bytes per sample while the numbers fit, as in Megatron.
     head = np.arange(num_samples, dtype=dtype)
     random.shuffle(head)
     if num_samples == total:
@@ -141,7 +141,7 @@ def build_indices(
 
 
 class GPTDataset:
-    """At least `num_samples` samples of one corpus."""
+    """A dataset of at least `num_samples` samples of one corpus."""
 
     def __init__(
         self,
@@ -157,7 +157,7 @@ class GPTDataset:
         """
         self._corpus = corpus
         self._seq_length = seq_length
-        # All that determines the order, and nothing else: see the module's docstring.
+        # Exactly the values that determine the order, see the module's docstring.
         lengths = np.ascontiguousarray(corpus.lengths)
         fields = {
             "format": 1,
@@ -190,12 +190,12 @@ class GPTDataset:
         last_position, last_offset = self._start_of(sample + 1)
         tokens = np.empty(self._seq_length + 1, np.int64)
         filled = 0
-        # A sample may lie over many short sequences.
+        # A sample may span many short sequences.
         while position <= last_position:
             sequence = int(self.document_index[position])
             end = int(self._corpus.lengths[sequence])
             if position == last_position:
-                # One more than the sample's own tokens: the last label.
+                # One extra token for the last label.
                 end = last_offset + 1
             count = end - offset
             tokens[filled : filled + count] = self._corpus.get(sequence, offset, count)

@@ -1,6 +1,6 @@
 """Keeps built index arrays on disk.
 
-Owns: keys, memory mapping. Must not know: what the arrays mean.
+Owns: keys, memory mapping. Must not know: the meaning of the arrays.
 """
 
 import hashlib
@@ -19,18 +19,18 @@ Arrays = dict[str, npt.NDArray[Any]]
 
 
 def cache_key(fields: Mapping[str, object]) -> str:
-    """Returns the name of what these JSON values determine."""
+    """Returns the cache key of arrays that these JSON values determine."""
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def load_or_build(cache_dir: str | None, key: str, build: Callable[[], Arrays]) -> Arrays:
     """Returns the arrays under `key`, built when missing and then memory-mapped.
 
-    A reader sees the whole folder or none. Ranks that build at the same time do equal
-    work, and all use the first to appear. Without a local cache the arrays stay in
-    memory. Raises OSError.
+    The folder appears atomically. Ranks that build at the same time do the same work,
+    and all use the first result. Without a local cache the arrays stay in memory.
+    Raises OSError.
     """
-    # Files in an object store cannot be mapped; each rank then builds its own arrays.
+    # Files in an object store cannot be memory-mapped, so each rank builds its own arrays.
     if cache_dir is None or not is_local_path(cache_dir):
         return build()
     folder = Path(parse_location(cache_dir).path) / key
@@ -39,6 +39,6 @@ def load_or_build(cache_dir: str | None, key: str, build: Callable[[], Arrays]) 
         with atomic_folder(folder) as work:
             for name, array in arrays.items():
                 np.save(work / f"{name}.npy", array)
-    # Mapped also by the rank that built them: ranks of a node share the page cache.
+    # The rank that built them maps them too, so that ranks of a node share the page cache.
     files = sorted(folder.glob("*.npy"))
     return {file.stem: np.load(file, mmap_mode="r") for file in files}

@@ -2,10 +2,10 @@
 
 Owns: the .bin/.idx format, byte for byte. Must not know: tokenizers, samples, splits.
 
-`.bin` holds token ids back to back. `.idx` is little-endian: magic, version, dtype
+`.bin` contains concatenated token ids. `.idx` is little-endian: magic, version, dtype
 code, N sequences, D document marks, then N int32 lengths, N int64 byte positions in
 `.bin`, D int64 document starts (first 0, last N). Positions need not be contiguous, so
-an index may select sequences of a `.bin` that it shares (`write_index`).
+several indices may select sequences of one `.bin` (`write_index`).
 """
 
 import copy
@@ -70,7 +70,7 @@ class IndexTable:
 def read_index(content: bytes | np.memmap[Any, Any], name: str) -> IndexTable:
     """Parses an .idx file; arrays are views of `content`.
 
-    Raises ValueError that names `name` when it is no such file.
+    Raises ValueError with `name` when it is not an index.
     """
     if len(content) < _HEADER.size or bytes(content[: len(_MAGIC)]) != _MAGIC:
         raise ValueError(f"{name} is not a Megatron index: it does not start with MMIDIDX")
@@ -85,7 +85,7 @@ def read_index(content: bytes | np.memmap[Any, Any], name: str) -> IndexTable:
         raise ValueError(
             f"{name} has the unknown token type {code}; known are {sorted(_DTYPES)}"
         )
-    # Four bytes of length and eight of position a sequence, eight a document mark.
+    # Four bytes of length and eight of position per sequence, eight per document mark.
     pointers_at = _HEADER.size + num_sequences * 4
     documents_at = pointers_at + num_sequences * 8
     end = documents_at + num_documents * 8
@@ -114,17 +114,17 @@ def write_index(path: Path, table: IndexTable) -> None:
 
 
 class IndexedDataset:
-    """A corpus to read: memory-mapped when local, by range requests when not.
+    """A readable corpus: memory-mapped when local, otherwise read by range requests.
 
-    Cheap to open; no token is read before it is asked for.
+    Cheap to open; tokens are read on access only.
     """
 
     def __init__(self, prefix: str) -> None:
         """Opens `prefix`.idx and `prefix`.bin.
 
-        Raises OSError when one is missing, ValueError when they are not a corpus.
+        Raises OSError when a file is missing, ValueError when they are not a corpus.
         """
-        # As given: a manifest names a corpus by it, also where it is a URI.
+        # Unchanged, also if it is a URI, because manifests contain it.
         self.prefix = prefix
         location = parse_location(prefix)
         tokens = location.with_suffix(".bin")
@@ -132,7 +132,7 @@ class IndexedDataset:
         if tokens_stat is None:
             raise MissingFileError("read", tokens.path, "no such file")
         self.table = _open_index(location.with_suffix(".idx"))
-        # Found now and not as a strange token in the middle of training.
+        # Checked now, because it would otherwise yield wrong tokens during training.
         end = self._end_of_tokens()
         if end > tokens_stat.size:
             raise ValueError(
@@ -168,7 +168,7 @@ class IndexedDataset:
 
     @property
     def num_documents(self) -> int:
-        """Documents; one of them may be several sequences."""
+        """Number of documents; a document may consist of several sequences."""
         return max(len(self.table.documents) - 1, 0)
 
     def document_ranges(self) -> Iterator[range]:
@@ -180,7 +180,7 @@ class IndexedDataset:
     def get(self, sequence: int, offset: int = 0, length: int | None = None) -> IntArray:
         """Returns `length` tokens of a sequence from token `offset`, in the stored dtype.
 
-        Without a length the rest of the sequence. Read-only when mapped. Raises
+        `length` defaults to the rest of the sequence. Read-only when mapped. Raises
         IndexError.
         """
         size = int(self.table.lengths[sequence])
@@ -195,14 +195,14 @@ class IndexedDataset:
         num_bytes = length * itemsize
         if self._map is not None:
             return self._map[start : start + num_bytes].view(self.table.dtype)
-        # Neither a map nor a file: the corpus is empty.
+        # No map and no file: the corpus is empty.
         content = b""
         if self._file is not None:
             content = self._file.read_at(num_bytes, start)
         return np.frombuffer(content, self.table.dtype)
 
     def view(self, table: IndexTable) -> Self:
-        """Returns the same tokens under another index."""
+        """Returns the same tokens with another index."""
         # Shallow: the memory map and the open file are shared.
         other = copy.copy(self)
         other.table = table
@@ -219,16 +219,16 @@ class IndexedDataset:
 
 
 def _open_index(location: Location) -> IndexTable:
-    # A missing index goes the second way too, whose error names the path.
+    # For a missing index the second branch raises an error with the path.
     if location.is_local and file_stat(location) is not None:
         return read_index(np.memmap(location.path, np.uint8, "r"), location.path)
     return read_index(read_bytes(location), location.path)
 
 
 class IndexedDatasetBuilder:
-    """Writes a corpus as a stream: memory holds 8 bytes a sequence, never tokens.
+    """Writes a corpus as a stream, with 8 bytes per sequence in memory and no tokens.
 
-    The index is written by `close`, so a build that was killed has none.
+    `close` writes the index, so an interrupted build has none.
     """
 
     def __init__(self, prefix: Path, dtype: np.dtype[Any]) -> None:
@@ -238,11 +238,11 @@ class IndexedDatasetBuilder:
         self._file = _with_suffix(prefix, ".bin").open("wb")
         self._lengths: list[int] = []
         self._documents = [0]
-        # Tokens of the sequence under way.
+        # Number of tokens of the current sequence.
         self._open_tokens = 0
 
     def add(self, tokens: IntArray | Sequence[int]) -> None:
-        """Appends to the sequence under way.
+        """Appends to the current sequence.
 
         Raises OverflowError when a token does not fit into the dtype.
         """
@@ -252,14 +252,14 @@ class IndexedDatasetBuilder:
         limits = np.iinfo(self._dtype)
         if values.min() < limits.min or values.max() > limits.max:
             raise OverflowError(f"token {values.max()} does not fit into {self._dtype}")
-        # The index has 32 bits for a length; a longer document is several sequences.
+        # Lengths have 32 bits in the index, so longer documents become several sequences.
         if self._open_tokens + values.size > _MAX_LENGTH:
             self.end_sequence()
         self._file.write(np.ascontiguousarray(values, self._dtype).data)
         self._open_tokens += values.size
 
     def end_sequence(self) -> None:
-        """Closes the sequence under way, which may be empty."""
+        """Closes the current sequence, which may be empty."""
         self._lengths.append(self._open_tokens)
         self._open_tokens = 0
 
@@ -274,7 +274,7 @@ class IndexedDatasetBuilder:
         self._file.close()
         lengths = np.array(self._lengths, np.int32)
         pointers = np.zeros(len(lengths), np.int64)
-        # In 64 bits: a corpus is longer than 2 GiB.
+        # In 64 bits, because a corpus may be larger than 2 GiB.
         num_bytes = lengths.astype(np.int64) * self._dtype.itemsize
         np.cumsum(num_bytes[:-1], out=pointers[1:])
         documents = np.array(self._documents, np.int64)
@@ -290,7 +290,7 @@ class IndexedDatasetBuilder:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        # No index after an error: what is in the .bin then counts for nothing.
+        # No index after an error, so that the incomplete .bin is never used.
         if kind is None:
             self.close()
         else:
@@ -298,5 +298,5 @@ class IndexedDatasetBuilder:
 
 
 def _with_suffix(prefix: Path, suffix: str) -> Path:
-    # Not Path.with_suffix, which would replace what follows a dot in the name.
+    # Not Path.with_suffix, which would replace the part after a dot in the name.
     return prefix.with_name(prefix.name + suffix)

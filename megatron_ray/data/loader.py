@@ -1,10 +1,10 @@
 """Turns samples into tensors on the device.
 
-Owns: which samples of a rank form which microbatch, and the tensors of a batch.
-The only file of this folder that imports torch. Must not know: the model, how corpora
-were made.
+Owns: the samples of each microbatch of a rank, and the tensors of a batch. The only
+file of this folder that imports torch. Must not know: the model, how corpora were
+prepared.
 
-Arrays: B samples, S tokens of each (of whole sequences, before context parallelism cuts
+Shapes: B samples, S tokens of each (whole sequences, before context parallelism splits
 them), D multi-token prediction layers.
 """
 
@@ -23,19 +23,20 @@ from megatron_ray.sharding.sequence_split import SequenceCut
 
 @dataclass(frozen=True)
 class BatchMaker:
-    """Makes batches of samples: shifts labels, separates documents, cuts sequences.
+    """Makes batches of samples: shifts labels, separates documents, splits sequences.
 
-    In that order, so that a label may lie on another context-parallel rank.
+    In that order, because the token after a rank's part may be on another
+    context-parallel rank.
     """
 
     device: torch.device
     cut: SequenceCut = field(default_factory=SequenceCut)
     """This rank's part of each sequence."""
     end_of_document: int | None = None
-    """The token that ends a document. When set, documents are kept apart: positions count
-    from 0 in each, and the token after its last one is no label."""
+    """The token that ends a document. When set, documents are separated: positions
+    restart at 0 in each, and the first token of a document is not a label."""
     num_mtp_layers: int = 0
-    """Tokens beyond the next one that have labels too."""
+    """Number of tokens beyond the next one that are predicted."""
 
     def __call__(self, samples: np.ndarray, counted_rows: int | None = None) -> Batch:
         """Returns the batch of samples [B, S + 1].
@@ -44,7 +45,7 @@ class BatchMaker:
         """
         rows = samples.shape[0]
         length = samples.shape[1] - 1
-        # All of this in numpy on the host: it runs while the device is busy.
+        # In numpy on the host, which is idle while the device computes.
         mask_BS = np.ones((rows, length), dtype=np.float32)
         if counted_rows is not None:
             mask_BS[counted_rows:] = 0
@@ -52,7 +53,7 @@ class BatchMaker:
         packed = None
         if self.end_of_document is not None:
             is_end_BS = samples[:, :-1] == self.end_of_document
-            # After an end token comes the next document's first, which nothing predicts.
+            # The token after an end token starts another document and is not predicted.
             mask_BS[is_end_BS] = 0
             starts_BS = _document_starts(is_end_BS)
             positions = _positions_in_documents(starts_BS)
@@ -71,7 +72,7 @@ class BatchMaker:
             labels_BS,
             self._to_device(mask_BS),
             self._to_device(positions),
-            # On the host: asking the device later would wait for it.
+            # Computed on the host: reading it from the device later would synchronize.
             int(mask_BS.sum()),
             packed,
             mtp_targets,
@@ -88,8 +89,8 @@ class BatchMaker:
     def _mtp_targets(self, samples: np.ndarray, mask_BS: np.ndarray) -> MTPTargets:
         """Returns the labels beyond the next token.
 
-        Such a label must lie in the sample and in the same document: no token up to it
-        may be without a label of its own.
+        Such a label must be in the same sample and document, so all tokens up to it
+        must have labels themselves.
         """
         rows, length = mask_BS.shape
         labels_DBS = np.empty((self.num_mtp_layers, rows, length), dtype=np.int64)
@@ -97,7 +98,7 @@ class BatchMaker:
         previous_mask_BS = mask_BS
         for depth in range(self.num_mtp_layers):
             shift = depth + 1
-            # Past the end any token does: the mask is zero there.
+            # Past the end the token is arbitrary, since the mask is zero there.
             label_positions = np.minimum(np.arange(length) + shift + 1, length)
             labels_DBS[depth] = samples[:, label_positions]
             masks_DBS[depth, :, :-shift] = previous_mask_BS[:, :-shift] * mask_BS[:, shift:]
@@ -114,13 +115,14 @@ class BatchMaker:
         for row in range(rows):
             boundaries = np.append(np.flatnonzero(starts_BS[row]), length)
             lengths.append(tuple(np.diff(boundaries).tolist()))
-        # Of whole sequences, also where this rank has only a part: keys come from others.
+        # Of whole sequences, also if this rank has only a part, because keys come from
+        # other ranks.
         documents_BS = np.cumsum(starts_BS, axis=1, dtype=np.int32)
         return Packed(self._to_device(documents_BS), tuple(lengths))
 
     def _to_device(self, values: np.ndarray) -> Tensor:
         tensor = torch.from_numpy(np.ascontiguousarray(values))
-        # Only from pinned memory is the copy asynchronous.
+        # The copy is asynchronous from pinned memory only.
         if self.device.type == "cuda":
             tensor = tensor.pin_memory()
         return tensor.to(self.device, non_blocking=True)
@@ -136,7 +138,7 @@ def _document_starts(is_end_BS: np.ndarray) -> np.ndarray:
 
 def _positions_in_documents(starts_BS: np.ndarray) -> np.ndarray:
     index = np.arange(starts_BS.shape[1], dtype=np.int64)
-    # The running maximum of the starts is the start of the document a token is in.
+    # The running maximum of the starts is the start of each token's document.
     start_BS = np.maximum.accumulate(np.where(starts_BS, index, 0), axis=1)
     positions: np.ndarray = index - start_BS
     return positions
@@ -145,7 +147,8 @@ def _positions_in_documents(starts_BS: np.ndarray) -> np.ndarray:
 class StepLoader:
     """Loads the microbatches of one data-parallel rank.
 
-    A pure function of the consumed samples: a resumed run continues with the same ones.
+    A pure function of the consumed samples, so a resumed run continues with the same
+    data.
     """
 
     def __init__(
@@ -176,7 +179,7 @@ class StepLoader:
         batches = []
         for microbatch_ids in ids:
             samples = np.stack([self.dataset[int(index)] for index in microbatch_ids])
-            # Dropout draws by the sample's number, so that its masks do not depend on dp.
+            # Dropout masks depend on the sample's number, and thus not on dp.
             batch = replace(self.make_batch(samples), first_sample=int(microbatch_ids[0]))
             batches.append(batch)
         return batches
@@ -192,8 +195,8 @@ def evaluation_batches(
 ) -> Iterator[Batch]:
     """Yields this replica's part of the first `num_samples` samples.
 
-    Every replica gets equally many batches, or collectives would wait for ever; they are
-    filled up with samples that do not count.
+    Every replica gets the same number of batches, because collectives would otherwise
+    hang; batches are padded with samples that do not count.
     """
     # Ceiling division: the last blocks may be short or empty.
     num_batches = -(-num_samples // (micro_batch_size * dp))
@@ -201,7 +204,7 @@ def evaluation_batches(
         start = (number * dp + dp_rank) * micro_batch_size
         samples = []
         for index in range(start, start + micro_batch_size):
-            # Beyond the end the first sample is the filler.
+            # Past the end the first sample is used as padding.
             if index >= num_samples:
                 index = 0
             samples.append(dataset[index])

@@ -1,6 +1,7 @@
 """Defines the manifest of prepared data.
 
-Owns: what `prepare` gives to training, as values. Must not know: how it was made.
+Owns: the interface between preparation and training. Must not know: how data are
+prepared.
 """
 
 from megatron_ray.config.base import Config
@@ -12,11 +13,11 @@ class PreparedCorpus(Config):
     prefix: str
     """Path or URI without the .bin/.idx suffix."""
     weight: float
-    """Share in the blend."""
+    """Weight in the blend."""
     num_tokens: int
     """Tokens in the .bin file, end-of-document tokens included."""
     num_documents: int
-    """Documents in it."""
+    """Number of documents."""
 
 
 class PreparedData(Config):
@@ -29,7 +30,7 @@ class PreparedData(Config):
     tokenizer_path: str
     """tokenizer.json that turns the tokens back into text."""
     vocab_size: int
-    """Tokens the tokenizer knows."""
+    """Size of the tokenizer's vocabulary."""
     end_of_document: int
     """Token id that ends a document."""
     unigram_nats: float | None = None

@@ -1,4 +1,4 @@
-"""Chooses the samples that a rank takes in a step.
+"""Chooses the samples of a rank in a step.
 
 Owns: the order over ranks. Must not know: datasets, tensors.
 """
@@ -16,9 +16,9 @@ def sample_ids(
 ) -> npt.NDArray[np.int64]:
     """Returns [num_microbatches, micro_batch_size] ids of one replica for one step.
 
-    A step takes the ids from `consumed_samples` on, in order; microbatch m of replica r
-    is block m * dp + r of them, as in Megatron. So the set a step consumes, and the
-    blocks it is cut into, do not depend on dp: resume and resize use the same data.
+    A step uses the ids from `consumed_samples` on, in order; microbatch m of replica r
+    is block m * dp + r of them, as in Megatron. So the samples of a step, and its
+    blocks, do not depend on dp: a run that resumes with another dp uses the same data.
     Raises ValueError when an argument is out of range.
     """
     if (
@@ -30,7 +30,7 @@ def sample_ids(
         raise ValueError(
             f"{consumed_samples=} {micro_batch_size=} {dp_rank=} {dp=} {num_microbatches=}"
         )
-    # Blocks of micro_batch_size samples are dealt to the replicas in turn.
+    # Blocks of micro_batch_size samples are assigned to the replicas round-robin.
     blocks = np.arange(num_microbatches, dtype=np.int64) * dp + dp_rank
     first_ids = consumed_samples + blocks * micro_batch_size
     return first_ids[:, None] + np.arange(micro_batch_size)

@@ -2,9 +2,9 @@
 
 Owns: training, loading and saving tokenizer.json. Must not know: where text comes from.
 
-All kinds are one Hugging Face `tokenizers` object, so every tokenizer can be saved and
-opened by other tools. Names of special tokens inside a document are ordinary text: no
-document can end itself.
+All kinds are a Hugging Face `tokenizers` object, so other tools can read every saved
+tokenizer. Names of special tokens inside a document are ordinary text, so that a
+document cannot contain its own end token.
 """
 
 from collections.abc import Iterable, Sequence
@@ -17,7 +17,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from megatron_ray.exceptions import InputError
 
 END_OF_DOCUMENT = "<|endoftext|>"
-# Tried in this order where the config names no end token.
+# Tried in this order if the config does not name an end token.
 _USUAL_END_TOKENS = (
     END_OF_DOCUMENT,
     "<|end_of_text|>",
@@ -31,7 +31,7 @@ _USUAL_END_TOKENS = (
 
 
 class TokenizerError(InputError, ValueError):
-    """A tokenizer.json that cannot be used; `code` and `field` name what to change."""
+    """A tokenizer.json cannot be used; `field` is the config field to change."""
 
     def __init__(self, code: str, detail: str, field: str) -> None:
         super().__init__(detail)
@@ -43,20 +43,20 @@ class TokenizerError(InputError, ValueError):
 class Tokenizer:
     """Encodes and decodes text.
 
-    `end_of_document` is the id appended to every document, `vocab_size` one more than the
-    largest id.
+    `end_of_document` is the id appended to every document, `vocab_size` the largest id
+    plus one.
     """
 
     def __init__(self, inner: tokenizers.Tokenizer, end_of_document: int) -> None:
         """Wraps `inner` and changes its settings. Use the class methods."""
-        # Published files carry settings for other uses: cutting to a length, padding.
+        # Published files may enable truncation and padding.
         inner.no_truncation()
         inner.no_padding()
         # The text `<|endoftext|>` inside a document is encoded as plain characters.
         inner.encode_special_tokens = True
         self._inner = inner
         self.end_of_document = end_of_document
-        # Ids may have holes; embeddings need room up to the largest.
+        # Ids may have gaps; embeddings need rows up to the largest id.
         self.vocab_size: int = max(inner.get_vocab(with_added_tokens=True).values()) + 1
 
     @classmethod
@@ -70,7 +70,7 @@ class Tokenizer:
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size,
             special_tokens=[END_OF_DOCUMENT],
-            # Sorted: the library gives the alphabet in no fixed order.
+            # Sorted, because the library returns the alphabet in arbitrary order.
             initial_alphabet=sorted(alphabet),
             show_progress=False,
         )
@@ -79,7 +79,7 @@ class Tokenizer:
 
     @classmethod
     def of_bytes(cls) -> Self:
-        """Makes the tokenizer whose ids are bytes, and 256 ends a document."""
+        """Makes the tokenizer that maps bytes to ids; id 256 ends a document."""
         vocabulary = {}
         for byte, character in enumerate(_byte_characters()):
             vocabulary[character] = byte
@@ -90,7 +90,7 @@ class Tokenizer:
 
     @classmethod
     def from_json(cls, text: str, end_of_document: str | int | None = None) -> Self:
-        """Makes a tokenizer from a tokenizer.json's content.
+        """Makes a tokenizer from the content of a tokenizer.json.
 
         The end token is given by name or id, or else one of the usual names. Raises
         TokenizerError.
@@ -138,14 +138,14 @@ class Tokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """Returns the text of ids, special tokens by name.
 
-        Bytes that are no UTF-8, as where a text was cut, become U+FFFD.
+        Invalid UTF-8, as at the end of a truncated text, becomes U+FFFD.
         """
         return str(self._inner.decode(list(ids), skip_special_tokens=False))
 
 
 def _byte_level(model: models.Model) -> tokenizers.Tokenizer:
     inner = tokenizers.Tokenizer(model)
-    # No space before the first word: what is decoded must be what was encoded.
+    # No space before the first word, so that decoding inverts encoding.
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()
     return inner
@@ -169,11 +169,11 @@ def _byte_characters() -> list[str]:
 
 
 def _encodable(text: str) -> str:
-    """Replaces half surrogate pairs, which JSON escapes can carry, by question marks.
+    """Replaces lone surrogates, which JSON escapes may contain, by question marks.
 
-    They have no UTF-8, and the library refuses them.
+    They cannot be encoded as UTF-8, so the library rejects them.
     """
-    # The common case by far, and cheap to recognize: no copy is made.
+    # The common case by far; it is cheap to detect and needs no copy.
     if text.isascii():
         return text
     return text.encode("utf-8", "replace").decode("utf-8")
@@ -188,7 +188,7 @@ def _end_token_id(inner: tokenizers.Tokenizer, name: str | None) -> int:
             )
             raise TokenizerError("no_end_token", detail, "end_of_document")
         return int(token_id)
-    # Without a name the first usual one that the vocabulary has.
+    # Without a name, the first usual one in the vocabulary.
     for usual_name in _USUAL_END_TOKENS:
         token_id = inner.token_to_id(usual_name)
         if token_id is not None:

@@ -1,8 +1,8 @@
 """Keeps parameters and main gradients in flat buffers, and reduces their buckets.
 
-A bucket's collective starts the moment its last gradient is complete, so it overlaps with
-the rest of the backward pass. Must not know: the optimizer's arithmetic, scaling
-(gradients stay sums over tokens here).
+A bucket's collective starts when its last gradient is complete, so it overlaps with the
+rest of the backward pass. Must not know: the optimizer's arithmetic, scaling (gradients
+are sums over tokens here).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -25,8 +25,8 @@ OnReduce = Callable[[Bucket], None]
 class FlatBuffers:
     """One flat tensor of parameters and one of main gradients (fp32).
 
-    Both are cut by the same plan; padding is zero. The gradients end where the frozen
-    parameters begin.
+    Both are laid out by the same plan; padding is zero. Frozen parameters come last and
+    have no gradients.
     """
 
     plan: BucketPlan
@@ -47,7 +47,7 @@ class FlatBuffers:
     def views(self, buffer: Tensor) -> dict[str, Tensor]:
         """Returns each parameter's tensor inside a flat buffer, by name.
 
-        Parameters beyond the buffer's end, frozen ones in that of gradients, are left out.
+        Parameters beyond the buffer's end (frozen ones, in the gradients) are left out.
         """
         views = {}
         for placed in self.plan.placed:
@@ -64,11 +64,11 @@ class Reducer(Protocol):
     """
 
     def begin_step(self, trainable: set[str]) -> None:
-        """Forgets the last step's gradients."""
+        """Resets the state of the previous step."""
         ...
 
     def ready(self, slot: GradSlot) -> None:
-        """Takes note that a parameter's gradient is complete on this rank."""
+        """Records that a parameter's gradient is complete on this rank."""
         ...
 
     def finish(self) -> None:
@@ -82,15 +82,14 @@ def _do_nothing() -> None:
 
 @dataclass(frozen=True)
 class ParameterGroup:
-    """Parameters that have the same replicas: the dense ones, or those of experts."""
+    """Parameters with the same replicas: the dense ones, or those of experts."""
 
     buffers: FlatBuffers
     reducer: Reducer
     group: Group
     """Ranks with the same buffers."""
     sync_model: Callable[[], None] = _do_nothing
-    """Copies weights from the flat buffers to the model, where that does not live in
-    them."""
+    """Copies weights from the flat buffers to the model if it has its own memory."""
 
 
 def buffer_views(
@@ -112,7 +111,7 @@ def bind_parameters(model: nn.Module, views: Mapping[str, Tensor]) -> None:
     unmatched = sorted(parameters.keys() ^ views.keys())
     if unmatched:
         raise ValueError(f"the model and the parameter table disagree: {unmatched[:4]}")
-    # By the old parameter and not by its name: a tied one has two places and one name.
+    # Keyed by the old parameter, because a tied one has two modules but one name.
     replaced = {}
     for name, old in parameters.items():
         replaced[old] = nn.Parameter(views[name], old.requires_grad)
@@ -122,7 +121,7 @@ def bind_parameters(model: nn.Module, views: Mapping[str, Tensor]) -> None:
 def replace_parameters(
     model: nn.Module, replaced: Mapping[nn.Parameter, nn.Parameter]
 ) -> None:
-    """Replaces each parameter in every module that has it: shared ones stay shared."""
+    """Replaces each parameter in all of its modules, so shared ones stay shared."""
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             setattr(module, name, replaced[parameter])
@@ -131,9 +130,9 @@ def replace_parameters(
 def attach_slots(
     model: nn.Module, gradients: Mapping[str, Tensor], sink: WeightGradSink
 ) -> None:
-    """Gives every layer the slots of its trainable parameters, onto these main gradients.
+    """Attaches slots for these main gradients to every layer's trainable parameters.
 
-    A parameter that two layers share expects the contributions of both.
+    The slot of a shared parameter expects the contributions of both layers.
     """
     names = {parameter: name for name, parameter in model.named_parameters()}
     for module in model.modules():
@@ -143,7 +142,7 @@ def attach_slots(
             if not parameter.requires_grad:
                 continue
             name = names[parameter]
-            # A tied weight is met twice: in the embedding and in the head.
+            # A tied weight occurs twice, in the embedding and in the head.
             if name in sink.slots:
                 sink.slots[name].uses += module.uses
             else:
@@ -154,9 +153,9 @@ def attach_slots(
 class GradReducer:
     """Sums main gradients over the data-parallel group, one bucket at a time.
 
-    With `sharded` (ZeRO-1) each rank receives the sum of its own part only, in place; the
-    rest of the bucket is then meaningless. `on_start` is called with every bucket whose
-    reduction starts.
+    With `sharded` (ZeRO-1) each rank receives the sum of its own part only, in place;
+    the rest of the bucket is then undefined. `on_start` is called with each bucket when
+    its reduction starts.
     """
 
     def __init__(
@@ -179,11 +178,11 @@ class GradReducer:
         self._pending: list[Pending] = []
 
     def begin_step(self, trainable: set[str]) -> None:
-        """Expects each trainable parameter once.
+        """Resets the counts of missing gradients, one per trainable parameter.
 
         Buckets without a trainable parameter are never reduced.
         """
-        # Counts instead of names: `ready` runs in every backward pass.
+        # Counts instead of sets of names, because `ready` runs in every backward pass.
         self._num_missing = dict.fromkeys(range(len(self.buffers.plan.buckets)), 0)
         for name, bucket in self._bucket_of.items():
             if name in trainable:
@@ -203,7 +202,7 @@ class GradReducer:
     def finish(self) -> None:
         """Waits for every bucket.
 
-        Raises RuntimeError when a gradient never came: the sum would be silently wrong.
+        Raises RuntimeError for a missing gradient, which would make the sum wrong.
         """
         incomplete = []
         for bucket in self.buffers.plan.buckets:
@@ -215,7 +214,7 @@ class GradReducer:
                 f"{len(incomplete)} gradient buckets were never complete; the first holds "
                 f"{names[:4]}"
             )
-        # In the order of starting, which is the same on all ranks.
+        # In order of their start, which is the same on all ranks.
         for pending in self._pending:
             pending.wait()
         self._pending = []
@@ -225,7 +224,7 @@ class GradReducer:
         whole = gradients[bucket.start : bucket.end]
         if not self.sharded or self.group is None:
             return collectives.start_all_reduce(whole, self.group)
-        # In place: the result is this rank's part of the bucket itself.
+        # In place: the output is this rank's part of the bucket.
         dp_rank = collectives.rank(self.group)
         start, end = bucket.shard(dp_rank, collectives.size(self.group))
         return collectives.start_reduce_scatter_into(

@@ -1,10 +1,10 @@
 """Shards the parameters themselves over the replicas (ZeRO-3), by torch's fully_shard.
 
-Each rank keeps an equal number of rows of every tensor it would have (Zhao et al. 2023,
-FSDP), in fp32; a block's weights are gathered for its forward and backward only, in the
-type of the model, and its gradients are scattered as sums in fp32. With fewer shards than
-replicas (HSDP) each shard has copies, and gradients are summed over those too. Which rows
-are on which rank comes from the parameter table. DTensor appears only here. Must not
+Each rank keeps an equal number of rows of each of its tensors (Zhao et al. 2023, FSDP),
+in fp32. A block's weights are gathered only for its forward and backward, in the type
+of the model, and its gradients are reduce-scattered as fp32 sums. With fewer shards
+than replicas (HSDP) each shard has copies, and gradients are summed over those too. The
+parameter table determines the rows of each rank. DTensor is used only here. Must not
 know: the optimizer's arithmetic, scaling.
 """
 
@@ -20,8 +20,8 @@ from megatron_ray.data_parallel.buffers import FlatBuffers, replace_parameters
 from megatron_ray.distributed.collectives import Group
 from megatron_ray.ops.weight_grad import GradSlot
 
-# fully_shard and DTensor import the compiler: seconds of a start, which only a job with
-# ZeRO-3 should pay. So they are imported inside functions.
+# fully_shard and DTensor import the compiler, which takes seconds. They are imported inside
+# functions, so that only jobs with ZeRO-3 pay for it.
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
@@ -31,18 +31,18 @@ class Shards:
     """Modules that are sharded over the same ranks."""
 
     modules: Sequence[nn.Module]
-    """A module inside another comes first."""
+    """Inner modules come before outer ones."""
     group: Group
     """Ranks with the other shards."""
     copies: Group = None
-    """Ranks with the same shard."""
+    """Ranks with copies of the same shard."""
 
 
 class FullShard:
-    """A model under fully_shard whose shards and gradients lie in flat buffers.
+    """A model under fully_shard, with shards and gradients in flat buffers.
 
-    `model` is on device meta and of type fp32, and is itself the last module of `parts`,
-    in which a module inside another comes first. `dtype` is that of gathered weights.
+    `model` is on device meta, in fp32, and is the last module of `parts`, where inner
+    modules come before outer ones. `dtype` is the type of gathered weights.
     """
 
     def __init__(
@@ -65,10 +65,10 @@ class FullShard:
             for module in part.modules:
                 fully_shard(module, mesh=mesh, mp_policy=policy)
                 assert isinstance(module, FSDPModule)
-                # Sums, as everywhere; gloo has no scaled sum either.
+                # Sums, as in all reductions; gloo does not support scaled sums.
                 module.set_gradient_divide_factor(1.0)
                 module.set_force_sum_reduction_for_comms(True)
-        # A pipeline stage is run by `stage` and not by `forward`, and must gather as well.
+        # Pipelines call `stage` instead of `forward`, which must gather as well.
         register_fsdp_forward_method(model, "stage")
         self.model = model
         self._shards: list[tuple[nn.Parameter, Tensor]] = []
@@ -81,7 +81,7 @@ class FullShard:
     ) -> None:
         """Makes the buffers' views the memory of shards and gradients.
 
-        Raises ValueError when the parameter table and torch cut differently.
+        Raises ValueError when the parameter table and torch shard differently.
         """
         replaced = {}
         for name, parameter in self.model.named_parameters():
@@ -93,7 +93,8 @@ class FullShard:
                 )
             shard = nn.Parameter(_like(parameter, weight), parameter.requires_grad)
             if parameter.requires_grad:
-                # torch adds gradients to existing ones, which are the buffer's memory.
+                # torch accumulates into existing gradients, so these use the buffer's
+                # memory.
                 gradient = _view_or_zeros(gradients, name, shape, device)
                 shard.grad = _like(parameter, gradient)
             replaced[parameter] = shard
@@ -104,8 +105,7 @@ class FullShard:
     def sync_model(self) -> None:
         """Copies the flat buffers' weights to the model.
 
-        Only where they are not its memory: torch keeps a padded copy of shards whose rows
-        do not divide evenly.
+        Needed where torch keeps a padded copy of shards that do not divide evenly.
         """
         for parameter, weight in self._shards:
             shard = _local_shard(parameter)
@@ -124,8 +124,8 @@ class TorchReducer:
         self._buffers.gradients.zero_()
 
     def ready(self, slot: GradSlot) -> None:
-        """Raises ValueError: gradients go through autograd here, never through slots."""
-        raise ValueError(f"{slot.name} has a slot, which ZeRO-3 has none of")
+        """Raises ValueError, because under ZeRO-3 autograd accumulates gradients."""
+        raise ValueError(f"{slot.name} has a slot, but ZeRO-3 uses none")
 
     def finish(self) -> None:
         """Does nothing: torch waits for reductions at the end of each backward."""
@@ -136,7 +136,7 @@ def _device_mesh(part: Shards) -> "DeviceMesh":
 
     shard = part.group
     if shard is None:
-        # torch needs a group even where there is nothing to share out.
+        # torch needs a group even for a single rank.
         shard = dist.new_group([dist.get_rank()], use_local_synchronization=True)
     assert shard is not None
     kind = "cpu"
@@ -146,8 +146,8 @@ def _device_mesh(part: Shards) -> "DeviceMesh":
         return DeviceMesh.from_group(shard, kind, mesh_dim_names=("shard",))
     members = torch.tensor([dist.get_process_group_ranks(shard)])
     copies = torch.tensor(dist.get_process_group_ranks(part.copies))
-    # Rows are the groups of shards; the distance between two of them is the same for
-    # every member.
+    # Each row is a group of shards; the offset between two rows is the same for all
+    # members.
     mesh = members + (copies - dist.get_rank())[:, None]
     return DeviceMesh.from_group(
         [part.copies, shard], kind, mesh=mesh, mesh_dim_names=("replicate", "shard")
@@ -157,20 +157,20 @@ def _device_mesh(part: Shards) -> "DeviceMesh":
 def _view_or_zeros(
     views: Mapping[str, Tensor], name: str, shape: torch.Size, device: torch.device
 ) -> Tensor:
-    """Returns a parameter's view; zeros of a rank that has no rows of it."""
+    """Returns a parameter's view; zeros if the rank has none of its rows."""
     if name in views:
         return views[name]
     return torch.zeros(shape, device=device)
 
 
 def _local_shard(parameter: nn.Parameter) -> Tensor:
-    # Not to_local(), which would be a node of autograd.
+    # Not to_local(), which would add an autograd node.
     shard: Tensor = parameter._local_tensor  # type: ignore[attr-defined]
     return shard
 
 
 def _like(parameter: nn.Parameter, local: Tensor) -> Tensor:
-    """Returns a DTensor over `local` that is cut as the parameter is."""
+    """Returns a DTensor over `local` that is sharded like the parameter."""
     from torch.distributed.tensor import DTensor
 
     assert isinstance(parameter, DTensor)

@@ -1,10 +1,10 @@
 """Wraps the collectives of torch.distributed with types.
 
-Owns: which torch version names a collective how. Must not know: axes, layers, buckets.
+Owns: names of collectives in torch's versions. Must not know: axes, layers, buckets.
 
-The group is always an argument; `None` is a group of one rank, for which everything is
-the identity. What `start_...` returns has to be waited for before its result is read, and
-its tensors must not change until then.
+The group is always an argument; `None` is a group of one rank, for which every
+collective is the identity. The handle of `start_...` must be waited for before the
+result is read; until then its tensors must not change.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,16 +16,16 @@ from torch import Tensor
 
 Group = dist.ProcessGroup | None
 
-# torch 2.13 renamed the flat collectives; both names mean the same operation.
+# torch 2.13 renamed the flat collectives.
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 class Pending(Protocol):
-    """A collective under way."""
+    """A running collective."""
 
     def wait(self) -> object:
-        """Blocks until the result may be used: the host on CPU, the stream on CUDA."""
+        """Blocks the host (CPU) or the stream (CUDA) until the result may be used."""
 
     def is_completed(self) -> bool:
         """Returns whether `wait` would return at once."""
@@ -33,7 +33,7 @@ class Pending(Protocol):
 
 
 class _Done:
-    """The handle of a transfer that is complete already."""
+    """The handle of a completed transfer."""
 
     def wait(self) -> object:
         return None
@@ -45,8 +45,8 @@ class _Done:
 DONE: Pending = _Done()
 
 
-class _All:
-    """Several transfers as one."""
+class _JointPending:
+    """The joint handle of several transfers."""
 
     def __init__(self, works: Sequence[Pending]) -> None:
         self._works = works
@@ -61,8 +61,8 @@ class _All:
         return all(work.is_completed() for work in self._works)
 
 
-class _Then:
-    """Transfers and a computation on what they bring, which is done once, in `wait`."""
+class _PendingWithFinish:
+    """Transfers and a computation on their results, which `wait` runs once."""
 
     def __init__(self, transfers: Pending, finish: Callable[[], object]) -> None:
         self._transfers = transfers
@@ -92,11 +92,11 @@ def rank(group: Group) -> int:
 
 # ---- on CPU, collectives made of messages
 #
-# gloo hands a collective from thread to thread, which takes longer than the transfer
-# where cores are few, and its reduce-scatter is an all-reduce of a copy. Its messages
-# are neither, so on CPU some collectives are made of them (measured with two ranks on
-# two cores: a tensor-parallel step 15 % faster, a reduce-scatter in half the time). The
-# tag keeps them apart from a pipeline's messages.
+# gloo passes a collective between threads, which takes longer than the transfer on few
+# cores, and its reduce-scatter is an all-reduce of a copy. Point-to-point messages avoid
+# both, so some collectives on CPU are built from them (measured with two ranks on two
+# cores: a tensor-parallel step 15 % faster, a reduce-scatter in half the time). The tag
+# separates them from a pipeline's messages.
 _TAG = 1
 
 
@@ -105,19 +105,19 @@ def _start_messages(
 ) -> Pending:
     """Starts sending outgoing[r] to rank r and receiving incoming[r] from it.
 
-    All are contiguous; this rank's own entries are left alone.
+    All are contiguous; this rank's own entries are ignored.
     """
     works = []
     peers = []
     for peer in range(group.size()):
-        # For an empty message gloo would wait for ever.
+        # gloo would hang on an empty message.
         if peer != group.rank() and incoming[peer].numel() > 0:
             peers.append(peer)
     for peer in peers:
         works.append(dist.isend(outgoing[peer], group=group, group_dst=peer, tag=_TAG))
     for peer in peers:
         works.append(dist.irecv(incoming[peer], group=group, group_src=peer, tag=_TAG))
-    return _All(works)  # type: ignore[arg-type]
+    return _JointPending(works)  # type: ignore[arg-type]
 
 
 def _start_pair_reduction(
@@ -125,7 +125,7 @@ def _start_pair_reduction(
 ) -> Pending:
     """Starts an all-reduce of two ranks.
 
-    Each sends all it has and reduces: a sum of two is the same bits either way round.
+    Each sends its tensor and reduces: the sum of two is bitwise commutative.
     """
     peers_tensor = torch.empty_like(tensor)
 
@@ -135,16 +135,18 @@ def _start_pair_reduction(
         else:
             torch.maximum(tensor, peers_tensor, out=tensor)
 
-    return _Then(_start_messages([tensor] * 2, [peers_tensor] * 2, group), reduce)
+    return _PendingWithFinish(
+        _start_messages([tensor] * 2, [peers_tensor] * 2, group), reduce
+    )
 
 
 def _start_direct_reduce_scatter(
     shard: Tensor, tensor: Tensor, group: dist.ProcessGroup
 ) -> Pending:
-    """Starts a reduce-scatter in which every rank sends every other its part.
+    """Starts a reduce-scatter in which every rank sends all other ranks their parts.
 
-    A rank adds up what it gets in the order of ranks, behind its own, so that sums are the
-    same in every run.
+    A rank adds the received parts to its own in the order of ranks, so that sums are
+    reproducible.
     """
     parts = tensor.view(group.size(), *shard.shape)
     own_rank = group.rank()
@@ -153,15 +155,15 @@ def _start_direct_reduce_scatter(
     )
 
     def add_up() -> None:
-        # The shard may be this rank's part of the tensor itself.
+        # The shard may alias this rank's part of the tensor.
         if shard.data_ptr() != parts[own_rank].data_ptr():
             shard.copy_(parts[own_rank])
         for part in received:
             shard.add_(part)
 
-    # By rank of the sender, with any tensor in this rank's own place.
+    # Indexed by sender; the entry of this rank itself is unused.
     incoming = [*received[:own_rank], shard, *received[own_rank:]]
-    return _Then(_start_messages(list(parts), incoming, group), add_up)
+    return _PendingWithFinish(_start_messages(list(parts), incoming, group), add_up)
 
 
 # ---- reductions
@@ -194,7 +196,7 @@ def reduce_scatter_rows(tensor: Tensor, group: Group) -> Tensor:
 
 
 def start_reduce_scatter_rows(tensor: Tensor, group: Group) -> tuple[Tensor, Pending]:
-    """Starts a sum over the group, of which the first item gets this rank's rows of dim 0."""
+    """Starts a sum over the group; the first item receives this rank's rows of dim 0."""
     if group is None:
         return tensor, DONE
     scattered = tensor.new_empty((tensor.shape[0] // group.size(), *tensor.shape[1:]))
@@ -202,9 +204,9 @@ def start_reduce_scatter_rows(tensor: Tensor, group: Group) -> tuple[Tensor, Pen
 
 
 def start_reduce_scatter_into(shard: Tensor, tensor: Tensor, group: Group) -> Pending:
-    """Starts a sum of `tensor`, of which `shard` gets this rank's equal part of dim 0.
+    """Starts a sum of `tensor`; `shard` receives this rank's equal part of dim 0.
 
-    `shard` may be that very part of `tensor`.
+    `shard` may alias that part of `tensor`.
     """
     if group is None:
         return DONE
@@ -214,7 +216,7 @@ def start_reduce_scatter_into(shard: Tensor, tensor: Tensor, group: Group) -> Pe
 
 
 def reduce_scatter_uneven_rows(tensor: Tensor, rows: Sequence[int], group: Group) -> Tensor:
-    """Sums over the group; rank r gets its rows[r] rows of dim 0."""
+    """Sums over the group; rank r receives its rows[r] rows of dim 0."""
     if group is None:
         return tensor
     max_rows = max(rows)
@@ -237,7 +239,7 @@ def all_gather_rows(tensor: Tensor, group: Group) -> Tensor:
 
 
 def start_all_gather_rows(tensor: Tensor, group: Group) -> tuple[Tensor, Pending]:
-    """Starts a concatenation along dim 0, which the first item gets."""
+    """Starts a concatenation along dim 0; the first item receives it."""
     if group is None:
         return tensor, DONE
     gathered = tensor.new_empty((tensor.shape[0] * group.size(), *tensor.shape[1:]))
@@ -247,7 +249,7 @@ def start_all_gather_rows(tensor: Tensor, group: Group) -> tuple[Tensor, Pending
 def start_all_gather_into(output: Tensor, shard: Tensor, group: Group) -> Pending:
     """Starts filling flat `output` with every rank's shard.
 
-    `shard` may be this rank's part of `output`.
+    `shard` may alias this rank's part of `output`.
     """
     if group is None:
         return DONE
@@ -262,8 +264,8 @@ def start_all_gather_into(output: Tensor, shard: Tensor, group: Group) -> Pendin
 def all_gather_uneven_rows(tensor: Tensor, rows: Sequence[int], group: Group) -> Tensor:
     """Concatenates along dim 0 in group order; rank r has rows[r] rows.
 
-    All send as many as the largest has, because gloo knows nothing else; NCCL would
-    broadcast one rank after another.
+    All ranks are padded to the largest, because gloo supports equal sizes only, and
+    NCCL would broadcast one rank after another.
     """
     if group is None:
         return tensor
@@ -292,18 +294,18 @@ def local_rows(tensor: Tensor, group: Group) -> Tensor:
 def start_send(tensor: Tensor, to: int, group: Group) -> Pending:
     """Starts sending to a rank of the group.
 
-    Between two ranks sends and receives match in the order in which they are started,
-    in both directions together (NCCL).
+    Sends and receives between two ranks match in the order of their start, over both
+    directions (NCCL).
     """
     if group is None:
-        raise ValueError("a group of one rank has nobody to send to")
+        raise ValueError("a group of one rank has no receiver")
     return dist.isend(tensor, group=group, group_dst=to)  # type: ignore[return-value]
 
 
 def start_receive(tensor: Tensor, sender: int, group: Group) -> Pending:
     """Starts receiving from a rank of the group into `tensor`."""
     if group is None:
-        raise ValueError("a group of one rank has nobody to receive from")
+        raise ValueError("a group of one rank has no sender")
     return dist.irecv(tensor, group=group, group_src=sender)  # type: ignore[return-value]
 
 
@@ -312,19 +314,19 @@ def start_exchange(
 ) -> Pending:
     """Starts a send and a receive that belong together.
 
-    No order of ranks can block, as a send that waits for the peer's receive would.
+    It cannot deadlock, unlike a send that waits for the peer's receive.
     """
     if group is None:
         incoming.copy_(outgoing)
         return DONE
     if outgoing.device.type != "cuda":
-        # gloo buffers what it is given, so the two need not be one operation.
+        # gloo buffers sends, so two separate operations cannot deadlock.
         sent = dist.isend(outgoing, group=group, group_dst=to)
-        return _All([sent, dist.irecv(incoming, group=group, group_src=sender)])  # type: ignore[list-item]
-    # NCCL would wait for the other side with both sends first.
+        return _JointPending([sent, dist.irecv(incoming, group=group, group_src=sender)])  # type: ignore[list-item]
+    # Without a batch, two sends that wait for each other would deadlock in NCCL.
     sending = dist.P2POp(dist.isend, outgoing, group=group, group_peer=to)
     receiving = dist.P2POp(dist.irecv, incoming, group=group, group_peer=sender)
-    return _All(dist.batch_isend_irecv([sending, receiving]))
+    return _JointPending(dist.batch_isend_irecv([sending, receiving]))
 
 
 def all_to_all_rows(
@@ -335,7 +337,7 @@ def all_to_all_rows(
 ) -> Tensor:
     """Sends send[r] rows of dim 0 to rank r and returns receive[r] rows of it, in rank order.
 
-    The parts are equal where the numbers are not given.
+    Without these numbers all parts are equal.
     """
     if group is None:
         return tensor
@@ -359,7 +361,6 @@ def all_to_all_rows(
 def barrier(group: Group, device: torch.device) -> None:
     """Waits for all ranks of the group.
 
-    It is an all-reduce of one number: that proves that the group works, and opens its
-    connections.
+    It is an all-reduce of one number, which tests the group and opens its connections.
     """
     all_reduce(torch.ones(1, device=device), group)

@@ -28,11 +28,10 @@ def select(kind: str, local_index: int = 0) -> torch.device:
 
 
 def kind_of(device_type: str) -> DeviceKind:
-    """Returns what decides which kernels run on this process's device of a type.
+    """Returns the properties of this process's device that decide which kernels run.
 
-    For a CPU oneDNN is asked, since it multiplies there: yes from AVX-512 on (it needs
-    no instructions for bf16), no below, and what ONEDNN_MAX_CPU_ISA forbids it, it does
-    not do.
+    On CPUs oneDNN computes products, so oneDNN is queried for bf16: supported from
+    AVX-512 on (without bf16 instructions), and limited by ONEDNN_MAX_CPU_ISA.
     """
     if device_type != "cpu":
         return DeviceKind(device_type, bf16_products=True)
@@ -43,7 +42,7 @@ def kind_of(device_type: str) -> DeviceKind:
 def backend_for(device: torch.device) -> str:
     """Returns the torch.distributed backends of a device."""
     if device.type == "cuda":
-        # gloo too, for what is on the host.
+        # gloo too, for tensors on the host.
         return "cpu:gloo,cuda:nccl"
     # `cpu:gloo` would warn of a missing default.
     return "gloo"
@@ -52,17 +51,17 @@ def backend_for(device: torch.device) -> str:
 class MallocTuning:
     """Makes glibc keep large freed blocks instead of returning them to the system.
 
-    A fifth to a third of a CPU step is otherwise page faults on fresh temporaries. It
-    holds for the whole process and all its threads, so only the owner of a process makes
-    one.
+    Otherwise page faults on new temporaries take a fifth to a third of a CPU step. It
+    affects the whole process with all its threads, so only a process's owner should
+    create one.
 
-    What is kept can fall to pieces that fit nothing: with collectives in other threads
-    a rank had three times of what a step needs after 50 steps (measured; not so where
-    glibc maps large blocks one by one). Hence `trim_if_grown`. One cause: glibc before
-    2.38 asks for more than an aligned block's size and cuts off scraps, so the block's
-    place serves the same size again only once it is joined with its scraps. Small bins
-    keep scraps from being joined; one kind is switched off here, the other (tcache) only
-    by GLIBC_TUNABLES as a process starts.
+    Kept memory can fragment: with collectives in other threads, a rank used three times
+    the memory of a step after 50 steps (measured; not if glibc maps large blocks one by
+    one). Hence `trim_if_grown`. One cause: glibc before 2.38 allocates more than an
+    aligned block's size and splits off scraps, so the block can be reused for the same
+    size only after it is merged with its scraps. Small bins prevent this merge; one
+    kind is disabled here, the other (tcache) only by GLIBC_TUNABLES when a process
+    starts.
     """
 
     def __init__(self) -> None:
@@ -79,9 +78,9 @@ class MallocTuning:
             1: 0,  # M_MXFAST: off, or small bins keep scraps apart
         }
         self.keeps = mallopt is not None
-        """Whether freed blocks are kept; False where the C library has no such switch."""
+        """Whether freed blocks are kept; False if the C library has no such option."""
         if mallopt is not None:
-            # Every setting is tried, even behind one that was refused.
+            # Every setting is tried, even after one has failed.
             for parameter, value in settings.items():
                 if mallopt(parameter, value) != 1:
                     self.keeps = False
@@ -109,7 +108,7 @@ def _resident_bytes() -> int:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Returns the most memory that was used so far.
+    """Returns the peak memory use so far.
 
     It is the allocator's peak on CUDA, the process's resident set on CPU.
     """
@@ -121,7 +120,7 @@ def peak_memory_bytes(device: torch.device) -> int:
 def peak_flops(device: torch.device) -> float | None:
     """Returns the dense bf16 FLOP/s of the device.
 
-    None where no data sheet is known (every CPU).
+    None for devices without a data sheet (every CPU).
     """
     if device.type != "cuda":
         return None

@@ -1,9 +1,9 @@
-"""Makes the process groups of one rank from its place in the grid.
+"""Makes the process groups of one rank from its position in the grid.
 
 Owns: turning ParallelDims into groups. Must not know: layers, Ray.
 
-The mesh is passed as an argument, always: a group read from a module's global once gave
-wrong numbers with no error elsewhere.
+The mesh is always passed as an argument, because a wrong global group would silently
+produce wrong numbers.
 """
 
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from megatron_ray.parallel_dims import ParallelDims
 
 @dataclass(frozen=True)
 class World:
-    """This process among all of them."""
+    """This process's rank and device within the world."""
 
     rank: int
     world_size: int
@@ -31,13 +31,13 @@ class World:
 
 @dataclass(frozen=True)
 class ParallelMesh:
-    """The process groups of one rank, and its index in them; a group of one is None."""
+    """The process groups of one rank, and its index in them. A group of one is None."""
 
     dims: ParallelDims
     rank: int
     device: torch.device
     device_kind: DeviceKind
-    """Decides which kernels run; the device's own, unless it is replaced."""
+    """Decides which kernels run; by default the kind of the device."""
     world_group: Group
     tp_group: Group
     dp_group: Group
@@ -49,7 +49,7 @@ class ParallelMesh:
     replica_group: Group
     """Ranks with the same dense parameters and other tokens: dp x cp."""
     shard_group: Group
-    """Ranks of replica_group that share one copy of sharded state."""
+    """Ranks of replica_group that together hold one copy of sharded state."""
     copy_group: Group
     """Ranks of replica_group with the same shard of another copy."""
     pp_group: Group
@@ -70,10 +70,10 @@ class ParallelMesh:
     ) -> "ParallelMesh":
         """Builds every group and runs one collective on each.
 
-        The store may die afterwards: each group has opened its connections.
+        The store is not needed afterwards, since each group has opened its connections.
         torch.distributed must be initialised with `world.world_size` ranks (not needed
-        for a world of one). Raises ValueError when the degrees do not make up the
-        world.
+        for a world of one). Raises ValueError when the degrees do not multiply to the
+        world size.
         """
         if dims.world_size != world.world_size:
             raise ValueError(
@@ -82,8 +82,8 @@ class ParallelMesh:
         torch_device = device.select(world.device, world.local_rank)
         rank = world.rank
         factory = _GroupFactory(timeout)
-        # Every rank asks for its groups in this order: making one is collective among its
-        # members.
+        # Every rank creates its groups in this order, because creation is collective among
+        # the members.
         cp_levels = []
         for level in dims.context_levels_of(rank):
             cp_levels.append(factory.get(level, "cp level"))
@@ -107,7 +107,7 @@ class ParallelMesh:
                 dims.experts.group_of(rank, ("edp",)), "edp"
             ),
         }
-        # Each group once, in one order on all ranks: axes may share a group.
+        # Each group once, as axes may share a group, in the same order on all ranks.
         for group in dict.fromkeys((*groups.values(), *cp_levels)):
             collectives.barrier(group, torch_device)
         kind = device.kind_of(torch_device.type)
@@ -145,10 +145,10 @@ class ParallelMesh:
 
 
 class _GroupFactory:
-    """Makes the groups that this rank is in, and no others.
+    """Creates only the groups that contain this rank.
 
-    So the work does not grow with the world. Axes that come down to the same ranks share
-    a group: each costs connections and memory.
+    So the work does not grow with the world. Axes with the same ranks share a group,
+    because each group costs connections and memory.
     """
 
     def __init__(self, timeout: timedelta | None) -> None:
@@ -156,10 +156,10 @@ class _GroupFactory:
         self._groups: dict[tuple[int, ...], Group] = {}
 
     def get(self, members: tuple[int, ...], name: str) -> Group:
-        """Returns the group of these ranks; None where this one is alone."""
+        """Returns the group of these ranks; None for a single rank."""
         if len(members) == 1:
             return None
-        # Without use_local_synchronization every rank of the world would have to make
+        # Without use_local_synchronization every rank of the world would have to create
         # every group.
         if members not in self._groups:
             self._groups[members] = dist.new_group(

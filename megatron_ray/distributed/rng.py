@@ -1,14 +1,14 @@
-"""Makes random numbers as pure functions of what they are for.
+"""Makes random numbers as pure functions of their purpose.
 
-Owns: how a name becomes a generator, and the streams of each axis. Must not know: layers,
-what is drawn.
+Owns: deriving a generator from a name, and the streams of each axis. Must not know:
+layers, distributions.
 
-A stream belongs to a place in the model and to this rank's coordinates along the axes
-that cut what is drawn for. So ranks that have the same activations draw the same, and
-ranks that have different parts draw apart; pipeline stages differ by place,
-data-parallel replicas by sample. Nothing is kept from draw to draw: a resumed run, a
-recomputed layer and a microbatch that ran elsewhere get the numbers they always would,
-no state is saved, and no other generator is touched.
+A stream is identified by a module path and by this rank's coordinates along the axes
+that split the activations. So ranks with the same activations draw the same numbers,
+and ranks with different parts draw different ones; pipeline stages differ by path,
+data-parallel replicas by sample. Generators have no state between draws: a resumed run,
+a recomputed layer and a microbatch on another rank get the same numbers, no state is
+saved, and no other generator is affected.
 """
 
 import hashlib
@@ -19,9 +19,9 @@ import torch
 
 
 def generator(name: str, device: torch.device | str = "cpu") -> torch.Generator:
-    """Returns a fresh generator, seeded by the name, on the device that draws.
+    """Returns a new generator on a device, seeded by the name.
 
-    `meta` draws nothing and gets the CPU's. A CPU takes 32 bits of the seed, CUDA 63.
+    `meta` gets a generator of the CPU. The CPU uses 32 bits of the seed, CUDA 63.
     """
     digest = hashlib.sha256(name.encode()).digest()
     seed = int.from_bytes(digest[:8], "little") >> 1
@@ -32,12 +32,12 @@ def generator(name: str, device: torch.device | str = "cpu") -> torch.Generator:
 
 @dataclass(frozen=True)
 class Stream:
-    """The random numbers of one place in the model, by sample."""
+    """The random numbers of one module, by sample."""
 
     name: str
 
     def at(self, first_sample: int, device: torch.device) -> torch.Generator:
-        """Returns the generator of the microbatch that begins with this sample of the run."""
+        """Returns the generator of the microbatch that starts with this sample."""
         return generator(f"{self.name}/{first_sample}", device)
 
 
@@ -47,12 +47,12 @@ class Streams:
 
     seed: int
     coordinates: Mapping[str, int]
-    """This rank's index along each axis that may cut an activation."""
+    """This rank's index along each axis that may split an activation."""
 
     def stream(self, place: str, cut_by: tuple[str, ...]) -> Stream:
-        """Returns the stream of a place whose activations are cut along these axes.
+        """Returns the stream of a module with activations split along these axes.
 
-        Along all others they are the same, and so are the numbers.
+        Ranks that differ only along other axes draw the same numbers.
         """
         coordinates = ",".join(f"{axis}={self.coordinates[axis]}" for axis in cut_by)
         return Stream(f"{self.seed}/{place}/{coordinates}")

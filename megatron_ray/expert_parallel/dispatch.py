@@ -1,15 +1,15 @@
-"""Dispatches tokens to the ranks of their experts, and combines what the experts return.
+"""Dispatches tokens to the ranks of their experts, and combines the outputs.
 
-Owns: the two dispatchers, `alltoall` and `allgather`. Must not know: what an expert
-computes, how experts were chosen.
+Owns: the two dispatchers, `alltoall` and `allgather`. Must not know: the computation of
+an expert, the routing.
 
-Experts lie in order over ep, each cut over etp. Every rank has tokens of its own (under
-tensor parallelism by sequence parallelism), so a dispatch is the same whatever the
-layout of the dense layers.
+Experts are assigned to ep ranks in order, each split over etp. Every rank has different
+tokens (under tensor parallelism due to sequence parallelism), so dispatch does not
+depend on the layout of the dense layers.
 
-An expert's number of rows depends on the data, and the host must know it to size
-messages and buffers: the one place in a step where it waits for the device. It does not
-wait where every expert takes equally many rows (`Capacity.rows_per_expert`).
+An expert's number of rows depends on the data, and the host needs it to size messages
+and buffers. This is the only device synchronization of a step. It is avoided if all
+experts have equally many rows (`Capacity.rows_per_expert`).
 
 Shapes: T tokens of this rank, K experts of a token, E experts, L of them on this rank,
 H hidden, R rows.
@@ -36,24 +36,24 @@ from megatron_ray.ops.matmul import Counts
 
 @dataclass(frozen=True)
 class Dispatched:
-    """Rows for this rank's experts, and the way back."""
+    """Rows for this rank's experts, and the function that returns their outputs."""
 
     rows_RH: Tensor
     counts: Counts
-    """Rows of each of this rank's experts, in the order in which they lie."""
+    """Rows of each of this rank's experts, in order."""
     combine: Callable[[Tensor, Tensor], Tensor]
     """(the experts' outputs [R, H], weights [T, K]) -> weighted sums [T, H]."""
 
 
 @dataclass(frozen=True)
 class Capacity:
-    """The bounds on rows per expert that are known before tokens are counted."""
+    """Bounds on the rows per expert, independent of the data."""
 
     dropless: bool = True
     """Whether every token goes to all of its experts."""
     rows_per_expert: int | None = None
-    """Rows that each rank sends to every expert, padded with zeros; None for as many as
-    chose it."""
+    """Rows that each rank sends to every expert, padded with zeros; None: the number of
+    tokens that chose it."""
 
 
 def sort_slots(
@@ -61,11 +61,11 @@ def sort_slots(
 ) -> tuple[Tensor, Counts]:
     """Returns (slots [R], rows of each expert).
 
-    Row r comes from slot slots[r] of the flattened choice. Rows lie expert by expert,
-    those of one in the order of tokens. An expert `num_experts` means none at all. Rows
-    that are only padding come from slot T x K.
+    Row r comes from slot slots[r] of the flattened choice. Rows are sorted by expert,
+    then by token. Expert `num_experts` means no expert. Padding rows come from slot T x
+    K.
     """
-    # Sorting by expert is stable, so rows of one expert stay in the order of tokens.
+    # The sort is stable, so rows of one expert stay in the order of tokens.
     flat = experts_TK.flatten()
     order = torch.argsort(flat, stable=True)
     sorted_experts = flat[order]
@@ -74,19 +74,19 @@ def sort_slots(
     )
     starts = torch.cat([ends.new_zeros(1), ends[:-1]])
     if capacity.rows_per_expert is not None:
-        # Dropped slots are those of expert `num_experts`, which begins at the last end.
+        # Dropped slots are those of expert `num_experts`, after the last end.
         starts = torch.cat([starts, ends[-1:]])
         rank_in_expert = (
             torch.arange(len(flat), device=flat.device) - starts[sorted_experts]
         )
         rows = sorted_experts * capacity.rows_per_expert + rank_in_expert
         num_rows = num_experts * capacity.rows_per_expert
-        # One row more than there are collects all dropped slots, and is cut off.
+        # An extra last row collects all dropped slots and is removed.
         slots = flat.new_full((num_rows + 1,), len(flat))
         slots.index_copy_(0, rows.clamp(max=num_rows), order)
         return slots[:-1], capacity.rows_per_expert
     if not capacity.dropless:
-        order = order[: int(ends[-1])]  # the host waits here
+        order = order[: int(ends[-1])]  # host waits here
     return order, ends - starts
 
 
@@ -99,7 +99,7 @@ class AllToAllPlan:
     receive: list[int]
     """Rows from each ep rank."""
     gathered: list[int]
-    """Rows that each etp rank has received."""
+    """Rows received by each etp rank."""
     to_expert_order_R: Tensor
     """Rows arrive by etp rank, then by ep rank, then by expert; this sorts them by
     expert."""
@@ -124,9 +124,9 @@ class AllToAllPlan:
 
 
 class AllToAllDispatcher:
-    """Sends each row to the ep rank that has its expert.
+    """Sends each row to the ep rank of its expert.
 
-    Each etp rank there has a part of the expert, so they gather each other's rows.
+    Each etp rank has a part of the expert, so etp ranks gather each other's rows.
     """
 
     def __init__(self, num_experts: int, ep_group: Group, etp_group: Group) -> None:
@@ -136,7 +136,8 @@ class AllToAllDispatcher:
 
     def dispatch(self, x_TH: Tensor, experts_TK: Tensor, capacity: Capacity) -> Dispatched:
         """Returns the rows of this rank's experts from all ranks."""
-        # Sorted by expert is sorted by rank too, since experts lie in order over ep.
+        # Rows sorted by expert are also sorted by rank, since ep ranks have experts in
+        # order.
         slots, counts = sort_slots(experts_TK, self.num_experts, capacity)
         rows = take_tokens(x_TH, slots, experts_TK.shape[1])
         if self.ep_group is None and self.etp_group is None:
@@ -149,12 +150,12 @@ class AllToAllDispatcher:
             plan = self._plan_by_counts(counts)
         else:
             plan = self._plan_evenly(counts, slots.device)
-        # First to the ep rank with the expert, then to all etp ranks that share it.
+        # First to the ep rank of the expert, then to all etp ranks that share it.
         received = exchange(rows, plan.send, plan.receive, self.ep_group)
         arrived = gather(received, plan.gathered, self.etp_group)
 
         def combine(outputs_RH: Tensor, weights_TK: Tensor) -> Tensor:
-            # The same moves backwards: etp ranks have partial sums of every row.
+            # The same exchanges in reverse order; etp ranks have partial sums of every row.
             partial_sums = reorder(outputs_RH, plan.to_arrival_order_R)
             summed = sum_and_scatter(partial_sums, plan.gathered, self.etp_group)
             returned = exchange(summed, plan.receive, plan.send, self.ep_group)
@@ -182,14 +183,14 @@ class AllToAllDispatcher:
         )
 
     def _plan_by_counts(self, counts_E: Tensor) -> AllToAllPlan:
-        """Plans by the rows that each rank has for each expert, which ranks exchange."""
+        """Plans by the rows of each rank for each expert, which ranks exchange first."""
         ep = collectives.size(self.ep_group)
         # [ep, L]: rows to the experts of each ep rank.
         leaving = counts_E.view(ep, -1)
         received = collectives.all_to_all_rows(leaving, self.ep_group)
-        # [etp x ep, L]: rows to the experts here from each rank, of all etp ranks.
+        # [etp x ep, L]: rows for the local experts from each rank, over all etp ranks.
         arriving = collectives.all_gather_rows(received, self.etp_group)
-        totals = torch.cat([leaving.sum(1), arriving.sum(1)]).tolist()  # the host waits
+        totals = torch.cat([leaving.sum(1), arriving.sum(1)]).tolist()  # host waits here
         send = totals[:ep]
         received_by_etp_rank = list[list[int]]()
         for start in range(ep, len(totals), ep):
@@ -205,10 +206,10 @@ class AllToAllDispatcher:
 
 
 class AllGatherDispatcher:
-    """Gathers the tokens of all ranks that share experts, and picks the rows of its own.
+    """Gathers the tokens of all ranks that share experts and selects its own rows.
 
-    Outputs are summed where the tokens came from. This sends more bytes, but no message
-    depends on the data.
+    Outputs are summed on the tokens' ranks. This sends more bytes, but message sizes do
+    not depend on the data.
     """
 
     def __init__(self, num_experts: int, ep_group: Group, etp_group: Group) -> None:
@@ -221,11 +222,11 @@ class AllGatherDispatcher:
         experts = experts_TK
         for group in self.groups:
             experts = collectives.all_gather_rows(experts, group)
-        # Experts of other ranks become number `num_local`, which means none.
+        # Experts of other ranks become `num_local`, which means no expert.
         local = experts - self.first_local
         is_elsewhere = (local < 0) | (local >= self.num_local)
         local = local.masked_fill(is_elsewhere, self.num_local)
-        # An expert here takes its rows of every rank at once.
+        # A local expert processes its rows of all ranks at once.
         rows_per_expert = capacity.rows_per_expert
         if rows_per_expert is not None:
             num_ranks = len(experts) // len(experts_TK)
@@ -237,7 +238,8 @@ class AllGatherDispatcher:
         )
 
         def combine(outputs_RH: Tensor, weights_TK: Tensor) -> Tensor:
-            # Weighed before they are summed over ranks: tokens travel once, not K times.
+            # Weighted before the sum over ranks, so that each token is sent once, not K
+            # times.
             sums = weigh_and_sum(outputs_RH, self._gather(weights_TK), slots)
             for group in reversed(self.groups):
                 size = collectives.size(group)

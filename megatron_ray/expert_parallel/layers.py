@@ -1,9 +1,9 @@
 """Computes the layers of a mixture of experts: router, expert products, balancing bias.
 
-Weight gradients go to slots, as everywhere. Must not know: how tokens are routed.
+Weight gradients are accumulated in slots. Must not know: how tokens are routed.
 
-Shapes: T tokens, R rows that lie expert by expert, H hidden, E experts (of this rank, in
-grouped products), I inputs, O outputs.
+Shapes: T tokens, R rows sorted by expert, H hidden, E experts (of this rank, in grouped
+products), I inputs, O outputs.
 """
 
 from collections.abc import Collection
@@ -32,9 +32,9 @@ Shape = tuple[int, ...]
 
 
 class RouterLinear(SlottedModule):
-    """One logit per token and expert: [T, H] -> [T, E]; whole on every rank.
+    """One logit per token and expert: [T, H] -> [T, E]; replicated on every rank.
 
-    The product is fp32 whatever the type of the activations.
+    The product is in fp32 for any type of activations.
     """
 
     def __init__(self, weight_shape: Shape, *, dtype: torch.dtype) -> None:
@@ -51,7 +51,8 @@ class _RouterLinear(AutogradFunction[Tensor]):
     def forward(ctx: Any, x: Tensor, weight: Tensor, module: RouterLinear) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.module = module
-        # Logits decide a choice, which rounding to bf16 would flip between near experts.
+        # In fp32, because rounding to bf16 could change the choice between experts with
+        # similar logits.
         return forward_product(to_fp32(x), to_fp32(weight))
 
     @staticmethod
@@ -66,7 +67,7 @@ class _RouterLinear(AutogradFunction[Tensor]):
 class GroupedLinear(SlottedModule):
     """Y = X W_e^T for the rows of each expert e: [R, I] -> [R, O].
 
-    The weights of this rank's experts lie one after another: [E x O, I].
+    The weights of this rank's experts are concatenated: [E x O, I].
     """
 
     def __init__(
@@ -77,7 +78,7 @@ class GroupedLinear(SlottedModule):
         self.weight = nn.Parameter(torch.empty(weight_shape, dtype=dtype))
 
     def forward(self, inputs_RI: Tensor, counts: Counts) -> Tensor:
-        """Returns the outputs, given the rows of each expert on this rank."""
+        """Returns the outputs; `counts` are the rows of each expert on this rank."""
         return _Grouped.apply(inputs_RI, self.weight, counts, self)
 
 
@@ -137,11 +138,11 @@ def _by_expert(weight: Tensor, num_experts: int) -> Tensor:
 
 
 class ExpertBias(nn.Module):
-    """A bias on the scores by which experts are chosen, which balances their load.
+    """A bias on routing scores that balances the load of experts.
 
-    A step moves each expert's bias by `rate` towards equally many tokens (Wang et al.
-    2024, Auxiliary-loss-free load balancing). It is the same on every rank, and no
-    parameter: it has no gradient, but it is part of a checkpoint.
+    Each step moves an expert's bias by `rate` towards equal numbers of tokens (Wang et
+    al. 2024, Auxiliary-loss-free load balancing). It is the same on every rank. It is a
+    buffer without gradient and part of checkpoints.
     """
 
     def __init__(self, num_experts: int, rate: float) -> None:
@@ -166,9 +167,9 @@ class ExpertBias(nn.Module):
 def update_expert_biases(
     biases: Collection[ExpertBias], token_group: Group, dp_group: Group
 ) -> None:
-    """Moves every bias by its rate times the sign of mean - tokens, and forgets the counts.
+    """Moves every bias by rate x sign(mean - tokens) and resets the counts.
 
-    Tokens are summed over all ranks that saw some: tp x cp x dp.
+    Tokens are summed over all ranks with different tokens: tp x cp x dp.
     """
     if not biases:
         return

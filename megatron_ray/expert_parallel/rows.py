@@ -1,12 +1,12 @@
-"""Moves tokens to where their experts are and back, with gradients.
+"""Moves tokens to the ranks of their experts and back, with gradients.
 
-Owns: the differentiable moves, one class each. Must not know: layers, which rank has
-which expert.
+Owns: the differentiable operations, one class each. Must not know: layers, the experts
+of each rank.
 
 Every reduction over ranks is a sum.
 
-Shapes: T tokens, K experts of a token, H hidden, R rows (a token once for each of its
-experts that are here).
+Shapes: T tokens, K experts of a token, H hidden, R rows (one per token and local
+expert).
 """
 
 from collections.abc import Sequence
@@ -27,9 +27,9 @@ def take_tokens(x_TH: Tensor, slots_R: Tensor, top_k: int) -> Tensor:
 
 
 def weigh_and_sum(rows_RH: Tensor, weights_TK: Tensor, slots_R: Tensor) -> Tensor:
-    """Returns each token's rows times their weights, added up in fp32: [T, H].
+    """Returns the weighted sum of each token's rows, accumulated in fp32: [T, H].
 
-    Where a token has no row for one of its K there is nothing to add.
+    A token without a row for one of its K experts adds nothing for it.
     """
     return _WeighAndSum.apply(rows_RH, weights_TK, slots_R)
 
@@ -42,7 +42,7 @@ def reorder(rows_RH: Tensor, order_R: Tensor) -> Tensor:
 def exchange(
     rows: Tensor, send: Sequence[int] | None, receive: Sequence[int] | None, group: Group
 ) -> Tensor:
-    """Sends send[r] rows to rank r (all-to-all); the gradient goes the opposite way."""
+    """Sends send[r] rows to rank r (all-to-all); the backward sends gradients back."""
     if group is None:
         return rows
     return _Exchange.apply(rows, send, receive, group)
@@ -63,9 +63,9 @@ def sum_and_scatter(rows: Tensor, counts: Sequence[int], group: Group) -> Tensor
 
 
 def _scatter_to_slots(rows: Tensor, slots_R: Tensor, num_slots: int) -> Tensor:
-    """Returns [slots, ...]: each row at its slot, zeros elsewhere.
+    """Returns [slots, ...] with each row at its slot and zeros elsewhere.
 
-    Rows that are only padding all go to one more slot, which is cut off.
+    Padding rows are written to an extra slot, which is removed.
     """
     by_slot = rows.new_zeros((num_slots + 1, *rows.shape[1:]))
     return by_slot.index_copy_(0, slots_R, rows)[:num_slots]
@@ -78,7 +78,7 @@ class _Take(AutogradFunction[Tensor]):
         ctx.num_tokens = x.shape[0]
         ctx.top_k = top_k
         tokens = torch.div(slots, top_k, rounding_mode="floor")
-        # Padding has the token T, which does not exist: any row is taken, then cleared.
+        # Padding has the invalid token T: an arbitrary row is read, then zeroed.
         rows = x.index_select(0, tokens.clamp(max=x.shape[0] - 1))
         return rows.masked_fill_((tokens == x.shape[0])[:, None], 0)
 
@@ -107,7 +107,7 @@ class _WeighAndSum(AutogradFunction[Tensor]):
         rows, weights, slots = ctx.saved_tensors
         num_tokens, top_k = weights.shape
         num_slots = weights.numel()
-        # Padding has the slot T x K, which does not exist: its weight is zero.
+        # Padding has the invalid slot T x K, with weight zero.
         tokens = torch.div(slots, top_k, rounding_mode="floor").clamp_(max=num_tokens - 1)
         row_weights = weights.flatten()[slots.clamp(max=num_slots - 1)]
         row_weights.masked_fill_(slots == num_slots, 0)
@@ -128,7 +128,7 @@ class _Reorder(AutogradFunction[Tensor]):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (order,) = ctx.saved_tensors
-        # Each row is written once, so nothing has to be added or cleared.
+        # Each row is written exactly once, so no accumulation or zeroing is needed.
         return torch.empty_like(grad).index_copy_(0, order, grad), None
 
 

@@ -4,7 +4,8 @@ Owns: loading a model for inference, the sampler with its cache, the command. Mu
 know: jobs.
 
 `python -m megatron_ray.inference.generate --checkpoint PATH --prompt TEXT` prints
-prompt and continuation.
+prompt and continuation. The command uses argparse, because the library must not depend
+on typer, which the service's command line uses.
 
 Shapes: V vocabulary.
 """
@@ -50,7 +51,7 @@ class Generation:
     text: str
     """The continuation, without the prompt."""
     tokens: tuple[int, ...]
-    """New tokens; the one that ends a document is left out."""
+    """Number of new tokens, without the token that ends a document."""
     finish_reason: Literal["length", "end_of_document"]
 
 
@@ -58,16 +59,16 @@ class Generation:
 class Sampling:
     """The parameters of sampling the next token.
 
-    Raises ValueError for values that leave no token to choose.
+    Raises ValueError for values that exclude all tokens.
     """
 
     temperature: float = 1.0
-    """0 always takes the likeliest token."""
+    """0: greedy decoding."""
     top_k: int | None = None
-    """Choose among this many likeliest tokens."""
+    """Sample from this many most likely tokens."""
     top_p: float | None = None
-    """Choose among the fewest likeliest tokens that together reach this probability
-    (nucleus, Holtzman et al. 2019)."""
+    """Sample from the smallest set of most likely tokens with at least this total
+    probability (nucleus sampling, Holtzman et al. 2019)."""
 
     def __post_init__(self) -> None:
         if not self.temperature >= 0:
@@ -82,8 +83,8 @@ def load_model(checkpoint_path: str, device: str = "cpu") -> tuple[GPT, Tokenize
     """Returns the trained model in fp32 on one device, and its tokenizer.
 
     The checkpoint may have been saved under any layout. Raises StorageError
-    (CheckpointError when the checkpoint may not be loaded), ValueError when its config
-    is not understood.
+    (CheckpointError when the checkpoint cannot be loaded), ValueError when its config
+    is invalid.
     """
     train_state = read_train_state(checkpoint_path, 0)
     if "config" not in train_state:
@@ -100,7 +101,7 @@ def load_model(checkpoint_path: str, device: str = "cpu") -> tuple[GPT, Tokenize
         local_parameters(config.model, mesh.dims, 0), 1, config.parallel.bucket_elements
     )
     weights = torch.zeros(plan.num_elements, device=mesh.device)
-    # There is no backward pass, so the buffer of gradients stays empty.
+    # Without a backward pass the buffer of gradients stays empty.
     buffers = FlatBuffers(plan, weights, torch.empty(0))
     views = buffers.views(weights)
     bind_parameters(model, views)
@@ -115,9 +116,9 @@ def load_model(checkpoint_path: str, device: str = "cpu") -> tuple[GPT, Tokenize
 def _model_state(
     table: Sequence[LocalParameter], views: dict[str, Tensor]
 ) -> dict[str, ShardedTensor]:
-    """Returns where each logical parameter of a checkpoint goes in local memory.
+    """Returns the local memory of each logical parameter of a checkpoint.
 
-    A local parameter may be fused of several logical ones, each some of its rows.
+    A local parameter may fuse several logical ones, each a range of its rows.
     """
     state = dict[str, ShardedTensor]()
     for local in table:
@@ -170,8 +171,8 @@ def generate(
     if tokens and tokens[-1] == tokenizer.end_of_document:
         finish_reason = "end_of_document"
         tokens = tokens[:-1]
-    # Some tokenizers drop a leading space when they decode, so the continuation is what
-    # the new tokens add to the decoded prompt.
+    # Some tokenizers drop a leading space when decoding, so the continuation is the text
+    # beyond the decoded prompt.
     decoded_prompt = tokenizer.decode(start)
     decoded = tokenizer.decode(start + tokens)
     if prompt and decoded.startswith(decoded_prompt):
@@ -192,21 +193,21 @@ def generate_tokens(
     stop: int,
     vocabulary: int,
 ) -> list[int]:
-    """Returns new token ids, up to and with the first `stop`.
+    """Returns new token ids, up to and including the first `stop`.
 
-    Ids from `vocabulary` on, which are padding of the embedding, are never chosen.
+    Ids from `vocabulary` on are padding of the embedding and never chosen.
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
     _check_positions(model, len(prompt), max_new_tokens)
-    # Allocated once, for the longest continuation that there may be.
+    # Allocated once, for the longest possible continuation.
     caches = _empty_caches(model, len(prompt) + max_new_tokens)
     device = caches[0].keys.device
-    # On the CPU, so that all devices draw the same.
+    # On the CPU, so that all devices draw the same numbers.
     generator = torch.Generator().manual_seed(seed)
     tokens = list(prompt)
     num_cached = 0
-    # First the whole prompt goes through the model, then one token at a time.
+    # The first pass processes the whole prompt, later ones a single token.
     while len(tokens) < len(prompt) + max_new_tokens:
         inputs = torch.tensor([tokens[num_cached:]], device=device)
         positions = torch.arange(num_cached, len(tokens), device=device)[None]
@@ -231,20 +232,20 @@ def choose(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> 
     # `None` keeps all tokens.
     probabilities = ranked[: sampling.top_k].softmax(0)
     if sampling.top_p is not None:
-        # Mass of the more likely tokens: one is kept while they do not reach top_p.
+        # Mass of the more likely tokens: a token is kept if that mass is below top_p.
         more_likely = probabilities.cumsum(0) - probabilities
         num_kept = max(1, int((more_likely < sampling.top_p).sum()))
         probabilities = probabilities[:num_kept]
-    # Not normalised again: the drawn number is scaled instead.
+    # Instead of normalizing again, the drawn number is scaled.
     cumulative = probabilities.cumsum(0)
     drawn = torch.rand((), dtype=torch.float64, generator=generator) * cumulative[-1]
     index = int(torch.searchsorted(cumulative, drawn, right=True))
-    # Rounding may put the drawn number on the very end.
+    # Rounding may place the drawn number at the end.
     return int(ids[min(index, len(cumulative) - 1)])
 
 
 def _check_positions(model: GPT, prompt_tokens: int, max_new_tokens: int) -> None:
-    """Raises ValueError for more tokens than a model with learned positions has."""
+    """Raises ValueError for more tokens than learned positions."""
     if model.config.position_embedding != "learned":
         return
     limit = model.config.max_sequence_length
@@ -281,17 +282,17 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--checkpoint", required=True, help="path or URI of a committed checkpoint"
     )
     parser.add_argument(
-        "--prompt", default="", help="text to go on from; empty begins a new document"
+        "--prompt", default="", help="text to continue; empty starts a new document"
     )
     parser.add_argument("--max-new-tokens", type=int, default=100)
     parser.add_argument(
-        "--temperature", type=float, default=1.0, help="0 always takes the likeliest token"
+        "--temperature", type=float, default=1.0, help="0 is greedy decoding"
     )
-    parser.add_argument("--top-k", type=int, help="choose among this many tokens")
+    parser.add_argument("--top-k", type=int, help="sample from this many tokens")
     parser.add_argument(
-        "--top-p", type=float, help="choose among tokens that make up this probability"
+        "--top-p", type=float, help="sample from tokens with this total probability"
     )
-    parser.add_argument("--seed", type=int, default=0, help="same seed, same text")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of the sampling")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument(
         "--json",
@@ -304,7 +305,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code.
 
-    A user's mistake becomes one line on stderr.
+    A user's error becomes one line on stderr.
     """
     options = _parse(arguments)
     try:

@@ -1,10 +1,10 @@
-"""Causal self-attention with grouped key/value heads.
+"""Defines causal self-attention with grouped key/value heads.
 
 Owns: the maths of one attention layer. Must not know: ranks, groups.
 
 Shapes: T = B x S tokens, B batch, S sequence, N query heads, G key/value heads, D head
-width. The projection knows how many heads are here, so tensor parallelism needs no
-mention.
+width. The projection has the number of local heads, so this file is independent of
+tensor parallelism.
 """
 
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ from megatron_ray.sharding.model_specs import attention_spec
 
 @dataclass
 class KeyValueCache:
-    """Keys and values of one layer for the tokens so far.
+    """Keys and values of one layer for all previous tokens.
 
     The tensors [B, G, S, D] are allocated for the longest sequence.
     """
@@ -36,14 +36,14 @@ class KeyValueCache:
     keys: Tensor
     values: Tensor
     length: int = 0
-    """Tokens that are stored."""
+    """Number of stored tokens."""
 
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Stores new [B, G, S, D] entries and returns everything so far.
 
         Raises ValueError when the cache is full.
         """
-        # Written in place: growing by concatenation would copy all tokens for each new one.
+        # Written in place, because concatenation would copy all tokens for each new one.
         end = self.length + keys.shape[2]
         if end > self.keys.shape[2]:
             raise ValueError(
@@ -56,10 +56,10 @@ class KeyValueCache:
 
 
 class CausalAttention(nn.Module):
-    """softmax(Q K^T / sqrt(D)) V; subclasses make queries, keys and values."""
+    """softmax(Q K^T / sqrt(D)) V; subclasses compute queries, keys and values."""
 
     def __init__(self, layers: LayerFactory, path: str, window: int | None) -> None:
-        """Creates the attention of the layer at `path`, a name for its random numbers.
+        """Creates the attention of the layer at `path`, which names its random numbers.
 
         `window`: tokens that a token sees, itself included; None for all.
         """
@@ -81,8 +81,8 @@ class CausalAttention(nn.Module):
         """Returns the attention outputs of each head, [B, N, S, D]."""
         if cache is not None:
             return self._attend_with_cache(q_BNSD, k_BGSD, v_BGSD, cache)
-        # Dropout needs an attention of its own, see `AttentionWithDropout`; passes that
-        # drop nothing use the fast one.
+        # Dropout needs another implementation, see `AttentionWithDropout`; passes without
+        # dropout use the fused kernels.
         if self.core_with_dropout is not None and context.mode.is_training:
             dropped: Tensor = self.core_with_dropout(
                 q_BNSD, k_BGSD, v_BGSD, context.packed, context.dropout_sample
@@ -97,12 +97,12 @@ class CausalAttention(nn.Module):
         num_cached = cache.length
         k_BGSD, v_BGSD = cache.append(k_BGSD, v_BGSD)
         if not num_cached:
-            # The prompt: a square of queries and keys as in training.
+            # The prompt has as many queries as keys, as in training.
             attended: Tensor = self.core(q_BNSD, k_BGSD, v_BGSD, None)
             return attended
-        # The new tokens see the window before them, or everything.
+        # New tokens attend to the window before them, or to all tokens.
         window = self.window or k_BGSD.shape[2]
-        # The oldest key that the first of the new queries sees.
+        # The oldest key that the first new query attends to.
         first = max(0, num_cached - window + 1)
         k_BGSD = k_BGSD[:, :, first:]
         v_BGSD = v_BGSD[:, :, first:]
@@ -118,7 +118,7 @@ class CausalAttention(nn.Module):
 class Attention(CausalAttention):
     """x -> residual + O(softmax(Q K^T / sqrt(D)) V).
 
-    Queries and keys are normalised first, then rotated, where the model does either.
+    Queries and keys are first normalised, then rotated, if the model does so.
     """
 
     def __init__(
@@ -154,7 +154,7 @@ class Attention(CausalAttention):
         else:
             q, k, v = split_qkv(qkv, *sizes)
         attended = self.attend(q, k, v, context, cache)
-        # Most kernels leave tokens first in memory; merging the heads is then a view.
+        # Most kernels return tokens first in memory, so that merging the heads is a view.
         num_tokens = context.batch_size * context.seq_length
         output: Tensor = self.o(
             attended.transpose(1, 2).reshape(num_tokens, -1), residual_TH
@@ -171,8 +171,8 @@ def _normalize_queries_and_keys(
     """
     heads, groups, width = sizes
     q, k, v = torch.split(qkv, [heads * width, groups * width, groups * width], dim=-1)
-    # Norms take rows of a head's width and keep them for the backward pass. Always
-    # copies: a view of a single head would keep the whole of qkv.
+    # Norms process rows of a head's width and save them for the backward pass. Always
+    # copied, because a view of a single head would keep all of qkv in memory.
     q_rows = q.reshape(-1, width).contiguous()
     k_rows = k.reshape(-1, width).contiguous()
     normalized_q: Tensor = q_norm(q_rows).view(q.shape)
@@ -181,10 +181,10 @@ def _normalize_queries_and_keys(
 
 
 class LocalAttention(nn.Module):
-    """Causal attention of sequences that lie whole on this rank.
+    """Causal attention over sequences that are not split over ranks.
 
-    `device` decides the kernel. `window`: tokens that a token sees, itself included; None
-    for all.
+    `device` determines the kernel. `window`: tokens that a token attends to, itself
+    included; None for all.
     """
 
     def __init__(self, device: DeviceKind, window: int | None = None) -> None:
@@ -198,7 +198,7 @@ class LocalAttention(nn.Module):
         """Returns the attention outputs [B, N, S, D], within documents if `packed`."""
         if packed is None:
             return self._attend_whole(q_BNSD, k_BGSD, v_BGSD)
-        # One call per document costs launches, but no score between documents is computed.
+        # One call per document, so that no scores between documents are computed.
         rows = []
         for row, lengths in enumerate(packed.lengths):
             documents = zip(
@@ -212,7 +212,7 @@ class LocalAttention(nn.Module):
         return torch.cat(rows)
 
     def _attend_whole(self, q_BNSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor) -> Tensor:
-        """Attends within rows that are one sequence each, by the device's kernel."""
+        """Computes attention within rows of one sequence each, by the device's kernel."""
         is_bf16 = q_BNSD.dtype == torch.bfloat16
         window = self.window
         kernel = attention_kernel(

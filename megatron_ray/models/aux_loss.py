@@ -1,7 +1,7 @@
-"""Attaches auxiliary losses, which are trained on beside the model's own loss.
+"""Attaches auxiliary losses, which are trained in addition to the model's loss.
 
 Owns: how their gradients join the backward pass, and their sums over a step. Must not
-know: which losses there are, who reports them.
+know: the kinds of losses, reports.
 """
 
 from typing import Any
@@ -15,15 +15,15 @@ from megatron_ray.ops.autograd import AutogradFunction
 class AuxLoss(nn.Module):
     """One auxiliary loss of one layer (Megatron-LM: `MoEAuxLossAutoScaler`).
 
-    Its sum is counted in the backward pass, which every microbatch of a step goes
-    through exactly once, recomputed or not. The sum stays on the device until `take`.
+    It is summed in the backward pass, which every microbatch runs exactly once, with or
+    without recomputation. The sum stays on the device until `take`.
     """
 
     def __init__(self, kind: str, divisor: float) -> None:
         """Creates the loss of one layer.
 
-        `kind` is the name it is reported by. `divisor` turns a sum over all layers and
-        ranks into the reported number.
+        `kind` is its reported name. `divisor` converts a sum over all layers and ranks
+        to the reported number.
         """
         super().__init__()
         self.kind = kind
@@ -33,8 +33,8 @@ class AuxLoss(nn.Module):
     def forward(self, activations: Tensor, loss: Tensor) -> Tensor:
         """Returns `activations` unchanged; their backward pass adds d(loss), a scalar.
 
-        As everywhere the gradient of a loss is taken to be one: dividing by the tokens
-        of the step comes at its end.
+        The gradient of a loss is assumed to be one, since division by the tokens of the
+        step happens at its end.
         """
         return _Attach.apply(activations, loss, self)
 
@@ -63,12 +63,12 @@ class _Attach(AutogradFunction[Tensor]):
     def forward(ctx: Any, activations: Tensor, loss: Tensor, aux_loss: AuxLoss) -> Tensor:
         ctx.save_for_backward(loss)
         ctx.aux_loss = aux_loss
-        # A copy and not a view: ZeRO-3 puts its hooks on what a stage returns.
+        # A copy instead of a view, because ZeRO-3 attaches hooks to a stage's output.
         return activations.clone()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         (loss,) = ctx.saved_tensors
-        # Counted here and not in forward, which runs twice where it is recomputed.
+        # Counted here, because a recomputed forward runs twice.
         ctx.aux_loss.count(loss)
         return grad, torch.ones_like(loss), None

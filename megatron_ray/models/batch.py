@@ -1,7 +1,6 @@
-"""Defines one microbatch as tensors.
+"""Defines the tensors of one microbatch.
 
-Owns: the types that a model's forward pass takes as input. Must not know: where samples
-come from.
+Owns: the input types of a model's forward pass. Must not know: the source of samples.
 
 Shapes: B samples, S tokens of each (under context parallelism: those of this rank), D
 depths of multi-token prediction (MTP).
@@ -17,8 +16,8 @@ class Packed:
     """Several documents in one sample; a token attends to its own document only."""
 
     documents_BS: Tensor
-    """int32 number of the document that a token belongs to, within its row; of whole
-    sequences, also where a rank has only a part."""
+    """int32 index of each token's document within its row; of whole sequences, also if
+    a rank has only a part."""
     lengths: tuple[tuple[int, ...], ...]
     """Tokens of each document, by row; on the host."""
 
@@ -27,14 +26,14 @@ class Packed:
 class MTPTargets:
     """Labels of the tokens beyond the next one, by depth of multi-token prediction.
 
-    Where a sample or a document ends too early to have such a label, the mask is 0.
+    The mask is 0 where a sample or document ends before such a label.
     """
 
     labels_DBS: Tensor
-    """Labels of the MTP layers: at depth d the token d + 2 places later. The last positions
-    of a sample have no such token; theirs are arbitrary and masked."""
+    """Labels of the MTP layers: at depth d the token d + 2 positions later. The last
+    positions of a sample have no such token; their labels are arbitrary and masked."""
     loss_mask_DBS: Tensor
-    """fp32; 0 where a label does not count."""
+    """fp32; 0 for ignored labels."""
 
 
 @dataclass(frozen=True)
@@ -44,18 +43,18 @@ class Batch:
     tokens_BS: Tensor
     labels_BS: Tensor
     loss_mask_BS: Tensor
-    """fp32; 0 where a token does not count."""
+    """fp32; 0 for ignored tokens."""
     position_ids: Tensor
     """[B, S], or [1, S] when all rows have the same."""
     num_tokens: int
-    """Sum of the mask, known without asking the device."""
+    """Sum of the mask, available on the host."""
     packed: Packed | None = None
-    """Set when documents are kept apart."""
+    """Set when documents are separated."""
     mtp_targets: MTPTargets | None = None
-    """Set when the model has layers for multi-token prediction."""
+    """Set when the model has multi-token prediction layers."""
     routing_replay: Tensor | None = None
-    """[B, S, layers, experts per token] int64: experts that routers take instead of
-    choosing."""
+    """[B, S, layers, experts per token] int64: experts that replace the routers'
+    choice."""
     first_sample: int | None = None
-    """Number within the run of the first sample, by which dropout draws its masks. None
+    """Number of the first sample within the run, which seeds dropout masks. None
     outside of training steps."""

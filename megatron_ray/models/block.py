@@ -1,4 +1,4 @@
-"""Wires one transformer block.
+"""Defines one transformer block.
 
 Owns: pre-norm residual wiring. Must not know: ranks, groups.
 
@@ -26,8 +26,8 @@ class Block(nn.Module):
     """hidden + attention(norm(hidden)), then hidden + mlp(norm(hidden)).
 
     The MLP may be a mixture of experts. Each residual is added inside the last product
-    of its half, which saves a pass over the hidden states. With dropout it has to be
-    added after the product instead.
+    of its half, which saves a pass over the hidden states. With dropout it is added
+    after the product instead.
     """
 
     def __init__(self, config: ModelConfig, layers: LayerFactory, index: int) -> None:
@@ -58,7 +58,7 @@ class Block(nn.Module):
         """
         if self.attention_dropout is not None and context.mode.is_training:
             return self._forward_with_dropout(hidden_TH, context)
-        # Each half takes its input twice: normalised, and as the residual.
+        # Each half uses its input twice: normalised, and as the residual.
         hidden_TH = self.attention(
             self.attention_norm(hidden_TH), hidden_TH, context, cache
         )
@@ -80,8 +80,8 @@ class Block(nn.Module):
         """Adds each residual after the dropout of its half, not inside a product."""
         assert self.attention_dropout is not None
         assert self.mlp_dropout is not None
-        # Dropout works in place on fresh results, and so does adding the residual: the
-        # sums need no memory of their own.
+        # Dropout and the residual addition work in place on new results, so the sums need
+        # no extra memory.
         sample = context.dropout_sample
         attended = self.attention(self.attention_norm(hidden_TH), None, context)
         hidden_TH = self.attention_dropout(attended, sample).add_(hidden_TH)
@@ -93,7 +93,7 @@ class Block(nn.Module):
 def make_attention(
     config: ModelConfig, layers: LayerFactory, index: int
 ) -> Attention | LatentAttention:
-    """Returns the kind of attention that a layer has."""
+    """Returns the attention module of a layer."""
     path = f"layers.{index}.attention"
     if config.mla is not None:
         return LatentAttention(config, config.mla, layers, path)
@@ -103,7 +103,7 @@ def make_attention(
 def run_sequentially(
     blocks: Iterable[nn.Module], hidden_TH: Tensor, context: ForwardContext
 ) -> Tensor:
-    """Runs blocks one after another and keeps all of their activations."""
+    """Runs blocks one after another and keeps all activations."""
     for block in blocks:
         hidden_TH = block(hidden_TH, context, None)
     return hidden_TH

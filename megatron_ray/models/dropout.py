@@ -1,9 +1,9 @@
-"""Dropout (Srivastava et al. 2014).
+"""Defines dropout (Srivastava et al. 2014).
 
-Owns: the masks and where they enter the arithmetic. Must not know: ranks, groups.
+Owns: the masks and their application. Must not know: ranks, groups.
 
 Masks are functions of the stream and of the batch's first sample, so a second forward
-of the same microbatch drops the same. Where the rate is 0 there is no module at all.
+of the same microbatch drops the same elements. With rate 0 no module is created.
 
 Shapes: T tokens, H hidden, B batch, S sequence, N query heads, G key/value heads, D
 head width.
@@ -27,7 +27,8 @@ class Dropout(nn.Module):
 
     def mask(self, like: Tensor, first_sample: int) -> Tensor:
         """Returns a mask in the shape of `like`, True where elements are dropped."""
-        # Contiguous whatever `like` is, so that the same numbers fall on the same elements.
+        # Contiguous for any `like`, so that elements get the same numbers in any memory
+        # format.
         mask = torch.empty_like(
             like, dtype=torch.bool, memory_format=torch.contiguous_format
         )
@@ -38,7 +39,7 @@ class Dropout(nn.Module):
         """Drops in place.
 
         `fresh_TH` must be a result that nothing else reads and that autograd does not
-        keep.
+        save.
         """
         mask = self.mask(fresh_TH, first_sample)
         return fresh_TH.masked_fill_(mask, 0).mul_(1 / (1 - self.rate))
@@ -47,9 +48,9 @@ class Dropout(nn.Module):
 class AttentionWithDropout(nn.Module):
     """Causal attention with dropout on its probabilities.
 
-    Plain products make all scores [B, N, S, S]. The fused kernels cannot be used:
-    torch's draws its masks from the global generator, and the blockwise one for bf16 on
-    CPU has no dropout.
+    Matrix products compute all scores [B, N, S, S]. The fused kernels cannot be used:
+    torch's draws masks from the global generator, and the blockwise one for bf16 on CPU
+    has no dropout.
     """
 
     def __init__(self, rate: float, stream: Stream, window: int | None = None) -> None:
@@ -68,8 +69,7 @@ class AttentionWithDropout(nn.Module):
         """Returns the attention outputs [B, N, S, D]."""
         batch, heads, sequence, width = q_BNSD.shape
         groups = k_BGSD.shape[1]
-        # The heads that share keys lie together: one product for all of them.
-        # [B, G, (N / G) S, D] x [B, G, D, S].
+        # Heads that share keys are adjacent, so one product computes their scores.
         queries = q_BNSD.reshape(batch, groups, -1, width)
         scores = torch.matmul(queries, k_BGSD.transpose(2, 3)).view(
             batch, heads, sequence, sequence
@@ -79,24 +79,24 @@ class AttentionWithDropout(nn.Module):
             scores = scores.float()
         bias = _causal_bias(sequence, self.window, packed, scores)
         probabilities = torch.softmax(scores.mul(width**-0.5).add_(bias), -1)
-        # Not divided by 1 - rate here: that would be a pass over all scores, see below.
+        # Division by 1 - rate happens below, which saves a pass over all scores.
         dropped = probabilities.to(q_BNSD.dtype).masked_fill(
             self.dropout.mask(probabilities, first_sample), 0
         )
         attended = torch.matmul(dropped.view(batch, groups, -1, sequence), v_BGSD)
-        # Values are scaled after the product, which has fewer elements than scores.
+        # Scaled after the product with values, which has fewer elements than the scores.
         return attended.mul_(1 / (1 - self.dropout.rate)).view(q_BNSD.shape)
 
 
 def _causal_bias(
     sequence: int, window: int | None, packed: Packed | None, like: Tensor
 ) -> Tensor:
-    """Returns what is added to scores: -inf where a token must not be seen.
+    """Returns the bias of scores: -inf for masked tokens.
 
-    Those are later tokens, tokens before the window and, when documents are packed,
-    tokens of other documents.
+    Masked are later tokens, tokens before the window and tokens of other packed
+    documents.
     """
-    # Without a window the band is as wide as the sequence: causal attention.
+    # Without a window the band is as wide as the sequence, which is causal attention.
     bias = band_bias(sequence, sequence, 0, window or sequence, like)
     if packed is None:
         return bias

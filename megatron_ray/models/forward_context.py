@@ -1,4 +1,4 @@
-"""Defines the context of a forward pass: its mode, and its microbatch's data.
+"""Defines the context of a forward pass: its mode and the data of its microbatch.
 
 Owns: the modes of a forward pass, and the context that every block receives. Must not
 know: layers, ranks, groups.
@@ -14,10 +14,10 @@ from megatron_ray.models.batch import Packed
 
 
 class ForwardMode(Enum):
-    """The pass that a forward belongs to.
+    """The kind of a forward pass.
 
-    Layers decide by the mode and by nothing else: not by `nn.Module.training`, not by
-    whether autograd is recording.
+    Layers decide by the mode only, neither by `nn.Module.training` nor by whether
+    autograd is recording.
 
     ==============  ===================  ===============  =======================
     mode            drops (dropout,      reports routing  attaches losses, counts
@@ -30,47 +30,45 @@ class ForwardMode(Enum):
     GENERATE        no                   yes              no
     ==============  ===================  ===============  =======================
 
-    A region of layers that is recomputed runs as CHECKPOINTED in the forward pass and
-    as RECOMPUTE in the backward pass, everything else of a training step as TRAIN. So
-    each layer does everything in the table exactly once a microbatch, whatever is
-    recomputed.
+    A recomputed region of layers runs as CHECKPOINTED in the forward pass and as
+    RECOMPUTE in the backward pass; all other layers of a training step run as TRAIN. So
+    each layer performs each action of the table exactly once per microbatch.
     """
 
     TRAIN = "train"
     """A training forward that keeps its activations."""
     CHECKPOINTED = "checkpointed"
-    """The first run of a recomputed region: its activations are discarded, and no
-    gradient flows through it."""
+    """The first run of a recomputed region: activations are discarded, no gradient is
+    computed."""
     RECOMPUTE = "recompute"
     """The second run of such a region, in the backward pass."""
     EVAL = "eval"
-    """A validation loss."""
+    """A forward pass for a validation loss."""
     GENERATE = "generate"
-    """Logits for the next token."""
+    """A forward pass for the logits of the next token."""
 
     @property
     def is_training(self) -> bool:
-        """Whether dropout is applied and full experts drop tokens."""
+        """Whether dropout is applied and experts drop tokens beyond their capacity."""
         return self not in (ForwardMode.EVAL, ForwardMode.GENERATE)
 
     @property
     def is_first_run(self) -> bool:
-        """Whether the layers have not run on this microbatch before."""
+        """Whether this is the layers' first run on the microbatch."""
         return self is not ForwardMode.RECOMPUTE
 
     @property
     def attaches_losses(self) -> bool:
-        """Whether the backward pass goes through this very run.
+        """Whether the backward pass uses the graph of this run.
 
-        Auxiliary and MTP losses are attached and tokens per expert counted in such runs
-        only.
+        Only such runs attach auxiliary and MTP losses and count tokens per expert.
         """
         return self in (ForwardMode.TRAIN, ForwardMode.RECOMPUTE)
 
 
 @dataclass(frozen=True)
 class ForwardContext:
-    """The data of a microbatch that a block needs besides its activations."""
+    """The inputs of a block other than its activations."""
 
     mode: ForwardMode
     batch_size: int
@@ -81,23 +79,24 @@ class ForwardContext:
     positions."""
     sin: Tensor | None
     packed: Packed | None = None
-    """The documents, where they are kept apart."""
+    """The documents, if they are separated."""
     routing_replay: Tensor | None = None
-    """[T, layers, K]: experts that routers take instead of choosing."""
+    """[T, layers, K]: experts that replace the routers' choice."""
     on_route: Callable[[int, Tensor], None] | None = None
-    """Called with (layer, experts [tokens of this rank, K]) for every router's choice,
-    once a microbatch."""
+    """Called once per microbatch and router with (layer, experts [tokens of this rank,
+    K])."""
     first_sample: int | None = None
-    """Number within the run of the first sample, by which dropout draws its masks."""
+    """Number of the first sample within the run, which seeds dropout masks."""
     is_output_needed: bool = True
-    """False where only the gradients of a run are of use, so that the product that
-    makes its output may be left out."""
+    """False if only the gradients of a run are used, so that the last product may be
+    skipped."""
 
     @property
     def dropout_sample(self) -> int:
-        """The sample by which dropout draws its masks.
+        """The sample that seeds dropout masks.
 
-        Raises ValueError when the batch has none: batches of a training step must.
+        Raises ValueError for a batch without it; batches of training steps must have
+        it.
         """
         if self.first_sample is None:
             raise ValueError("training with dropout needs batches that have a first_sample")
@@ -112,5 +111,5 @@ class ForwardContext:
         return replace(self, mode=ForwardMode.RECOMPUTE)
 
     def without_output(self) -> "ForwardContext":
-        """Returns the context for a run whose output is not used."""
+        """Returns the context for a run with unused output."""
         return replace(self, is_output_needed=False)

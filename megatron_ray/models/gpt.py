@@ -1,7 +1,7 @@
 """Assembles a GPT-class decoder.
 
-Owns: the order of its parts, and which of them the pipeline stages of a rank need. Must
-not know: ranks, groups, where a batch comes from.
+Owns: the order of its parts, and the parts of each pipeline stage. Must not know:
+ranks, groups, the source of batches.
 
 Shapes: B batch, S sequence, T = B x S tokens, H hidden, V vocabulary, L layers, K
 experts of a token.
@@ -32,7 +32,7 @@ from megatron_ray.sharding.parameters import whole_model
 class GPT(nn.Module):
     """Embedding, blocks, norm and head of some pipeline stages, or of a whole model.
 
-    Parameter names are those of the parameter table, whatever the stages.
+    Parameter names are those of the parameter table for any stages.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class GPT(nn.Module):
             indices.extend(stage.layers)
             depths.extend(stage.mtp_layers)
 
-        # An MTP layer embeds tokens too, so the last stage then has a copy.
+        # MTP layers embed tokens too, so the last stage has a copy of the embedding.
         embedding_uses = int(self.has_embedding) + len(depths)
         self.embedding: nn.Module | None = None
         if embedding_uses:
@@ -66,9 +66,9 @@ class GPT(nn.Module):
             self.position_embedding = layers.position_embedding(
                 position_embedding_spec(config)
             )
-        # On every stage, since a layer without weights costs nothing; only the first uses it.
+        # Created on every stage, since it has no weights; only the first stage uses it.
         self.embedding_dropout = layers.hidden_dropout("embedding")
-        # Dictionaries, so that a layer keeps its name when a stage has only some.
+        # Dictionaries, so that layers keep their names in a stage with some of them.
         self.layers = nn.ModuleDict()
         for index in indices:
             self.layers[str(index)] = Block(config, layers, index)
@@ -84,7 +84,7 @@ class GPT(nn.Module):
 
     @property
     def blocks(self) -> tuple[Block, ...]:
-        """All blocks on this rank, those of MTP layers included."""
+        """All blocks on this rank, including those of MTP layers."""
         blocks = list[Block]()
         for block in self.layers.values():
             assert isinstance(block, Block)
@@ -99,7 +99,7 @@ class GPT(nn.Module):
 
         The model must be a single stage.
         """
-        # A pipeline's runner calls `stage`, with what it has received, instead of this.
+        # Pipeline runners call `stage` instead.
         (whole,) = self.stages
         return self.stage(whole, None, batch, mode)
 
@@ -110,22 +110,22 @@ class GPT(nn.Module):
         batch: Batch,
         mode: ForwardMode = ForwardMode.TRAIN,
     ) -> Tensor:
-        """Runs one of the pipeline stages that are here.
+        """Runs one of this rank's pipeline stages.
 
-        `received_TH` is the output of the stage before, None for the first one. Returns
-        hidden states [T, H], or the loss when this is the last stage.
+        `received_TH` is the output of the previous stage, None for the first one.
+        Returns hidden states [T, H], or the loss for the last stage.
         """
         if received_TH is None:
             hidden_TH = self._embed(batch.tokens_BS, batch.position_ids)
         else:
             hidden_TH = received_TH
         context = self.forward_context(batch, mode, hidden_TH)
-        # What another stage sends was dropped there.
+        # Later stages receive states to which the first stage has already applied dropout.
         if received_TH is None:
             hidden_TH = self._drop_embedded(hidden_TH, context)
-        # A rank may have several stages of a model (virtual stages); this is one of them.
+        # A rank may have several (virtual) stages; only the blocks of this one run.
         blocks = [self.layers[str(index)] for index in stage.layers]
-        # A stage may have no blocks at all: an embedding or a head of its own.
+        # A stage may have no blocks, only an embedding or a head.
         hidden_TH = self.run_blocks(blocks, hidden_TH, context)
         if not stage.loss:
             return hidden_TH
@@ -134,7 +134,7 @@ class GPT(nn.Module):
         loss: Tensor = self.head(
             hidden_TH, batch.labels_BS.reshape(-1), batch.loss_mask_BS.reshape(-1)
         )
-        # MTP layers only change gradients: no other pass has a use for them.
+        # MTP layers only affect gradients, so other passes skip them.
         if self.mtp and mode.attaches_losses:
             loss = self._attach_mtp_losses(loss, hidden_TH, batch, context)
         return loss
@@ -144,11 +144,10 @@ class GPT(nn.Module):
     ) -> Tensor:
         """Returns `loss` with the gradients of the MTP losses attached.
 
-        Each is a sum over the tokens that have such a label, times loss_coeff / depths,
-        and is divided by the tokens of the step as the loss itself is: the mean over T
-        tokens of DeepSeek-V3's equation 24, whatever the layout. (T and not the
-        somewhat fewer tokens with such a label, as in Megatron-LM with
-        calculate_per_token_loss.)
+        Each is a sum over the tokens with such a label, times loss_coeff / depths, and
+        is divided by the tokens of the step like the loss itself. This is the mean over
+        T tokens of DeepSeek-V3's equation 24 for any layout. (T includes the few tokens
+        without such a label, as in Megatron-LM with calculate_per_token_loss.)
         """
         assert self.config.mtp is not None
         weight = self.config.mtp.weight
@@ -165,12 +164,12 @@ class GPT(nn.Module):
             hidden_TH = mtp_layer(
                 hidden_TH, self._embed_tokens(tokens_BS), context, self.run_blocks
             )
-            # The weight goes into the mask and not on the loss, whose gradient is one.
+            # The mask contains the weight, because the gradient of the loss must be one.
             mtp_loss = self.head(
                 hidden_TH, labels_BS.reshape(-1), mask_BS.reshape(-1) * weight
             )
             loss = mtp_layer.loss(loss, mtp_loss)
-            # What this depth predicted is the token that the next depth starts from.
+            # The next depth embeds the token that this depth predicts.
             tokens_BS = labels_BS
         return loss
 
@@ -203,10 +202,10 @@ class GPT(nn.Module):
     ) -> Tensor:
         """Returns hidden states [T, H] after the last norm, for generation.
 
-        The model must be a single stage. `caches`: one per layer, of the tokens before
-        these.
+        The model must be a single stage. `caches`: one per layer, with the previous
+        tokens.
         """
-        # The head is left out here, since generation needs logits of the last token only.
+        # Without the head, since generation needs logits of the last token only.
         hidden_TH = self._embed(tokens_BS, position_ids)
         context = self._base_context(
             ForwardMode.GENERATE, tokens_BS.shape, position_ids, hidden_TH
@@ -225,7 +224,7 @@ class GPT(nn.Module):
         position_ids: Tensor,
         caches: Sequence[KeyValueCache] | None = None,
     ) -> Tensor:
-        """Returns logits [B, S, V] of the same."""
+        """Returns logits [B, S, V]; arguments as in `hidden`."""
         logits: Tensor = self.head.logits(self.hidden(tokens_BS, position_ids, caches))  # type: ignore[operator]
         return logits.reshape(*tokens_BS.shape, -1)
 
@@ -234,9 +233,9 @@ class GPT(nn.Module):
     ) -> ForwardContext:
         """Returns the context of a batch for the blocks.
 
-        Its tensors are on the device of `like` and fit its type.
+        Its tensors have the device of `like` and match its type.
         """
-        # Routers see tokens in one row, [B x S].
+        # Routers process tokens flattened to [B x S].
         routing_replay_TLK = None
         if batch.routing_replay is not None:
             routing_replay_TLK = batch.routing_replay.flatten(0, 1)
@@ -255,11 +254,11 @@ class GPT(nn.Module):
         position_ids: Tensor,
         like: Tensor,
     ) -> ForwardContext:
-        """Returns the context of tokens of which only positions are known."""
+        """Returns a context with positions only."""
         batch_size, seq_length = shape
         if self.config.position_embedding != "rope":
             return ForwardContext(mode, batch_size, seq_length, None, None)
-        # Angles are computed once a microbatch and shared by all layers.
+        # Angles are computed once per microbatch and shared by all layers.
         cos, sin = rotary_angles(
             position_ids,
             self.config.rotated_width,

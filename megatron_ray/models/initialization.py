@@ -1,8 +1,8 @@
-"""Draws initial weights, a pure function of (seed, logical name, block of rows).
+"""Draws initial weights as a pure function of (seed, logical name, block of rows).
 
 Each block of at most 4 Mi elements has its own generator, seeded by a hash, and a rank
-draws only the blocks of which it has rows. So every layout starts with the same weights,
-and no rank ever needs more memory than its shard plus one block. Must not know: layouts.
+draws only blocks that contain its rows. So every layout starts with the same weights,
+and a rank needs memory for its shard plus one block. Must not know: layouts.
 """
 
 import torch
@@ -34,14 +34,14 @@ def draw_box(logical: LogicalParameter, box: Box, seed: int) -> Tensor:
         return torch.ones(box.size)
     if logical.init.kind == "zeros":
         return torch.zeros(box.size)
-    # Blocks are whole rows of the full tensor, so they do not depend on any cut.
+    # Blocks are whole rows of the full tensor, so they do not depend on sharding.
     row_elements = logical.num_elements // logical.shape[0]
     block_rows = max(1, BLOCK_ELEMENTS // row_elements)
     first = box.offset[0]
     end = box.offset[0] + box.size[0]
     value = torch.empty(box.size)
     for block in range(first // block_rows, -(-end // block_rows)):
-        # A block is always drawn whole: a generator gives its numbers in order only.
+        # A whole block is drawn, because a generator produces its numbers in order only.
         block_start = block * block_rows
         drawn = _draw_block(logical, block, block_rows, seed)
         low = max(first, block_start)

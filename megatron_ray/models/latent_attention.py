@@ -1,13 +1,13 @@
-"""Multi-head latent attention (DeepSeek-V2, section 2.1).
+"""Defines multi-head latent attention (DeepSeek-V2, section 2.1).
 
-Owns: how queries, keys and values come from low-rank latents. Must not know: ranks,
+Owns: computing queries, keys and values from low-rank latents. Must not know: ranks,
 groups.
 
-Queries come from one latent, keys and values together from another. A head's query and
-key have a part without positions and a rotated part, and the rotated part of the key is
-the same for all heads. Training makes full keys and values of the latents and attends
-as usual. Generation caches full keys and values too, which is correct but larger than a
-cache of latents.
+Queries are projected from one latent, keys and values from another. Queries and keys
+have a part without positions and a rotated part; the rotated part of the key is shared
+by all heads. Training expands the latents to full keys and values and uses ordinary
+attention. Generation caches full keys and values too, which is correct but larger than
+a cache of latents.
 
 Shapes: T = B x S tokens, B batch, S sequence, N query heads (of this rank), D width of
 a head's query and key, P of that without positions, R rotated, D = P + R; V width of a
@@ -45,8 +45,8 @@ class LatentAttention(CausalAttention):
         self.mla = mla
         self.query_factor = query_factor(config.rope_scaling)
         spec = latent_attention_spec(config, mla)
-        # Under sequence parallelism latents are made of a rank's own tokens only. What
-        # the heads read of them is gathered, which is little: latents are narrow.
+        # Under sequence parallelism a rank computes latents of its own tokens only. They
+        # are gathered for the heads, which is cheap because latents are narrow.
         if spec.q is not None:
             self.q = layers.column(spec.q)
         if spec.q_down is not None and spec.q_norm is not None and spec.q_up is not None:
@@ -68,7 +68,7 @@ class LatentAttention(CausalAttention):
     ) -> Tensor:
         """Returns residual (unless None) + attention, [T, H]."""
         shape = (context.batch_size, context.seq_length, -1)
-        # Queries and keys have several parts in one product each; see the shapes above.
+        # One product each computes several parts of queries and keys, see the shapes above.
         queries = self._queries(x_TH)
         latent_TC, key_TR = self.kv_down(x_TH).split(
             [self.mla.kv_lora_rank, self.mla.qk_rope_head_dim], dim=1
@@ -84,7 +84,7 @@ class LatentAttention(CausalAttention):
             self.mla,
             self.query_factor,
         )
-        # Values were padded to the width of keys.
+        # Removes the padding of values to the width of keys.
         attended = self.attend(q, k, v, context, cache)[..., : self.mla.v_head_dim]
         num_tokens = context.batch_size * context.seq_length
         output: Tensor = self.o(
@@ -102,9 +102,9 @@ class LatentAttention(CausalAttention):
 
 
 def query_factor(scaling: RopeScaling | None) -> float:
-    """Returns what scores are multiplied by beside 1 / sqrt(D).
+    """Returns the factor of scores besides 1 / sqrt(D).
 
-    Under YaRN that is m(mscale_all_dim) squared (DeepSeek-V2's published code).
+    With YaRN it is m(mscale_all_dim) squared (DeepSeek-V2's published code).
     """
     if scaling is None or scaling.kind != "yarn":
         return 1.0
@@ -112,17 +112,17 @@ def query_factor(scaling: RopeScaling | None) -> float:
 
 
 class _AssembleHeads(AutogradFunction[tuple[Tensor, Tensor, Tensor]]):
-    """Makes q, k and v [B, N, S, D] of projections, and rotates them.
+    """Assembles q, k and v [B, N, S, D] from projections, with rotation.
 
-    Those are queries [B, S, N D], keys with values [B, S, N (P + V)] and the rotated
-    part that all keys share [B, S, R].
+    The projections are queries [B, S, N D], keys with values [B, S, N (P + V)] and the
+    shared rotated part of keys [B, S, R].
 
-    Values are padded with zeros to the width of keys: every attention kernel and every
-    exchange between ranks takes them then, and zeros add nothing. In memory tokens come
-    first, or heads where rotation is in fp32, as in `rope.RotateQKV`.
+    Values are padded with zeros to the width of keys, so that every attention kernel
+    and every exchange between ranks supports them. In memory tokens come first, or
+    heads if rotation is in fp32, as in `rope.RotateQKV`.
 
-    One function, so that forward and backward write each result into one tensor instead
-    of concatenating, and so that only the angles are kept.
+    A single function, so that forward and backward write each result into one tensor
+    without concatenation, and only the angles are saved.
     """
 
     @staticmethod
@@ -136,7 +136,7 @@ class _AssembleHeads(AutogradFunction[tuple[Tensor, Tensor, Tensor]]):
         mla: LatentAttentionConfig,
         factor: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        # The backward is linear in the gradients: it needs the angles, no activations.
+        # The backward is linear in the gradients, so it needs angles but no activations.
         ctx.save_for_backward(cos, sin)
         ctx.mla = mla
         ctx.factor = factor
@@ -169,8 +169,8 @@ class _AssembleHeads(AutogradFunction[tuple[Tensor, Tensor, Tensor]]):
         grad_keys_values[..., :plain] = grad_k[..., :plain]
         grad_keys_values[..., plain:] = grad_v[..., : mla.v_head_dim]
 
-        # All heads read the same rotated key, so its gradient is the sum over heads, in
-        # fp32 since there may be many.
+        # All heads use the same rotated key, so its gradient is the sum over heads, in fp32
+        # because there may be many.
         summed = to_fp32(grad_k[..., plain:]).sum(2, keepdim=True)
         grad_shared_key = _rotate(summed, cos, sin, -1.0).squeeze(2).to(grad_q.dtype)
         return (
@@ -187,9 +187,9 @@ class _AssembleHeads(AutogradFunction[tuple[Tensor, Tensor, Tensor]]):
 def _assemble_queries(
     queries: Tensor, cos: Tensor, sin: Tensor, mla: LatentAttentionConfig, factor: float
 ) -> Tensor:
-    """Returns queries [B, S, N, D] with their last R rotated and all scaled."""
+    """Returns queries [B, S, N, D], scaled, with the last R elements rotated."""
     plain = mla.qk_nope_head_dim
-    # The factor goes on the queries, since kernels scale scores by 1 / sqrt(D) only.
+    # Applied to the queries, since kernels scale scores by 1 / sqrt(D) only.
     q = _empty_heads(queries, mla.qk_head_dim)
     q[..., :plain] = _scale(queries[..., :plain], factor)
     q[..., plain:] = _scale(_rotate(queries[..., plain:], cos, sin, 1.0), factor)
@@ -203,7 +203,7 @@ def _assemble_keys(
     sin: Tensor,
     mla: LatentAttentionConfig,
 ) -> Tensor:
-    """Returns keys [B, S, N, D]: each head's own P, then the R that all heads share."""
+    """Returns keys [B, S, N, D]: P elements of each head, then the shared R elements."""
     plain = mla.qk_nope_head_dim
     k = _empty_heads(keys_values, mla.qk_head_dim)
     k[..., :plain] = keys_values[..., :plain]
@@ -239,7 +239,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, direction: float) -> Tensor:
     half = x.shape[-1] // 2
     first = x[..., :half]
     second = x[..., half:]
-    # `rotary_angles` doubles both and makes the sine's first half negative.
+    # `rotary_angles` duplicates both halves and negates the first half of the sine.
     cos = cos[..., half:]
     sin = sin[..., half:] * direction
     return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)

@@ -1,9 +1,9 @@
 """Defines the protocol between a model and the factory of its layers.
 
-A model asks for layers by their specs, which name full sizes; the factory returns layers
-that may have only a part of them. Must not know: any layout, how anything is cut.
+A model requests layers by their specs, with full sizes; the factory returns layers that
+may hold only a part of the weights. Must not know: any layout, sharding.
 
-Shapes: T tokens, R rows that lie expert by expert, E experts, K experts of a token, V
+Shapes: T tokens, R rows sorted by expert, E experts, K experts of a token, V
 vocabulary; B batch, N query heads, G key/value heads, S sequence, D width of a head.
 """
 
@@ -26,7 +26,7 @@ from megatron_ray.sharding.layer_specs import (
 
 
 class Head(Protocol):
-    """An output head: the loss for training, logits for inference."""
+    """An output head: computes the loss in training, logits in inference."""
 
     def __call__(self, hidden_TH: Tensor, labels_T: Tensor, mask_T: Tensor) -> Tensor:
         """Returns the sum of mask x -log p(label)."""
@@ -38,15 +38,15 @@ class Head(Protocol):
 
 
 class Dispatcher(Protocol):
-    """Carries tokens to their experts and back; see expert_parallel.dispatch."""
+    """Dispatches tokens to their experts and back; see expert_parallel.dispatch."""
 
     def dispatch(self, x_TH: Tensor, experts_TK: Tensor, capacity: Capacity) -> Dispatched:
-        """Returns the rows of the experts on this rank and a handle to return them."""
+        """Returns the rows of this rank's experts and a function to combine outputs."""
         ...
 
 
 class QKV(Protocol):
-    """A projection to queries, keys and values of the heads on this rank.
+    """A projection to queries, keys and values of this rank's heads.
 
     [T, inputs] -> [T, (heads + 2 groups) x head_width].
     """
@@ -57,15 +57,15 @@ class QKV(Protocol):
     """Key/value heads on this rank."""
 
     def __call__(self, x_TH: Tensor) -> Tensor:
-        """Returns queries, keys and values, one after another."""
+        """Returns the concatenated queries, keys and values."""
         ...
 
 
 class LayerFactory(Protocol):
     """Makes each layer of a model from its spec.
 
-    Shapes are those of one rank. "This rank's" tokens are all tokens of its sequences,
-    or its part of them under sequence parallelism.
+    Shapes are local to a rank. "This rank's" tokens are all tokens of its sequences, or
+    its part of them under sequence parallelism.
     """
 
     # ---- layers with weights
@@ -73,7 +73,7 @@ class LayerFactory(Protocol):
     def embedding(self, spec: VocabularySpec, uses: int) -> nn.Module:
         """Makes a layer: token ids [T] -> [T, width] of this rank's tokens.
 
-        `uses`: how often a microbatch goes through the layer.
+        `uses`: number of calls of the layer per microbatch.
         """
         ...
 
@@ -111,31 +111,31 @@ class LayerFactory(Protocol):
     def expert_column(self, spec: GroupedColumnSpec) -> nn.Module:
         """Makes a layer: (rows [R, inputs], counts [E]) -> [R, outputs cut over etp].
 
-        Rows are those of the experts on this rank, expert by expert; `counts` are the
-        rows of each expert.
+        Rows belong to this rank's experts, sorted by expert; `counts` are the rows of
+        each expert.
         """
         ...
 
     def expert_row(self, spec: GroupedRowSpec) -> nn.Module:
         """Makes a layer: (rows [R, inputs cut over etp], counts [E]) -> [R, outputs].
 
-        The outputs are to be summed over etp, which the dispatcher does on the way back.
+        The outputs are partial sums over etp; the dispatcher reduces them.
         """
         ...
 
     def head(
         self, spec: VocabularySpec, embedding: nn.Module | None, uses: int
     ) -> nn.Module:
-        """Makes a `Head`; it shares the weight of the embedding when one is passed.
+        """Makes a `Head`, which shares the embedding's weight if one is passed.
 
-        `uses`: how often a microbatch goes through it.
+        `uses`: number of calls of the head per microbatch.
         """
         ...
 
     # ---- layers without weights
 
     def gather_from_sequence_parallel(self) -> nn.Module:
-        """Makes a layer: [T, width], this rank's tokens -> all, for heads on any tp rank."""
+        """Makes a layer: [T, width], this rank's tokens -> all tokens of the tp group."""
         ...
 
     def attention(self, window: int | None) -> nn.Module:
@@ -148,15 +148,15 @@ class LayerFactory(Protocol):
     def attention_with_dropout(self, name: str, window: int | None) -> nn.Module | None:
         """Makes a layer like `attention` with dropout on its probabilities.
 
-        The first sample is an additional argument. `name` is that of the random number
-        stream. None: nothing is dropped.
+        The first sample is an additional argument. `name` identifies the random number
+        stream. Returns None without dropout.
         """
         ...
 
     def hidden_dropout(self, name: str) -> nn.Module | None:
         """Makes a layer: ([T, width] of this rank's tokens, first sample) -> [T, width].
 
-        `name` is that of the random number stream. None: nothing is dropped.
+        `name` identifies the random number stream. Returns None without dropout.
         """
         ...
 
@@ -168,22 +168,22 @@ class LayerFactory(Protocol):
         ...
 
     def dispatcher(self, num_experts: int) -> Dispatcher:
-        """Makes the dispatcher that carries tokens to their experts and back."""
+        """Makes the dispatcher of tokens to experts."""
         ...
 
     def aux_loss(self, kind: str, divisor: float, *, is_per_rank: bool) -> AuxLoss:
         """Makes an auxiliary loss; see `AuxLoss`.
 
-        `is_per_rank`: each tp rank has its own part of it; otherwise all have the same.
+        `is_per_rank`: each tp rank has its own part; otherwise all have the same loss.
         """
         ...
 
     # ---- what depends on where tokens are
 
     def local_rows(self, tensor: Tensor) -> Tensor:
-        """Returns the rows of this rank's tokens, of something per token [T, ...]."""
+        """Returns the rows of this rank's tokens of a tensor [T, ...]."""
         ...
 
     def sum_over_tokens(self, tensor: Tensor) -> Tensor:
-        """Sums in place over all ranks with tokens of the same microbatch."""
+        """Sums in place over all ranks that share a microbatch."""
         ...

@@ -1,4 +1,4 @@
-"""The feed-forward half of a block.
+"""Defines the feed-forward half of a block.
 
 Owns: its maths. Must not know: ranks, groups.
 
@@ -67,7 +67,7 @@ class PlainMLP(nn.Module):
 
 
 def make_mlp(config: ModelConfig, layers: LayerFactory, width: int) -> GatedMLP | PlainMLP:
-    """Returns the kind of MLP that the model has, `width` wide inside."""
+    """Returns the model's kind of MLP with this inner width."""
     if config.gated:
         return GatedMLP(config, layers, width)
     return PlainMLP(config, layers, width)
@@ -86,7 +86,7 @@ class GatedActivation(nn.Module):
 
 
 def gated_activation(config: ModelConfig) -> GatedActivation:
-    """Returns the model's gated activation: silu, or GELU by its tanh approximation."""
+    """Returns the model's gated activation: silu, or tanh-approximated GELU."""
     if config.activation == "geglu_tanh":
         return GatedActivation(GEGLU_TANH)
     return GatedActivation(SWIGLU)
@@ -111,9 +111,9 @@ def _swiglu_backward(grad: Tensor, gate_up: Tensor) -> Tensor:
     # Both halves are written into one tensor, which saves a concatenation.
     grad_gate_up = torch.empty_like(gate_up)
     grad_gate, grad_up = grad_gate_up.chunk(2, dim=-1)
-    # The activation is computed again: keeping it would cost another [T, F].
+    # The activation is recomputed, because saving it would cost another [T, F].
     torch.mul(grad, nn.functional.silu(gate), out=grad_up)
-    # The gradient of the gate is that of silu, weighed by the other half.
+    # The gate's gradient is that of silu, weighted by the other half.
     torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=grad_gate)
     return grad_gate_up
 
@@ -144,7 +144,8 @@ GEGLU_TANH = DifferentiableOp(_geglu_tanh, _geglu_tanh_backward)
 class _Gated(AutogradFunction[Tensor]):
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor, kernel: DifferentiableOp) -> Tensor:
-        # Only the fused product is kept, neither half's activation nor their product.
+        # Saves only the fused product, neither the activation nor the product of the
+        # halves.
         ctx.save_for_backward(gate_up)
         ctx.kernel = kernel
         output: Tensor = kernel.forward(gate_up)

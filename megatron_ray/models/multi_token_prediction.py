@@ -1,11 +1,11 @@
-"""Predicts one token more into the future (DeepSeek-V3, section 2.2).
+"""Defines a multi-token prediction layer (DeepSeek-V3, section 2.2).
 
-Owns: how a layer joins the next token's embedding with the hidden state before it. Must
-not know: ranks, groups, losses.
+Owns: combining the next token's embedding with the previous hidden state. Must not
+know: ranks, groups, losses.
 
-As published: embedding first and hidden state second, a block, a norm of its own.
-Hidden states are those after the norm before the head, also from one such layer to the
-next (so Megatron-LM, SGLang and transformers). Embedding and head are the model's.
+As published: embedding first and hidden state second, then a block, then a norm. Hidden
+states are taken after the norm before the head, also between MTP layers (as in
+Megatron-LM, SGLang and transformers). Embedding and head are shared with the model.
 
 Shapes: T tokens, H hidden.
 """
@@ -23,7 +23,7 @@ from megatron_ray.sharding.model_specs import mtp_spec
 class MultiTokenPredictionLayer(nn.Module):
     """norm(block(projection [norm(embedding of next token), norm(hidden)])) [T, H].
 
-    The model's head turns it into logits.
+    The model's head computes the logits.
     """
 
     def __init__(self, config: ModelConfig, layers: LayerFactory, depth: int) -> None:
@@ -34,10 +34,10 @@ class MultiTokenPredictionLayer(nn.Module):
         self.final_norm = layers.norm(spec.final_norm)
         self.embedding_dropout = layers.hidden_dropout(f"mtp.{depth}.embedding")
         self.projection = layers.replicated(spec.projection)
-        # Blocks of MTP layers are numbered on from the last one of the model.
+        # Blocks of MTP layers continue the numbering of the model's blocks.
         self.block = Block(config, layers, config.num_layers + depth)
         kind = f"mtp_{depth + 1}_loss"
-        # A loss of weight 0 is in no table and is not reported, so its divisor is free.
+        # A loss of weight 0 is not reported, so its divisor is arbitrary.
         divisor = config.aux_losses.get(kind, 1.0)
         self.loss = layers.aux_loss(kind, divisor, is_per_rank=False)
 
@@ -48,10 +48,10 @@ class MultiTokenPredictionLayer(nn.Module):
         context: ForwardContext,
         run_blocks: RunBlocks,
     ) -> Tensor:
-        """Returns the hidden states that predict one token later than `hidden_TH` do.
+        """Returns hidden states that predict the token after that of `hidden_TH`.
 
-        `embedded_TH` are the embeddings of the tokens that `hidden_TH` predicts, and
-        `run_blocks` is how the model runs blocks.
+        `embedded_TH` are the embeddings of the tokens that `hidden_TH` predicts;
+        `run_blocks` is the model's function that runs blocks.
         """
         if self.embedding_dropout is not None and context.mode.is_training:
             embedded_TH = self.embedding_dropout(embedded_TH, context.dropout_sample)

@@ -1,12 +1,12 @@
-"""Rotary position embedding (Su et al. 2021), rotating halves as Llama does.
+"""Defines rotary position embedding (Su et al. 2021), rotating halves as Llama.
 
 Owns: angles, their scaling to longer sequences, the rotation of a fused qkv. Must not
 know: parallelism.
 
-Reads position ids, never an offset from a rank, so any cut of the sequence is right.
+Uses position ids, never a rank's offset, so any split of the sequence is correct.
 
-Shapes: B batch, S sequence, N query heads, G key/value heads, D head width (all as held
-on this rank).
+Shapes (local to the rank): B batch, S sequence, N query heads, G key/value heads, D
+head width.
 """
 
 from math import ceil, floor, log, pi
@@ -23,9 +23,8 @@ from megatron_ray.ops.differentiable_op import DifferentiableOp
 def rotates_in_fp32(device: str, dtype: torch.dtype) -> bool:
     """Returns whether the rotation converts its inputs to fp32 first.
 
-    On CPU that is faster, since bf16 arithmetic goes through fp32 anyway and whole
-    heads rotate in long rows, and it rounds once. On CUDA it would move four times the
-    bytes.
+    On CPU that is faster, since bf16 arithmetic uses fp32 anyway and heads rotate in
+    long rows, and it rounds once. On CUDA it would need four times the memory traffic.
     """
     return device == "cpu" and dtype == torch.bfloat16
 
@@ -39,10 +38,10 @@ def rotary_angles(
 ) -> tuple[Tensor, Tensor]:
     """Returns cos and signed sin, each [B or 1, S, 1, D], computed in fp32.
 
-    `width` D is what is rotated, and `dtype` the type of the activations. Rotated x = x
+    `width` D is the rotated width, `dtype` the type of the activations. Rotated x = x
     cos + (x with its halves exchanged) sin, hence the sine's first half is negative.
     """
-    # In fp32 also for bf16: positions beyond 256 are not exact there.
+    # In fp32 also for bf16, which cannot represent positions beyond 256 exactly.
     angles = position_ids_BS[:, :, None, None].float() * inverse_frequencies(
         width, theta, scaling, position_ids_BS.device
     )
@@ -64,19 +63,19 @@ def inverse_frequencies(
 ) -> Tensor:
     """Returns radians per position of each rotated pair: fp32 [width / 2].
 
-    Unscaled theta^(-2 i / width) for pair i. Scaling divides each by the factor, leaves
-    it, or interpolates, depending on its kind.
+    Unscaled theta^(-2 i / width) for pair i. Depending on its kind, scaling divides a
+    frequency by the factor, keeps it, or interpolates.
     """
     exponents = torch.arange(0, width, 2, device=device, dtype=torch.float32) / width
     unscaled = 1.0 / theta**exponents
     if scaling is None:
         return unscaled
-    # 1 where a frequency stays, 0 where it is divided by the factor.
+    # 1 keeps a frequency, 0 divides it by the factor.
     if scaling.kind == "linear":
         unscaled_share = torch.zeros_like(unscaled)
     elif scaling.kind == "llama3":
-        # By rotations over the original length: those with at least high_freq_factor
-        # stay, those with at most low_freq_factor are divided.
+        # By rotations over the original length: kept from high_freq_factor on, divided up
+        # to low_freq_factor.
         rotations = scaling.original_max_position_embeddings / (2 * pi) * unscaled
         unscaled_share = (rotations - scaling.low_freq_factor) / (
             scaling.high_freq_factor - scaling.low_freq_factor
@@ -90,9 +89,9 @@ def inverse_frequencies(
 
 
 def _yarn_ramp(width: int, theta: float, scaling: RopeScaling) -> tuple[float, float]:
-    """Returns the first and the last pair of YaRN's interpolation.
+    """Returns the first and last pair of YaRN's interpolation range.
 
-    Between them it goes from leaving frequencies to dividing them (Peng et al. 2023,
+    Between them scaling changes from keeping to dividing frequencies (Peng et al. 2023,
     section 3.2). They rotate beta_fast and beta_slow times over the original length.
     """
     fast = _pair_with_rotations(scaling.beta_fast, width, theta, scaling)
@@ -100,7 +99,7 @@ def _yarn_ramp(width: int, theta: float, scaling: RopeScaling) -> tuple[float, f
     first = max(floor(fast), 0)
     last = min(ceil(slow), width - 1)
     if last == first:
-        # Keeps the ramp from dividing by zero, as in YaRN's published code.
+        # Avoids division by zero, as in YaRN's published code.
         return first, last + 0.001
     return first, last
 
@@ -108,13 +107,13 @@ def _yarn_ramp(width: int, theta: float, scaling: RopeScaling) -> tuple[float, f
 def _pair_with_rotations(
     rotations: float, width: int, theta: float, scaling: RopeScaling
 ) -> float:
-    """Returns the index, not rounded, of the pair that rotates so many times."""
+    """Returns the fractional index of the pair with this number of rotations."""
     original_length = scaling.original_max_position_embeddings
     return width * log(original_length / (rotations * 2 * pi)) / (2 * log(theta))
 
 
 def concentration(scaling: RopeScaling | None) -> float:
-    """Returns what cos and sin are multiplied by; 1 for all but YaRN.
+    """Returns the factor of cos and sin; 1 except for YaRN.
 
     It makes attention sharper over longer sequences.
     """
@@ -128,7 +127,7 @@ def concentration(scaling: RopeScaling | None) -> float:
 def yarn_magnitude(factor: float, weight: float) -> float:
     """Returns YaRN's mscale, 0.1 x weight x ln(factor) + 1.
 
-    Queries and keys together grow by it with the sequence.
+    It scales queries and keys for longer sequences.
     """
     return 0.1 * weight * log(factor) + 1
 
@@ -141,7 +140,7 @@ def _rotate_into(
     Shapes: [B, S, heads, D].
     """
     half = x.shape[-1] // 2
-    # The second halves: cos is doubled, and the sine's first half has a minus.
+    # Second halves, because cos is duplicated and the sine's first half is negated.
     cos = cos[..., half:]
     sin = sin[..., half:]
     x1 = x[..., :half]
@@ -157,7 +156,8 @@ def _rotate_into(
 def _rotate_in_fp32(x_BNSD: Tensor, cos: Tensor, sin: Tensor, direction: float) -> Tensor:
     """Returns x rotated, fp32 and contiguous [B, heads, S, D].
 
-    A head's positions lie together, so rows of S x D run against the angles.
+    A head's positions are contiguous, so rows of S x D elements are multiplied by the
+    angles.
     """
     half = x_BNSD.shape[-1] // 2
     wide = torch.empty(x_BNSD.shape, dtype=torch.float32, device=x_BNSD.device)
@@ -184,7 +184,7 @@ def _rotate_qkv(
     rotated_k = k.new_empty(k.shape)
     _rotate_into(rotated_q, q, cos, sin, 1.0)
     _rotate_into(rotated_k, k, cos, sin, 1.0)
-    # A copy of v, so that the whole of qkv need not be kept for the backward.
+    # Copies v, so that qkv need not be kept in memory for the backward.
     return rotated_q.transpose(1, 2), rotated_k.transpose(1, 2), v.clone().transpose(1, 2)
 
 
@@ -215,10 +215,9 @@ class RotateQKV(AutogradFunction[tuple[Tensor, Tensor, Tensor]]):
 
     The results are q [B, N, S, D], k and v [B, G, S, D].
 
-    One function, so that the backward writes the three gradients straight into one
-    fused buffer instead of concatenating. In memory tokens come first, the order that
-    fused attention is fastest with; where rotation is in fp32, heads come first, as
-    batched products need them.
+    A single function, so that the backward writes the three gradients into one fused
+    buffer without concatenation. In memory tokens come first, which is fastest for
+    fused attention; with rotation in fp32 heads come first, as batched products need.
     """
 
     @staticmethod
@@ -231,7 +230,7 @@ class RotateQKV(AutogradFunction[tuple[Tensor, Tensor, Tensor]]):
         kernel: DifferentiableOp,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Returns q, k and v; `sizes`: N, G, D."""
-        # A rotation's gradient needs the angles only, no activations are kept.
+        # A rotation's gradient needs the angles but no activations.
         ctx.save_for_backward(cos, sin)
         ctx.kernel = kernel
         q, k, v = kernel.forward(qkv, cos, sin, *sizes)

@@ -1,4 +1,4 @@
-"""Defines the base class of all autograd functions, whose `apply` has a return type."""
+"""Defines the base class of autograd functions, with a typed `apply`."""
 
 from typing import TYPE_CHECKING, Generic, TypeVar
 
@@ -14,8 +14,8 @@ class AutogradFunction(torch.autograd.Function, Generic[Output]):
     """
 
     if TYPE_CHECKING:
-        # For the type checker only. At run time `apply` stays torch's own method: no
-        # further call per layer, and nothing that torch.compile would have to trace.
+        # For the type checker only. At run time `apply` is torch's own method, without an
+        # extra call that torch.compile would have to trace.
         @classmethod
         def apply(cls, *args: object) -> Output:
             """Runs `forward` and records `backward`."""

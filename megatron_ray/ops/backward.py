@@ -1,7 +1,7 @@
 """Runs a backward pass that starts from a given gradient.
 
-torch's own argument for it (`backward(gradient=...)`) compares shapes as symbols, for
-which it imports sympy: a second of a rank's start.
+torch's `backward(gradient=...)` compares shapes as symbols and imports sympy for it,
+which takes a second of a rank's start.
 """
 
 from typing import Any
@@ -13,22 +13,22 @@ from megatron_ray.ops.autograd import AutogradFunction
 
 
 class Backward:
-    """The backward pass from one output; keeps its graph, but not its values."""
+    """The backward pass from one output; keeps its graph but not its storage."""
 
     def __init__(self, output: Tensor) -> None:
         self._gradient: list[Tensor] = []
         self._start = _Start.apply(output, self._gradient)
 
     def run(self, gradient: Tensor) -> None:
-        """Runs it once, from the gradient of the output."""
+        """Runs the backward pass once, from the gradient of the output."""
         self._gradient.append(gradient)
         torch.autograd.backward(self._start)
 
 
 class _Start(AutogradFunction[Tensor]):
-    """A scalar above the output, whose backward returns the gradient put in the list.
+    """A scalar computed from the output; its backward returns the stored gradient.
 
-    From a scalar torch starts without a gradient of the caller's.
+    torch needs no initial gradient for a scalar.
     """
 
     @staticmethod

@@ -1,7 +1,7 @@
 """Holds a function of tensors together with its gradient.
 
-Autograd functions of layers call such a pair, so that it can be exchanged for another
-that computes the same, e.g. a compiled one. Must not know: autograd, modules.
+Autograd functions of layers call such a pair, so that it can be replaced by an
+equivalent one, e.g. a compiled one. Must not know: autograd, modules.
 """
 
 from collections.abc import Callable
@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 
 class DifferentiableOp(NamedTuple):
-    """A forward and its backward; their arguments are described with their layer."""
+    """A forward and its backward function, with the arguments that its layer documents."""
 
     forward: Callable[..., Any]
     backward: Callable[..., Any]

@@ -4,7 +4,7 @@ from torch import Tensor
 
 
 def to_fp32(tensor: Tensor) -> Tensor:
-    """Returns a shorter type as fp32, and fp32 and fp64 as they are."""
+    """Converts shorter types to fp32; returns fp32 and fp64 unchanged."""
     if tensor.dtype.itemsize >= 4:
         return tensor
     return tensor.float()

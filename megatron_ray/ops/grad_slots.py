@@ -1,6 +1,6 @@
-"""Delivers a layer's weight gradients to slots, or to autograd where there are none.
+"""Delivers a layer's weight gradients to slots or, without slots, to autograd.
 
-Must not know: what a layer computes, groups.
+Must not know: the forward of layers, groups.
 
 Shapes: T tokens, I inputs, O outputs.
 """
@@ -15,7 +15,7 @@ from megatron_ray.ops.weight_grad import GradSlot
 
 
 class SlottedModule(nn.Module):
-    """A layer whose backward delivers its weight gradients to slots.
+    """A layer with a backward that delivers weight gradients to slots.
 
     Without slots, as in inference and under ZeRO-3, it is an ordinary module.
     """
@@ -23,13 +23,13 @@ class SlottedModule(nn.Module):
     def __init__(self, uses: int = 1) -> None:
         super().__init__()
         self.slots: dict[str, GradSlot] = {}
-        """Slots by the name of the parameter in this module; trainable ones only."""
+        """Slots of trainable parameters, by their name in this module."""
         self.uses = uses
-        """Number of times that a microbatch runs through the layer, and so the number of
-        contributions to each gradient."""
+        """Number of calls of the layer per microbatch, and so of contributions to each
+        gradient."""
 
     def slot(self, name: str) -> GradSlot | None:
-        """Returns the slot of a parameter, or None where there is none."""
+        """Returns the slot of a parameter, or None without one."""
         return self.slots.get(name)
 
     def is_deferred(self, name: str) -> bool:
@@ -39,13 +39,13 @@ class SlottedModule(nn.Module):
 
 
 def needs_grad(module: SlottedModule, name: str) -> bool:
-    """Returns whether a layer has a parameter of this name that is trained."""
+    """Returns whether a layer has a trainable parameter of this name."""
     parameter = getattr(module, name)
     return parameter is not None and parameter.requires_grad
 
 
-# What the functions below return is what a backward returns for the weight: None where
-# the gradient went to a slot or is not needed.
+# The functions below return the value that a backward returns for the weight: None if the
+# gradient was delivered to a slot or is not needed.
 
 
 def deliver_weight_grad(
@@ -62,7 +62,7 @@ def deliver_weight_grad(
 
 
 def deliver_bias_grad(module: SlottedModule, grad_TO: Tensor) -> Tensor | None:
-    """Delivers the gradient of a linear layer's bias, where it has one."""
+    """Delivers the gradient of a linear layer's bias, if any."""
     if not needs_grad(module, "bias"):
         return None
     return deliver_computed_grad(module, "bias", grad_TO.sum(0, dtype=torch.float32))
@@ -84,7 +84,7 @@ def deliver_computed_grad(
 def deliver_embedding_grad(
     module: SlottedModule, weight: Tensor, ids_T: Tensor, grad_TI: Tensor
 ) -> Tensor | None:
-    """Delivers the gradient of an embedding: each row of `grad_TI` to the row of its id."""
+    """Delivers the gradient of an embedding; each row of `grad_TI` is added at its id."""
     slot = module.slot("weight")
     if slot is None:
         return torch.zeros_like(weight).index_add_(0, ids_T, grad_TI)
@@ -102,8 +102,7 @@ def _accumulate_tensor(gradient: Tensor, main_grad: Tensor, *, fresh: bool) -> N
 def _accumulate_rows(
     ids_T: Tensor, grad_TI: Tensor, main_grad: Tensor, *, fresh: bool
 ) -> None:
-    # Rows without a token must be zero, so a fresh buffer is cleared: only some of its
-    # rows are written.
+    # A fresh buffer is cleared, because rows without a token are not written.
     if fresh:
         main_grad.zero_()
     main_grad.index_add_(0, ids_T, grad_TI.to(main_grad.dtype))

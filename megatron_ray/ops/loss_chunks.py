@@ -1,15 +1,15 @@
-"""Chooses how many tokens the loss works on at once.
+"""Chooses how many tokens the loss processes at once.
 
-Torch-free, since planning counts with it too.
+Torch-free, since planning uses it too.
 """
 
-# fp32 logits worked on at a time: a share of the last-level cache on CPU; enough to fill
-# the machine on CUDA.
+# fp32 logits processed at once: a share of the last-level cache on CPU; enough for full
+# utilisation on CUDA.
 _CHUNK_ELEMENTS = {"cpu": 1024 * 1024, "cuda": 64 * 1024 * 1024}
 
 
 def rows_at_once(device: str, vocabulary: int) -> int:
-    """Returns how many tokens' logits are worked on together, at least one.
+    """Returns how many tokens' logits are processed together, at least one.
 
     `vocabulary`: this rank's rows of it.
     """

@@ -2,15 +2,15 @@
 
 Owns: the choice of the library that multiplies. Must not know: layers, groups.
 
-CUDA uses torch's own products. On x86 CPUs torch passes fp32 products to MKL, which
-does not use the AVX-512 of other makers than Intel (measured: 110 against 250 GFLOP/s on
-one core). oneDNN does; torch ships it too and already uses it for bf16. With AVX2 only,
-MKL is faster (80 against 60). Both are deterministic. bf16 on a CPU without instructions
-for it is multiplied in fp32 and rounded once.
+CUDA uses torch's own products. On x86 CPUs torch uses MKL for fp32, which uses AVX-512
+only on Intel's CPUs (measured: 110 against 250 GFLOP/s on one core). oneDNN uses it on
+all; torch includes oneDNN and already uses it for bf16. With AVX2 only, MKL is faster
+(80 against 60). Both are deterministic. On CPUs without bf16 instructions bf16 is
+multiplied in fp32 and rounded once.
 
-The grouped products multiply rows that lie expert by expert, each expert's with its own
-matrix: one kernel on CUDA in bf16, which reads the counts on the device; elsewhere one
-product per expert, for which the host must know the counts (no wait on CPU).
+The grouped products multiply rows sorted by expert with each expert's matrix: one
+kernel on CUDA in bf16, which reads the counts on the device; otherwise one product per
+expert, which needs the counts on the host (no synchronization on CPU).
 
 Shapes: T tokens, I inputs, O outputs, E experts.
 """
@@ -24,18 +24,18 @@ from megatron_ray.distributed.device import kind_of
 
 Library = Literal["torch", "onednn", "fp32"]
 """`fp32`: operands are converted to fp32, then the faster library for fp32 multiplies.
-Every product takes a library; without one, device and type of its operands decide."""
+Every product has a library argument; by default it depends on device and type."""
 
 
 def library_for(device: str, dtype: torch.dtype) -> Library:
     """Returns the library that multiplies operands of a type on a device."""
     if device != "cpu":
         return "torch"
-    # Where oneDNN has no bf16, torch multiplies element by element (measured: 1 to 20
-    # GFLOP/s, against 80 in fp32).
+    # If oneDNN does not support bf16, torch multiplies element by element (measured: 1 to
+    # 20 GFLOP/s, against 80 in fp32).
     if kind_of(device).needs_fp32(dtype == torch.bfloat16):
         return "fp32"
-    # torch calls oneDNN for bf16 by itself; only fp32 goes to MKL.
+    # torch calls oneDNN for bf16 itself and MKL only for fp32.
     has_avx512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
     if has_avx512 and torch._C._has_mkldnn and dtype == torch.float32:
         return "onednn"
@@ -122,8 +122,8 @@ def accumulate_weight_grad(
         inputs_TI = inputs_TI.float()
         grad_TO = grad_TO.float()
         library = library_for(inputs_TI.device.type, inputs_TI.dtype)
-    # oneDNN cannot write into a given tensor, and torch's products write only into one of
-    # the type of their operands: these two need a temporary.
+    # oneDNN cannot write into an existing tensor, and torch's products only into one with
+    # the type of their operands, so both cases need a temporary.
     if inputs_TI.dtype != main_OI.dtype or library == "onednn":
         product = weight_grad_product(grad_TO, inputs_TI, library)
         if fresh:
@@ -137,8 +137,8 @@ def accumulate_weight_grad(
 
 
 Counts = Tensor | int
-"""Rows of each expert [E], or one number when all have the same: then the host needs no
-copy from the device."""
+"""Rows of each expert [E], or one number if all are equal, which needs no copy from the
+device."""
 
 
 def _has_grouped_kernel(rows: Tensor, weight_EOI: Tensor) -> bool:
@@ -214,8 +214,8 @@ def accumulate_grouped_weight_grad(
         product = torch.nn.functional.grouped_mm(
             grad_TO.t(), inputs_TI, offs=_row_ends(counts, inputs_TI)
         )
-        # On some GPUs the kernel leaves the product of an expert without rows
-        # uninitialized (pytorch issue 172439).
+        # On some GPUs the kernel does not initialize the product of an expert without rows
+        # (pytorch issue 172439).
         if not isinstance(counts, int):
             product.masked_fill_((counts == 0)[:, None, None], 0)
         if fresh:
@@ -246,7 +246,7 @@ def _row_ends(counts: Counts, rows: Tensor) -> Tensor:
 
 
 def _concatenate(parts: list[Tensor], like: Tensor, width: int) -> Tensor:
-    # No expert here has rows: torch.cat refuses an empty list.
+    # No local expert has rows: torch.cat rejects an empty list.
     if not parts:
         return like.new_empty(0, width)
     return torch.cat(parts)

@@ -1,11 +1,11 @@
 """Accumulates weight gradients into fp32 main gradients, at once or later.
 
 A layer's backward computes its input gradient itself and contributes the computation of
-its weight gradient to the slot of that weight. The sink behind the slots runs the
-computation at once, or keeps it where a zero-bubble schedule defers it, and counts
-contributions, so that it knows when the gradient of a whole step is complete. Buckets,
-accumulation and zero-bubble schedules thus share one mechanism, and autograd hooks have
-no part in it. Must not know: products, the layout of buckets, groups, schedules.
+its weight gradient to the slot of that weight. The sink of the slots runs the
+computation at once, or stores it if a zero-bubble schedule defers it, and counts
+contributions to detect when the gradient of a step is complete. Buckets, accumulation
+and zero-bubble schedules thus share one mechanism, without autograd hooks. Must not
+know: products, the layout of buckets, groups, schedules.
 
 The order of calls in a step, which the sink checks:
 
@@ -28,7 +28,7 @@ from torch import Tensor
 class Accumulate(Protocol):
     """Computes a weight gradient into a main gradient (fp32).
 
-    It overwrites a fresh one and adds to any other.
+    It overwrites a fresh gradient and adds to any other.
     """
 
     def __call__(self, main_grad: Tensor, /, *, fresh: bool) -> None:
@@ -38,7 +38,7 @@ class Accumulate(Protocol):
 
 @dataclass(eq=False)
 class GradSlot:
-    """The fp32 main gradient of one parameter and its state within a step."""
+    """The fp32 main gradient of a parameter and its state within a step."""
 
     name: str
     main_grad: Tensor
@@ -46,14 +46,14 @@ class GradSlot:
     uses: int = 1
     """Contributions per microbatch: 2 for a tied embedding, more with MTP layers."""
     fresh: bool = True
-    """Whether nothing has been accumulated in this step: the first contribution
+    """Whether nothing has been accumulated in this step. The first contribution
     overwrites, so the buffer is never cleared."""
     num_final: int = 0
-    """Contributions of the last microbatch so far."""
+    """Number of contributions of the last microbatch so far."""
 
     @property
     def is_deferred(self) -> bool:
-        """Whether what is contributed now is computed later."""
+        """Whether contributions are currently deferred."""
         return self.sink.is_deferring
 
     def contribute(self, accumulate: Accumulate) -> None:
@@ -63,11 +63,11 @@ class GradSlot:
 
 @dataclass(frozen=True)
 class _Microbatch:
-    """The microbatch whose backward pass is running."""
+    """The microbatch of the running backward pass."""
 
     is_last: bool
     deferred: list[Callable[[], None]] | None
-    """Receives the computations; None where they run at once."""
+    """Collects deferred computations; None to run them at once."""
 
 
 class WeightGradSink:
@@ -83,17 +83,17 @@ class WeightGradSink:
         self.slots: dict[str, GradSlot] = {}
 
     def register(self, name: str, main_grad: Tensor, uses: int = 1) -> GradSlot:
-        """Makes the slot of one trainable parameter; frozen ones get none."""
+        """Creates the slot of a trainable parameter; frozen ones have none."""
         slot = GradSlot(name, main_grad, self, uses)
         self.slots[name] = slot
         return slot
 
     def begin_step(self) -> None:
-        """Forgets the gradients of the previous step."""
+        """Marks all gradients as fresh for a new step."""
         for slot in self.slots.values():
             slot.fresh = True
             slot.num_final = 0
-        # What was deferred and never run belongs to a step that failed.
+        # Computations that were deferred but never run belong to a failed step.
         self._microbatch = None
         self._deferred.clear()
 
@@ -101,9 +101,9 @@ class WeightGradSink:
         """Announces the backward pass of a microbatch.
 
         Gradients become ready in the `last` one only. With `defer_to` its computations
-        wait until `run_deferred` is called with the same key.
+        are stored until `run_deferred` is called with this key.
         """
-        # Chunks and microbatches interleave in a schedule, so several keys may be open.
+        # A schedule interleaves chunks and microbatches, so several keys may be open.
         deferred = None
         if defer_to is not None:
             deferred = self._deferred[defer_to]
@@ -111,20 +111,20 @@ class WeightGradSink:
 
     @torch.no_grad()
     def run_deferred(self, key: Hashable, *, last: bool) -> None:
-        """Computes what was deferred to a key; `last` as in `begin_microbatch`."""
+        """Runs the computations deferred to a key; `last` as in `begin_microbatch`."""
         self.begin_microbatch(last=last)
         for compute in self._deferred.pop(key, ()):
             compute()
 
     @property
     def is_deferring(self) -> bool:
-        """Whether computations of the announced microbatch run later."""
+        """Whether computations of the current microbatch are deferred."""
         return self._microbatch is not None and self._microbatch.deferred is not None
 
     def contribute(self, slot: GradSlot, accumulate: Accumulate) -> None:
-        """Runs a computation of a slot's gradient, or keeps it for `run_deferred`.
+        """Runs a computation of a slot's gradient, or stores it for `run_deferred`.
 
-        Raises RuntimeError when no microbatch was announced in this step.
+        Raises RuntimeError before the step's first `begin_microbatch`.
         """
         if self._microbatch is None:
             raise RuntimeError(
@@ -137,11 +137,11 @@ class WeightGradSink:
 
     def _run(self, slot: GradSlot, accumulate: Accumulate) -> None:
         accumulate(slot.main_grad, fresh=slot.fresh)
-        # The flag, not a cleared buffer, marks the first contribution of a step: that
+        # A flag instead of a cleared buffer marks the first contribution of a step, which
         # saves a pass over all gradients.
         slot.fresh = False
-        # Read now and not when it was contributed: a deferred computation belongs to the
-        # microbatch that `run_deferred` announces.
+        # Read here, not in `contribute`, because `run_deferred` sets the microbatch of a
+        # deferred computation.
         assert self._microbatch is not None
         if not self._microbatch.is_last:
             return

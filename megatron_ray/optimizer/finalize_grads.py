@@ -2,9 +2,9 @@
 
 Owns: the one reduction rule.
 
-Losses are sums over valid tokens; every reduction is a sum in the group that the
-parameter table names; the one factor 1/global_tokens is applied here, once, together
-with clipping. Must not know: the update rule, losses, who reads the numbers.
+Losses are sums over valid tokens; every reduction is a sum over the group given by the
+parameter table; the factor 1/global_tokens is applied here, once, together with
+clipping. Must not know: the update rule, losses, reports.
 """
 
 from collections.abc import Sequence
@@ -17,8 +17,8 @@ from megatron_ray.distributed.mesh import ParallelMesh
 from megatron_ray.optimizer.sharded import ShardedOptimizer
 from megatron_ray.optimizer.step_sums import StepSums
 
-# A norm over this many elements at a time stays exact enough in fp32; the squares are
-# added in fp64.
+# fp32 is accurate enough for the norm of this many elements; their squares are summed in
+# fp64.
 _NORM_CHUNK = 4096
 
 
@@ -27,7 +27,7 @@ def finalize_grads(optimizer: ShardedOptimizer, mesh: ParallelMesh) -> None:
 
     The buckets must be complete: gradients are sums over data-parallel replicas already.
     """
-    # A rank's gradient of three kinds of parameter still lacks the parts of other ranks.
+    # For three kinds of parameters a rank still has only a part of the gradient.
     _sum_over_tp(optimizer, mesh)
     _sum_shared_heads(optimizer, mesh)
     _sum_tied_embedding(optimizer, mesh)
@@ -41,11 +41,10 @@ def scale_and_clip(
     The clipping factor is Megatron's min(1, limit / (norm + 1e-6)); a limit of 0 clips
     nothing.
     """
-    # All of it on the device, so that the host never waits for the norm.
+    # Computed on the device, so that the host never waits for the norm.
     factor = 1.0 / sums.num_tokens.clamp(min=1.0)
     if clip_grad_norm > 0:
-        # The norm was taken of sums; the norm of means is the same number of times
-        # smaller.
+        # The norm of the sums, divided by the tokens, is the norm of the means.
         norm = sums.squared_norm.sqrt() * factor
         factor = factor * (clip_grad_norm / (norm + 1e-6)).clamp(max=1.0)
     factor = factor.float()
@@ -57,16 +56,16 @@ def scale_and_clip(
 def squared_grad_norm(optimizer: ShardedOptimizer, mesh: ParallelMesh) -> Tensor:
     """Returns this rank's share of the squared gradient norm, fp64.
 
-    Shares are cut so that their sum over the world counts each logical element once.
+    The sum of all shares over the world counts each logical element once.
     """
     total = torch.zeros((), dtype=torch.float64, device=mesh.device)
     for shard in optimizer.shards:
-        # Without ZeRO all replicas have every gradient: the first one's counts.
+        # Without ZeRO all replicas have all gradients, so only the first one counts.
         if not shard.sharded and collectives.rank(shard.group) != 0:
             continue
         for run in shard.runs:
-            # Likewise for elements that are the same on all tp ranks, and for those that
-            # two pipeline stages or several tp ranks have copies of.
+            # The same holds for elements that are equal on all tp ranks, and for copies on
+            # two pipeline stages or several tp ranks.
             if run.owns_norm and (run.tp_sharded or mesh.tp_rank == 0):
                 total += _squares(shard.gradient(run))
     return total
@@ -81,9 +80,9 @@ def _squares(gradient: Tensor) -> Tensor:
 
 
 def _sum_over_tp(optimizer: ShardedOptimizer, mesh: ParallelMesh) -> None:
-    """Sums over tp what each tp rank has computed of its own tokens or heads only.
+    """Sums over tp the gradients that each tp rank has for its own tokens or heads.
 
-    These are whole tensors (norms, say). They are small, so all of them share one
+    They belong to replicated tensors such as norms. They are small, so all share one
     all-reduce.
     """
     if mesh.tp_group is None:
@@ -97,10 +96,10 @@ def _sum_over_tp(optimizer: ShardedOptimizer, mesh: ParallelMesh) -> None:
 
 
 def _sum_shared_heads(optimizer: ShardedOptimizer, mesh: ParallelMesh) -> None:
-    """Sums over tp the key/value heads that several tp ranks have copies of.
+    """Sums over tp the gradients of replicated key/value heads.
 
-    There are such copies where a model has fewer key/value heads than tp ranks; each
-    rank has then seen its own query heads only.
+    Heads are replicated if a model has fewer key/value heads than tp ranks; each
+    replica has the gradient of its own query heads only.
     """
     views = []
     num_replicas = 1
@@ -114,8 +113,8 @@ def _sum_shared_heads(optimizer: ShardedOptimizer, mesh: ParallelMesh) -> None:
     if not views:
         return
     local_heads = torch.cat(views)
-    # One all-reduce over tp of all heads, where each rank fills in its own and leaves
-    # zeros elsewhere: cheaper than a group and a reduction for every head.
+    # One all-reduce over tp of all heads, in which each rank fills in its own heads and
+    # zeros elsewhere. This is cheaper than a group and a reduction per head.
     all_heads = local_heads.new_zeros(mesh.dims.tp // num_replicas, local_heads.numel())
     head = mesh.tp_rank // num_replicas
     all_heads[head] = local_heads
@@ -126,8 +125,8 @@ def _sum_shared_heads(optimizer: ShardedOptimizer, mesh: ParallelMesh) -> None:
 def _sum_tied_embedding(optimizer: ShardedOptimizer, mesh: ParallelMesh) -> None:
     """Sums the gradient of a word embedding over the first and the last stage.
 
-    The last stage has it as its tied head. On both it is alone in its bucket, so their
-    shards are the same rows.
+    The last stage uses it as its tied head. On both stages it has its own bucket, so
+    their shards are the same rows.
     """
     if mesh.embedding_group is None:
         return
@@ -137,7 +136,7 @@ def _sum_tied_embedding(optimizer: ShardedOptimizer, mesh: ParallelMesh) -> None
 
 
 def _copy_back(flat: Tensor, views: Sequence[Tensor]) -> None:
-    """Copies the pieces of a concatenation back to where they were taken from."""
+    """Copies the parts of a concatenation back to their views."""
     sizes = [view.numel() for view in views]
     for view, piece in zip(views, torch.split(flat, sizes), strict=True):
         view.copy_(piece)

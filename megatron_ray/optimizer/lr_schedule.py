@@ -11,9 +11,9 @@ from megatron_ray.config.optimizer import OptimizerConfig, ScheduleConfig
 def learning_rate(
     step: int, optimizer: OptimizerConfig, schedule: ScheduleConfig, steps: int
 ) -> float:
-    """Returns the rate of update number `step` (from 1) in a job of `steps`.
+    """Returns the learning rate of update `step` (from 1) in a job of `steps`.
 
-    After the decay it stays at min_lr.
+    After the decay it is min_lr.
     """
     peak = optimizer.lr
     if step <= schedule.warmup_steps:

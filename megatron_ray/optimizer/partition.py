@@ -1,4 +1,4 @@
-"""Decides which elements of the flat buffers a rank updates.
+"""Partitions the flat buffers into the ranges that each rank updates.
 
 Owns: the `flat` strategy (equal ranges, parameter borders ignored).
 
@@ -16,20 +16,20 @@ from megatron_ray.sharding.parameter_types import Part
 class Run:
     """A contiguous range of the flat buffers that this rank updates by the same rules.
 
-    A rank's shard is its runs one after another.
+    A rank's shard is the concatenation of its runs.
     """
 
     start: int
     end: int
     shard_start: int
-    """Where the range begins in this rank's shard."""
+    """Start of the range in this rank's shard."""
     decay: bool
     """Whether weight decay applies."""
     tp_sharded: bool
-    """Whether every tp rank has other elements here; otherwise only the first one adds
-    its elements to the global norm."""
+    """Whether tp ranks have different elements; otherwise only the first one adds its
+    elements to the global norm."""
     owns_norm: bool = True
-    """Whether this rank's copy of the elements is the one that the global norm counts."""
+    """Whether the global norm counts this rank's copy of the elements."""
 
     @property
     def shard_range(self) -> slice:
@@ -37,7 +37,7 @@ class Run:
         return slice(self.shard_start, self.shard_start + self.end - self.start)
 
     def continues(self, other: "Run") -> bool:
-        """Whether this run begins where another ends and has the same rules."""
+        """Whether this run starts at the end of another one with the same rules."""
         return (
             self.start == other.end
             and self.decay == other.decay
@@ -48,13 +48,13 @@ class Run:
 
 @dataclass(frozen=True)
 class Piece:
-    """The part of one parameter that lies in one run."""
+    """The part of a parameter in one run."""
 
     placed: PlacedParameter
     start: int
     end: int
     shard_start: int
-    """Where the piece begins in this rank's shard."""
+    """Start of the piece in this rank's shard."""
 
     @property
     def shard_range(self) -> slice:
@@ -62,10 +62,9 @@ class Piece:
         return slice(self.shard_start, self.shard_start + self.end - self.start)
 
     def overlap(self, part: Part) -> tuple[int, int] | None:
-        """Returns the range of the buffers that this piece has of a part.
+        """Returns the range of the buffers that this piece shares with a part.
 
-        None where it has nothing of it. Parts are the logical tensors that are fused in
-        the parameter.
+        None without overlap. Parts are the logical tensors fused in the parameter.
         """
         part_start = self.placed.part_start(part)
         start = max(self.start, part_start)
@@ -76,7 +75,7 @@ class Piece:
 
 
 def owned_range(bucket: Bucket, dp_rank: int, dp: int, *, sharded: bool) -> tuple[int, int]:
-    """Returns the range of a bucket that one rank updates.
+    """Returns the range of a bucket that a rank updates.
 
     With `sharded` (ZeRO-1) it is the rank's equal part, else the whole bucket.
     """
@@ -86,9 +85,9 @@ def owned_range(bucket: Bucket, dp_rank: int, dp: int, *, sharded: bool) -> tupl
 
 
 def flat_runs(plan: BucketPlan, dp_rank: int, dp: int, *, sharded: bool) -> tuple[Run, ...]:
-    """Returns what one rank updates of all buckets, as few runs as possible.
+    """Returns a rank's ranges of all buckets, merged into as few runs as possible.
 
-    Neighbouring parameters with the same rules make one run, because an update costs a
+    Adjacent parameters with the same rules form one run, because an update costs a
     kernel launch per run.
     """
     runs: list[Run] = []
@@ -112,8 +111,8 @@ def flat_runs(plan: BucketPlan, dp_rank: int, dp: int, *, sharded: bool) -> tupl
 def _part_runs(bucket: Bucket) -> Iterator[Run]:
     """Yields one run per part of the bucket's parameters; together they fill the bucket.
 
-    Gaps (alignment, padding rows, the bucket's own rounding) belong to the part before
-    them. They are zeros and stay zeros, and without gaps neighbours can be one run.
+    Gaps (alignment, padding rows, rounding of the bucket) belong to the previous part.
+    They are always zero, and without gaps neighbours can form one run.
     """
     parts: list[tuple[PlacedParameter, Part]] = []
     for placed in bucket.placed:
@@ -135,7 +134,7 @@ def _part_runs(bucket: Bucket) -> Iterator[Run]:
 
 
 def pieces(plan: BucketPlan, runs: tuple[Run, ...]) -> Iterator[Piece]:
-    """Yields the pieces of every parameter that lie in the runs, in buffer order."""
+    """Yields the pieces of all parameters in the runs, in buffer order."""
     for placed in plan.placed:
         for run in runs:
             start = max(placed.start, run.start)

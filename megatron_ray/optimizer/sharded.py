@@ -5,8 +5,8 @@ know: the model, microbatches, files.
 
 ZeRO-1 (Rajbhandari et al. 2020): each data-parallel rank updates an equal part of every
 bucket. In fp32 the main parameters are the model's own memory; in bf16 they are a
-separate fp32 shard. The update is torch's functional AdamW: the class would import the
-compiler, a second of every start.
+separate fp32 shard. The update is torch's functional AdamW, because the class would
+import the compiler, which takes a second.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,6 +22,7 @@ from megatron_ray.distributed import collectives
 from megatron_ray.optimizer.partition import Piece, Run, flat_runs, owned_range, pieces
 from megatron_ray.sharding.boxes import Box
 from megatron_ray.sharding.flat_boxes import flat_range_to_boxes
+from megatron_ray.sharding.parameter_types import Part
 from megatron_ray.sharding.sharded_state import ShardedState, ShardedTensor, TensorBox
 
 
@@ -29,7 +30,7 @@ from megatron_ray.sharding.sharded_state import ShardedState, ShardedTensor, Ten
 class FusedUpdate:
     """The tensors of one fused AdamW call: views of flat memory, one per run.
 
-    All of its runs have the same weight decay.
+    All runs have the same weight decay.
     """
 
     weight_decay: float
@@ -41,20 +42,20 @@ class FusedUpdate:
 
 
 class OptimizerShard:
-    """This rank's shard of one group of parameters that have the same replicas.
+    """This rank's shard of a parameter group.
 
     `state` are the moments by torch's names, flat tensors in the order of `runs`.
     """
 
     def __init__(
-        self, config: OptimizerConfig, family: ParameterGroup, *, sharded: bool
+        self, config: OptimizerConfig, group: ParameterGroup, *, sharded: bool
     ) -> None:
-        """Makes a shard: with `sharded` (ZeRO-1) a part for each replica, else all of it."""
-        self.buffers = family.buffers
-        self.group = family.group
-        # A group of one rank has nothing to share out, and so nothing to gather either.
+        """Makes the shard: this replica's part (`sharded`, ZeRO-1) or the whole group."""
+        self.buffers = group.buffers
+        self.group = group.group
+        # With a single rank nothing is sharded or gathered.
         self.sharded = sharded and self.group is not None
-        self._adopt = family.sync_model
+        self._sync_model = group.sync_model
         self._config = config
         plan = self.buffers.plan
         dp_rank = collectives.rank(self.group)
@@ -63,8 +64,8 @@ class OptimizerShard:
         self._owned: list[tuple[int, int]] = []
         for bucket in plan.buckets:
             self._owned.append(owned_range(bucket, dp_rank, dp, sharded=self.sharded))
-        # Runs are what is updated, pieces what has a name: checkpoints and reductions of
-        # single parameters go by pieces.
+        # Updates work on runs; checkpoints and reductions of single parameters work on
+        # pieces, which have names.
         self.pieces = tuple(pieces(plan, self.runs))
         self._placed = {placed.parameter.name: placed for placed in plan.placed}
         self._pieces_by_parameter: dict[str, list[Piece]] = {}
@@ -72,12 +73,12 @@ class OptimizerShard:
             name = piece.placed.parameter.name
             self._pieces_by_parameter.setdefault(name, []).append(piece)
         self._allocate()
-        # Two calls a step: weight decay is one number per call, and biases, norms and the
-        # like have none.
+        # Two calls per step, because weight decay is an argument of the call, and norms and
+        # biases have none.
         self._updates = [self._fused_update(decay=True), self._fused_update(decay=False)]
 
     def _allocate(self) -> None:
-        """Makes the moments, and main parameters where the model is not fp32 itself."""
+        """Allocates the moments and, unless the model is fp32, main parameters."""
         num_elements = 0
         if self.runs:
             num_elements = self.runs[-1].shard_range.stop
@@ -107,8 +108,8 @@ class OptimizerShard:
                 update.grads.append(self.gradient(run))
                 update.exp_avgs.append(self.state["exp_avg"][run.shard_range])
                 update.exp_avg_sqs.append(self.state["exp_avg_sq"][run.shard_range])
-                # Counts of updates lie on the device too: the fused kernel reads them
-                # there, without a wait.
+                # Update counts are on the device, where the fused kernel reads them without
+                # synchronization.
                 update.state_steps.append(
                     torch.zeros((), device=self.buffers.parameters.device)
                 )
@@ -125,7 +126,7 @@ class OptimizerShard:
         return self.buffers.gradients[run.start : run.end]
 
     def step(self, lr: float) -> None:
-        """Updates the main parameters with the gradients as they are.
+        """Updates the main parameters with the current gradients.
 
         The new weights are not published yet.
         """
@@ -149,7 +150,7 @@ class OptimizerShard:
             )
 
     def set_steps_taken(self, steps: int) -> None:
-        """Continues bias correction after so many updates, from a loaded checkpoint."""
+        """Sets the number of previous updates, for bias correction after a resume."""
         for update in self._updates:
             for state_step in update.state_steps:
                 state_step.fill_(float(steps))
@@ -159,20 +160,20 @@ class OptimizerShard:
 
         To be called after an update, a load, or initialisation of the shard.
         """
-        # Rounded before they are sent: bf16 weights are half the bytes.
+        # Rounded before the gather, since bf16 weights have half the bytes.
         if self._main_shard is not None:
             for run in self.runs:
                 self.buffers.parameters[run.start : run.end].copy_(self.main(run))
         self._gather()
-        self._adopt()
+        self._sync_model()
 
     def _gather(self) -> None:
-        """Brings the parts of every bucket that other ranks have updated here."""
+        """Gathers the parts of all buckets that other ranks have updated."""
         if not self.sharded:
             return
         flat = self.buffers.parameters
         buckets = self.buffers.plan.buckets
-        # All buckets are under way before the first is waited for.
+        # Starts all buckets before waiting for the first.
         gathers = []
         for bucket, (start, end) in zip(buckets, self._owned, strict=True):
             whole = flat[bucket.start : bucket.end]
@@ -193,28 +194,28 @@ class OptimizerShard:
         """
         flat = value.reshape(-1)
         placed = self._placed[name]
-        # Every replica is given the same value, so nothing has to be gathered.
+        # All replicas set the same value, so no gather is needed.
         self.buffers.parameters[placed.start : placed.end].copy_(flat)
         if self._main_shard is None:
             return
-        # The main parameters are not rounded to the model's type.
+        # Main parameters keep fp32 precision.
         for piece in self._pieces_by_parameter.get(name, ()):
             start = piece.start - placed.start
             end = piece.end - placed.start
             self._main_shard[piece.shard_range].copy_(flat[start:end])
 
     def sharded_state(self) -> ShardedState:
-        """Returns live views of what this rank owns of the optimizer's state.
+        """Returns live views of the optimizer state that this rank owns.
 
-        `model/...` are the fp32 main parameters, or the model's own where those are
-        frozen; `optimizer/...` the moments.
+        `model/...` are the fp32 main parameters, or the model's parameters if frozen;
+        `optimizer/...` are the moments.
         """
         state: ShardedState = {}
         for piece in self.pieces:
             _add_boxes(state, "model/", piece, self.main(piece))
             for name, flat in self.state.items():
                 _add_boxes(state, f"optimizer/{name}/", piece, flat[piece.shard_range])
-        # Frozen parameters are in no run, but a checkpoint is of the whole model.
+        # Frozen parameters belong to no run, but a checkpoint contains the whole model.
         for placed in self.buffers.plan.frozen:
             whole = Piece(placed, placed.start, placed.end, shard_start=0)
             values = self.buffers.parameters[placed.start : placed.end]
@@ -224,7 +225,7 @@ class OptimizerShard:
     def sharded_gradients(self) -> ShardedState:
         """Returns live views of the gradients this rank updates with, by logical name.
 
-        Layouts are compared by them.
+        Used to compare layouts.
         """
         state: ShardedState = {}
         for piece in self.pieces:
@@ -233,16 +234,16 @@ class OptimizerShard:
 
 
 class ShardedOptimizer:
-    """The optimizer of this rank: one shard per group of parameters.
+    """The optimizer of this rank, with one shard per parameter group.
 
     Dense parameters and experts have replicas on different ranks, hence two groups.
     """
 
     def __init__(
-        self, config: OptimizerConfig, families: Sequence[ParameterGroup], *, sharded: bool
+        self, config: OptimizerConfig, groups: Sequence[ParameterGroup], *, sharded: bool
     ) -> None:
         self.shards = tuple(
-            OptimizerShard(config, family, sharded=sharded) for family in families
+            OptimizerShard(config, group, sharded=sharded) for group in groups
         )
 
     def gradients(self) -> Iterator[tuple[Piece, Tensor]]:
@@ -253,13 +254,13 @@ class ShardedOptimizer:
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
-        """Updates with the gradients as they are, then publishes the new weights."""
+        """Updates with the current gradients, then publishes the new weights."""
         for shard in self.shards:
             shard.step(lr)
         self.publish()
 
     def set_steps_taken(self, steps: int) -> None:
-        """Continues bias correction after so many updates, from a loaded checkpoint."""
+        """Sets the number of previous updates, for bias correction after a resume."""
         for shard in self.shards:
             shard.set_steps_taken(steps)
 
@@ -281,7 +282,7 @@ class ShardedOptimizer:
                 shard.initialise(name, value)
 
     def sharded_state(self) -> ShardedState:
-        """Returns live views of what this rank owns: see OptimizerShard.sharded_state."""
+        """Returns live views of this rank's state; see OptimizerShard.sharded_state."""
         state: ShardedState = {}
         for shard in self.shards:
             state |= shard.sharded_state()
@@ -298,27 +299,39 @@ class ShardedOptimizer:
 def _add_boxes(state: ShardedState, prefix: str, piece: Piece, flat: Tensor) -> None:
     """Adds the flat range of a piece to the state, as boxes of logical tensors.
 
-    A parameter may be several logical tensors fused along dim 0; padding rows belong to
-    none and fall out.
+    A parameter may fuse several logical tensors along dim 0; padding rows belong to none
+    and are left out.
     """
     for part in piece.placed.parameter.parts:
-        overlap = piece.overlap(part)
-        if overlap is None:
-            continue
-        start, end = overlap
-        part_start = piece.placed.part_start(part)
-        logical = part.logical
-        entry = state.setdefault(prefix + logical.name, ShardedTensor(logical.shape, []))
-        # A flat range is no box in general: it may begin and end in the middle of a row.
-        # It is cut into as few boxes as it takes, which are contiguous and so views.
-        for box, box_start, box_end in flat_range_to_boxes(
-            part.box.size, start - part_start, end - part_start
-        ):
-            # From the box inside this rank's part to the box of the logical tensor ...
-            offset = []
-            for part_offset, inner_offset in zip(part.box.offset, box.offset, strict=True):
-                offset.append(part_offset + inner_offset)
-            # ... and from elements of the part to elements of the piece's memory.
-            shift = part_start - piece.start
-            view = flat[shift + box_start : shift + box_end].view(box.size)
-            entry.boxes.append(TensorBox(Box(tuple(offset), box.size), view))
+        boxes = _part_boxes(piece, part, flat)
+        if boxes:
+            logical = part.logical
+            empty = ShardedTensor(logical.shape, [])
+            state.setdefault(prefix + logical.name, empty).boxes.extend(boxes)
+
+
+def _part_boxes(piece: Piece, part: Part, flat: Tensor) -> list[TensorBox]:
+    """Returns the boxes of one part in a piece, as views of the piece's memory."""
+    overlap = piece.overlap(part)
+    if overlap is None:
+        return []
+    start, end = overlap
+    part_start = piece.placed.part_start(part)
+    shift = part_start - piece.start
+    boxes = []
+    # A flat range is in general not a box, since it may start and end within a row. It is
+    # split into as few boxes as possible, which are contiguous and so views.
+    for box, box_start, box_end in flat_range_to_boxes(
+        part.box.size, start - part_start, end - part_start
+    ):
+        view = flat[shift + box_start : shift + box_end].view(box.size)
+        boxes.append(TensorBox(_shifted(box, part.box.offset), view))
+    return boxes
+
+
+def _shifted(box: Box, offset: Sequence[int]) -> Box:
+    """Returns a box of a part as a box of the logical tensor."""
+    shifted = []
+    for part_offset, inner_offset in zip(offset, box.offset, strict=True):
+        shifted.append(part_offset + inner_offset)
+    return Box(tuple(shifted), box.size)

@@ -1,6 +1,6 @@
-"""Holds the numbers of a step while they are on the device.
+"""Defines the numbers of a step while they are on the device.
 
-Owns: the order of numbers in the vector that is summed over all ranks.
+Owns: the order of numbers in the vector that all ranks sum.
 """
 
 from dataclasses import dataclass
@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from torch import Tensor
 
 NUM_FIXED = 3
-"""Loss sum, tokens and squared gradient norm, which every model has."""
+"""Loss sum, tokens and squared gradient norm, present for every model."""
 
 
 @dataclass(frozen=True)
 class StepSums:
-    """One step's numbers, summed over the world and so the same on every rank.
+    """The numbers of one step, summed over the world and so equal on every rank.
 
-    They stay on the device: reading one there and then would make the host wait for the
-    step to end.
+    They stay on the device, because reading one would make the host wait for the step's
+    end.
     """
 
     values: Tensor
@@ -24,10 +24,10 @@ class StepSums:
 
     @property
     def num_tokens(self) -> Tensor:
-        """Tokens that count in the loss."""
+        """Number of tokens in the loss."""
         return self.values[1]
 
     @property
     def squared_norm(self) -> Tensor:
-        """Squared L2 norm of the gradients, which are sums over tokens here."""
+        """Squared L2 norm of the gradients (sums over tokens)."""
         return self.values[2]

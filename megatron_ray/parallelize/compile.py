@@ -1,11 +1,11 @@
 """Puts compiled elementwise operations into a model.
 
-The elementwise parts of a model stand here as plain formulas that torch.compile fuses.
-Products, attention and collectives are left to their libraries, and weight gradients to
-their slots: neither gains from being compiled, and a compiler cannot see through them.
-What is left is bound by memory, where one pass instead of several is all there is to
-gain. Routed experts stay as they are: their number of rows changes with every microbatch,
-and new shapes are new code. Must not know: groups, schedules.
+This file has formulas of the elementwise parts of a model, which torch.compile fuses.
+Products, attention, collectives and weight-gradient slots are not compiled: they would
+not gain, and are opaque to the compiler. The elementwise parts are bound by memory and
+gain from fewer passes. Routed experts are not compiled, because their number of rows
+changes with every microbatch and new shapes cause recompilation. Must not know: groups,
+schedules.
 """
 
 import sysconfig
@@ -30,7 +30,7 @@ from megatron_ray.tensor_parallel.norm import RMSNorm
 
 
 class CompiledOps(NamedTuple):
-    """The operations that are exchanged; each computes what its layer's own one does."""
+    """The replaced operations; each is equivalent to that of its layer."""
 
     rms_norm: DifferentiableOp
     swiglu: DifferentiableOp
@@ -42,13 +42,13 @@ class CompiledOps(NamedTuple):
 def apply_compile(model: GPT, ops: CompiledOps) -> None:
     """Puts the operations into a model.
 
-    LayerNorm and GELU are one kernel each already.
+    LayerNorm and GELU already are single kernels.
     """
     gated = {"swiglu": ops.swiglu, "geglu_tanh": ops.geglu_tanh}
     for module in model.modules():
         if isinstance(module, RMSNorm):
             module.kernel = ops.rms_norm
-        # An MLP's activation only, not that of experts: see above.
+        # Activations of MLPs only, not of experts, see the module's docstring.
         elif isinstance(module, GatedMLP):
             module.activation.kernel = gated[model.config.activation]
         elif isinstance(module, Attention):
@@ -58,16 +58,16 @@ def apply_compile(model: GPT, ops: CompiledOps) -> None:
 
 
 def compiled_ops() -> CompiledOps:
-    """Returns the formulas, each to be compiled when it is first used.
+    """Returns the formulas, each of which is compiled on first use.
 
-    That takes seconds, and again for another shape. Imports the compiler.
+    Compilation takes seconds per shape. Imports the compiler.
 
-    Raises ConfigError where this machine lacks what the compiler needs.
+    Raises ConfigError if this machine lacks requirements of the compiler.
     """
     import torch._inductor.config as inductor
 
     _check_compiler()
-    # Otherwise it starts a pool of processes that outlives the rank.
+    # Otherwise the compiler starts a process pool that outlives the rank.
     inductor.compile_threads = 1
     return CompiledOps(
         rms_norm=_compiled(FORMULAS.rms_norm),
@@ -78,7 +78,7 @@ def compiled_ops() -> CompiledOps:
     )
 
 
-# A graph break would mean several passes again, so it is an error.
+# A graph break would split the fused pass, so it is an error.
 _compile: Callable[[Callable[..., Any]], Callable[..., Any]] = partial(
     torch.compile, fullgraph=True
 )
@@ -140,14 +140,14 @@ def _swiglu_backward(grad: Tensor, gate_up: Tensor) -> Tensor:
     gate, up = _halves(gate_up)
     grad_fp32 = to_fp32(grad)
     sigmoid = gate.sigmoid()
-    # The slope of silu(g) = g s(g) is s + g s (1 - s).
+    # The derivative of silu(g) = g s(g) is s + g s (1 - s).
     grad_gate = grad_fp32 * up * sigmoid * (1 + gate * (1 - sigmoid))
     grad_up = grad_fp32 * gate * sigmoid
     return torch.cat([grad_gate, grad_up], -1).to(gate_up.dtype)
 
 
 def _gelu_tanh(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns GELU by its tanh approximation (Hendrycks and Gimpel 2016) and its slope."""
+    """Returns tanh-approximated GELU (Hendrycks and Gimpel 2016) and its derivative."""
     scale = sqrt(2 / pi)
     cubic = 0.044715
     tanh = (scale * (x + cubic * x * x * x)).tanh()
@@ -170,14 +170,14 @@ def _geglu_tanh_backward(grad: Tensor, gate_up: Tensor) -> Tensor:
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates [B, S, heads, D]; cos and sin are of half a head's width."""
+    """Rotates [B, S, heads, D]; cos and sin have half a head's width."""
     first, second = _halves(x)
     rotated = torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
     return rotated.to(x.dtype)
 
 
 def _half_angles(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """Removes the doubling, and the sign, that rotary_angles gives cos and sin."""
+    """Undoes the duplication and sign of cos and sin in `rotary_angles`."""
     half = cos.shape[-1] // 2
     return cos[..., half:], sin[..., half:]
 
@@ -188,11 +188,11 @@ def _rotate_qkv(
     split = qkv.view(*qkv.shape[:-1], heads + 2 * groups, head_width)
     q, k, v = torch.split(split, [heads, groups, groups], dim=2)
     half_cos, half_sin = _half_angles(cos, sin)
-    # A copy of v, so that qkv is not kept for its sake.
+    # Copies v, so that qkv is not kept in memory.
     parts = [_rotate(q, half_cos, half_sin), _rotate(k, half_cos, half_sin), v.clone()]
     by_head = [part.transpose(1, 2) for part in parts]
     if rotates_in_fp32(qkv.device.type, qkv.dtype):
-        # Heads first in memory too, see RotateQKV.
+        # Heads come first in memory, see RotateQKV.
         by_head = [part.contiguous() for part in by_head]
     return tuple(by_head)
 
@@ -201,7 +201,7 @@ def _rotate_qkv_backward(
     grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, cos: Tensor, sin: Tensor
 ) -> Tensor:
     half_cos, half_sin = _half_angles(cos, sin)
-    # The gradient is rotated back.
+    # The gradient is rotated in the opposite direction.
     q = _rotate(grad_q.transpose(1, 2), half_cos, -half_sin)
     k = _rotate(grad_k.transpose(1, 2), half_cos, -half_sin)
     return torch.cat([q, k, grad_v.transpose(1, 2)], 2).flatten(2)
@@ -216,8 +216,8 @@ def _softmax_shares_(logits: Tensor, columns: Tensor) -> SoftmaxStats:
     if logits.dtype.itemsize >= 4:
         logits.copy_(shares)
         return SoftmaxStats(largest, total, label_logit, torch.ones_like(total))
-    # As probabilities, so that what is rounded is multiplied by one, and not rounded
-    # again, where the vocabulary is not cut.
+    # As probabilities, because without vocabulary sharding the later factor is one, which
+    # adds no second rounding.
     logits.copy_(shares / total[:, None])
     return SoftmaxStats(largest, total, label_logit, total.clone())
 

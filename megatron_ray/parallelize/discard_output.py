@@ -1,11 +1,11 @@
-"""Frees the output of a small module between the forward and the backward pass.
+"""Frees the output of a small module between forward and backward pass.
 
-Owns: output-discarding recompute, as Megatron-LM's `CheckpointWithoutOutput`. Must not
-know: which modules of a model it is used for.
+Owns: output-discarding recomputation, as in Megatron-LM's `CheckpointWithoutOutput`.
+Must not know: the modules that use it.
 
-A norm or an activation is cheap to compute, but autograd keeps its output for the
-product that reads it. Here the memory of the output is freed once that product, the
-consumer, has run, and filled again just before the consumer's backward needs it.
+A norm or an activation is cheap to compute, but autograd saves its output for the
+product that reads it. This module frees the output's memory after that product, the
+consumer, has run, and recomputes it just before the consumer's backward.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,31 +21,31 @@ from megatron_ray.ops.backward import Backward
 def discard_output(producer: nn.Module, consumer: nn.Module) -> None:
     """Frees the output of `producer` after `consumer`, its only reader, has run.
 
-    Costs one more run of the producer and one copy of its output. The output must have
-    memory of its own.
+    Costs a second run of the producer and a copy of its output. The output must not
+    share memory with other tensors.
     """
     _DiscardBetween(producer, consumer)
 
 
 class _DiscardBetween:
-    """Wires a producer and its consumer, with a checkpoint for each forward pass.
+    """Connects a producer and its consumer, with a checkpoint for each forward pass.
 
-    Several microbatches may be between their forward and their backward pass at once,
-    but the consumer always runs right after the producer, so at most one checkpoint
-    waits for its consumer.
+    Several microbatches may be between forward and backward pass, but the consumer
+    always runs right after the producer, so at most one checkpoint waits for its
+    consumer.
     """
 
     def __init__(self, producer: nn.Module, consumer: nn.Module) -> None:
         self._run_producer = producer.forward
         self._awaits_consumer: CheckpointWithoutOutput | None = None
-        # Not a module around the producer: names of parameters are those of the table.
+        # Not a wrapper module, which would change the names of parameters.
         producer.forward = self._forward_of_producer
         consumer.register_forward_hook(self._after_consumer)
 
     def _forward_of_producer(self, *inputs: Tensor) -> Tensor:
         if not needs_grad(inputs):
-            # Autograd does not go through a function whose inputs need no gradient, and
-            # the producer's parameters would get none.
+            # Autograd skips a function if no input needs a gradient, so the producer's
+            # parameters would get no gradients.
             plain_output: Tensor = self._run_producer(*inputs)
             return plain_output
         checkpoint = CheckpointWithoutOutput(self._run_producer)
@@ -61,7 +61,7 @@ class _DiscardBetween:
 
 
 class CheckpointWithoutOutput:
-    """One output that is discarded in the forward and made again in the backward pass.
+    """One output, discarded in the forward and recomputed in the backward pass.
 
     Order of events for one microbatch::
 
@@ -75,8 +75,8 @@ class CheckpointWithoutOutput:
                   backward              the gradient goes through the graph of the
                                         second run to the producer's inputs
 
-    The inputs are with the autograd node of the first run, which frees them with the
-    rest of the graph, whether the backward pass comes or not.
+    The autograd node of the first run saves the inputs and frees them with the rest of
+    the graph, also without a backward pass.
     """
 
     def __init__(self, run_producer: Callable[..., Tensor]) -> None:
@@ -96,15 +96,16 @@ class CheckpointWithoutOutput:
     def discard_output_until_backward_of(self, consumed: Tensor) -> None:
         """Frees the output's memory until the backward pass of its consumer.
 
-        `consumed` is what the consumer has returned.
+        `consumed` is the consumer's output.
         """
         assert self._storage is not None
         assert consumed.grad_fn is not None
         node = self._node
         storage = self._storage
         num_bytes = storage.nbytes()
-        # From here on only the hook has node and storage: a checkpoint that had its own
-        # node would be a cycle, and keep the inputs until the garbage is collected.
+        # From here on only the hook references node and storage: a checkpoint with a
+        # reference to its own node would form a cycle, which keeps the inputs until garbage
+        # collection.
         self._node = None
         self._storage = None
         storage.resize_(0)
@@ -112,8 +113,8 @@ class CheckpointWithoutOutput:
         def restore(_: Any) -> None:
             self._restore_output(node.saved_tensors, storage, num_bytes)
 
-        # On the node and not on the tensor, whose hooks come before: under ZeRO-3 one
-        # of them gathers the weights that the second run needs.
+        # A hook of the node runs after those of the tensor. Under ZeRO-3 one of these
+        # gathers the weights that the second run needs.
         consumed.grad_fn.register_prehook(restore)
 
     def _restore_output(
@@ -122,13 +123,13 @@ class CheckpointWithoutOutput:
         storage: torch.UntypedStorage,
         num_bytes: int,
     ) -> None:
-        """Runs the producer again, and copies its output into the freed memory."""
+        """Runs the producer again and copies its output into the freed memory."""
         self._inputs = detached_leaves(saved_inputs)
-        # Hooks run outside of autograd's recording, but the second run needs a graph.
+        # Autograd does not record in hooks, but the second run needs a graph.
         with torch.enable_grad():
             output = self.run_producer(*self._inputs)
             self._second_run = Backward(output)
-        # Into the same storage, since autograd has kept a reference to it for the consumer.
+        # Into the same storage, to which autograd holds a reference for the consumer.
         storage.resize_(num_bytes)
         storage.copy_(output.untyped_storage())
 
@@ -144,7 +145,7 @@ class CheckpointWithoutOutput:
 
 
 class _FirstRun(AutogradFunction[Tensor]):
-    """Runs a producer outside of autograd, which then keeps its inputs only."""
+    """Runs a producer without recording, so that autograd saves its inputs only."""
 
     @staticmethod
     def forward(ctx: Any, checkpoint: CheckpointWithoutOutput, *inputs: Tensor) -> Tensor:
@@ -177,7 +178,7 @@ def detached_leaves(inputs: Sequence[Tensor | None]) -> list[Tensor | None]:
 
 
 def leaf_grads(leaves: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """Returns what a backward pass has left at each leaf."""
+    """Returns the gradient of each leaf after a backward pass."""
     grads = list[Tensor | None]()
     for leaf in leaves:
         if leaf is None:

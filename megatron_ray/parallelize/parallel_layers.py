@@ -1,7 +1,7 @@
 """Makes the parallel layers of a model: plain torch modules, for any device.
 
-A layer's local shapes come from its spec (`sharding.layer_specs`), as the rows of the
-parameter table do. Must not know: the order of assembly.
+A layer's local shapes are derived from its spec (`sharding.layer_specs`), like the rows
+of the parameter table. Must not know: the order of assembly.
 """
 
 from collections.abc import Callable
@@ -45,7 +45,7 @@ from megatron_ray.tensor_parallel.norm import LayerNorm, RMSNorm
 
 @dataclass(frozen=True)
 class ExpertParallelGroups:
-    """The groups that share a mixture's experts, and how tokens reach them."""
+    """The groups that share a mixture's experts, and the kind of dispatcher."""
 
     ep_group: Group = None
     etp_group: Group = None
@@ -79,26 +79,26 @@ class ParallelLayerFactory:
     # ---- layers with weights
 
     def embedding(self, spec: VocabularySpec, uses: int) -> nn.Module:
-        """Makes the word embedding, cut over the vocabulary."""
+        """Makes the word embedding, sharded over the vocabulary."""
         shape = spec.shapes(self._position)["weight"]
         return VocabParallelEmbedding(shape, tp=self._tp, dtype=self._dtype, uses=uses)
 
     def position_embedding(self, spec: ReplicatedSpec) -> nn.Module:
-        """Makes a table of positions, whole on every rank."""
+        """Makes a table of positions, replicated on every rank."""
         shape = spec.shapes(self._position)["weight"]
         return PositionEmbedding(shape, tp=self._tp, dtype=self._dtype)
 
     def norm(self, spec: NormSpec) -> nn.Module:
-        """Makes a norm, whole on every rank."""
+        """Makes a norm, replicated on every rank."""
         shape = spec.shapes(self._position)["weight"]
-        # LayerNorm is the kind with a bias.
+        # Only LayerNorm has a bias.
         eps = self._config.norm_eps
         if spec.bias:
             return LayerNorm(shape, eps, dtype=self._dtype)
         return RMSNorm(shape, eps, dtype=self._dtype, zero_centered=spec.zero_centered)
 
     def column(self, spec: ColumnSpec) -> nn.Module:
-        """Makes a linear layer whose outputs are cut over tp."""
+        """Makes a linear layer with outputs sharded over tp."""
         shape = spec.shapes(self._position)["weight"]
         return ColumnParallelLinear(shape, bias=spec.bias, tp=self._tp, dtype=self._dtype)
 
@@ -114,16 +114,16 @@ class ParallelLayerFactory:
         )
 
     def row(self, spec: RowSpec) -> nn.Module:
-        """Makes a linear layer whose inputs are cut over tp."""
+        """Makes a linear layer with inputs sharded over tp."""
         shape = spec.shapes(self._position)["weight"]
         return RowParallelLinear(shape, bias=spec.bias, tp=self._tp, dtype=self._dtype)
 
     def replicated(self, spec: ReplicatedSpec) -> nn.Module:
-        """Makes a linear layer that is whole on every rank."""
+        """Makes a linear layer that is replicated on every rank."""
         return ReplicatedLinear(spec.shapes(self._position)["weight"], dtype=self._dtype)
 
     def router(self, spec: ReplicatedSpec) -> nn.Module:
-        """Makes the product of a router, whole on every rank."""
+        """Makes the product of a router, replicated on every rank."""
         return RouterLinear(spec.shapes(self._position)["weight"], dtype=self._dtype)
 
     def expert_column(self, spec: GroupedColumnSpec) -> nn.Module:
@@ -141,9 +141,8 @@ class ParallelLayerFactory:
     def head(
         self, spec: VocabularySpec, embedding: nn.Module | None, uses: int
     ) -> nn.Module:
-        """Makes the output head, on the embedding's weight when one is passed."""
-        # A tied head computes with the embedding's parameter itself: its table has no row
-        # for the head then.
+        """Makes the output head, tied to the embedding if one is passed."""
+        # A tied head uses the embedding's parameter, so the table has no row for the head.
         tied = None
         if embedding is not None:
             assert isinstance(embedding, VocabParallelEmbedding)
@@ -161,28 +160,28 @@ class ParallelLayerFactory:
     # ---- layers without weights
 
     def gather_from_sequence_parallel(self) -> nn.Module:
-        """Makes the gathering of rows that the heads of all tp ranks read."""
+        """Makes the gather of rows that the heads of all tp ranks read."""
         return GatherFromSequenceParallel(self._tp)
 
     def attention(self, window: int | None) -> nn.Module:
-        """Makes the attention that fits context parallelism."""
+        """Makes the attention for the method of context parallelism."""
         return self._attention(window)
 
     def attention_with_dropout(self, name: str, window: int | None) -> nn.Module | None:
-        """Makes attention with dropout, or None where the model has none."""
+        """Makes attention with dropout; None if the model has none."""
         rate = self._config.attention_dropout
         if not rate:
             return None
-        # Each tp rank has its own heads, so it draws its own masks.
+        # Each tp rank has different heads, so it draws different masks.
         stream = self._streams.stream(name, ("cp", "tp"))
         return AttentionWithDropout(rate, stream, window)
 
     def hidden_dropout(self, name: str) -> nn.Module | None:
-        """Makes dropout of hidden states, or None where the model has none."""
+        """Makes dropout of hidden states; None if the model has none."""
         rate = self._config.hidden_dropout
         if not rate:
             return None
-        # Ranks that have the same tokens must draw the same masks.
+        # Ranks with the same tokens must draw the same masks.
         cut_by: tuple[str, ...] = ("cp",)
         if self._tp.sequence_parallel:
             cut_by = ("cp", "tp")
@@ -193,7 +192,7 @@ class ParallelLayerFactory:
         return ExpertBias(num_experts, rate)
 
     def dispatcher(self, num_experts: int) -> Dispatcher:
-        """Makes what carries tokens to their experts and back."""
+        """Makes the dispatcher of tokens to experts."""
         experts = self._experts
         if experts.dispatcher == "alltoall":
             return AllToAllDispatcher(num_experts, experts.ep_group, experts.etp_group)
@@ -202,16 +201,16 @@ class ParallelLayerFactory:
     def aux_loss(self, kind: str, divisor: float, *, is_per_rank: bool) -> AuxLoss:
         """Makes an auxiliary loss; see `models.layers.LayerFactory`."""
         if not is_per_rank:
-            # All tp ranks count the same loss, and counts are summed over them.
+            # All tp ranks count the same loss, and the counts are summed over them.
             divisor *= self._tp.size
         return AuxLoss(kind, divisor)
 
     # ---- what depends on where tokens are
 
     def local_rows(self, tensor: Tensor) -> Tensor:
-        """Returns the rows of those tokens whose activations are on this rank."""
+        """Returns the rows of the tokens with activations on this rank."""
         return collectives.local_rows(tensor, self._tp.sequence_group)
 
     def sum_over_tokens(self, tensor: Tensor) -> Tensor:
-        """Sums in place over all ranks with tokens of the same microbatch."""
+        """Sums in place over all ranks that share a microbatch."""
         return collectives.all_reduce(tensor, self._experts.token_group)

@@ -1,7 +1,7 @@
-"""Turns a config and a mesh into a model on this rank, with its buffers and gradients.
+"""Builds this rank's model from a config and a mesh, with buffers and gradients.
 
-Owns the order of assembly, and is the only place that sees both the model and the layout.
-Must not know: the optimizer's arithmetic, data, the loop.
+Owns: the order of assembly; the only module that knows both model and layout. Must not
+know: the optimizer's arithmetic, data, the loop.
 """
 
 from collections.abc import Sequence
@@ -52,7 +52,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class ParallelModel:
-    """This rank's model with everything that its gradients flow through."""
+    """This rank's model with its gradient buffers and reductions."""
 
     module: GPT
     storage: ParameterStorage
@@ -60,15 +60,15 @@ class ParallelModel:
     expert_biases: dict[str, ExpertBias]
     """Biases by logical name."""
     aux_losses: dict[str, list[AuxLoss]]
-    """This rank's modules of every kind of loss in the model; the same kinds in the same
-    order on all ranks."""
+    """This rank's modules of each kind of loss in the model; the kinds are the same, in
+    the same order, on all ranks."""
     pipeline: PipelinePlan
     actions: Order
-    """This rank's actions of a step; empty where there is one stage only."""
+    """This rank's actions of a step; empty with a single stage."""
     sequence_parallel: bool
     dtype: torch.dtype
-    """Type of activations. Under ZeRO-3 the buffers have another one: their fp32 weights
-    are gathered in this type."""
+    """Type of activations. Under ZeRO-3 the buffers are fp32, and weights are gathered
+    in this type."""
 
     @property
     def parameters(self) -> tuple[LocalParameter, ...]:
@@ -77,7 +77,7 @@ class ParallelModel:
 
     @property
     def parameter_groups(self) -> tuple[ParameterGroup, ...]:
-        """The dense parameters, then those of experts where there are any."""
+        """The dense parameters, then those of experts, if any."""
         return self.storage.groups
 
     @property
@@ -86,7 +86,7 @@ class ParallelModel:
         return self.module.has_head
 
     def begin_step(self) -> None:
-        """Forgets the last step's gradients."""
+        """Resets the state of the previous step."""
         self.sink.begin_step()
         trainable = set(self.sink.slots)
         for group in self.parameter_groups:
@@ -107,20 +107,21 @@ def parallelize(
 ) -> ParallelModel:
     """Builds this rank's model in flat buffers (zeros) and wires its gradients to them.
 
-    `on_reduce` is called with every bucket whose reduction starts, for tests and traces.
+    `on_reduce` is called with each bucket when its reduction starts, for tests and
+    traces.
     """
     parallel = config.parallel
     training = config.training
     pipeline = plan_pipeline(config)
     stages = pipeline.stages_of(mesh.pp_rank)
     dtype = DTYPES[training.precision]
-    # Fully sharded weights are kept in fp32 and gathered in the type of the model.
+    # Fully sharded weights are stored in fp32 and gathered in the type of the model.
     is_fully_sharded = parallel.zero == 3 and mesh.shard_group is not None
     weight_dtype = dtype
     if is_fully_sharded:
         weight_dtype = torch.float32
 
-    # On device meta: nothing is allocated until the weights are placed.
+    # On device meta, so that nothing is allocated before the weights are placed.
     module = build_model(
         config.model, mesh, parallel, dtype=weight_dtype, stages=stages, seed=training.seed
     )
@@ -166,9 +167,9 @@ def build_model(
 ) -> GPT:
     """Builds the rank's part of the model on device `meta`, without memory.
 
-    `stages`: its pipeline stages, all when not given; `seed`: that of dropout.
+    `stages`: its pipeline stages, by default all; `seed`: seed of dropout.
     """
-    # The factory knows the layout, the model only its factory.
+    # Only the factory knows the layout.
     sequence_parallel = parallel.sequence_parallel
     layers = ParallelLayerFactory(
         config,
@@ -188,9 +189,9 @@ def build_model(
 def context_attention(
     method: str, mesh: ParallelMesh, window: int | None = None
 ) -> nn.Module:
-    """Makes the attention over sequences that context-parallel ranks share.
+    """Makes the attention over sequences that are split over context-parallel ranks.
 
-    With a `window` it is over their last tokens only.
+    With a `window`, tokens attend to that many last tokens only.
     """
     device = mesh.device_kind
     if mesh.cp_group is None:
@@ -201,8 +202,8 @@ def context_attention(
         return AllGatherAttention(mesh.cp_group, device, window)
     if method == "a2a":
         return UlyssesAttention(mesh.cp_group, LocalAttention(device, window))
-    # a2a+p2p: heads are exchanged among near ranks, keys and values are passed
-    # around a ring of far ones, since a ring overlaps its transfers with computing.
+    # a2a+p2p: near ranks exchange heads, far ranks pass keys and values around a ring,
+    # which overlaps transfers with computation.
     exchange, ring = mesh.cp_levels
     return UlyssesAttention(exchange, RingAttention(ring, device, window))
 
@@ -220,13 +221,13 @@ def _parameter_table(
 
 
 def _require_grads(module: GPT, table: Sequence[LocalParameter]) -> None:
-    """Makes autograd leave out what the table has frozen."""
+    """Disables gradients of parameters that are frozen in the table."""
     for local in table:
         module.get_parameter(local.name).requires_grad_(local.trainable)
 
 
 def allocate_expert_biases(module: GPT, device: torch.device) -> dict[str, ExpertBias]:
-    """Puts the model's balancing biases in memory (zeros); returns them by logical name."""
+    """Allocates the model's balancing biases (zeros); returns them by logical name."""
     biases = {}
     for name, part in module.named_modules():
         if isinstance(part, ExpertBias):
@@ -236,8 +237,8 @@ def allocate_expert_biases(module: GPT, device: torch.device) -> dict[str, Exper
 
 
 def _aux_losses(module: GPT, config: ModelConfig) -> dict[str, list[AuxLoss]]:
-    # By the kinds of the whole model, in its order: ranks sum them in one collective, and
-    # a pipeline stage may have none of a kind.
+    # Kinds and order are those of the whole model: ranks sum all kinds in one collective,
+    # and a pipeline stage may lack a kind.
     losses: dict[str, list[AuxLoss]] = {kind: [] for kind in config.aux_losses}
     for part in module.modules():
         if isinstance(part, AuxLoss) and part.kind in losses:
@@ -248,7 +249,7 @@ def _aux_losses(module: GPT, config: ModelConfig) -> dict[str, list[AuxLoss]]:
 def _training_actions(
     pipeline: PipelinePlan, training: TrainingConfig, mesh: ParallelMesh
 ) -> Order:
-    """Returns this rank's actions of a step; none where there is one stage only."""
+    """Returns this rank's actions of a step; empty with a single stage."""
     if pipeline.stages.num_stages == 1:
         return []
     samples = training.micro_batch_size * mesh.dims.dp

@@ -1,13 +1,13 @@
-"""Computes activations again in the backward pass instead of keeping them.
+"""Recomputes activations in the backward pass instead of saving them.
 
-Owns: regions that are recomputed, and which parts of a model they are. Must not know:
+Owns: recomputed regions, and the parts of a model that they cover. Must not know:
 schedules, groups.
 
-There are two ways. `recomputed` keeps a region's inputs and runs it again (Chen et al.
-2016); `discard_output` keeps a small module's inputs and frees its output. Nothing but its
-inputs decides what a region computes, random numbers included (rng.py), so the second
-run equals the first bit for bit. Weight gradients go to their slots in the backward
-pass only, once a microbatch, however often the forward runs.
+There are two methods. `recomputed` saves a region's inputs and runs it again (Chen et
+al. 2016); `discard_output` saves a small module's inputs and frees its output. A region
+is a pure function of its inputs, including random numbers (rng.py), so the second run
+equals the first bit for bit. Weight gradients are delivered to slots in the backward
+pass only, once per microbatch, however often the forward runs.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -32,7 +32,7 @@ from megatron_ray.parallelize.discard_output import (
 
 
 def apply_recompute(model: GPT, config: RecomputeConfig) -> None:
-    """Changes a model so that it recomputes what the config asks for."""
+    """Applies the config's recomputation to a model."""
     if config.granularity == "full":
         model.run_blocks = _run_blocks(config)
     for block in model.blocks:
@@ -49,16 +49,15 @@ def recomputed(
     first: Callable[..., Tensor] | None = None,
     again: Callable[..., Tensor] | None = None,
 ) -> Tensor:
-    """Returns run(*inputs), and keeps only the inputs for the backward pass.
+    """Returns run(*inputs), and saves only the inputs for the backward pass.
 
-    `first` and `again` compute the same as `run` and are used in its place for the run
-    in the forward and for that in the backward pass, where the two have to differ in
-    something else. `run` must be a function of its inputs alone; everything that needs
-    a gradient is an input, or a parameter.
+    `first` and `again` compute the same as `run` and replace it in the forward and in
+    the backward pass, for runs with different side effects. `run` must be a function of
+    its inputs alone; everything that needs a gradient must be an input or a parameter.
     """
     if not needs_grad(inputs):
-        # Autograd would not go through such a region, and its parameters would get no
-        # gradients, so it is run as it is.
+        # Autograd would skip such a region, and its parameters would get no gradients, so
+        # it runs without recomputation.
         return run(*inputs)
     return _Recomputed.apply(first or run, again or run, *inputs)
 
@@ -73,13 +72,13 @@ class _Recomputed(AutogradFunction[Tensor]):
     ) -> Tensor:
         ctx.again = again
         ctx.save_for_backward(*inputs)
-        # Autograd records nothing inside a function's forward.
+        # Autograd does not record inside a function's forward.
         return first(*inputs)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         inputs = detached_leaves(ctx.saved_tensors)
-        # The region's own graph, from detached inputs to its output.
+        # Builds the region's graph, from detached inputs to its output.
         with torch.enable_grad():
             second_run = Backward(ctx.again(*inputs))
         second_run.run(grad)
@@ -99,7 +98,7 @@ def _run_blocks(config: RecomputeConfig) -> RunBlocks:
 def _run_in_chunks(
     length: int, blocks: Iterable[nn.Module], hidden_TH: Tensor, context: ForwardContext
 ) -> Tensor:
-    """Recomputes all layers, in chunks of `length` that are kept as their input."""
+    """Recomputes all layers in chunks of `length`, saving the input of each chunk."""
     stage_blocks = list(blocks)
     for start in range(0, len(stage_blocks), length):
         chunk = stage_blocks[start : start + length]
@@ -110,7 +109,7 @@ def _run_in_chunks(
 def _run_first_recomputed(
     count: int, blocks: Iterable[nn.Module], hidden_TH: Tensor, context: ForwardContext
 ) -> Tensor:
-    """Recomputes the first `count` layers, each by itself."""
+    """Recomputes the first `count` layers separately."""
     for index, block in enumerate(blocks):
         if index < count:
             hidden_TH = _recomputed_blocks([block], hidden_TH, context)
@@ -122,7 +121,7 @@ def _run_first_recomputed(
 def _recomputed_blocks(
     blocks: Sequence[nn.Module], hidden_TH: Tensor, context: ForwardContext
 ) -> Tensor:
-    # Other passes keep no activations, and their mode must stay as it is.
+    # Other passes save no activations, and their mode must not change.
     if not context.mode.is_training:
         return run_sequentially(blocks, hidden_TH, context)
     return recomputed(
@@ -142,8 +141,8 @@ def _run_without_output(
 ) -> Tensor:
     """Runs blocks for their gradients only.
 
-    Nothing in the region reads the output of the last block, so its last product is
-    left out, and under tensor parallelism the communication of it.
+    Nothing in the region reads the output of the last block, so its last product and,
+    under tensor parallelism, its communication are skipped.
     """
     hidden_TH = run_sequentially(blocks[:-1], hidden_TH, context)
     output: Tensor = blocks[-1](hidden_TH, context.without_output(), None)
@@ -155,7 +154,7 @@ def _run_without_output(
 
 def _recompute_core_attention(block: Block) -> None:
     attention = block.attention
-    # Scores and probabilities are computed again; q, k and v are kept.
+    # Scores and probabilities are recomputed; q, k and v are saved.
     attention.core = _RecomputedCore(attention.core)
     if attention.core_with_dropout is not None:
         attention.core_with_dropout = _RecomputedCore(attention.core_with_dropout)
@@ -169,7 +168,7 @@ class _RecomputedCore(nn.Module):
     def forward(
         self, q_BNSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, *arguments: object
     ) -> Tensor:
-        """Runs the core; `arguments` are those that need no gradient."""
+        """Runs the core; `arguments` need no gradient."""
 
         def run(q_BNSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor) -> Tensor:
             output: Tensor = self.core(q_BNSD, k_BGSD, v_BGSD, *arguments)
@@ -181,7 +180,7 @@ class _RecomputedCore(nn.Module):
 def _recompute_mlp(block: Block) -> None:
     if block.mlp is None:
         return
-    # The MLP ends in a product whose output nothing in the region reads.
+    # Nothing in the region reads the output of the MLP's last product.
     run = block.mlp.forward
 
     def forward(
@@ -215,7 +214,7 @@ def _recompute_moe(block: Block) -> None:
 
 
 def _discard_norm_outputs(block: Block) -> None:
-    # What reads a norm is the first product of the half behind it.
+    # The consumer of a norm is the first product of the following half.
     discard_output(block.attention_norm, block.attention)
     feed_forward = block.mlp or block.moe
     assert feed_forward is not None
@@ -243,7 +242,7 @@ _MODULES: dict[str, Callable[[Block], None]] = {
 def _replace_forward(module: nn.Module, forward: Callable[..., Tensor]) -> None:
     """Replaces a module's forward.
 
-    Another module around it would change the names of its parameters, which are those
-    of the parameter table.
+    A wrapper module would change the names of its parameters, which must match the
+    parameter table.
     """
     module.forward = forward

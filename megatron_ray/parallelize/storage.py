@@ -1,8 +1,8 @@
 """Places a rank's parameters and gradients in memory.
 
-Either whole in flat buffers that the model's parameters are views of (ZeRO-0 and 1), or
-as shards under torch's fully_shard (ZeRO-3). Both ways return the same kind of storage.
-Must not know: the model's config, the order of assembly.
+Either unsharded in flat buffers, with the model's parameters as views (ZeRO-0 and 1),
+or as shards under torch's fully_shard (ZeRO-3). Both return a `ParameterStorage`. Must
+not know: the model's config, the order of assembly.
 """
 
 from collections.abc import Sequence
@@ -39,19 +39,20 @@ class ParameterStorage:
     """A rank's parameters and gradients in memory."""
 
     parameters: tuple[LocalParameter, ...]
-    """Parameters in the buffers: under ZeRO-3 rows of the tensors of the table."""
+    """Parameters in the buffers; under ZeRO-3 the rank's rows of the table's
+    tensors."""
     groups: tuple[ParameterGroup, ...]
     """The dense parameters, then those of experts where there are any."""
     uses_slots: bool
-    """Whether layers accumulate gradients in slots; otherwise autograd does."""
+    """Whether gradients are accumulated in slots; otherwise by autograd."""
 
 
 @dataclass(frozen=True)
 class StorageOptions:
-    """The options that decide how buffers are laid out and reduced."""
+    """Options of the layout and reduction of buffers."""
 
     dtype: torch.dtype
-    """Type of the weights that a forward pass multiplies with."""
+    """Type of weights in the forward pass."""
     bucket_elements: int | None
     """None: by the size of the model."""
     shards_gradients: bool
@@ -95,13 +96,13 @@ def shard_fully(
     mesh: ParallelMesh,
     options: StorageOptions,
 ) -> ParameterStorage:
-    """Shards the model's parameters over its replicas and keeps the shards in buffers.
+    """Shards the model's parameters over its replicas and stores shards in buffers.
 
-    Dense parameters are sharded over dp x cp, or a part of it where there are copies,
-    those of experts over edp. The module must be fp32: that is the type of the shards.
+    Dense parameters are sharded over dp x cp, or a part of it with several copies,
+    those of experts over edp. The module must be fp32, the type of the shards.
     """
-    # Wrapping cuts the (meta) parameters; only then torch's shapes can be compared with the
-    # table's rows, and memory be attached.
+    # Wrapping shards the (meta) parameters; afterwards torch's shapes can be compared with
+    # the table's rows, and memory can be attached.
     shards = _wrap(module, mesh, options.dtype)
     groups = []
     parameters: list[LocalParameter] = []
@@ -111,11 +112,11 @@ def shard_fully(
         rank = collectives.rank(part.group)
         rows = shard_rows(tensors, rank, collectives.size(part.group))
         parameters.extend(rows)
-        # Buffers of shards are this rank's alone: as if there were one replica.
+        # Buffers of shards belong to this rank only, like those of a single replica.
         plan = plan_buckets(rows, 1, options.bucket_elements)
         buffers = FlatBuffers.allocate(plan, torch.float32, mesh.device)
         groups.append(ParameterGroup(buffers, TorchReducer(buffers), part.copies))
-    # One call syncs the whole model, so only the first group has it.
+    # One call syncs the whole model, so only the first group has the function.
     groups[0] = replace(groups[0], sync_model=shards.model.sync_model)
     weights = buffer_views(groups, _weights)
     shards.model.attach(weights, buffer_views(groups, _gradients), mesh.device)
@@ -135,20 +136,20 @@ def _wrap(module: GPT, mesh: ParallelMesh, dtype: torch.dtype) -> _WrappedModel:
         if isinstance(part, GatedExperts | PlainExperts):
             expert_modules.append(part)
     experts = Shards(expert_modules, mesh.expert_replica_group)
-    # One unit per block, and one of what is left of the model around them.
+    # One unit per block, and one for the rest of the model.
     units = [*module.layers.values(), *module.mtp.values(), module]
     dense = Shards(units, mesh.shard_group, mesh.copy_group)
-    # Experts lie inside blocks, so they are wrapped before them.
+    # Experts are inside blocks, so they are wrapped first.
     return _WrappedModel(FullShard(module, [experts, dense], dtype), dense, experts)
 
 
 def attach_grad_slots(module: GPT, storage: ParameterStorage) -> WeightGradSink:
-    """Wires the layers' weight gradients to the storage and returns the sink between."""
+    """Connects the layers' weight gradients to the storage; returns the sink."""
     reducers: dict[str, Reducer] = {}
     for group in storage.groups:
         for placed in group.buffers.plan.placed:
             reducers[placed.parameter.name] = group.reducer
-    # The dense parameters and the experts are reduced over different replicas.
+    # Dense parameters and experts are reduced over different replicas.
     sink = WeightGradSink(partial(_pass_on, reducers))
     if storage.uses_slots:
         attach_slots(module, buffer_views(storage.groups, _gradients), sink)

@@ -1,11 +1,11 @@
 """Executes a lowered schedule on one rank.
 
-Owns: activations between forward and backward, transfers under way. Must not know: which
-schedule it is, layers, the loss.
+Owns: activations between forward and backward, pending transfers. Must not know: the
+schedule's name, layers, the loss.
 
-It runs the actions of the list in order and decides nothing: a trace of what it did
-equals the list. Transfers are started where the list has them and waited for where
-their content is used, so that they overlap with computing.
+It runs the actions of the list in order and makes no decisions, so its trace equals the
+list. Transfers are started at their position in the list and waited for at their first
+use, so that they overlap with computation.
 """
 
 from collections.abc import Callable, Hashable, Sequence
@@ -21,27 +21,27 @@ from megatron_ray.ops.backward import Backward
 from megatron_ray.pipeline_parallel.schedules.actions import Action, Op, Order, StageMap
 
 Chunk = Callable[[Tensor | None, int], Tensor]
-"""A stage's part of the model: (activations received, microbatch) -> activations for
-the next stage, or the last stage's loss (a scalar). The first stage receives None."""
+"""The forward of a stage: (received activations, microbatch) -> activations for the
+next stage, or the last stage's loss (a scalar). The first stage receives None."""
 
 
 class WeightGrads(Protocol):
-    """Takes the weight gradients of a backward pass; see ops.weight_grad."""
+    """Schedules weight gradients of a backward pass; see ops.weight_grad."""
 
     def begin_microbatch(self, *, last: bool, defer_to: Hashable | None = None) -> None:
         """Announces the backward pass of a microbatch.
 
-        Gradients are complete only in the last one; with a key to `defer_to` they are
+        Gradients are complete only after the last one; with a key `defer_to` they are
         computed later.
         """
 
     def run_deferred(self, key: Hashable, *, last: bool) -> None:
-        """Computes what was deferred to the key."""
+        """Runs the computations deferred to the key."""
 
 
 @dataclass(frozen=True)
 class Transfer:
-    """The form of every message: a microbatch's activations, or their gradient."""
+    """The format of all messages: a microbatch's activations or their gradient."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -50,7 +50,7 @@ class Transfer:
 
 @dataclass
 class _ForwardPass:
-    """Both ends of a chunk's autograd graph of one microbatch, kept for its backward."""
+    """Input and output of a chunk's autograd graph of a microbatch, for its backward."""
 
     received: Tensor | None
     output: Tensor
@@ -62,7 +62,7 @@ _Key = tuple[int, int]
 
 @dataclass
 class _StepState:
-    """Everything that a step has made and not used yet; empty between steps."""
+    """Intermediate results of a step; empty between steps."""
 
     forward_passes: dict[_Key, _ForwardPass] = field(default_factory=dict)
     activations: dict[_Key, Tensor] = field(default_factory=dict)
@@ -70,11 +70,11 @@ class _StepState:
     gradients: dict[_Key, Tensor] = field(default_factory=dict)
     """Gradients of outputs, for backward passes."""
     to_send: dict[tuple[Op, _Key], Tensor] = field(default_factory=dict)
-    """Tensors by the action that will send them."""
+    """Tensors to send, by action."""
     receives: dict[tuple[Op, _Key], Pending] = field(default_factory=dict)
-    """Receives that have been started, whose buffers are in one of the inputs above."""
+    """Pending receives into buffers of `activations` or `gradients`."""
     sends: list[tuple[Pending, Tensor]] = field(default_factory=list)
-    """Sends that have been started; a tensor must live until its send is complete."""
+    """Pending sends with their tensors, which must not be freed before completion."""
     losses: dict[int, Tensor] = field(default_factory=dict)
     """Losses by microbatch, on the rank of the last stage only."""
 
@@ -82,8 +82,8 @@ class _StepState:
 class PipelineRunner:
     """Runs one rank's list of actions, step after step.
 
-    `group` is the pipeline group; `on_action` is called with every action when it is done
-    (traces).
+    `group` is the pipeline group; `on_action` is called after every action (for
+    traces).
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class PipelineRunner:
         self._transfer = transfer
         self._weight_grads = weight_grads
         self._on_action = on_action
-        # An evaluation has forward passes only, and nothing is kept for a backward.
+        # An evaluation has forward passes only and saves nothing for a backward.
         self._has_backward = False
         last_actions: dict[int, Action] = {}
         for action in actions:
@@ -112,7 +112,7 @@ class PipelineRunner:
                 self._has_backward = True
             if action.op in (Op.BACKWARD, Op.BACKWARD_WEIGHT):
                 last_actions[action.chunk] = action
-        # Behind these a chunk's weight gradients are complete, and may be reduced.
+        # After these actions a chunk's weight gradients are complete and may be reduced.
         self._completing = set(last_actions.values())
         self._state = _StepState()
         self._handlers: dict[Op, Callable[[Action], None]] = {
@@ -136,7 +136,7 @@ class PipelineRunner:
             self._handlers[action.op](action)
             if self._on_action is not None:
                 self._on_action(action)
-        # Receives were waited for where they were used; of sends only here one can be left.
+        # Receives have been waited for at their use; only sends can still be pending.
         for pending, _ in self._state.sends:
             pending.wait()
         losses = self._state.losses
@@ -148,14 +148,15 @@ class PipelineRunner:
     def _forward(self, action: Action) -> None:
         key = (action.chunk, action.microbatch)
         received = self._pop_input(self._state.activations, Op.RECV_FORWARD, key)
-        # The graph of a chunk begins at its input, whose gradient the previous stage needs.
+        # The graph of a chunk starts at its input, because the previous stage needs that
+        # gradient.
         if received is not None and self._has_backward:
             received.requires_grad_()
         output = self._chunks[action.chunk](received, action.microbatch)
         if self._has_backward:
             self._state.forward_passes[key] = _ForwardPass(received, output)
         stage = self._stages.stage(self._rank, action.chunk)
-        # Detached: the next stage may be on this rank, and has a graph of its own.
+        # Detached, because the next stage may be on this rank with a separate graph.
         if stage + 1 == self._stages.num_stages:
             self._state.losses[action.microbatch] = output.detach()
         else:
@@ -163,14 +164,14 @@ class PipelineRunner:
 
     def _backward(self, action: Action) -> None:
         key = (action.chunk, action.microbatch)
-        # The graph and the activations in it are freed when this returns.
+        # Graph and activations are freed on return.
         forward_pass = self._state.forward_passes.pop(key)
         gradient = self._pop_input(self._state.gradients, Op.RECV_BACKWARD, key)
         if self._weight_grads is not None:
             is_last = action in self._completing
             defer_to = key if action.op is Op.BACKWARD_INPUT else None
             self._weight_grads.begin_microbatch(last=is_last, defer_to=defer_to)
-        # Where all of the first stage is frozen there is nothing to compute.
+        # If the whole first stage is frozen, no gradient is needed.
         if forward_pass.output.requires_grad:
             if gradient is None:
                 torch.autograd.backward(forward_pass.output)
@@ -184,7 +185,9 @@ class PipelineRunner:
 
     def _backward_weight(self, action: Action) -> None:
         if self._weight_grads is None:
-            raise ValueError("weight gradients apart need a place that can put them off")
+            raise ValueError(
+                "a weight-gradient action needs weight_grads, which can defer it"
+            )
         is_last = action in self._completing
         key = (action.chunk, action.microbatch)
         self._weight_grads.run_deferred(key, last=is_last)
@@ -192,7 +195,7 @@ class PipelineRunner:
     # ---- moving
 
     def _pass_on(self, op: Op, action: Action, to_stage: int, content: Tensor) -> None:
-        """Gives a result to a stage of this rank at once, else keeps it for its send."""
+        """Passes a result to a stage of this rank, or stores it for its send."""
         rank, chunk = self._stages.rank_and_chunk(to_stage)
         if rank != self._rank:
             self._state.to_send[op, (action.chunk, action.microbatch)] = content
@@ -202,9 +205,10 @@ class PipelineRunner:
             self._state.gradients[chunk, action.microbatch] = content
 
     def _pop_input(self, inputs: dict[_Key, Tensor], op: Op, key: _Key) -> Tensor | None:
-        """Returns what a computing action needs, waiting for it if it is under way.
+        """Returns the input of a computing action, waiting for a pending receive.
 
-        None for the first stage's forward and the last stage's backward, which need nothing.
+        None for the first stage's forward and the last stage's backward, which have no
+        input.
         """
         pending = self._state.receives.pop((op, key), None)
         if pending is not None:
@@ -214,7 +218,7 @@ class PipelineRunner:
     def _send(self, action: Action) -> None:
         key = (action.chunk, action.microbatch)
         content = self._state.to_send.pop((action.op, key)).contiguous()
-        # Sent tensors are given up here, or a step would keep all it has ever sent.
+        # Completed sends are dropped here, so that a step does not keep all sent tensors.
         self._state.sends = [
             entry for entry in self._state.sends if not entry[0].is_completed()
         ]

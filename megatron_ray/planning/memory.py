@@ -162,7 +162,7 @@ def _activations(
         if stage.loss:
             loss = working_head(config, device)
     peak = kept_by_chunk[0]
-    # Without a pipeline each microbatch goes back before the next one is started.
+    # Without a pipeline each microbatch's backward runs before the next forward.
     if pipeline.stages.num_stages > 1:
         events = kept_and_released(pipeline, num_microbatches(config), pp_rank)
         peak = _peak(events, kept_by_chunk)

@@ -25,7 +25,7 @@ class Network:
             "edp": dims.experts.group_of(0, ("edp",)),
             "embedding": dims.embedding_group_of(0),
             "tokens": dims.group_of(0, ("tp", "cp")),
-            # Its few bytes do not matter, so two ranks stand for all.
+            # Its few bytes do not matter, so two ranks represent all.
             "world": (0, dims.world_size - 1),
         }
         self._sizes = dict[Axis, int]()

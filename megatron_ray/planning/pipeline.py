@@ -1,4 +1,4 @@
-"""Simulates schedules for planning, with a short step that stands for a long one.
+"""Simulates schedules for planning, with a short step that represents a long one.
 
 Schedules repeat themselves after some microbatches, so that a step with thousands of
 them need not be simulated in full. Pure. Must not know: torch, bytes, seconds.

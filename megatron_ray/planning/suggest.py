@@ -28,11 +28,11 @@ from megatron_ray.planning.pipeline import bubble_share
 from megatron_ray.planning.step_time import StepTime, UpdateTime, step_parts, step_update
 from megatron_ray.validation import check
 
-_MOST_STAGES = 64
-_MOST_CHUNKS = 8
-_MOST_CONTEXT_RANKS = 64
-_MOST_EXPERT_RANKS = 64
-_LEAST_TOKENS = 8192
+_MAX_STAGES = 64
+_MAX_CHUNKS = 8
+_MAX_CONTEXT_RANKS = 64
+_MAX_EXPERT_RANKS = 64
+_MIN_TOKENS = 8192
 """Tokens of a sequence on a context-parallel rank; larger cp is not tried."""
 _MICRO_BATCHES = (1, 2, 4, 8)
 _RECOMPUTE = (
@@ -41,7 +41,7 @@ _RECOMPUTE = (
     RecomputeConfig(granularity="full", method="uniform", num_layers=1),
 )
 """Recompute options from the fastest to the one that keeps least."""
-_MOST_BUBBLE = 0.5
+_MAX_BUBBLE = 0.5
 """Largest share of a step in which the pipeline may be idle."""
 
 
@@ -174,7 +174,7 @@ def _layouts(config: TrainConfig, world: int, hardware: Hardware) -> Iterator[Tr
     dense_bytes, expert_bytes = _least_bytes(config)
     for tp, pp, cp in product(
         _powers_of_two(hardware.node_size),
-        _divisors(world, _MOST_STAGES),
+        _divisors(world, _MAX_STAGES),
         _context_sizes(config),
     ):
         if world % (tp * pp * cp):
@@ -218,7 +218,7 @@ def _is_worth_trying(config: TrainConfig, world: int) -> bool:
         return False
     if config.parallel.pp == 1:
         return True
-    return bubble_share(plan_pipeline(config), num_microbatches(config)) <= _MOST_BUBBLE
+    return bubble_share(plan_pipeline(config), num_microbatches(config)) <= _MAX_BUBBLE
 
 
 def _least_bytes(config: TrainConfig) -> tuple[float, float]:
@@ -259,15 +259,15 @@ def _context_sizes(config: TrainConfig) -> list[int]:
     # The sizes of a hierarchy are given for one cp.
     if config.parallel.hierarchical_cp_sizes is not None:
         return [config.parallel.cp]
-    most = max(1, config.training.seq_length // _LEAST_TOKENS)
-    sizes = _powers_of_two(min(most, _MOST_CONTEXT_RANKS))
+    most = max(1, config.training.seq_length // _MIN_TOKENS)
+    sizes = _powers_of_two(min(most, _MAX_CONTEXT_RANKS))
     return sorted({config.parallel.cp, *sizes})
 
 
 def _chunks(num_layers: int, pp: int) -> list[int]:
     if pp == 1:
         return [1]
-    return list(range(1, min(_MOST_CHUNKS, num_layers // pp) + 1))
+    return list(range(1, min(_MAX_CHUNKS, num_layers // pp) + 1))
 
 
 def _layout(model: ModelConfig, stages: int) -> str | None:
@@ -297,7 +297,7 @@ def _expert_degrees(config: TrainConfig) -> list[tuple[int, int | None]]:
     if moe is None:
         return [(1, None)]
     etp = config.parallel.etp or 1
-    sizes = _powers_of_two(min(moe.num_experts, _MOST_EXPERT_RANKS))
+    sizes = _powers_of_two(min(moe.num_experts, _MAX_EXPERT_RANKS))
     return [(ep, etp) for ep in sizes if moe.num_experts % ep == 0]
 
 

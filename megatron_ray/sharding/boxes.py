@@ -17,9 +17,9 @@ class Box:
         return prod(self.size)
 
     def intersection(self, other: "Box") -> "Box | None":
-        """Returns what lies in both boxes of the same tensor.
+        """Returns the intersection of two boxes of the same tensor.
 
-        None when they have no element in common.
+        None when they are disjoint.
         """
         offset = []
         size = []

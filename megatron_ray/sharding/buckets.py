@@ -1,8 +1,8 @@
-"""Plans where parameters lie in the flat buffers, and how these are cut into buckets.
+"""Plans the layout of parameters in flat buffers, and the buckets of the buffers.
 
-The plan is a function of the parameter table and of sizes only, never of the order in
-which gradients arrive, so that sums are the same in every run. Torch-free. Must not know:
-gradients, groups.
+The plan depends only on the parameter table and on sizes, never on the order in which
+gradients arrive, so that sums are reproducible. Torch-free. Must not know: gradients,
+groups.
 """
 
 from collections.abc import Iterable, Sequence
@@ -11,8 +11,8 @@ from math import prod
 
 from megatron_ray.sharding.parameter_types import LocalParameter, Part
 
-# Every parameter starts at a multiple of so many elements: 256 bytes in fp32, what vector
-# units and copy engines like.
+# Alignment of parameters in elements: 256 bytes in fp32, which suits vector units and copy
+# engines.
 ALIGNMENT = 64
 
 
@@ -35,7 +35,7 @@ class PlacedParameter:
 
 @dataclass(frozen=True)
 class Bucket:
-    """A contiguous range that is reduced at once; its length is a multiple of dp."""
+    """A contiguous range that one collective reduces; its length is a multiple of dp."""
 
     index: int
     start: int
@@ -44,8 +44,8 @@ class Bucket:
 
     def shard(self, dp_rank: int, dp: int) -> tuple[int, int]:
         """Returns the range that one data-parallel rank owns under ZeRO-1."""
-        # Cut by elements and not by parameters, so that all shards of a bucket are equal
-        # and one reduce-scatter suffices.
+        # Split by elements, not by parameters, so that all shards of a bucket have equal
+        # size and one reduce-scatter suffices.
         length = (self.end - self.start) // dp
         start = self.start + dp_rank * length
         return start, start + length
@@ -55,7 +55,7 @@ class Bucket:
 class BucketPlan:
     """Buckets in the order in which a backward pass completes them.
 
-    Frozen parameters lie behind them.
+    Frozen parameters follow after them.
     """
 
     buckets: tuple[Bucket, ...]
@@ -86,11 +86,11 @@ class BucketPlan:
 
 
 def default_bucket_elements(dp: int, trainable: int) -> int:
-    """Returns the elements at which a bucket of a model of so many closes.
+    """Returns the bucket size for a model with `trainable` elements.
 
-    Megatron's max(40e6, 1e6 x dp), large enough for bandwidth; but no more than an eighth
-    of a small model, where one bucket would leave nothing to overlap with, nor less than
-    1e6 x dp, below which a ring is bound by latency.
+    Megatron's max(40e6, 1e6 x dp), large enough for bandwidth. In small models an
+    eighth of the elements, because a single bucket could not overlap with the backward
+    pass, but at least 1e6 x dp, below which a ring is bound by latency.
     """
     smallest = 1_000_000 * dp
     return min(max(40_000_000, smallest), max(trainable // 8, smallest))
@@ -99,10 +99,11 @@ def default_bucket_elements(dp: int, trainable: int) -> int:
 def plan_buckets(
     parameters: Iterable[LocalParameter], dp: int, bucket_elements: int | None = None
 ) -> BucketPlan:
-    """Cuts parameters into buckets in reverse table order; one closes when it is full.
+    """Splits parameters into buckets in reverse table order.
 
-    A backward pass goes from the head to the embedding, so it completes them in this
-    order. `bucket_elements`: when a bucket is full; by the size of the model when None.
+    A backward pass runs from the head to the embedding, so it completes buckets in this
+    order. `bucket_elements`: the size at which a bucket is closed; None: chosen by the
+    size of the model.
     """
     table = list(parameters)
     trainable = []
@@ -111,19 +112,19 @@ def plan_buckets(
         if parameter.trainable:
             trainable.append(parameter)
             num_elements += prod(parameter.shape)
-    # By trainable elements: frozen ones have no gradients to overlap.
+    # Only trainable elements count, since frozen ones have no gradients.
     limit = bucket_elements or default_bucket_elements(dp, num_elements)
     cutter = _Cutter(dp)
     for parameter in trainable:
-        # What two pipeline stages share is alone in its bucket: its ZeRO-1 shards are
-        # then the same rows on both.
+        # A parameter that two pipeline stages share has its own bucket, so that its ZeRO-1
+        # shards are the same rows on both stages.
         if parameter.is_shared_embedding:
             cutter.close()
         cutter.place(parameter)
         if cutter.num_elements >= limit or parameter.is_shared_embedding:
             cutter.close()
     cutter.close()
-    # Behind all buckets, so that the flat gradients can simply end before them.
+    # After all buckets, so that the flat gradients simply end before them.
     frozen = _place_frozen(table, cutter.end)
     return BucketPlan(tuple(cutter.buckets), frozen)
 
@@ -151,10 +152,10 @@ class _Cutter:
         self.end = _round_up(placed.end, ALIGNMENT)
 
     def close(self) -> None:
-        """Closes the open bucket, if there is anything in it."""
+        """Closes the open bucket unless it is empty."""
         if not self._placed:
             return
-        # Its parts for the dp ranks are equal and aligned.
+        # The parts of the dp ranks are equal and aligned.
         self.end = self._start + _round_up(self.num_elements, ALIGNMENT * self._dp)
         bucket = Bucket(len(self.buckets), self._start, self.end, tuple(self._placed))
         self.buckets.append(bucket)

@@ -1,7 +1,7 @@
-"""Declares the grouped layers of experts, which lie in a grid of their own.
+"""Declares the grouped layers of experts, which use the expert grid.
 
-A rank has some neighbouring experts (ep), one after another in one tensor, and of each a
-part (etp). Pure Python. Must not know: torch, process groups.
+A rank holds consecutive experts (ep), concatenated in one tensor, and a part of each
+(etp). Pure Python. Must not know: torch, process groups.
 """
 
 from dataclasses import dataclass
@@ -19,10 +19,10 @@ from megatron_ray.sharding.parameter_types import (
 
 @dataclass(frozen=True)
 class GroupedColumnSpec(LayerSpec):
-    """The first matrices of all experts, their output rows cut over etp.
+    """The first matrices of all experts, with output rows sharded over etp.
 
-    A rank has neighbouring experts, one after another in one tensor, and of each the
-    `names` (e.g. gate and up), each `outputs` wide.
+    A rank holds consecutive experts, concatenated in one tensor. Each expert has
+    matrices of these `names` (e.g. gate and up), each with `outputs` rows.
     """
 
     num_experts: int
@@ -34,7 +34,7 @@ class GroupedColumnSpec(LayerSpec):
     def parameters(self, name: str, position: ShardPosition) -> list[LocalParameter]:
         """Returns one tensor with the rows of all of the rank's experts."""
         siblings = sibling_prefix(name)
-        # Each expert is cut over etp as an MLP is over tp, so all have the same box.
+        # Each expert is sharded over etp as an MLP is over tp, so all have the same box.
         experts, width = _cut_experts(siblings, self.num_experts, self.outputs, position)
         box = Box((width * position.etp_rank, 0), (width, self.inputs))
         shape = (self.outputs, self.inputs)
@@ -43,7 +43,7 @@ class GroupedColumnSpec(LayerSpec):
             for inner in self.names:
                 logical_name = f"{siblings}{expert}.{inner}.weight"
                 logical = _expert_weight(logical_name, shape, self.init, 0)
-                # All parts have `width` rows, so their number gives the start of the next.
+                # All parts have `width` rows, so the next start follows from their number.
                 parts.append(Part(logical, box, width * len(parts)))
         shape = (width * len(parts), self.inputs)
         return [LocalParameter(f"{name}.weight", shape, tuple(parts))]
@@ -55,7 +55,7 @@ class GroupedColumnSpec(LayerSpec):
 
 @dataclass(frozen=True)
 class GroupedRowSpec(LayerSpec):
-    """The last matrices of all experts, their input columns cut over etp."""
+    """The last matrices of all experts, with input columns sharded over etp."""
 
     num_experts: int
     inputs: int
@@ -67,7 +67,7 @@ class GroupedRowSpec(LayerSpec):
         """Returns one tensor with the rows of all of the rank's experts."""
         siblings = sibling_prefix(name)
         experts, width = _cut_experts(siblings, self.num_experts, self.inputs, position)
-        # Its outputs are partial sums; the dispatcher sums them over etp on the way back.
+        # Its outputs are partial sums, which the dispatcher reduces over etp.
         box = Box((0, width * position.etp_rank), (self.outputs, width))
         shape = (self.outputs, self.inputs)
         parts: list[Part] = []
@@ -91,7 +91,7 @@ def _expert_weight(name: str, shape: Shape, init: Init, shard_dim: int) -> Logic
 def _cut_experts(
     prefix: str, num_experts: int, width: int, position: ShardPosition
 ) -> tuple[range, int]:
-    """Returns the numbers of a rank's experts, and its share of their inner width."""
+    """Returns a rank's range of experts, and its range of their inner width."""
     ep = position.ep
     etp = position.etp
     if num_experts % ep or width % etp:
@@ -99,7 +99,7 @@ def _cut_experts(
             f"{prefix}: {num_experts} experts {width} wide do not divide by ep={ep} and "
             f"etp={etp}"
         )
-    # Neighbours, so that rows sorted by expert are sorted by ep rank too.
+    # Consecutive experts, so that rows sorted by expert are also sorted by ep rank.
     each = num_experts // ep
     first = each * position.ep_rank
     return range(first, first + each), width // etp

@@ -1,8 +1,8 @@
 """Describes a flat range of a row-major tensor as n-dimensional boxes.
 
-An optimizer shard is a range of a flattened parameter; a checkpoint knows only boxes of
-logical tensors. A range of a 2-d tensor is at most three boxes: the rest of a row, whole
-rows, the start of a row. Pure Python. Must not know: files.
+An optimizer shard is a range of a flattened parameter; checkpoints contain boxes of
+logical tensors. A range of a 2-d tensor is at most three boxes: the rest of a row,
+whole rows, the start of a row. Pure Python. Must not know: files.
 """
 
 from dataclasses import dataclass
@@ -31,17 +31,17 @@ def flat_range_to_boxes(shape: tuple[int, ...], start: int, end: int) -> list[Fl
 
 @dataclass(frozen=True)
 class _Block:
-    """A block of the tensor whose first dimensions are fixed."""
+    """A block of the tensor with fixed indices in its first dimensions."""
 
     shape: tuple[int, ...]
-    """Sizes of the dimensions that are not fixed."""
+    """Sizes of the remaining dimensions."""
     fixed: tuple[int, ...] = ()
-    """Indices in the dimensions that are."""
+    """Indices in the fixed dimensions."""
     base: int = 0
     """Flat position of the block's first element."""
 
     def row(self, index: int) -> "_Block":
-        """Returns the block with one dimension more fixed."""
+        """Returns the block with one more fixed dimension."""
         inner = self.shape[1:]
         return _Block(inner, (*self.fixed, index), self.base + index * prod(inner))
 
@@ -53,24 +53,24 @@ def _boxes(block: _Block, start: int, end: int) -> list[FlatBox]:
     if not block.shape:
         box = Box(block.fixed, (1,) * len(block.fixed))
         return [(box, block.base, block.base + 1)]
-    # Whole rows are one box; the rows that the range cuts are covered one dimension
-    # further in, so the recursion is as deep as the tensor has dimensions.
+    # Whole rows form one box; partial rows are covered in the next dimension, so the
+    # recursion depth is the number of dimensions.
     row = prod(block.shape[1:])
     first_whole = -(-start // row)
     end_whole = end // row
     if first_whole > end_whole:
-        # Both ends are inside one row.
+        # Both ends are within one row.
         offset = end_whole * row
         return _boxes(block.row(end_whole), start - offset, end - offset)
     boxes: list[FlatBox] = []
     if start < first_whole * row:
-        # The rest of the row before.
+        # The rest of the previous row.
         offset = (first_whole - 1) * row
         boxes += _boxes(block.row(first_whole - 1), start - offset, row)
     if first_whole < end_whole:
         boxes.append(_whole_rows(block, first_whole, end_whole, row))
     if end_whole * row < end:
-        # The start of the row behind.
+        # The start of the next row.
         boxes += _boxes(block.row(end_whole), 0, end - end_whole * row)
     return boxes
 

@@ -1,9 +1,9 @@
-"""Declares the kinds of layers with weights: shape, cut, init and reduction of each.
+"""Declares the kinds of layers with weights: shape, sharding, init and reduction.
 
-A spec is the only place where these are stated. The parameter table lists the rows that
-specs emit (`parameters.local_parameters`), and the layer factory gives a layer the local
-shapes of its spec (`LayerSpec.shapes`), so table and modules cannot differ. Pure Python.
-Must not know: torch, process groups, which layers a model has.
+A spec is the only definition of these. The parameter table contains the rows that specs
+emit (`parameters.local_parameters`), and the layer factory creates layers with the
+local shapes of their specs (`LayerSpec.shapes`), so table and modules cannot differ.
+Pure Python. Must not know: torch, process groups, the layers of a model.
 """
 
 from abc import ABC, abstractmethod
@@ -26,7 +26,7 @@ ONES = Init("ones")
 
 @dataclass(frozen=True)
 class ShardPosition:
-    """A rank's position in the grids that weights are cut over."""
+    """A rank's position in the grids over which weights are sharded."""
 
     tp: int = 1
     tp_rank: int = 0
@@ -41,8 +41,8 @@ class ShardPosition:
         cls, dims: ParallelDims, rank: int, *, sequence_parallel: bool = False
     ) -> "ShardPosition":
         """Returns the position of a global rank."""
-        # The same ranks form two grids: attention and MLPs are cut over tp, experts over
-        # ep and etp, whose neighbours are other ranks.
+        # The same ranks form two grids: attention and MLPs are sharded over tp, experts
+        # over ep and etp, where groups consist of other ranks.
         dense = dims.coordinates(rank)
         experts = dims.experts.coordinates(rank)
         return cls(
@@ -61,15 +61,15 @@ class LayerSpec(ABC):
 
     @abstractmethod
     def parameters(self, name: str, position: ShardPosition) -> list[LocalParameter]:
-        """Returns a rank's tensors of the layer, whose module has this name.
+        """Returns a rank's tensors of the layer with this module name.
 
-        Raises ValueError when a degree does not divide a dimension that it cuts.
+        Raises ValueError when a degree does not divide a sharded dimension.
         """
 
     def shapes(self, position: ShardPosition) -> dict[str, Shape]:
         """Returns local shapes by the parameter's name in its module, e.g. `weight`."""
-        # From the table's own rows, so that module and table cannot differ. Shapes do not
-        # depend on the name, so any will do.
+        # Derived from the table's rows, so that module and table cannot differ. Shapes do
+        # not depend on the name, so any name works.
         shapes = {}
         for parameter in self.parameters("layer", position):
             shapes[parameter.name.removeprefix("layer.")] = parameter.shape
@@ -78,16 +78,16 @@ class LayerSpec(ABC):
 
 @dataclass(frozen=True)
 class Output:
-    """One of the logical weights that a column-parallel layer computes together."""
+    """One of the logical weights fused in a column-parallel layer."""
 
     name: str
-    """Its name, beside that of the layer: `q`, fused in the layer `qkv`."""
+    """Name at the level of the layer: `q` is fused in the layer `qkv`."""
     rows: int
     num_heads: int | None = None
-    """Heads that are copied where there are fewer of them than tp ranks."""
+    """Number of heads, which are replicated if fewer than tp ranks."""
 
     def num_replicas(self, tp: int) -> int:
-        """Returns how many neighbouring tp ranks have the same rows."""
+        """Returns the number of consecutive tp ranks with the same rows."""
         if self.num_heads is None:
             return 1
         return max(1, tp // self.num_heads)
@@ -95,7 +95,7 @@ class Output:
 
 @dataclass(frozen=True)
 class ColumnSpec(LayerSpec):
-    """A linear layer whose output rows are cut over tp, of one or more fused weights."""
+    """A linear layer of one or more fused weights, with output rows sharded over tp."""
 
     inputs: int
     outputs: tuple[Output, ...]
@@ -103,7 +103,7 @@ class ColumnSpec(LayerSpec):
     bias: bool = False
 
     def parameters(self, name: str, position: ShardPosition) -> list[LocalParameter]:
-        """Returns the weight and, where the layer has one, the bias; both cut."""
+        """Returns the weight and, if any, the bias; both are sharded."""
         table = [self._fused(name, "weight", (self.inputs,), self.init, position)]
         if self.bias:
             table.append(self._fused(name, "bias", (), ZEROS, position))
@@ -112,9 +112,9 @@ class ColumnSpec(LayerSpec):
     def _fused(
         self, name: str, kind: str, inner: Shape, init: Init, position: ShardPosition
     ) -> LocalParameter:
-        """Fuses the parts of one kind; `inner` are the dimensions that stay whole."""
+        """Fuses the parts of one kind; `inner` are the unsharded dimensions."""
         siblings = sibling_prefix(name)
-        # One after another along dim 0, so that one product computes all of them.
+        # Concatenated along dim 0, so that one product computes all of them.
         parts: list[Part] = []
         start = 0
         for output in self.outputs:
@@ -127,7 +127,7 @@ class ColumnSpec(LayerSpec):
             )
             part = _column_part(siblings + output.name, output, logical, start, position)
             parts.append(part)
-            # By the local rows: replicas of key/value heads make them more than rows / tp.
+            # Local rows: with replicated key/value heads there are more than rows / tp.
             start += part.box.size[0]
         return LocalParameter(f"{name}.{kind}", (start, *inner), tuple(parts))
 
@@ -139,14 +139,14 @@ def _column_part(
     start: int,
     position: ShardPosition,
 ) -> Part:
-    # With replicas, tp / replicas ranks share the rows, and neighbours have the same box.
+    # With replicas, tp / replicas ranks split the rows, and neighbours have the same box.
     replicas = output.num_replicas(position.tp)
     rows = _divide(name, output.rows * replicas, position.tp)
     first = rows * (position.tp_rank // replicas)
-    # A bias has no dimension but its rows, a weight has the inputs too.
+    # A bias has only the row dimension, a weight also has the inputs.
     inner = logical.shape[1:]
     box = Box((first, *_zeros(inner)), (rows, *inner))
-    # Of equal boxes only the first counts for the global norm.
+    # Only the first of equal boxes counts in the global norm.
     owns_norm = position.tp_rank % replicas == 0
     return Part(logical, box, start, replicas, owns_norm)
 
@@ -159,20 +159,20 @@ class QKVSpec(ColumnSpec):
     groups: int = 1
 
     def local_heads(self, tp: int) -> int:
-        """Returns the query heads of one rank."""
+        """Returns the number of query heads of one rank."""
         return self.heads // tp
 
     def local_groups(self, tp: int) -> int:
-        """Returns the key/value heads of one rank, at least one."""
-        # With fewer heads than ranks each rank has a replica of one of them.
+        """Returns the number of key/value heads of one rank, at least one."""
+        # With fewer heads than ranks each rank has a replica of one head.
         return max(self.groups, tp) // tp
 
 
 @dataclass(frozen=True)
 class RowSpec(LayerSpec):
-    """A linear layer whose input columns are cut over tp.
+    """A linear layer with input columns sharded over tp.
 
-    The bias is whole on every rank and is added after the sum over tp.
+    The bias is replicated on every rank and is added after the sum over tp.
     """
 
     inputs: int
@@ -181,15 +181,15 @@ class RowSpec(LayerSpec):
     bias: bool = False
 
     def parameters(self, name: str, position: ShardPosition) -> list[LocalParameter]:
-        """Returns the cut weight and, where the layer has one, the whole bias."""
-        # Never fused with another, so it is one part.
+        """Returns the sharded weight and, if any, the replicated bias."""
+        # Never fused, so it has one part.
         columns = _divide(name, self.inputs, position.tp)
         logical = LogicalParameter(
             f"{name}.weight", (self.outputs, self.inputs), self.init, 1, decay=True
         )
         box = Box((0, columns * position.tp_rank), (self.outputs, columns))
         weight = LocalParameter(logical.name, box.size, (Part(logical, box, 0),))
-        # The bias is not cut: it is added to the sum, so each rank needs all of it.
+        # The bias is not sharded: it is added to the sum, so each rank needs all of it.
         if not self.bias:
             return [weight]
         return [weight, _whole(f"{name}.bias", (self.outputs,), ZEROS, position)]
@@ -197,32 +197,32 @@ class RowSpec(LayerSpec):
 
 @dataclass(frozen=True)
 class ReplicatedSpec(LayerSpec):
-    """A matrix [outputs, inputs] that every rank has whole: a linear layer or a table."""
+    """A matrix [outputs, inputs] replicated on every rank: a linear layer or a table."""
 
     inputs: int
     outputs: int
     init: Init
 
     def parameters(self, name: str, position: ShardPosition) -> list[LocalParameter]:
-        """Returns the whole weight."""
+        """Returns the replicated weight."""
         shape = (self.outputs, self.inputs)
         return [_whole(f"{name}.weight", shape, self.init, position, decay=True)]
 
 
 @dataclass(frozen=True)
 class NormSpec(LayerSpec):
-    """A norm over a vector of `width`, whole on every rank."""
+    """A norm over a vector of `width`, replicated on every rank."""
 
     width: int
     bias: bool = False
     zero_centered: bool = False
     """Activations are multiplied by 1 + weight."""
     is_over_heads: bool = False
-    """Each tp rank norms its own heads, so that the gradient is summed over tp even
-    where tokens are not cut."""
+    """Each tp rank normalizes its own heads, so the gradient is summed over tp even
+    without sequence parallelism."""
 
     def parameters(self, name: str, position: ShardPosition) -> list[LocalParameter]:
-        """Returns the whole weight and, where the norm has one, the whole bias."""
+        """Returns the replicated weight and, if any, bias."""
         shape = (self.width,)
         init = ONES
         # The norm multiplies by 1 + weight, so zero is the identity.
@@ -237,7 +237,7 @@ class NormSpec(LayerSpec):
 
 @dataclass(frozen=True)
 class VocabularySpec(LayerSpec):
-    """The word embedding or the output head: one row per token, cut over tp."""
+    """The word embedding or the output head: one row per token, sharded over tp."""
 
     vocabulary: int
     """Rows without padding."""
@@ -246,12 +246,13 @@ class VocabularySpec(LayerSpec):
     width: int
     init: Init
     logical_name: str | None = None
-    """Name of the embedding's weight, for a tied head on a later stage that is its copy."""
+    """Name of the embedding's weight, for a tied head on a later stage, which holds a
+    copy of it."""
     is_shared_embedding: bool = False
     owns_norm: bool = True
 
     def parameters(self, name: str, position: ShardPosition) -> list[LocalParameter]:
-        """Returns this rank's rows; those beyond the vocabulary are padding."""
+        """Returns this rank's rows; rows beyond the vocabulary are padding."""
         name = f"{name}.weight"
         logical = LogicalParameter(
             self.logical_name or name,
@@ -260,8 +261,8 @@ class VocabularySpec(LayerSpec):
             0,
             decay=True,
         )
-        # All ranks have equally many rows. Those of the last ones may be padding only, for
-        # which the box is empty and starts at the vocabulary's end.
+        # All ranks have the same number of rows. The last ranks may have padding only, with
+        # an empty box at the vocabulary's end.
         rows = padded_rows(self.vocabulary, self.multiple, position.tp) // position.tp
         first = min(position.tp_rank * rows, self.vocabulary)
         box = Box((first, 0), (self.valid_rows(position), self.width))
@@ -276,15 +277,15 @@ class VocabularySpec(LayerSpec):
         ]
 
     def valid_rows(self, position: ShardPosition) -> int:
-        """Returns how many of a rank's rows are no padding."""
+        """Returns the number of a rank's rows without padding."""
         rows = padded_rows(self.vocabulary, self.multiple, position.tp) // position.tp
         first = min(position.tp_rank * rows, self.vocabulary)
         return min(first + rows, self.vocabulary) - first
 
 
 def padded_rows(vocabulary: int, multiple: int, tp: int) -> int:
-    """Returns the vocabulary's rows with padding, over all tp ranks (Megatron's rule)."""
-    # Rounded up. The multiple depends on tp, so a checkpoint stores unpadded rows only.
+    """Returns the padded rows of the vocabulary over all tp ranks (Megatron's rule)."""
+    # Rounded up. The multiple depends on tp, so checkpoints store unpadded rows only.
     return -(-vocabulary // (multiple * tp)) * multiple * tp
 
 
@@ -297,12 +298,13 @@ def _whole(
     decay: bool = False,
     partial: bool = False,
 ) -> LocalParameter:
-    """Returns a tensor that every tp rank has whole.
+    """Returns a tensor that is replicated over tp.
 
-    With `partial` each of them has a part of its gradient, whether or not tokens are cut.
+    With `partial`, each tp rank has a partial gradient, even without sequence
+    parallelism.
     """
-    # Under sequence parallelism a rank sees its own tokens only, so its gradient is a part
-    # of the sum in any case.
+    # Under sequence parallelism a rank processes its own tokens only, so its gradient is
+    # always partial.
     sum_over_tp = position.sequence_parallel or partial
     logical = LogicalParameter(name, shape, init, None, decay, sum_over_tp=sum_over_tp)
     return LocalParameter(name, shape, (Part(logical, Box(_zeros(shape), shape), 0),))
@@ -313,7 +315,7 @@ def _zeros(shape: Sequence[int]) -> Shape:
 
 
 def sibling_prefix(name: str) -> str:
-    """Returns what the names of a module and of its siblings begin with."""
+    """Returns the common prefix of the names of a module and its siblings."""
     return name[: name.rfind(".") + 1]
 
 

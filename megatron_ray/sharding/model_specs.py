@@ -1,9 +1,9 @@
-"""Declares which layers a model has, in the order of its forward pass.
+"""Declares the layers of a model in the order of its forward pass.
 
-A block is a tree of dataclasses. The names of fields are those of modules and, joined by
-dots, those of parameters; their order is that of the parameter table. Modules take their
-layers from here, so a weight's size is stated once. Pure Python. Must not know: torch,
-ranks, how anything is cut.
+A block is a tree of dataclasses. Field names are module names and, joined by dots,
+parameter names; their order is that of the parameter table. Modules get their layers
+from here, so each weight's size is defined once. Pure Python. Must not know: torch,
+ranks, sharding.
 """
 
 from collections.abc import Sequence
@@ -55,11 +55,11 @@ def attention_spec(model: ModelConfig) -> AttentionSpec:
         heads=heads,
         groups=groups,
     )
-    # One vector for all heads; queries and keys have one each.
+    # One vector shared by all heads, for queries and for keys.
     head_norm = None
     if model.qk_norm:
         head_norm = norm_spec(model, model.head_width, is_over_heads=True)
-    # The width of all heads, which need not be the hidden size.
+    # The width of all heads may differ from the hidden size.
     o = _to_residual(model, heads * model.head_width)
     return AttentionSpec(qkv, head_norm, head_norm, o)
 
@@ -68,8 +68,8 @@ def attention_spec(model: ModelConfig) -> AttentionSpec:
 class LatentAttentionSpec:
     """The layers of multi-head latent attention.
 
-    Heads are cut over tp; what comes before them is whole on every rank. Queries come
-    either from `q` or from a latent by `q_down`, `q_norm` and `q_up`.
+    Heads are sharded over tp; the layers before them are replicated. Queries are
+    computed either by `q` or from a latent by `q_down`, `q_norm` and `q_up`.
     """
 
     q: ColumnSpec | None
@@ -91,8 +91,8 @@ def latent_attention_spec(
     q_down = None
     q_norm = None
     q_up = None
-    # `q` and the `_up` layers are cut by heads, so they need no replicas: latent attention
-    # has as many key/value heads as query heads.
+    # `q` and the `_up` layers are sharded by heads and need no replicas, since latent
+    # attention has as many key/value heads as query heads.
     queries = heads * mla.qk_head_dim
     if mla.q_lora_rank is None:
         q = _column(model, model.hidden_size, queries, "q")
@@ -100,7 +100,7 @@ def latent_attention_spec(
         q_down = replicated_spec(model, model.hidden_size, mla.q_lora_rank)
         q_norm = norm_spec(model, mla.q_lora_rank)
         q_up = _column(model, mla.q_lora_rank, queries, "q_up")
-    # The rotated part of the key is one for all heads and comes with the latent.
+    # All heads share the rotated part of the key, which is computed with the latent.
     latent = mla.kv_lora_rank
     keys_values = heads * (mla.qk_nope_head_dim + mla.v_head_dim)
     return LatentAttentionSpec(
@@ -136,7 +136,7 @@ class PlainMLPSpec:
 
 def gated_mlp_spec(model: ModelConfig, width: int) -> GatedMLPSpec:
     """Returns the layers of an MLP that is `width` wide inside."""
-    # The gate first: the activation splits the product into halves.
+    # The gate comes first: the activation splits the product into halves.
     gate_up = _fused_column(model, model.hidden_size, ("gate", "up"), width)
     return GatedMLPSpec(gate_up, _to_residual(model, width))
 
@@ -148,7 +148,7 @@ def plain_mlp_spec(model: ModelConfig, width: int) -> PlainMLPSpec:
 
 
 def mlp_spec(model: ModelConfig, width: int) -> GatedMLPSpec | PlainMLPSpec:
-    """Returns the layers of the kind of MLP that a model has."""
+    """Returns the layers of a model's kind of MLP."""
     if model.gated:
         return gated_mlp_spec(model, width)
     return plain_mlp_spec(model, width)
@@ -198,11 +198,11 @@ def moe_spec(model: ModelConfig, moe: MoEConfig) -> MoESpec:
         experts = gated_experts_spec(model, moe.num_experts)
     else:
         experts = plain_experts_spec(model, moe.num_experts)
-    # Every token goes through the shared expert, so it is an ordinary MLP, cut over tp.
+    # The shared expert processes every token, so it is an ordinary MLP, sharded over tp.
     shared = None
     if moe.shared_expert_ffn_hidden_size is not None:
         shared = mlp_spec(model, moe.shared_expert_ffn_hidden_size)
-    # Whole on every rank, which routes its own tokens over all experts.
+    # Replicated, because every rank routes its own tokens to all experts.
     router = replicated_spec(model, model.hidden_size, moe.num_experts)
     return MoESpec(router, experts, shared)
 
@@ -228,7 +228,7 @@ def block_spec(model: ModelConfig, layer: int) -> BlockSpec:
         attention = attention_spec(model)
     else:
         attention = latent_attention_spec(model, model.mla)
-    # MTP layers count on from the last layer, and have experts wherever the model has any.
+    # MTP layers continue the numbering, and have experts if the model has any.
     mlp = None
     moe = None
     moe_config = model.experts_on(layer)
@@ -236,7 +236,7 @@ def block_spec(model: ModelConfig, layer: int) -> BlockSpec:
         mlp = mlp_spec(model, model.ffn_width)
     else:
         moe = moe_spec(model, moe_config)
-    # Both norms have the same declaration; the names of the fields keep their weights apart.
+    # Both norms share a declaration; the field names distinguish their weights.
     norm = norm_spec(model, model.hidden_size)
     return BlockSpec(norm, attention, norm, mlp, moe)
 
@@ -255,7 +255,7 @@ class MTPSpec:
 def mtp_spec(model: ModelConfig, depth: int) -> MTPSpec:
     """Returns the layers of multi-token prediction at a depth, which counts from 0."""
     norm = norm_spec(model, model.hidden_size)
-    # It takes the embedding of the next token and the hidden state side by side.
+    # Its input is the concatenation of the next token's embedding and the hidden state.
     projection = replicated_spec(model, 2 * model.hidden_size, model.hidden_size)
     return MTPSpec(
         norm, norm, projection, block_spec(model, model.num_layers + depth), norm
@@ -283,7 +283,7 @@ def vocabulary_spec(
 
 def position_embedding_spec(model: ModelConfig) -> ReplicatedSpec:
     """Returns the table of learned positions."""
-    # A row per position, as [outputs, inputs]: small beside the vocabulary, so not cut.
+    # A row per position, as [outputs, inputs]; not sharded, because it is small.
     return replicated_spec(model, model.hidden_size, model.max_sequence_length)
 
 
@@ -291,7 +291,7 @@ def position_embedding_spec(model: ModelConfig) -> ReplicatedSpec:
 
 
 def norm_spec(model: ModelConfig, width: int, *, is_over_heads: bool = False) -> NormSpec:
-    """Returns a norm of the kind that a model has."""
+    """Returns a norm of a model's kind."""
     return NormSpec(
         width,
         bias=model.norm == "layernorm",
@@ -301,7 +301,7 @@ def norm_spec(model: ModelConfig, width: int, *, is_over_heads: bool = False) ->
 
 
 def replicated_spec(model: ModelConfig, inputs: int, outputs: int) -> ReplicatedSpec:
-    """Returns a matrix that is whole on every rank."""
+    """Returns a matrix that is replicated on every rank."""
     return ReplicatedSpec(inputs, outputs, _normal(model))
 
 
@@ -312,7 +312,7 @@ def _column(model: ModelConfig, inputs: int, outputs: int, name: str) -> ColumnS
 def _fused_column(
     model: ModelConfig, inputs: int, names: Sequence[str], width: int
 ) -> ColumnSpec:
-    # Each weight is cut by itself, so a rank has matching rows of all of them.
+    # Each weight is sharded separately, so a rank has matching rows of all of them.
     outputs = tuple(Output(name, width) for name in names)
     return ColumnSpec(inputs, outputs, _normal(model), model.linear_bias)
 
@@ -341,6 +341,6 @@ def _normal(model: ModelConfig) -> Init:
 
 
 def _residual_init(model: ModelConfig) -> Init:
-    # GPT-2: 2 x num_layers outputs are added to the residual stream, whose variance then
-    # does not grow with depth.
+    # GPT-2: 2 x num_layers outputs are added to the residual stream; the scale keeps its
+    # variance independent of depth.
     return Init("normal", model.init_std / sqrt(2 * model.num_layers))

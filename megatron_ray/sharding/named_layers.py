@@ -1,6 +1,6 @@
 """Lists the layers of a rank's pipeline stages with the names of their modules.
 
-Pure Python. Must not know: torch, how layers are cut.
+Pure Python. Must not know: torch, sharding.
 """
 
 from collections.abc import Iterator, Sequence
@@ -25,8 +25,8 @@ def named_layers(
     model: ModelConfig, stages: Sequence[StageContents]
 ) -> Iterator[NamedLayer]:
     """Yields the layers of some pipeline stages with their names, in forward order."""
-    # The order matters: buckets are filled in its reverse, which is the order in which a
-    # backward pass completes gradients.
+    # The order matters: buckets are filled in reverse order, in which a backward pass
+    # completes gradients.
     has_embedding = any(stage.embedding for stage in stages)
     has_head = any(stage.loss for stage in stages)
     yield from _embeddings(model, has_embedding, has_head)
@@ -36,7 +36,7 @@ def named_layers(
     if has_head:
         yield "final_norm", norm_spec(model, model.hidden_size)
         yield from _head(model, has_embedding)
-    # After the head, because MTP layers run on the final hidden states.
+    # After the head, because MTP layers use the final hidden states.
     for stage in stages:
         for depth in stage.mtp_layers:
             yield from _layers_of(mtp_spec(model, depth), f"mtp.{depth}.")
@@ -45,8 +45,8 @@ def named_layers(
 def _embeddings(
     model: ModelConfig, has_embedding: bool, has_head: bool
 ) -> Iterator[NamedLayer]:
-    # The last stage needs the word embedding for a tied head and for MTP layers. Where
-    # that is another stage, both have it, and the first one's counts for the global norm.
+    # The last stage needs the word embedding for a tied head and for MTP layers. If that is
+    # not the first stage, both have it, and the global norm counts that of the first.
     if has_embedding:
         is_needed_last = model.tie_embeddings or model.num_mtp_layers > 0
         is_shared = is_needed_last and not has_head
@@ -62,8 +62,8 @@ def _head(model: ModelConfig, has_embedding: bool) -> Iterator[NamedLayer]:
     if not model.tie_embeddings:
         yield "head", vocabulary_spec(model)
     elif not has_embedding and not model.num_mtp_layers:
-        # A tied head without an embedding beside it has a weight of its own, which is a
-        # copy of the first stage's embedding.
+        # A tied head on a stage without the embedding has its own copy of the first stage's
+        # embedding.
         copy = vocabulary_spec(
             model,
             logical_name="embedding.weight",
@@ -76,7 +76,7 @@ def _head(model: ModelConfig, has_embedding: bool) -> Iterator[NamedLayer]:
 def _layers_of(spec: Any, prefix: str) -> Iterator[NamedLayer]:
     """Yields the leaves of a tree of dataclasses, named by the path of fields."""
     for field in fields(spec):
-        # None: a part that this model does not have, such as the norms of queries.
+        # None: a part that this model lacks, such as the norms of queries.
         child = getattr(spec, field.name)
         name = prefix + field.name
         if isinstance(child, LayerSpec):

@@ -1,8 +1,8 @@
-"""Defines what the parameter table consists of.
+"""Defines the types of the parameter table.
 
-A logical parameter is one unfused tensor as a checkpoint names it, whatever the layout. A
-local parameter is one tensor on one rank, in which boxes of logical parameters lie one
-after another. Pure Python. Must not know: torch, process groups, models.
+A logical parameter is one unfused, unsharded tensor, as in a checkpoint. A local
+parameter is one tensor of a rank, a concatenation of boxes of logical parameters. Pure
+Python. Must not know: torch, process groups, models.
 """
 
 from dataclasses import dataclass
@@ -24,23 +24,24 @@ class Init:
 
 @dataclass(frozen=True)
 class LogicalParameter:
-    """One unfused tensor as a checkpoint names it, whatever the layout."""
+    """One unfused, unsharded tensor, as in a checkpoint."""
 
     name: str
     shape: Shape
     """Full shape, without vocabulary padding."""
     init: Init
     shard_dim: int | None
-    """Dimension cut over tp (an expert's: over etp); None: every tp rank has the whole
-    tensor."""
+    """Dimension sharded over tp (experts: over etp); None: replicated on every tp
+    rank."""
     decay: bool
     """Whether weight decay applies."""
     sum_over_tp: bool = False
-    """Each tp rank sees only its tokens (sequence parallelism) or its heads (norms of
-    queries and keys), so this replicated tensor's gradient is summed over tp."""
+    """Whether this replicated tensor's gradient is summed over tp, because each tp rank
+    processes only its tokens (sequence parallelism) or heads (norms of queries and
+    keys)."""
     of_expert: bool = False
-    """Lies in the expert grid: cut over etp, on one ep rank, its gradient reduced over
-    edp and not over dp x cp."""
+    """Whether it belongs to the expert grid: sharded over etp, on one ep rank, with its
+    gradient reduced over edp instead of dp x cp."""
 
     @property
     def num_elements(self) -> int:
@@ -52,7 +53,7 @@ class LogicalParameter:
 class Part:
     """A logical parameter's box inside a local, possibly fused, tensor.
 
-    Parts lie one after another along dim 0.
+    Parts are concatenated along dim 0.
     """
 
     logical: LogicalParameter
@@ -60,31 +61,31 @@ class Part:
     start: int
     """First row of the part in the local tensor."""
     num_kv_replicas: int = 1
-    """Neighbouring tp ranks that have this very box, where there are fewer key/value
-    heads than ranks; each has a part of its gradient."""
+    """Number of consecutive tp ranks with this box, if there are fewer key/value heads
+    than ranks; each has a part of its gradient."""
     owns_norm: bool = True
-    """False but for the first of those, so that the global norm counts it once."""
+    """Whether the global norm counts it: only on the first of these ranks."""
 
 
 @dataclass(frozen=True)
 class LocalParameter:
-    """One tensor of one rank: a parameter of its module, and the boxes fused in it."""
+    """One tensor of a rank: a parameter of a module, and the boxes fused in it."""
 
     name: str
-    """The module's name of the parameter."""
+    """Name of the parameter in the model."""
     shape: Shape
-    """Local shape; rows beyond the last part are vocabulary padding, always zero."""
+    """Local shape; rows after the last part are vocabulary padding, always zero."""
     parts: tuple[Part, ...]
     is_shared_embedding: bool = False
-    """A word embedding that the last pipeline stage needs too, for its tied head or its
-    MTP layers: both stages have it, and their gradients are added up."""
+    """Whether it is a word embedding that the last pipeline stage needs too, for its
+    tied head or MTP layers: both stages have it, and their gradients are summed."""
     owns_norm: bool = True
-    """False for the second of those, so that the global norm counts it once."""
+    """Whether the global norm counts it: only on the first of these stages."""
     trainable: bool = True
-    """False where it is frozen: no gradient, no optimizer state."""
+    """False if frozen: no gradient, no optimizer state."""
 
-    # Fused parts have the same rules (attention's q, k, v; an MLP's gate and up), so the
-    # first part's rules are those of the tensor.
+    # Fused parts have equal properties (attention's q, k, v; an MLP's gate and up), so
+    # those of the first part apply to the tensor.
 
     @property
     def decay(self) -> bool:
@@ -95,7 +96,7 @@ class LocalParameter:
     def tp_sharded(self) -> bool:
         """Whether each tp rank has different elements.
 
-        For those of experts: whether all ranks have but their replicas.
+        For experts: whether all ranks except replicas have different elements.
         """
         return self.parts[0].logical.shard_dim is not None
 
@@ -106,7 +107,7 @@ class LocalParameter:
 
     @property
     def of_expert(self) -> bool:
-        """Whether its replicas are those of the expert grid."""
+        """Whether it belongs to the expert grid."""
         return self.parts[0].logical.of_expert
 
     @property

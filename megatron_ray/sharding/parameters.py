@@ -1,8 +1,8 @@
-"""Builds the parameter table: a rank's tensors, and which boxes of what lie in them.
+"""Builds the parameter table: a rank's tensors and the logical boxes in them.
 
-Everything that touches weights (initialisation, fused layers, buckets, clipping,
-checkpoints, conversion, planning) reads this table, and nothing derives it anew. Pure
-Python. Must not know: torch, process groups.
+All code that uses weights (initialisation, fused layers, buckets, clipping,
+checkpoints, conversion, planning) reads this table and never derives layouts itself.
+Pure Python. Must not know: torch, process groups.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from megatron_ray.sharding.parameter_types import LocalParameter, LogicalParamet
 
 
 def padded_vocabulary(model: ModelConfig, tp: int) -> int:
-    """Returns the rows of the embedding with padding, over all tp ranks."""
+    """Returns the padded rows of the embedding over all tp ranks."""
     return padded_rows(model.vocabulary, model.vocab_multiple, tp)
 
 
@@ -30,12 +30,12 @@ def local_parameters(
     sequence_parallel: bool = False,
     stages: Sequence[StageContents] | None = None,
 ) -> tuple[LocalParameter, ...]:
-    """Returns the tensors of one rank, in the order in which the forward pass uses them.
+    """Returns the tensors of one rank in forward order.
 
-    `stages`: its pipeline stages; the whole model when not given.
+    `stages`: its pipeline stages; by default the whole model.
 
-    Raises ValueError when a degree does not divide a dimension that it cuts (validation
-    refuses such a config earlier, with the remedy).
+    Raises ValueError when a degree does not divide a sharded dimension (validation
+    reports such configs earlier, with the remedy).
     """
     position = ShardPosition.of_rank(dims, rank, sequence_parallel=sequence_parallel)
     if stages is None:
@@ -55,7 +55,7 @@ def whole_model(model: ModelConfig) -> tuple[StageContents, ...]:
 
 def logical_parameters(model: ModelConfig) -> tuple[LogicalParameter, ...]:
     """Returns every logical parameter of the model, in forward order."""
-    # On one rank nothing is cut, so each logical parameter is a part exactly once.
+    # On one rank nothing is sharded, so each logical parameter is exactly one part.
     logical: list[LogicalParameter] = []
     for local in local_parameters(model, ParallelDims(), 0):
         logical.extend([part.logical for part in local.parts])
@@ -65,14 +65,13 @@ def logical_parameters(model: ModelConfig) -> tuple[LogicalParameter, ...]:
 def freeze(
     table: Sequence[LocalParameter], patterns: Sequence[str]
 ) -> tuple[LocalParameter, ...]:
-    """Returns the table with those parameters frozen whose logical names match.
+    """Returns the table with parameters frozen that match by logical name.
 
-    Parts of one tensor are frozen together or not at all: validation refuses anything
-    else.
+    Parts of one tensor are frozen together or not at all, which validation ensures.
     """
     frozen = []
     for local in table:
-        # Kept in the table: a frozen parameter is still loaded, saved and exported.
+        # Kept in the table, since frozen parameters are still loaded, saved and exported.
         if _matches(local, patterns):
             local = replace(local, trainable=False)
         frozen.append(local)

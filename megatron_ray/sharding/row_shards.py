@@ -1,7 +1,7 @@
-"""Cuts the parameter table into the rows that a rank keeps under ZeRO-3.
+"""Shards the parameter table into the rows of each rank under ZeRO-3.
 
-The cut is torch's own (torch.chunk, FSDP: Zhao et al. 2023), so what is sharded and what
-is planned agree. Pure Python. Must not know: groups.
+The sharding is torch's own (torch.chunk, FSDP: Zhao et al. 2023), so that plan and
+execution agree. Pure Python. Must not know: groups.
 """
 
 from collections.abc import Iterable
@@ -14,15 +14,15 @@ from megatron_ray.sharding.parameter_types import LocalParameter, Part
 def shard_rows(
     table: Iterable[LocalParameter], rank: int, shards: int
 ) -> tuple[LocalParameter, ...]:
-    """Returns the rows of each tensor that one of `shards` ranks keeps.
+    """Returns the rows of each tensor on one of `shards` ranks.
 
-    They are blocks of ceil(rows / shards), the last ones shorter or empty, as torch.chunk
-    cuts. Tensors of which the rank has none are left out.
+    They are blocks of ceil(rows / shards), the last ones shorter or empty, as in
+    torch.chunk. Tensors without rows on the rank are left out.
     """
     sharded = []
     for parameter in table:
         rows = parameter.shape[0]
-        # Equal to torch's cut in FSDP, whose shards are attached to this table's buffers.
+        # Equal to the sharding of torch's FSDP, whose shards use this table's buffers.
         block = -(-rows // shards)
         start = min(rank * block, rows)
         end = min((rank + 1) * block, rows)
@@ -38,15 +38,15 @@ def _rows_of_parameter(parameter: LocalParameter, start: int, end: int) -> Local
         if part is not None:
             parts.append(part)
     if not parts:
-        # Only padding rows. The parameter's rules (decay, reduction) are read from its
-        # first part, so it keeps one, an empty one.
+        # Only padding rows. Decay and reduction are read from the first part, so an empty
+        # part is kept.
         parts = [_empty_part(parameter)]
     shape = (end - start, *parameter.shape[1:])
     return replace(parameter, shape=shape, parts=tuple(parts))
 
 
 def _rows_of_part(part: Part, start: int, end: int) -> Part | None:
-    """Returns what of a part lies in local rows [start, end), counted from `start`."""
+    """Returns a part's intersection with local rows [start, end), relative to `start`."""
     first = max(part.start, start)
     last = min(part.start + part.box.size[0], end)
     if first >= last:

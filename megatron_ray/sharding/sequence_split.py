@@ -1,9 +1,9 @@
-"""Cuts sequences among context-parallel ranks, in a zig-zag.
+"""Splits sequences over context-parallel ranks in a zig-zag.
 
-Causal attention costs a token as much as it has before it, so cutting a sequence into cp
-equal parts in order would leave the first rank idle. It is cut into 2 cp chunks instead,
-and rank r has chunks r and 2 cp - 1 - r (as in Llama 3 and Megatron-LM): a cheap one and
-a dear one. Torch-free. Must not know: batches, groups.
+The cost of causal attention grows with a token's position, so with cp equal parts in
+order the first rank would be idle. Sequences are split into 2 cp chunks instead, and
+rank r has chunks r and 2 cp - 1 - r (as in Llama 3 and Megatron-LM): a cheap and an
+expensive one. Torch-free. Must not know: batches, groups.
 """
 
 from dataclasses import dataclass
@@ -14,14 +14,14 @@ import numpy.typing as npt
 
 @dataclass(frozen=True)
 class SequenceCut:
-    """The part of every sequence that one of `cp` ranks has, in the order in memory."""
+    """The part of every sequence on one of `cp` ranks, in memory order."""
 
     cp: int = 1
     rank: int = 0
 
     @property
     def chunks(self) -> tuple[int, int]:
-        """Numbers of its two chunks, of 2 cp."""
+        """Indices of its two chunks, out of 2 cp."""
         return self.rank, 2 * self.cp - 1 - self.rank
 
     def positions(self, length: int) -> npt.NDArray[np.int64]:

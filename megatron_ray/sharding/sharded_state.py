@@ -1,6 +1,6 @@
 """Describes a rank's state for a checkpoint: boxes of logical tensors over live memory.
 
-Must not know: files, layouts, what the tensors mean.
+Must not know: files, layouts, the meaning of tensors.
 """
 
 from collections.abc import Iterator
@@ -46,7 +46,7 @@ class ShardedTensor:
     def memory(self, box: Box) -> torch.Tensor:
         """Returns the live memory of one of this rank's boxes, without gradient history.
 
-        Raises KeyError when this rank does not have it.
+        Raises KeyError when it is not on this rank.
         """
         for part in self.nonempty():
             if part.box == box:
@@ -60,6 +60,6 @@ ShardedState = dict[str, ShardedTensor]
 
 
 def whole_tensor(tensor: torch.Tensor) -> ShardedTensor:
-    """Describes a tensor that a rank has whole."""
+    """Describes a tensor that is complete on a rank."""
     shape = tuple(tensor.shape)
     return ShardedTensor(shape, [TensorBox(Box((0,) * len(shape), shape), tensor)])

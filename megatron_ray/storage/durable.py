@@ -1,10 +1,10 @@
-"""Writes local files and folders that appear whole and survive a power cut.
+"""Writes local files and folders atomically and durably.
 
-Owns: temporary names, fsync, the rename. Must not know: what is written.
+Owns: temporary names, fsync, the rename. Must not know: the contents.
 
 Both writers follow the same order: write under a temporary name, fsync the content,
-rename, fsync the folder above. The rename is what makes it visible, so it must come after
-the content is on disk; the fsync of the folder makes the rename itself survive.
+rename, fsync the folder above. The rename makes the file visible, so it must come after
+the content is on disk; the fsync of the folder makes the rename itself durable.
 """
 
 import os
@@ -29,8 +29,8 @@ def atomic_file(path: Path) -> Iterator[FileIO]:
     After an error `path` is as it was. Makes parent folders. Raises OSError.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Beside its target, since a rename is atomic only within one filesystem; a random
-    # part, since a process that was replaced may still be writing the same file.
+    # In the same folder, since a rename is atomic only within one filesystem; with a random
+    # part, since a replaced process may still write the same file.
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}{PARTIAL_SUFFIX}")
     try:
         with open(partial, "wb", buffering=0) as file:
@@ -46,12 +46,12 @@ def atomic_file(path: Path) -> Iterator[FileIO]:
 def atomic_folder(folder: Path) -> Iterator[Path]:
     """Yields a work folder that becomes `folder`, durably, at a normal exit.
 
-    When another process was first, its folder stays: those that write the same name write
-    the same content. A killed process leaves a work folder that nothing reads; a later
-    call removes it once it is a day old. Raises OSError.
+    If another process was first, its folder is kept, as all writers of a name write the
+    same content. A killed process leaves an unused work folder, which a later call
+    removes once it is a day old. Raises OSError.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    # No build that is alive leaves all its files untouched for a day.
+    # A running build modifies a file at least once a day.
     _remove_stale(folder.parent)
     work = folder.with_name(f"{WORK_PREFIX}{folder.name}-{uuid.uuid4().hex}")
     work.mkdir()
@@ -73,14 +73,14 @@ def fsync_path(path: Path) -> None:
 
 def _publish(work: Path, folder: Path) -> None:
     for file in work.iterdir():
-        # A link's target is not ours, and may lie where fsync is not allowed.
+        # A link's target belongs to others, and fsync may not be allowed there.
         if not file.is_symlink():
             fsync_path(file)
     fsync_path(work)
     try:
         work.rename(folder)
     except OSError:
-        # A rename onto a filled folder fails: another process has published it first.
+        # A rename onto a non-empty folder fails: another process has published it first.
         if not folder.is_dir():
             raise
     else:

@@ -1,9 +1,9 @@
 """Defines the errors of storage.
 
-Owns: their texts, and the translation of what the operating system and Arrow raise.
+Owns: their texts, and the conversion of errors of the operating system and Arrow.
 
-Every StorageError is an OSError, and a missing file is a FileNotFoundError too: code that
-reads local files by itself handles both alike.
+Every StorageError is an OSError, and a missing file is also a FileNotFoundError, so
+that code for local files can handle both alike.
 
     StorageError (OSError)
     ├── InvalidLocationError
@@ -36,20 +36,20 @@ class StorageError(MegatronRayError, OSError):
 
 
 class InvalidLocationError(StorageError):
-    """A path or URI is malformed, or its scheme is not known."""
+    """A path or URI is malformed, or its scheme is unknown."""
 
 
 class MissingFileError(StorageError, FileNotFoundError):
-    """There is nothing at the path."""
+    """The path does not exist."""
 
 
 class AccessDeniedError(StorageError, PermissionError):
-    """The user of this process may not do that at the path."""
+    """The process lacks permission for the operation."""
 
 
 @contextmanager
 def storage_errors(operation: str, path: str) -> Iterator[None]:
-    """Turns what the operating system and Arrow raise in its body into StorageError."""
+    """Converts errors of the operating system and Arrow to StorageError."""
     try:
         yield
     except StorageError:

@@ -1,7 +1,7 @@
 """Reads, lists and uploads files at locations that users name.
 
-Owns: single files and the folders of a data source; `storage` has the files of a job
-below one root. Must not know: what the files hold.
+Owns: single files and the folders of a data source; `storage` handles the files of a
+job below one root. Must not know: the contents of files.
 """
 
 import io
@@ -22,7 +22,7 @@ _UPLOAD_BYTES = 1 << 22
 
 @dataclass(frozen=True)
 class FileStat:
-    """The identity of a file's version, known without reading the file."""
+    """Size and time of a file, which identify its version without reading it."""
 
     path: str
     size: int
@@ -30,9 +30,9 @@ class FileStat:
 
 
 def file_stat(location: Location) -> FileStat | None:
-    """Returns size and time of a file, or None when there is no file of that name.
+    """Returns size and time of a file, or None when it does not exist.
 
-    Raises StorageError when it cannot be asked.
+    Raises StorageError when the storage does not answer.
     """
     info = _info(location)
     if info.type != arrow_fs.FileType.File:
@@ -41,19 +41,19 @@ def file_stat(location: Location) -> FileStat | None:
 
 
 def is_folder(location: Location) -> bool:
-    """Returns True when it is an existing folder.
+    """Returns whether the location is an existing folder.
 
-    Raises StorageError when it cannot be asked.
+    Raises StorageError when the storage does not answer.
     """
     return bool(_info(location).type == arrow_fs.FileType.Directory)
 
 
 def walk(folder: Location) -> Iterator[FileStat]:
-    """Yields all files below a folder, in no order.
+    """Yields all files below a folder in arbitrary order.
 
     Raises StorageError when it cannot be listed.
     """
-    # One listing for the whole tree; object stores answer it a thousand names at a time.
+    # One listing for the whole tree; object stores return a thousand names per request.
     selector = arrow_fs.FileSelector(folder.path, recursive=True)
     with storage_errors("list", folder.path):
         infos = folder.filesystem.get_file_info(selector)
@@ -63,16 +63,16 @@ def walk(folder: Location) -> Iterator[FileStat]:
 
 
 def open_stream(location: Location) -> IO[bytes]:
-    """Opens a file to read its bytes in order.
+    """Opens a file for sequential reads.
 
     Raises StorageError; reading raises OSError.
     """
     with storage_errors("read", location.path):
         if location.is_local:
             return Path(location.path).open("rb")
-        # Arrow would otherwise decompress by the file's suffix.
+        # By default Arrow decompresses according to the file's suffix.
         stream = location.filesystem.open_input_stream(location.path, compression=None)
-        # Arrow's streams cannot read lines; Python's buffer over them can.
+        # Arrow's streams cannot read lines, so Python's buffer wraps them.
         return io.BufferedReader(stream, _BUFFER_BYTES)
 
 
@@ -110,10 +110,10 @@ def upload(source: Path, target: Location) -> None:
 def check_writable(folder: Location) -> None:
     """Writes and deletes a small file in the folder.
 
-    Creates no folder on a local disk: where the folder does not exist, the nearest one
-    above it is tried. Raises StorageError when it cannot be written.
+    Creates no folder on a local disk: if the folder does not exist, the nearest
+    existing parent is tested. Raises StorageError when it cannot be written.
     """
-    # An object store has no folders: there any name below the prefix will do.
+    # An object store has no folders, so any name below the prefix works.
     if folder.is_local:
         folder = _nearest_existing(folder)
     probe = folder / f".probe-{uuid.uuid4().hex}"
@@ -124,7 +124,7 @@ def check_writable(folder: Location) -> None:
             ) as writer:
                 writer.write(b"probe")
         finally:
-            # Also after a failed write, which may have left an empty file.
+            # Deleted also after a failed write, which may have left an empty file.
             if _info(probe).type != arrow_fs.FileType.NotFound:
                 probe.filesystem.delete_file(probe.path)
 

@@ -1,6 +1,6 @@
 """Parses paths and URIs.
 
-Owns: the one parser of what users write as a path. Must not know: what lies there.
+Owns: the only parser of users' paths. Must not know: the contents of files.
 """
 
 from dataclasses import dataclass
@@ -23,14 +23,14 @@ class Location:
     filesystem: Any
     path: str
     is_local: bool
-    """True when `path` is a plain path of this machine, which memory mapping, links and
-    renames need."""
+    """Whether `path` is a local path, which memory mapping, links and renames
+    require."""
 
     def __truediv__(self, name: str) -> "Location":
         return Location(self.filesystem, f"{self.path.rstrip('/')}/{name}", self.is_local)
 
     def with_suffix(self, suffix: str) -> "Location":
-        """Returns the neighbour whose name is this one's plus `suffix`."""
+        """Returns the location with `suffix` appended to the name."""
         return Location(self.filesystem, self.path + suffix, self.is_local)
 
 
@@ -40,14 +40,14 @@ def is_local_path(path: str) -> bool:
 
 
 def parse_location(path: str) -> Location:
-    """Parses a local path, a file:// URI, or a URI of any scheme that pyarrow knows.
+    """Parses a local path, a file:// URI, or a URI of any scheme of pyarrow.
 
-    Raises InvalidLocationError when it is malformed or of an unknown scheme, and
-    StorageError when the filesystem cannot be opened, as without credentials.
+    Raises InvalidLocationError when it is malformed or has an unknown scheme, and
+    StorageError when the filesystem cannot be opened, e.g. without credentials.
     """
     if is_local_path(path):
         return Location(arrow_fs.LocalFileSystem(), _local_path(path), True)
-    # Connects to nothing yet, but S3 and GCS look for credentials.
+    # Does not connect yet, but S3 and GCS search for credentials.
     try:
         filesystem, inner_path = _filesystem_of(path)
     except (ArrowException, ValueError) as error:
@@ -60,7 +60,7 @@ def parse_location(path: str) -> Location:
 def _local_path(path: str) -> str:
     plain = path
     if path.startswith(_FILE_SCHEME):
-        # file://host/share would be a path on another machine.
+        # file://host/share is a path on another machine.
         uri = urlsplit(path)
         if uri.netloc not in ("", "localhost"):
             cause = (
@@ -71,8 +71,8 @@ def _local_path(path: str) -> str:
     if not plain or "\0" in plain:
         cause = "the path is empty or holds a NUL character"
         raise InvalidLocationError("open", path, cause)
-    # Absolute, as processes of a job have different working directories; `..` stays, since
-    # the paths are part of cache keys.
+    # Absolute, because processes of a job have different working directories; `..` is kept,
+    # because paths are part of cache keys.
     try:
         return str(Path(plain).expanduser().absolute())
     except RuntimeError as error:

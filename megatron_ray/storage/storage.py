@@ -1,10 +1,10 @@
 """Reads and writes the files of a job below one root, on any storage.
 
-Owns: names relative to the root, atomic and durable writes. Must not know: what the files
-mean.
+Owns: names relative to the root, atomic and durable writes. Must not know: the contents
+of files.
 
-Local paths and `file://` go through the operating system (fsync, rename); `s3://` and
-`gs://` through pyarrow.fs, where one put is atomic by itself.
+Local paths and `file://` use the operating system (fsync, rename); `s3://` and `gs://`
+use pyarrow.fs, where one put is atomic.
 """
 
 import os
@@ -37,7 +37,7 @@ class Readable(Protocol):
     """An input file that `open_input` yields: positioned reads, known size."""
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
-        """Fills the buffer from byte `offset` on.
+        """Fills the buffer with bytes from `offset` on.
 
         Raises StorageError when the file ends too early.
         """
@@ -74,7 +74,7 @@ class Storage(ABC):
         """Returns the whole file. Raises MissingFileError when there is none."""
 
     def write_bytes_atomic(self, name: str, data: bytes) -> None:
-        """Writes the file whole or not at all, durable on return; makes parent folders."""
+        """Writes the file atomically, durable on return; creates parent folders."""
         with self.open_output(name) as file:
             file.write(data)
 
@@ -105,17 +105,17 @@ class Storage(ABC):
 
     @abstractmethod
     def delete_file(self, name: str) -> None:
-        """Deletes a file; nothing happens when there is none."""
+        """Deletes a file if it exists."""
 
     @abstractmethod
     def delete_tree(self, name: str) -> None:
-        """Deletes a folder with all below it; nothing happens when there is none.
+        """Deletes a folder recursively if it exists.
 
-        Refuses the root itself.
+        Raises StorageError for the root itself.
         """
 
     def _require_inside(self, name: str) -> str:
-        # An empty name would delete the root, and `..` reaches the files of other jobs.
+        # An empty name would delete the root, and `..` would reach files of other jobs.
         if not name or name.startswith("/") or ".." in name.split("/"):
             cause = "a name inside the storage root is needed"
             raise StorageError("use", f"{name!r} under {self.root}", cause)
@@ -134,7 +134,7 @@ def open_storage(path: str) -> Storage:
         cause = f"unknown scheme {scheme!r}; use a local path or one of {known}"
         raise InvalidLocationError("open", path, cause)
     location = parse_location(path)
-    # Without `..`, which the operating system resolves only where the folders exist.
+    # Normalized, because the operating system resolves `..` only in existing folders.
     if location.is_local:
         return LocalStorage(os.path.abspath(location.path))
     if not location.path.strip("/"):
@@ -183,13 +183,13 @@ class LocalStorage(Storage):
         """Deletes a file, durably: the order of deletions matters to readers."""
         path = self._path(name)
         with storage_errors("delete", str(path)):
-            # Checkpoints rely on it: the marker must be gone before the rest goes.
+            # Checkpoints rely on it: the marker must be deleted before the rest.
             path.unlink(missing_ok=True)
             if path.parent.is_dir():
                 fsync_path(path.parent)
 
     def delete_tree(self, name: str) -> None:
-        """Deletes a folder with all below it."""
+        """Deletes a folder recursively."""
         path = self._path(name)
         with storage_errors("delete", str(path)):
             if path.exists():
@@ -208,7 +208,7 @@ class _CompleteWriter:
     def write(self, data: Any, /) -> int:
         view = memoryview(data).cast("B")
         done = 0
-        # The kernel cuts one write at 2 GiB.
+        # The kernel limits one write to 2 GiB.
         while done < len(view):
             done += self._file.write(view[done:])
         return done
@@ -223,7 +223,7 @@ class _LocalInput:
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         done = 0
-        # As with writes, one call reads at most 2 GiB.
+        # One call reads at most 2 GiB.
         while done < len(buffer):
             count = os.preadv(self._file.fileno(), [buffer[done:]], offset + done)
             if not count:
@@ -235,8 +235,8 @@ class _LocalInput:
 
 
 def _scan(folder: Path, prefix: str, recursive: bool) -> Iterator[Entry]:
-    # Other processes delete while this one lists (retention does): what has vanished
-    # meanwhile is left out, at every step.
+    # Other processes may delete files during the listing (retention does), so files that
+    # have vanished are skipped at every step.
     try:
         children = list(os.scandir(folder))
     except FileNotFoundError:
@@ -261,7 +261,7 @@ def _scan(folder: Path, prefix: str, recursive: bool) -> Iterator[Entry]:
 class ObjectStorage(Storage):
     """A prefix of a bucket, or of any other filesystem that pyarrow opens.
 
-    An object appears when its put is complete.
+    An object becomes visible when its put is complete.
     """
 
     def __init__(self, root: str, filesystem: fs.FileSystem, base: str) -> None:
@@ -279,10 +279,10 @@ class ObjectStorage(Storage):
 
     @contextmanager
     def open_output(self, name: str) -> Iterator[Writable]:
-        """Yields a stream whose object appears when it is closed."""
+        """Yields a stream; closing it makes the object visible."""
         key = self._key(name)
         with storage_errors("write", self.uri(name)):
-            # Buckets have no folders; filesystems behind the same interface do.
+            # Buckets have no folders, but other filesystems of pyarrow do.
             if not isinstance(self.filesystem, (fs.S3FileSystem, fs.GcsFileSystem)):
                 self.filesystem.create_dir(key.rpartition("/")[0], recursive=True)
             with self.filesystem.open_output_stream(key) as file:
@@ -312,7 +312,7 @@ class ObjectStorage(Storage):
         with storage_errors("list", self.uri(name)):
             infos = self.filesystem.get_file_info(selector)
         entries = []
-        # Paths come with the bucket in front.
+        # Paths start with the bucket.
         for info in infos:
             relative = info.path[len(base) + 1 :]
             is_folder = info.type == fs.FileType.Directory
@@ -321,7 +321,7 @@ class ObjectStorage(Storage):
 
     def delete_file(self, name: str) -> None:
         """Deletes an object."""
-        # Asked first: some filesystems raise for what is not there, others do not.
+        # Tested first, because only some filesystems raise for missing files.
         if self.exists(name):
             with storage_errors("delete", self.uri(name)):
                 self.filesystem.delete_file(self._key(name))

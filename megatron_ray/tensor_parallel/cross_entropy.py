@@ -1,13 +1,13 @@
 """Computes the output head and the cross entropy in one step.
 
-The vocabulary is cut over the tensor-parallel group. The loss is the sum of
--log p(label) over tokens. A token's probabilities are its exponentials times one number,
-so the exponentials are written over the logits while these are in cache, and the
-numbers, which tensor-parallel ranks have to agree on, go into the narrow side of both
-products of the backward: no second exponential, no fp32 copy of all logits in bf16, no
-pass over the vocabulary once the sums are known. The weight gradient is one product,
-delivered to the slot, so a schedule can defer it. Two collectives of T numbers per call.
-Must not know: microbatches, loss scaling.
+The vocabulary is sharded over the tensor-parallel group. The loss is the sum of -log
+p(label) over tokens. A token's probabilities are its exponentials times one factor. So
+exponentials overwrite the logits while these are in cache, and the factors, which
+depend on all tensor-parallel ranks, are applied to the narrow operand of both backward
+products. This avoids a second exponential, an fp32 copy of bf16 logits, and a pass over
+the vocabulary after the reduction. The weight gradient is one product, delivered to the
+slot, so a schedule can defer it. Two collectives of T numbers per call. Must not know:
+microbatches, loss scaling.
 
 Shapes: T tokens (t of them on this rank under sequence parallelism), H hidden, V this
 rank's vocabulary rows.
@@ -30,13 +30,13 @@ from megatron_ray.tensor_parallel.embedding import local_ids
 from megatron_ray.tensor_parallel.group import TensorParallel
 from megatron_ray.tensor_parallel.layers import Shape, start_input_grad_reduction
 
-# A rank whose largest logit is further below the largest of all has probabilities under
-# 1e-26; they count as that instead of nothing, so that no quotient overflows.
+# If a rank's largest logit is further below the global maximum, its probabilities are under
+# 1e-26 and are clamped to that, so that no quotient overflows.
 _FARTHEST = -60.0
 
 
 class SoftmaxStats(NamedTuple):
-    """Describes rows of logits whose memory now holds shares of the softmax.
+    """Softmax statistics of rows of logits that have been overwritten with shares.
 
     exp(logits - largest) = shares x unit. All are [T], fp32 or wider.
     """
@@ -51,8 +51,8 @@ class SoftmaxStats(NamedTuple):
 class VocabParallelHead(SlottedModule):
     """Logits and loss over this rank's rows of the vocabulary.
 
-    `valid_rows` of them are no padding; `vocabulary` is the size of the whole, without
-    padding; `tied` is the word embedding's weight, where the head shares it.
+    `valid_rows` of them are not padding; `vocabulary` is the global size without
+    padding; `tied` is the word embedding's weight, if the head shares it.
     """
 
     def __init__(
@@ -78,8 +78,8 @@ class VocabParallelHead(SlottedModule):
     def forward(self, hidden_TH: Tensor, labels_T: Tensor, mask_T: Tensor) -> Tensor:
         """Returns the sum of mask x -log p(label) over this replica's tokens.
 
-        It is fp32 and the same on every tp rank. Its backward takes the incoming gradient
-        to be one: scaling by the number of tokens happens once, in finalize_grads.
+        It is fp32 and the same on every tp rank. Its backward assumes an incoming
+        gradient of one, because finalize_grads scales by the number of tokens.
         """
         return _HeadLoss.apply(hidden_TH, self.weight, labels_T, mask_T, self)
 
@@ -88,7 +88,7 @@ class VocabParallelHead(SlottedModule):
         gathered = collectives.all_gather_rows(hidden_TH, self.tp.sequence_group)
         logits = forward_product(gathered, self.weight)
         if self.tp.group is not None:
-            # Only rows can be gathered, so the vocabulary is made the rows for it.
+            # Transposed, because only rows can be gathered.
             transposed = logits.t().contiguous()
             logits = collectives.all_gather_rows(transposed, self.tp.group).t()
         return logits[:, : self.vocabulary]
@@ -107,13 +107,13 @@ class _HeadLoss(AutogradFunction[Tensor]):
         tp = module.tp
         gathered = collectives.all_gather_rows(hidden, tp.sequence_group)
         logits = forward_product(gathered, weight)
-        # Rows of padding must not take part in the softmax.
+        # Padding rows are excluded from the softmax.
         if module.valid_rows < logits.shape[1]:
             logits[:, module.valid_rows :] = -torch.inf
         columns, is_elsewhere = local_ids(labels, logits.shape[1], tp)
         local = _overwrite_with_shares(logits, columns, module)
-        # Ranks agree on the largest logit first, since sums of exponentials can only be
-        # added when they are relative to the same one.
+        # The largest logit is reduced first, because sums of exponentials can only be added
+        # relative to the same maximum.
         largest = collectives.all_reduce(local.largest.clone(), tp.group, dist.ReduceOp.MAX)
         rescale = (local.largest - largest).clamp_(min=_FARTHEST).exp_()
         label_logit = local.label_logit - largest
@@ -123,7 +123,7 @@ class _HeadLoss(AutogradFunction[Tensor]):
         total, label_logit = collectives.all_reduce(
             torch.stack([local.total * rescale, label_logit]), tp.group
         )
-        # The shares are as large as the logits: evaluation must not keep them.
+        # Shares are as large as the logits, so evaluation must not save them.
         if any(ctx.needs_input_grad[:2]):
             _subtract_one_hot_(logits, columns, is_elsewhere, local, total / rescale)
             factor = local.unit * rescale / total * mask
@@ -134,14 +134,14 @@ class _HeadLoss(AutogradFunction[Tensor]):
 
     @staticmethod
     def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
-        # The gradient of the logits is shares x factor, row by row. The factor goes to
-        # the [T, H] side of both products instead of to the [T, V] shares.
+        # The gradient of the logits is shares x factor per row. The factor is applied to
+        # the [T, H] operand of both products instead of the [T, V] shares.
         gathered, weight, shares, factor = ctx.saved_tensors
         module: VocabParallelHead = ctx.module
         grad_hidden = input_grad_product(shares, weight)
         grad_hidden.mul_(factor[:, None])
         reduced, pending = start_input_grad_reduction(module.tp, grad_hidden)
-        # `out` keeps the type of the activations: the factor is wider.
+        # `out` keeps the type of the activations, since the factor is wider.
         scaled = torch.mul(gathered, factor[:, None], out=torch.empty_like(gathered))
         grad_weight = deliver_weight_grad(module, scaled, shares)
         pending.wait()
@@ -151,7 +151,7 @@ class _HeadLoss(AutogradFunction[Tensor]):
 def _overwrite_with_shares(
     logits: Tensor, columns: Tensor, module: VocabParallelHead
 ) -> SoftmaxStats:
-    """Writes shares over the logits [T, V], as many rows at a time as stay in cache."""
+    """Overwrites the logits [T, V] with shares, in groups of rows that fit in cache."""
     rows = rows_at_once(logits.device.type, logits.shape[1])
     parts = []
     for chunk, chunk_columns in zip(
@@ -161,8 +161,7 @@ def _overwrite_with_shares(
     stats = SoftmaxStats(*[torch.cat(field) for field in zip(*parts, strict=True)])
     if module.valid_rows > 0:
         return stats
-    # A rank with nothing but padding: its largest logit is minus infinity, and what was
-    # computed from it is not a number.
+    # A rank with padding only has a maximum of -inf, from which the results are NaN.
     logits.zero_()
     return stats._replace(
         total=torch.zeros_like(stats.total), unit=torch.ones_like(stats.unit)
@@ -180,7 +179,7 @@ def _subtract_one_hot_(
 
     `one` is a probability of one in exponentials of this rank.
     """
-    # In exponentials of this rank, relative to its own largest logit, and then in shares.
+    # Converts to exponentials relative to this rank's largest logit, then to shares.
     label = ((local.label_logit - local.largest).exp_() - one) / local.unit
     if is_elsewhere is not None:
         unchanged = shares.gather(1, columns[:, None]).squeeze(1)
@@ -189,14 +188,14 @@ def _subtract_one_hot_(
 
 
 def softmax_shares_(logits: Tensor, columns: Tensor) -> SoftmaxStats:
-    """Overwrites logits [rows, V] with shares; `columns` [rows] are those of the labels.
+    """Overwrites logits [rows, V] with shares; `columns` [rows] are label columns.
 
-    A softmax takes one pass for difference, exponential, sum and quotient, and the
+    A softmax needs one pass for difference, exponential, sum and quotient, and the
     largest logit's exponential is one, so its share is one over the sum. But its
-    exponential on CPU is off by up to 20 units in the last place: good for what is
-    rounded to bf16, not for fp32.
+    exponential on CPU has errors of up to 20 units in the last place: accurate enough
+    for bf16, not for fp32.
     """
-    # CPUs reduce bf16 slowly and widen anyway for the softmax; CUDA widens as it reads.
+    # CPUs reduce bf16 slowly, and softmax needs fp32 anyway; CUDA converts while reading.
     on_cpu = logits.device.type == "cpu"
     is_rounded = logits.dtype.itemsize < 4
     source = logits

@@ -1,4 +1,4 @@
-"""Looks up embeddings: of tokens, cut over the vocabulary, and of positions.
+"""Looks up embeddings of tokens, sharded over the vocabulary, and of positions.
 
 Must not know: the model, data parallelism.
 
@@ -18,7 +18,7 @@ from megatron_ray.tensor_parallel.layers import Shape
 
 
 class VocabParallelEmbedding(SlottedModule):
-    """An embedding whose rows are cut over the group: ids [T] -> [T or t, H]."""
+    """An embedding with rows sharded over the group: ids [T] -> [T or t, H]."""
 
     def __init__(
         self, weight_shape: Shape, *, tp: TensorParallel, dtype: torch.dtype, uses: int = 1
@@ -44,7 +44,7 @@ class _VocabEmbedding(AutogradFunction[Tensor]):
         embedded = torch.nn.functional.embedding(rows, weight)
         if is_elsewhere is None:
             return embedded
-        # Each token's row is on one rank and zero on the others, so the sum is that row.
+        # Each token's row is nonzero on one rank only, so the sum is that row.
         embedded.masked_fill_(is_elsewhere[:, None], 0)
         if tp.sequence_group is not None:
             return collectives.reduce_scatter_rows(embedded, tp.sequence_group)
@@ -56,7 +56,8 @@ class _VocabEmbedding(AutogradFunction[Tensor]):
         ids, weight = ctx.saved_tensors
         if not needs_grad(module, "weight"):
             return None, None, None
-        # Every rank needs the gradients of all tokens: any of them may be in its rows.
+        # Every rank needs the gradients of all tokens, because any token may be in its
+        # rows.
         grad = collectives.all_gather_rows(grad.contiguous(), module.tp.sequence_group)
         rows, is_elsewhere = local_ids(ids, weight.shape[0], module.tp)
         if is_elsewhere is not None:
@@ -67,21 +68,21 @@ class _VocabEmbedding(AutogradFunction[Tensor]):
 def local_ids(
     ids: Tensor, local_rows: int, tp: TensorParallel
 ) -> tuple[Tensor, Tensor | None]:
-    """Returns ids as rows of this rank, which has `local_rows` of the vocabulary.
+    """Returns ids as local rows of this rank, which has `local_rows` of the vocabulary.
 
-    Ids of other ranks point at row 0 and are marked in the mask, the second value; it is
-    None where the vocabulary is not cut.
+    Ids of other ranks become row 0 and are marked in the mask (second value), which is
+    None without sharding.
     """
     if tp.group is None:
         return ids, None
-    # Row 0 is as good as any for them: what it gives is masked.
+    # The lookup of row 0 is masked later.
     local = ids - tp.rank * local_rows
     is_elsewhere = (local < 0) | (local >= local_rows)
     return local.masked_fill(is_elsewhere, 0), is_elsewhere
 
 
 class PositionEmbedding(SlottedModule):
-    """Learned positions, whole on every rank: position ids [T] -> [T or t, H]."""
+    """Learned positions, replicated on every rank: position ids [T] -> [T or t, H]."""
 
     def __init__(
         self, weight_shape: Shape, *, tp: TensorParallel, dtype: torch.dtype
@@ -92,7 +93,7 @@ class PositionEmbedding(SlottedModule):
 
     def forward(self, ids_T: Tensor) -> Tensor:
         """Returns the embeddings of this rank's tokens."""
-        # The table is whole on every rank, so only this rank's tokens are looked up.
+        # The table is replicated, so only this rank's tokens are looked up.
         ids = collectives.local_rows(ids_T, self.tp.sequence_group)
         return _Lookup.apply(ids, self.weight, self)
 

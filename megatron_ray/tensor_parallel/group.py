@@ -1,4 +1,4 @@
-"""Describes the tensor-parallel group that a layer is cut over."""
+"""Describes the tensor-parallel group of a layer."""
 
 from dataclasses import dataclass
 
@@ -15,7 +15,7 @@ class TensorParallel:
     rank: int = 0
     """This rank's index in the group."""
     sequence_parallel: bool = False
-    """Whether activations between such layers are cut along the tokens."""
+    """Whether activations between these layers are split along the tokens."""
 
     @classmethod
     def of_group(cls, group: Group, *, sequence_parallel: bool = False) -> "TensorParallel":
@@ -26,9 +26,9 @@ class TensorParallel:
 
     @property
     def sequence_group(self) -> Group:
-        """The group that tokens are gathered from and scattered to.
+        """The group over which tokens are gathered and scattered.
 
-        None, for which those collectives are the identity, without sequence parallelism.
+        None without sequence parallelism; these collectives are the identity then.
         """
         if self.sequence_parallel:
             return self.group

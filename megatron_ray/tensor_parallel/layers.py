@@ -1,11 +1,11 @@
-"""Computes linear layers whose weights are cut over the tensor-parallel group.
+"""Defines linear layers with weights sharded over the tensor-parallel group.
 
-These are the f and g pairs of Megatron-LM (Shoeybi et al. 2019) and its sequence
-parallelism (Korthikanti et al. 2022), in the form of whole layers, because the overlap of
+They combine the f and g functions of Megatron-LM (Shoeybi et al. 2019) and its sequence
+parallelism (Korthikanti et al. 2022) in complete layers, because overlapping
 communication with the weight gradient needs both in one backward. Activations are flat
-tokens [T, width], so the sequence-parallel cut is along dim 0 whatever the batch. Every
-layer is constructed with the local shape of its weight, which the parameter table
-determines. Must not know: the model, data parallelism.
+tokens [T, width], so sequence parallelism splits dim 0 for any batch. Every layer is
+constructed with the local shape of its weight, as in the parameter table. Must not
+know: the model, data parallelism.
 
 Shapes: T tokens (t of them on this rank under sequence parallelism), I inputs, O outputs.
 """
@@ -37,7 +37,7 @@ Shape = tuple[int, ...]
 
 
 class ColumnParallelLinear(SlottedModule):
-    """Y = X W^T + b with the rows of W cut over the group: [T or t, I] -> [T, O/tp]."""
+    """Y = X W^T + b with the rows of W sharded: [T or t, I] -> [T, O/tp]."""
 
     def __init__(
         self, weight_shape: Shape, *, bias: bool, tp: TensorParallel, dtype: torch.dtype
@@ -55,9 +55,9 @@ class ColumnParallelLinear(SlottedModule):
 
 
 class QKVParallelLinear(ColumnParallelLinear):
-    """Queries, keys and values of this rank's heads, one after another.
+    """Queries, keys and values of this rank's heads, concatenated.
 
-    Where there are fewer key/value heads than ranks, several ranks have the same one.
+    With fewer key/value heads than ranks, several ranks have the same head.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class _Column(AutogradFunction[Tensor]):
         bias: Tensor | None,
         module: ColumnParallelLinear,
     ) -> Tensor:
-        # Only this rank's tokens are kept, not the gathered ones.
+        # Saves only this rank's tokens, not the gathered ones.
         ctx.save_for_backward(inputs, weight)
         ctx.module = module
         gathered = collectives.all_gather_rows(inputs, module.tp.sequence_group)
@@ -100,8 +100,8 @@ class _Column(AutogradFunction[Tensor]):
         inputs, weight = ctx.saved_tensors
         module: ColumnParallelLinear = ctx.module
         grad = grad.contiguous()
-        # Behind the input gradient's product the inputs are gathered, and behind the
-        # weight gradient's product the input gradient is reduced.
+        # Gathering the inputs overlaps with the input gradient's product, and reducing the
+        # input gradient overlaps with the weight gradient's product.
         gathered, arriving = _start_gather_for_weight_grad(module, inputs)
         grad_inputs = input_grad_product(grad, weight)
         arriving.wait()
@@ -116,9 +116,9 @@ class _Column(AutogradFunction[Tensor]):
         return reduced, grad_weight, grad_bias, None
 
 
-# Inputs are gathered again in the backward instead of kept. Where the weight's product is
-# deferred they are gathered only when that is computed, so that a zero-bubble schedule
-# keeps no more than others.
+# Inputs are gathered again in the backward instead of saved. If the weight's product is
+# deferred, they are gathered when it is computed, so that a zero-bubble schedule saves no
+# more than others.
 
 
 def _start_gather_for_weight_grad(
@@ -141,7 +141,7 @@ def _defer_weight_grad(
 def _accumulate_gathered(
     inputs_tI: Tensor, group: Group, grad_TO: Tensor, main_OI: Tensor, *, fresh: bool
 ) -> None:
-    """Accumulates grad^T @ inputs, for which the inputs are gathered only now."""
+    """Gathers the inputs and accumulates grad^T @ inputs."""
     inputs_TI = collectives.all_gather_rows(inputs_tI, group)
     accumulate_weight_grad(main_OI, grad_TO, inputs_TI, fresh=fresh)
 
@@ -149,10 +149,10 @@ def _accumulate_gathered(
 def start_input_grad_reduction(
     tp: TensorParallel, grad_TI: Tensor
 ) -> tuple[Tensor, collectives.Pending]:
-    """Starts the sum over tp of the input gradient of a column-cut product.
+    """Starts the sum over tp of the input gradient of a column-parallel product.
 
-    Returns what will hold the sum (each rank keeps its tokens under sequence
-    parallelism) and the collective under way.
+    Returns the tensor that receives the sum (this rank's tokens under sequence
+    parallelism) and the running collective.
     """
     if tp.sequence_group is not None:
         return collectives.start_reduce_scatter_rows(grad_TI, tp.sequence_group)
@@ -162,8 +162,8 @@ def start_input_grad_reduction(
 class RowParallelLinear(SlottedModule):
     """Y = residual (if given) + sum over ranks of X W^T, + b.
 
-    The columns of W are cut over the group: [T, I/tp] -> [T or t, O]. The bias is whole
-    on every rank and is added after the sum.
+    The columns of W are sharded: [T, I/tp] -> [T or t, O]. The bias is replicated on
+    every rank and is added after the sum.
     """
 
     def __init__(
@@ -185,9 +185,9 @@ class RowParallelLinear(SlottedModule):
     ) -> Tensor:
         """Returns the sum over all ranks, with the residual added.
 
-        Without `is_output_needed` the output stays uninitialised. That is for a
-        recomputation whose last layer this is: it needs what this layer's backward
-        saves and never reads the output, so product and communication are spared.
+        Without `is_output_needed` the output stays uninitialised, for the last layer of
+        a recomputation: only the tensors saved for the backward are needed, so product
+        and communication are skipped.
         """
         return _Row.apply(
             inputs_TI, residual_TO, self.weight, self.bias, self, is_output_needed
@@ -212,8 +212,8 @@ class _Row(AutogradFunction[Tensor]):
         if not is_output_needed:
             tokens = inputs.shape[0] // collectives.size(tp.sequence_group)
             return inputs.new_empty(tokens, weight.shape[0])
-        # On one rank the product adds the residual itself, with one rounding. On several
-        # it is added after the sum, or each rank would add it.
+        # On one rank the product adds the residual, with one rounding. On several ranks it
+        # is added once, after the sum.
         if tp.group is None and residual is not None:
             output = forward_product_plus(inputs, weight, residual)
         else:
@@ -232,8 +232,8 @@ class _Row(AutogradFunction[Tensor]):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         inputs, weight = ctx.saved_tensors
         module: RowParallelLinear = ctx.module
-        # The forward scattered tokens, so the backward gathers them; the weight gradient
-        # needs them all too.
+        # The forward scattered tokens, so the backward gathers them, also for the weight
+        # gradient.
         grad = grad.contiguous()
         gathered = collectives.all_gather_rows(grad, module.tp.sequence_group)
         grad_inputs = input_grad_product(gathered, weight)
@@ -241,17 +241,17 @@ class _Row(AutogradFunction[Tensor]):
         if ctx.has_residual:
             grad_residual = grad
         grad_weight = deliver_weight_grad(module, inputs, gathered)
-        # Of this rank's tokens only, where tokens are cut: the parameter table marks the
-        # bias as summed over tp then.
+        # Under sequence parallelism from this rank's tokens only; the parameter table then
+        # marks the bias as summed over tp.
         grad_bias = deliver_bias_grad(module, grad)
         return grad_inputs, grad_residual, grad_weight, grad_bias, None, None
 
 
 class ReplicatedLinear(SlottedModule):
-    """Y = X W^T with W whole on every rank: [T or t, I] -> [T or t, O], nothing is sent.
+    """Y = X W^T with W replicated: [T or t, I] -> [T or t, O], no communication.
 
-    Under sequence parallelism each rank sees its own tokens only, and the parameter
-    table marks the weight's gradient as summed over tp.
+    Under sequence parallelism each rank processes its own tokens only, and the
+    parameter table marks the weight's gradient as summed over tp.
     """
 
     def __init__(self, weight_shape: Shape, *, dtype: torch.dtype) -> None:
@@ -281,7 +281,7 @@ class _Replicated(AutogradFunction[Tensor]):
 
 
 class GatherFromSequenceParallel(nn.Module):
-    """Gathers what the heads of all ranks read: [T or t, width] -> [T, width].
+    """Gathers the input of all ranks' heads: [T or t, width] -> [T, width].
 
     Its backward sums: each rank's heads contribute a part of the gradient.
     """

@@ -1,9 +1,9 @@
-"""Computes RMSNorm and LayerNorm, whose weight gradients go to slots.
+"""Defines RMSNorm and LayerNorm, with weight gradients in slots.
 
-Weights are whole on every rank. Under sequence parallelism each rank sees its own tokens
+Weights are replicated. Under sequence parallelism each rank processes its own tokens
 only, and the parameter table marks the gradients as summed over tp; those of norms of
-heads always are, since each rank sees its heads only. Arithmetic is fp32 whatever the
-type of the activations. Must not know: the model, groups.
+heads always are, since each rank has its own heads. Arithmetic is fp32 for any type of
+activations. Must not know: the model, groups.
 
 Shapes: T tokens (or heads of tokens), H hidden (or head width).
 """
@@ -23,7 +23,7 @@ from megatron_ray.tensor_parallel.layers import Shape
 class RMSNorm(SlottedModule):
     """y = x / sqrt(mean(x^2) + eps) * w (Zhang and Sennrich 2019).
 
-    Times 1 + w where weights are centred on zero (Gemma).
+    With zero-centred weights (Gemma), times 1 + w.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class RMSNorm(SlottedModule):
         return _RMSNorm.apply(x_TH, self.weight, self)
 
     def scale(self, weight: Tensor) -> Tensor:
-        """Returns what normalised activations are multiplied by.
+        """Returns the factor of normalised activations.
 
         1 + weight in bf16 would lose most of the weight, so the sum is fp32.
         """
@@ -57,7 +57,7 @@ class RMSNorm(SlottedModule):
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Returns y and 1 / sqrt(mean(x^2) + eps) [T, 1]."""
     x_fp32 = to_fp32(x)
-    # vector_norm and not mean(x*x): one pass, nothing of size [T, H] in between.
+    # vector_norm instead of mean(x*x): one pass without an intermediate [T, H].
     rstd = (
         torch.linalg.vector_norm(x_fp32, dim=-1, keepdim=True)
         .square_()
@@ -134,7 +134,7 @@ class _LayerNorm(AutogradFunction[Tensor]):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, mean, rstd = ctx.saved_tensors
         module: LayerNorm = ctx.module
-        # A gradient that the mask leaves out is None, and is not delivered either.
+        # A gradient that the mask excludes is None and is not delivered.
         mask = [True, weight.requires_grad, bias.requires_grad]
         grad_x, grad_weight, grad_bias = torch.ops.aten.native_layer_norm_backward(
             grad.contiguous(), x, [x.shape[-1]], mean, rstd, weight, bias, mask

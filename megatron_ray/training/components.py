@@ -1,6 +1,6 @@
-"""Names what the training loop works with.
+"""Defines the components of the training loop.
 
-Owns: the set of components and the one interface that the loop defines itself.
+Owns: the set of components, and the interface of savers.
 """
 
 from collections.abc import Callable, Iterable
@@ -20,7 +20,7 @@ class Saver(Protocol):
     """Writes checkpoints; see training.saving."""
 
     def save(self, progress: Progress) -> None:
-        """Starts writing a checkpoint of the weights as they are."""
+        """Starts writing a checkpoint of the current weights."""
 
     def wait(self) -> None:
         """Blocks until this rank's part of the last checkpoint is durable."""
@@ -28,7 +28,7 @@ class Saver(Protocol):
 
 @dataclass(frozen=True)
 class TrainingComponents:
-    """Everything the loop works with, of one rank."""
+    """The components of the training loop on one rank."""
 
     config: TrainConfig
     mesh: ParallelMesh
@@ -36,6 +36,6 @@ class TrainingComponents:
     optimizer: ShardedOptimizer
     loader: StepLoader
     evaluation_batches: Callable[[], Iterable[Batch]] | None
-    """Returns the validation split's batches, anew for each evaluation; None without a
+    """Returns new batches of the validation split for each evaluation; None without a
     validation split."""
     saver: Saver

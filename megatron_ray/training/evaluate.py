@@ -1,6 +1,6 @@
 """Computes the loss over held-out samples.
 
-Must not know: when it is asked for.
+Must not know: when evaluations are due.
 """
 
 from collections.abc import Iterable, Iterator
@@ -18,8 +18,8 @@ from megatron_ray.reports import EvalReport
 from megatron_ray.training.stages import run_stages
 
 _ROUNDS = 4
-"""Microbatches that go through the pipeline at once, in multiples of its length. More
-of them leave less of it idle, and have to be in memory together."""
+"""Microbatches per pipeline run, in multiples of its length. More of them reduce idle
+time but need more memory."""
 
 
 @torch.no_grad()
@@ -33,11 +33,11 @@ def evaluate(
 ) -> EvalReport:
     """Returns the mean loss per token over every replica's batches.
 
-    All ranks must call it, with equally many batches.
+    All ranks must call it, with the same number of batches.
     """
     # Loss and tokens; summed over the world once, at the end.
     sums = torch.zeros(2, dtype=torch.float64, device=mesh.device)
-    # The ranks of a tp group compute the same loss: one of them counts it.
+    # All ranks of a tp group compute the same loss, so only one counts it.
     counts_loss = mesh.tp_rank == 0 and model.has_loss
     actions = cache(
         lambda num_microbatches: model.pipeline.evaluation_actions(
@@ -58,7 +58,7 @@ def evaluate(
 
 
 def _groups(batches: Iterable[Batch], mesh: ParallelMesh) -> Iterator[list[Batch]]:
-    """Yields the batches in groups that one run of the pipeline takes."""
+    """Yields the batches in groups for one run of the pipeline."""
     iterator = iter(batches)
     while group := list(islice(iterator, _ROUNDS * mesh.dims.pp)):
         yield group

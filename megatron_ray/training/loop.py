@@ -1,6 +1,7 @@
 """Runs the training loop.
 
-Owns: the order of a step and what follows it. Must not know: Ray, HTTP, files' layout.
+Owns: the order of a step and of the actions after it. Must not know: Ray, HTTP, file
+formats.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,9 +30,9 @@ def train(
     report: Callable[[Report], None],
     poll: Callable[[], Command],
 ) -> Outcome:
-    """Trains from `progress` to the last step, or until all ranks have agreed to stop.
+    """Trains from `progress` to the last step, or until all ranks agree to stop.
 
-    `poll` returns the newest command to this rank; it is called once a step. Raises
+    `poll` returns the newest command to this rank; it is called once per step. Raises
     NonFiniteLossError.
     """
     config = components.config
@@ -39,8 +40,8 @@ def train(
     reporter = StepReporter(config, mesh, report)
     in_flight = StepsInFlight(mesh.device, len(config.model.aux_losses))
     timer = StepTimer()
-    # One pass is one step and its boundary. Whatever is done at a boundary, every rank does
-    # at the same one: due times are the same on all, and commands have been agreed on.
+    # One iteration is one step and its boundary. All ranks perform an action at the same
+    # boundary: due times are equal on all ranks, and commands are agreed on.
     while progress.step < config.training.steps:
         sums, lr = _train_step(components, progress, poll, timer)
         progress = progress.after_step(config.training.global_batch_size)
@@ -54,13 +55,13 @@ def train(
         if is_last or is_due(config.training.eval_every_steps, progress):
             _evaluate(components, progress, report, timer)
         if is_last or is_due(config.checkpoint.every_steps, progress) or command.saves:
-            # Weights that are not finite are never saved, so the numbers of the steps that
-            # made them are read first, although the host waits for the device here.
+            # Non-finite weights must never be saved, so the numbers of all previous steps
+            # are read first, although the host waits for the device here.
             steps = in_flight.pop_all()
             reporter.steps(steps)
             command = max(command, _agreed_command(steps))
             components.saver.save(progress)
-        # Behind the last step there is nothing left to stop: the run has finished.
+        # After the last step the run has finished, so a stop command has no effect.
         if command.stops and not is_last:
             reporter.steps(in_flight.pop_all())
             components.saver.wait()
@@ -75,14 +76,14 @@ def _train_step(
     poll: Callable[[], Command],
     timer: StepTimer,
 ) -> tuple[StepSums, float]:
-    """Launches one step; returns its sums, which are still on the device, and its rate."""
+    """Launches one step; returns its sums, still on the device, and its learning rate."""
     config = components.config
     batches = components.loader.step(progress.consumed_samples)
     timer.mark("data")
     loss_sum = forward_backward(components.model, components.mesh, batches)
     timer.mark("forward_backward")
-    # Every rank votes for the command it has got. The votes of all ranks return with the
-    # step's numbers, so all act on the same command at the same boundary.
+    # Every rank votes for its received command. The votes are reduced with the step's
+    # numbers, so all ranks act on the same command at the same boundary.
     sums = reduce_step(
         components.model,
         components.optimizer,
@@ -107,7 +108,7 @@ def _evaluate(
     report: Callable[[Report], None],
     timer: StepTimer,
 ) -> None:
-    """Reports the loss on the validation split, where there is one."""
+    """Reports the loss on the validation split, if any."""
     if components.evaluation_batches is None:
         return
     report(
@@ -119,7 +120,7 @@ def _evaluate(
             split="validation",
         )
     )
-    # The next step does not begin before this ends, and its time must not have it.
+    # The next step's time must not include the evaluation.
     timer.restart()
 
 

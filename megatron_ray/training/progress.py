@@ -1,6 +1,6 @@
-"""Counts how far a run has come.
+"""Tracks the progress of a run.
 
-Owns: the position of a run and what is due at it.
+Owns: the position of a run, and when periodic actions are due.
 """
 
 from dataclasses import dataclass
@@ -8,20 +8,20 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Progress:
-    """The progress of a run: all that the loop needs to go on from here."""
+    """The progress of a run, from which the loop can continue."""
 
     step: int = 0
     """Optimizer steps taken."""
     consumed_samples: int = 0
-    """Samples of the training data used, all ranks."""
+    """Number of training samples used by all ranks."""
 
     def after_step(self, num_samples: int) -> "Progress":
-        """Returns the progress after one more step over so many samples."""
+        """Returns the progress after one more step of `num_samples` samples."""
         return Progress(self.step + 1, self.consumed_samples + num_samples)
 
 
 def is_due(every: int | None, progress: Progress) -> bool:
-    """Returns whether something that happens every so many steps happens now.
+    """Returns whether an action with a period of `every` steps is due now.
 
     None means never.
     """

@@ -1,9 +1,9 @@
 """Saves a training run and resumes it.
 
-Owns: what a checkpoint of a training run contains. Must not know: who commits.
+Owns: the contents of a training run's checkpoints. Must not know: the commit.
 
-Shapes on disk are logical and layout-free; what only this rank knows (its random
-stream) goes into its own part.
+Shapes on disk are logical and independent of the layout; state of a single rank (its
+random stream) is stored in its own part.
 """
 
 import base64
@@ -57,16 +57,17 @@ class TrainingSaver:
         self._end_of_document = data.end_of_document
         self._files: dict[str, bytes] = {}
         if mesh.rank == 0:
-            # A checkpoint can then be sampled from wherever it is copied to.
+            # Makes a copied checkpoint sufficient for generation.
             self._files[TOKENIZER] = _read_file(data.tokenizer_path)
         self._writer = CheckpointWriter(mesh, config.checkpoint.mode, on_written)
-        # Plans collectively who writes which box, so that a save needs no collective.
+        # Plans collectively which rank writes which box, so that a save needs no
+        # collective.
         self._writer.prepare(training_state(model, optimizer))
 
     def save(self, progress: Progress) -> None:
         """Copies the shard and starts writing it in the background.
 
-        Waits for a save that is still under way.
+        Waits for a running save first.
         """
         path = checkpoint_path(self._storage_path, progress.step, self._attempt)
         self._writer.save(
@@ -80,7 +81,7 @@ class TrainingSaver:
     def wait(self) -> None:
         """Blocks until this rank's part of the last save is durable.
 
-        Raises what went wrong in the background.
+        Raises errors of the background write.
         """
         self._writer.wait()
 
@@ -89,7 +90,7 @@ class TrainingSaver:
         self._writer.close()
 
     def abandon(self) -> None:
-        """Ends the writer without finishing a save that is under way."""
+        """Ends the writer without finishing a running save."""
         self._writer.abandon()
 
     def _train_state(self, progress: Progress) -> dict[str, Any]:
@@ -97,8 +98,8 @@ class TrainingSaver:
             "format_version": FORMAT_VERSION,
             "step": progress.step,
             "consumed_samples": progress.consumed_samples,
-            # Only the run's own tree: what wraps it (a job spec) may have fields that a
-            # reader of checkpoints need not know.
+            # Only fields of TrainConfig: a subclass (a job spec) may have fields that
+            # readers of checkpoints do not know.
             "config": self._config.model_dump(
                 mode="json", include=set(TrainConfig.model_fields)
             ),
@@ -117,7 +118,7 @@ def _read_file(path: str) -> bytes:
 def training_state(model: ParallelModel, optimizer: ShardedOptimizer) -> ShardedState:
     """Returns live views of all tensors in a checkpoint.
 
-    They are main parameters, moments and balancing biases of experts.
+    These are main parameters, moments and balancing biases of experts.
     """
     state = optimizer.sharded_state()
     for name, bias in model.expert_biases.items():
@@ -130,13 +131,13 @@ def resume(
 ) -> Progress:
     """Loads main parameters and moments from any layout and publishes the weights.
 
-    Returns how far the run had come. Raises CheckpointError.
+    Returns the run's progress. Raises CheckpointError.
     """
     load_into(path, training_state(model, optimizer))
     state = read_train_state(path, rank)
     optimizer.set_steps_taken(state["step"])
     optimizer.publish()
-    # A rank that the saving layout did not have finds no stream and keeps its seed's.
+    # A rank that did not exist in the saving layout keeps the stream of its seed.
     if "rng" in state:
         raw = bytearray(base64.b64decode(state["rng"]["cpu"]))
         torch.set_rng_state(torch.frombuffer(raw, dtype=torch.uint8).clone())

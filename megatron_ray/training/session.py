@@ -1,10 +1,10 @@
-"""Puts a run together: mesh -> model -> optimizer -> checkpoint -> data -> loop.
+"""Assembles a run: mesh -> model -> optimizer -> checkpoint -> data -> loop.
 
 Owns: that order, and the ten-line API. Must not know: Ray, HTTP, the environment.
 
-Data are prepared before (megatron_ray.data.preparation), so a session starts in seconds;
-process groups are the caller's, so a session can be ended and another begun in the same
-process.
+Data are prepared before (megatron_ray.data.preparation), so a session starts in
+seconds. The caller owns the process groups, so several sessions can run one after
+another in a process.
 """
 
 import time
@@ -35,7 +35,7 @@ from megatron_ray.validation.initial_weights import with_vocabulary_of
 
 
 def discard_report(_: Report) -> None:
-    """Does nothing with a report."""
+    """Ignores a report."""
 
 
 def no_command() -> Command:
@@ -70,15 +70,14 @@ class TrainingSession:
         resolved = resolution.resolve(config, mesh.world_size)
         _check(resolved, mesh)
         resolved = _with_initial_vocabulary(resolved, resume_from)
-        # Only now: a BPE trained on little text may have fewer tokens than it was asked
-        # for, which is no mistake.
+        # Checked after preparation, because a BPE trained on little text may have fewer
+        # tokens than requested.
         self.config = resolution.with_vocabulary(resolved, data.vocab_size)
         self.mesh = mesh
         self._report = report
         self._poll = poll
         self._phase_start = time.monotonic()
-        # Not use_deterministic_algorithms: that imports the compiler, a second of every
-        # start.
+        # Not use_deterministic_algorithms, which imports the compiler and takes a second.
         torch.set_deterministic_debug_mode(
             "error" if self.config.training.deterministic else "default"
         )
@@ -119,15 +118,15 @@ class TrainingSession:
         try:
             outcome = train(self._components, self.progress, self._report, self._poll)
         except BaseException:
-            # A rank that has lost its peers must not wait for slow storage before it
-            # can begin again.
+            # A rank that has lost its peers must be able to restart without waiting for
+            # slow storage.
             self._saver.abandon()
             raise
         self._saver.close()
         return outcome
 
     def _load(self, resume_from: str | None, start_from: str | None) -> Progress:
-        """Loads a checkpoint or initial weights; returns the progress to go on from."""
+        """Loads a checkpoint or initial weights; returns the progress to continue from."""
         if resume_from is not None:
             return resume(resume_from, self.model, self.optimizer, self.mesh.rank)
         if start_from is not None:
@@ -143,7 +142,8 @@ class TrainingSession:
         training = self.config.training
         mesh = self.mesh
         make_batch = batch_maker(self.config, mesh, data.end_of_document)
-        # Those of the whole run, wherever it goes on from: their order is drawn at once.
+        # Samples of the whole run, also after a resume, because their order is drawn at
+        # once.
         num_samples = training.steps * training.global_batch_size
         dataset = build_dataset(
             data.train,
@@ -164,12 +164,12 @@ class TrainingSession:
     def _evaluation_batches(
         self, data: PreparedData
     ) -> Callable[[], Iterable[Batch]] | None:
-        """Returns what makes the validation split's batches; None when it has no sample."""
+        """Returns the function that makes validation batches; None without samples."""
         training = self.config.training
         mesh = self.mesh
         make_batch = batch_maker(self.config, mesh, data.end_of_document)
         num_tokens = sum(corpus.num_tokens for corpus in data.validation)
-        # A sample has one token more than inputs: the label of the last one.
+        # A sample has one extra token, the label of the last input.
         num_available = (num_tokens - 1) // training.seq_length
         num_samples = min(training.eval_samples, num_available)
         if num_samples < 1:
@@ -194,7 +194,7 @@ class TrainingSession:
 def batch_maker(
     config: TrainConfig, mesh: ParallelMesh, end_of_document: int | None = None
 ) -> BatchMaker:
-    """Returns what turns samples into this rank's batches."""
+    """Returns the function that turns samples into this rank's batches."""
     cut = SequenceCut(mesh.dims.cp, mesh.cp_rank)
     if not config.data.separate_documents:
         end_of_document = None
@@ -217,17 +217,17 @@ def build(
             optimizer.initialise(
                 parameter.name, init_local(parameter, config.training.seed)
             )
-        # All were written to the flat buffers; under ZeRO-3 the model lives elsewhere.
-        for family in model.parameter_groups:
-            family.sync_model()
+        # Weights were written to the flat buffers; under ZeRO-3 the model has other memory.
+        for group in model.parameter_groups:
+            group.sync_model()
     return model, optimizer
 
 
 def _with_initial_vocabulary(config: TrainConfig, resume_from: str | None) -> TrainConfig:
-    """Returns the config with the vocabulary of the weights that the run begins with.
+    """Returns the config with the vocabulary of the run's initial weights.
 
-    They may be those of its own checkpoint. Raises ConfigError where the config's model
-    is another one than theirs.
+    They may come from its own checkpoint. Raises ConfigError when the config's model
+    differs from theirs.
     """
     if config.checkpoint.start_from is None:
         return config
@@ -250,7 +250,7 @@ def _check(config: TrainConfig, mesh: ParallelMesh) -> None:
 
 
 def _raise_for(problems: Sequence[Problem]) -> None:
-    """Raises ConfigError with all problems; does nothing without any."""
+    """Raises ConfigError with all problems, if there are any."""
     if problems:
         raise ConfigError(
             "; ".join(f"{problem.pointer}: {problem.detail}" for problem in problems)

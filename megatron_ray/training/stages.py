@@ -1,6 +1,6 @@
 """Runs a rank's pipeline stages over a list of microbatches.
 
-Owns: what a stage takes and what is sent. Must not know: schedules.
+Owns: the inputs of a stage and its messages. Must not know: schedules.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,7 +28,7 @@ def run_stages(
 
     Returns the losses by microbatch on the rank of the last stage, else none.
     """
-    # A runner per call: an evaluation has other actions, and shapes may differ.
+    # A new runner per call, because evaluations have other actions and maybe other shapes.
     chunks = [_chunk(model, stage, batches, mode) for stage in model.module.stages]
     return PipelineRunner(
         actions,
@@ -46,7 +46,7 @@ def _chunk(
     batches: Sequence[Batch],
     mode: ForwardMode,
 ) -> Callable[[Tensor | None, int], Tensor]:
-    """Returns what runs one stage; the runner knows microbatches by number only."""
+    """Returns the function that runs a stage on a microbatch, given by number."""
 
     def run(received_TH: Tensor | None, microbatch: int) -> Tensor:
         return model.module.stage(stage, received_TH, batches[microbatch], mode)
@@ -55,7 +55,7 @@ def _chunk(
 
 
 def _transfer(model: ParallelModel, mesh: ParallelMesh, batch: Batch) -> Transfer:
-    """Returns the form of what is sent between stages: [tokens, hidden size].
+    """Returns the format of messages between stages: [tokens, hidden size].
 
     Each tp rank sends its own tokens under sequence parallelism, and all of them otherwise.
     """

@@ -1,7 +1,7 @@
 """Computes one step's gradients and sums on one rank.
 
-Owns: the passes over the microbatches and what is reduced behind them. Must not know:
-schedules of learning rate or checkpoints, who reads the numbers.
+Owns: the passes over the microbatches and the reductions after them. Must not know:
+schedules of learning rate or checkpoints, reports.
 """
 
 from collections.abc import Sequence
@@ -26,8 +26,8 @@ def forward_backward(
     """Runs forward and backward over this replica's microbatches.
 
     Returns the sum of their losses, zero on pipeline ranks without the last stage.
-    Gradients are sums in the main gradients then; their reductions are under way.
-    Raises ValueError without a microbatch.
+    Afterwards main gradients are sums, and their reductions are running. Raises
+    ValueError without a microbatch.
     """
     model.begin_step()
     if model.actions:
@@ -36,7 +36,7 @@ def forward_backward(
         )
     total: Tensor | None = None
     for index, batch in enumerate(batches):
-        # A parameter's reduction starts as soon as its last gradient is done, so the
+        # A parameter's reduction starts as soon as its last gradient is complete, so the
         # sink must know which microbatch is the last.
         model.sink.begin_microbatch(last=index == len(batches) - 1)
         loss = model.module(batch, ForwardMode.TRAIN)
@@ -57,8 +57,8 @@ def reduce_step(
 ) -> StepSums:
     """Completes the gradients, then sums the step's numbers over the world.
 
-    `num_tokens` are this replica's. `votes` are summed as they are: ranks agree on
-    something by them without a collective of its own.
+    `num_tokens` are this replica's. `votes` are summed too, so that ranks agree on a
+    command without a separate collective.
     """
     model.finish_reductions(mesh)
     finalize_grads(optimizer, mesh)
@@ -66,7 +66,7 @@ def reduce_step(
     votes_start = NUM_FIXED + len(aux_losses)
     # fp64, because counts of tokens and sums of squares outgrow the precision of fp32.
     values = torch.zeros(votes_start + len(votes), dtype=torch.float64, device=mesh.device)
-    # The ranks of a tp group compute the same loss: one of them counts it.
+    # All ranks of a tp group compute the same loss, so only one counts it.
     if mesh.tp_rank == 0 and model.has_loss:
         values[0] = loss_sum
         values[1] = num_tokens
@@ -76,7 +76,7 @@ def reduce_step(
             local_sum = loss.take()
             if local_sum is not None:
                 values[NUM_FIXED + index] += local_sum
-    # A copy from the host, so only when there is something to vote for.
+    # A copy from the host, so only if there are votes.
     if any(votes):
         values[votes_start:] = torch.tensor(votes, dtype=torch.float64)
     return StepSums(collectives.all_reduce(values, mesh.world_group))

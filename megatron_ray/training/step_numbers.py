@@ -1,6 +1,6 @@
-"""Reads the numbers of steps from the device, late enough not to wait for it.
+"""Reads the numbers of steps from the device without stalling it.
 
-Owns: the way from a step's sums on the device to its numbers on the host.
+Owns: the transfer of a step's sums on the device to numbers on the host.
 """
 
 from collections import deque
@@ -21,10 +21,10 @@ from megatron_ray.training.step_timer import StepTimes
 
 @dataclass(frozen=True)
 class HostNumbers:
-    """The numbers of a step that the host knows when it has launched it."""
+    """The numbers of a step that are known on the host at its launch."""
 
     progress: Progress
-    """This step included."""
+    """Progress after this step."""
     lr: float
     times: StepTimes
     memory_bytes: int
@@ -33,7 +33,7 @@ class HostNumbers:
 
 @dataclass(frozen=True)
 class StepNumbers:
-    """All numbers of one step, those of the device the same on every rank."""
+    """All numbers of one step; those from the device are equal on every rank."""
 
     host: HostNumbers
     num_tokens: float
@@ -43,16 +43,16 @@ class StepNumbers:
     grad_norm: float
     """L2 norm of the mean gradient, before clipping."""
     other_losses: tuple[float, ...]
-    """The model's auxiliary losses, in its order."""
+    """The auxiliary losses, in the model's order."""
     command: Command
-    """The strongest one that any rank had got when the step ended."""
+    """The strongest command that any rank had received at the end of the step."""
 
     @classmethod
     def from_sums(cls, host: HostNumbers, sums: Sequence[float], num_aux: int) -> Self:
-        """Turns sums over the world into means; see StepSums for their order."""
+        """Converts sums over the world to means; see StepSums for their order."""
         loss_sum, num_tokens, squared_norm = sums[:NUM_FIXED]
         votes_start = NUM_FIXED + num_aux
-        # A step may have no token that counts, when all its documents are padding.
+        # A step may have no tokens in the loss, when all its documents are padding.
         divisor = max(num_tokens, 1.0)
         return cls(
             host,
@@ -65,10 +65,10 @@ class StepNumbers:
 
 
 class StepsInFlight:
-    """The steps that have been launched and whose numbers were not read yet.
+    """The launched steps with numbers that have not been read.
 
-    Numbers are read when they are complete: at once on CPU, one step later on CUDA, where
-    the device's queue would otherwise run empty while the host waits for the newest.
+    Numbers are read at once on CPU, and one step later on CUDA, where waiting for the
+    newest step would let the device's queue run empty.
     """
 
     def __init__(self, on: torch.device, num_aux: int) -> None:
@@ -81,7 +81,7 @@ class StepsInFlight:
 
     def add(self, progress: Progress, lr: float, times: StepTimes, sums: StepSums) -> None:
         """Adds a step that was just launched and starts copying its sums to the host."""
-        # The peak belongs to the moment at which the step was launched, not read.
+        # The peak is that at the launch of the step.
         memory_bytes = device.peak_memory_bytes(self._device)
         host = HostNumbers(progress, lr, times, memory_bytes)
         self._queue.append((host, start_copy_to_host(sums.values)))
@@ -91,7 +91,7 @@ class StepsInFlight:
         return self._pop(keep=self._lag)
 
     def pop_all(self) -> list[StepNumbers]:
-        """Returns every step that is left; waits for the device."""
+        """Returns all remaining steps; waits for the device."""
         return self._pop(keep=0)
 
     def _pop(self, keep: int) -> list[StepNumbers]:
@@ -105,12 +105,12 @@ class StepsInFlight:
 def start_copy_to_host(values: Tensor) -> Callable[[], list[float]]:
     """Starts copying device scalars to the host; calling the result waits for the copy.
 
-    On CPU there is nothing to wait for.
+    No wait is needed on CPU.
     """
     if values.device.type != "cuda":
         return values.tolist
-    # Only a copy into pinned memory leaves the host free. The event, unlike a wait for
-    # the stream, ends before the kernels that were launched after it.
+    # Only a copy into pinned memory is asynchronous. The event, unlike the stream, does not
+    # wait for kernels that are launched after it.
     host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
     host.copy_(values, non_blocking=True)
     copied = torch.cuda.Event()

@@ -1,6 +1,6 @@
-"""Reports the steps of a run and refuses to go on from numbers that are not finite.
+"""Reports the steps of a run and raises an error for non-finite numbers.
 
-Owns: the form of a step's report. Must not know: commands, who reads the reports.
+Owns: the contents of a step's report. Must not know: commands, readers of reports.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from megatron_ray.training.step_numbers import StepNumbers
 class NonFiniteLossError(MegatronRayError):
     """The loss or the gradient norm of a step is not finite.
 
-    Every rank raises it at the same step. Going on would only repeat it.
+    Every rank raises it at the same step.
     """
 
     failure_kind = ErrorKind.NUMERICS
@@ -39,8 +39,8 @@ class StepReporter:
     ) -> None:
         self._report = report
         self._other_losses = tuple(config.model.aux_losses)
-        # MFU is the rate of tokens x FLOPs per token over the peak of all devices; all
-        # but the rate is fixed.
+        # MFU is tokens per second x FLOPs per token / peak of all devices; only the first
+        # factor varies.
         self._mfu_per_rate = 0.0
         peak_flops = device.peak_flops(mesh.device)
         if peak_flops:

@@ -1,6 +1,6 @@
 """Measures the wall time of a step and of its parts.
 
-Owns: the clock of the loop.
+Owns: the loop's clock.
 """
 
 import time
@@ -13,14 +13,14 @@ class StepTimes:
 
     total_s: float
     parts_s: dict[str, float]
-    """Seconds by the name with which a part was marked."""
+    """Seconds by the name of the part."""
 
 
 class StepTimer:
-    """Splits the time of steps that follow each other into parts.
+    """Splits the time of consecutive steps into parts.
 
-    On CUDA the parts are launch times, because nothing waits for the device; the total
-    is right once its queue is full.
+    On CUDA the parts are launch times, because the host does not wait for the device;
+    the total is correct once the queue is full.
     """
 
     def __init__(self) -> None:
@@ -43,7 +43,7 @@ class StepTimer:
         return times
 
     def restart(self) -> None:
-        """Starts the step now, without what happened since the last one (evaluation)."""
+        """Starts the step now, excluding the time since the last one (evaluation)."""
         self._start(time.perf_counter())
 
     def _start(self, now: float) -> None:

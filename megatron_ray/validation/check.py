@@ -44,14 +44,13 @@ def find_problems(config: TrainConfig, world_size: int | None = None) -> list[Pr
         problems += rule(config)
     if problems:
         return problems
-    # The rules below enumerate parameters and ranks, which takes a config whose layout
-    # is consistent.
+    # The rules below enumerate parameters and ranks, which requires a consistent layout.
     return [*freezing.freezing_problems(config), *_batch_problems(config, world_size)]
 
 
 def _batch_problems(config: TrainConfig, world_size: int | None) -> list[Problem]:
     parallel = config.parallel
-    # With dp=auto the smallest dp stands for all: the others are multiples of it.
+    # With dp=auto the smallest dp represents all, since the others are multiples of it.
     dp = parallel.dp
     if dp == "auto":
         dp = least_dp(config)
@@ -95,11 +94,11 @@ def _grid_problems(config: TrainConfig, dp: int) -> list[Problem]:
         )
         return [Problem("/parallel/ep", "expert_grid", detail)]
     if not _replicas_divide(parallel, dp):
-        return []  # ParallelDims would refuse it for that reason, which has its own rule
+        return []  # ParallelDims would raise for this, which has its own rule
     try:
         ParallelDims.of(parallel.model_copy(update={"dp": dp}))
     except ValueError as error:
-        # Sizes are known to divide by now. What is left is an order of axes that puts
+        # The sizes are divisible here, so the remaining cause is an order of axes that puts
         # the pipeline stages of the two grids on different ranks.
         return [Problem("/parallel/order", "expert_grid", str(error))]
     return []

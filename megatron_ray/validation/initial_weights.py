@@ -1,6 +1,6 @@
 """Checks that the model of a run fits the weights that it starts from.
 
-Owns: which fields of a model decide what its weights compute.
+Owns: the fields of a model that determine the function of its weights.
 
 Pure. Must not know: files, formats.
 """
@@ -19,8 +19,8 @@ _TRAINING_ONLY = (
     "vocab_multiple",
     "full_attention_every",
 )
-"""Fields that do not change what given weights compute. full_attention_every is among
-them because the signature lists the window of every layer instead."""
+"""Fields that do not affect the function of given weights. full_attention_every is
+among them because the signature contains the window of every layer instead."""
 _MOE_TRAINING_ONLY = (
     "aux_loss_coeff",
     "aux_loss",
@@ -31,12 +31,12 @@ _MOE_TRAINING_ONLY = (
     "drop_policy",
 )
 _LONG_CONTEXT_FIELDS = ("rope_theta", "rope_scaling", "sliding_window")
-"""Fields that a run may change on purpose, to train on longer sequences. Where they have
-their defaults they were more likely forgotten."""
+"""Fields that a run may change intentionally, to train on longer sequences. Default
+values were more likely forgotten."""
 
 
 def model_signature(model: ModelConfig) -> dict[str, Any]:
-    """Returns what decides which weights a model has and what they compute.
+    """Returns the values that determine a model's weights and their function.
 
     Keys are dotted field names. Two models that compute the same function have equal
     signatures, however their configs are written.
@@ -57,7 +57,7 @@ def model_signature(model: ModelConfig) -> dict[str, Any]:
     if model.mla is not None:
         fields["head_dim"] = None
         fields["num_query_groups"] = None
-    # The weight of its loss is a matter of training.
+    # The weight of its loss only affects training.
     if model.mtp is not None:
         fields["mtp"] = model.mtp.num_layers
     ffn_width = fields.pop("ffn_hidden_size")
@@ -83,7 +83,7 @@ def _moe_signature(model: ModelConfig) -> dict[str, Any]:
 
 
 def contradictions(model: ModelConfig, weights: ModelConfig) -> list[Problem]:
-    """Returns where a run's model contradicts the model of its initial weights.
+    """Returns contradictions between a run's model and that of its initial weights.
 
     The vocabulary must be equal; a run that leaves it out takes that of the weights
     (`with_vocabulary_of`). A run may have longer sequences where positions are not
@@ -136,11 +136,11 @@ def _may_differ(model: ModelConfig, field: str, value: Any) -> bool:
 
 def _is_same(value: Any, other: Any) -> bool:
     if isinstance(value, float) and isinstance(other, float):
-        # Numbers may have been rounded on their way through a file.
+        # Numbers may have been rounded when stored in a file.
         return isclose(value, other, rel_tol=1e-6)
     return bool(value == other)
 
 
 def with_vocabulary_of(model: ModelConfig, weights: ModelConfig) -> ModelConfig:
-    """Returns the model with the vocabulary of the weights where it has none itself."""
+    """Returns the model with the weights' vocabulary if it has none."""
     return model.model_copy(update={"vocab_size": model.vocab_size or weights.vocab_size})

@@ -1,4 +1,4 @@
-"""Fills in what a config leaves open: the data-parallel size and the vocabulary.
+"""Resolves open values of a config: the data-parallel size and the vocabulary.
 
 Pure: the world size and the tokenizer's size are arguments.
 """
@@ -12,9 +12,9 @@ from megatron_ray.config.train_config import TrainConfig
 def resolve_dp(config: TrainConfig, max_world: int) -> int:
     """Returns the data-parallel size, where `auto` depends on `max_world` ranks.
 
-    That is the largest dp that fits, divides the batch and completes the expert grid.
-    Where none of those fits it is the least that does the rest, so that the caller can
-    report how many ranks are missing.
+    It is the largest dp that fits, divides the batch and completes the expert grid. If
+    none fits, it is the smallest that meets the other conditions, so that the caller
+    can report how many ranks are missing.
     """
     parallel = config.parallel
     training = config.training
@@ -24,7 +24,7 @@ def resolve_dp(config: TrainConfig, max_world: int) -> int:
     most = max(1, max_world // ranks_per_replica)
     microbatches = training.global_batch_size // training.micro_batch_size
     step = least_dp(config)
-    # From the most replicas downwards, since more finish sooner.
+    # Tries the most replicas first, which are the fastest.
     for dp in range(most - most % step, 0, -step):
         if microbatches % dp == 0:
             return dp

@@ -7,7 +7,7 @@ from megatron_ray.config.model import ModelConfig
 from megatron_ray.config.problem import Problem
 from megatron_ray.config.train_config import TrainConfig
 
-MOST_SAMPLES = 1 << 31
+MAX_SAMPLES = 1 << 31
 """The order of samples is an index of 12 bytes per sample in memory-mapped files, built
 before the first step."""
 
@@ -16,11 +16,11 @@ def sample_problems(config: TrainConfig) -> list[Problem]:
     """Returns a problem when the job has more samples than can be ordered."""
     training = config.training
     num_samples = training.steps * training.global_batch_size
-    if num_samples <= MOST_SAMPLES:
+    if num_samples <= MAX_SAMPLES:
         return []
     detail = (
         f"steps x global_batch_size = {training.steps} x {training.global_batch_size} = "
-        f"{num_samples} samples, at most {MOST_SAMPLES} can be ordered; lower steps, or use "
+        f"{num_samples} samples, at most {MAX_SAMPLES} can be ordered; lower steps, or use "
         "longer sequences"
     )
     return [Problem("/training/steps", "too_many_samples", detail)]

@@ -24,10 +24,10 @@ MAX_ROWS = 1000
 MAX_EVENTS = 500
 """Events read at once."""
 ROWS_PER_MESSAGE = 50
-"""Small enough that a reader whose connection breaks all the time still makes progress: a
-message that is cut is sent again whole."""
+"""Small enough for progress on connections that break often, because an interrupted
+message is sent again as a whole."""
 _STREAM_ID = re.compile(r"(\d{1,18})(?:\.(\d{1,18}))?")
-_LONGEST_SEQ = 18
+_MAX_SEQ_DIGITS = 18
 router = APIRouter(prefix="/v1", tags=["history"])
 
 
@@ -65,12 +65,12 @@ def list_events(
             statement = _newest_first(job, after)
         else:
             statement = _events_after(job, _seq(after, job_id))
-        # Filters come before the limit: a page of errors is full of errors.
+        # Filters are applied before the limit, so that a page of errors is full.
         if level is not None:
             statement = statement.where(EventRow.level.in_(level.split(",")))
         if type is not None:
             statement = statement.where(EventRow.type.in_(type.split(",")))
-        # One more than a page, to know whether there is another page.
+        # One extra row shows whether there is another page.
         rows = list(session.scalars(statement.limit(limit + 1)))
     events = render.events(job_id, rows[:limit])
     return render.page(events, lambda event: event.id, has_more=len(rows) > limit)
@@ -130,7 +130,7 @@ def start_position(
     Raises RequestInvalidError.
     """
     stream_id = last_event_id or after
-    # On its first connection a client has no id, or an empty one.
+    # On the first connection the id is missing or empty.
     if not stream_id:
         return Position()
     match = _STREAM_ID.fullmatch(stream_id.strip())
@@ -148,7 +148,7 @@ def start_position(
 def check_stream(job_id: JobId, context: ContextDep) -> str:
     """Returns the job's id when a stream of it may start.
 
-    Runs before the first byte is sent: afterwards no error could be reported. Raises
+    Runs before the first byte is sent, after which no error could be reported. Raises
     ProblemError when too many streams are open, NotFoundError.
     """
     max_streams = context.settings.max_streams
@@ -180,7 +180,7 @@ async def stream_job(
     notifier = context.notifier
     with (
         context.telemetry.stream_open(),
-        # Subscribed before the first read, so that no commit falls between the two.
+        # Subscribed before the first read, so that no commit in between is missed.
         notifier.subscribe(lifecycle.job_topic(job_id)) as subscription,
     ):
         position = start
@@ -190,7 +190,7 @@ async def stream_job(
             for message in _messages(update, position):
                 yield message
             position = update.position_after(position)
-            # The summary has no id: a reader that reconnects gets it again, as it is now.
+            # The summary has no id, so a reader that reconnects gets the current one again.
             if update.summary is not None and update.summary != sent_summary:
                 sent_summary = update.summary
                 yield ServerSentEvent(data=sent_summary, event="state")
@@ -204,7 +204,7 @@ async def stream_job(
                 yield _end(update.summary.status, position)
                 return
             if not await subscription.wait(context.settings.ping_s):
-                # Proxies close connections on which nothing is sent.
+                # Proxies close idle connections.
                 yield ServerSentEvent(comment="ping")
 
 
@@ -237,7 +237,7 @@ def _read_update(context: Context, job_id: str, position: Position) -> _Update:
 
 
 def _without_cursor(row: dict[str, Any]) -> dict[str, Any]:
-    # The cursor is part of the message's id and nothing to a reader of metrics.
+    # The cursor is part of the message's id and is not a metric.
     shown = dict(row)
     del shown["cursor"]
     return shown
@@ -265,7 +265,7 @@ def _seq(after: str | None, job_id: str) -> int:
     if after is None:
         return 0
     seq = after.removeprefix(f"{job_id}.")
-    if not seq.isascii() or not seq.isdigit() or len(seq) > _LONGEST_SEQ:
+    if not seq.isascii() or not seq.isdigit() or len(seq) > _MAX_SEQ_DIGITS:
         detail = f"after={after[:80]!r} is no event of {job_id}; use last_id of the previous page"
         raise RequestInvalidError.of_field("/query/after", "unknown_id", detail)
     return int(seq)

@@ -35,7 +35,7 @@ def readyz(context: ContextDep, response: Response) -> dict[str, Any]:
         return {"status": "unavailable", "database": "does not answer", "agents": []}
     status = "ok"
     for agent in agents:
-        # Still 200: jobs can be submitted and read while an agent is away.
+        # Still 200, because jobs can be submitted and read without an agent.
         if not agent["ray_reachable"]:
             status = "degraded"
     return {"status": status, "database": "ok", "agents": agents}
@@ -62,7 +62,7 @@ def _agent(context: Context, name: str) -> dict[str, Any]:
             nodes += node.alive
     # The last report may be old: nodes count only while the agent is live.
     is_live = context.agents.is_live(name)
-    # An agent that loses Ray exits, so one that is live and reports nodes has Ray.
+    # An agent that loses Ray exits, so a live one that reports nodes is connected to Ray.
     return {
         "cluster": name,
         "live": is_live,

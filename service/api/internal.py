@@ -34,7 +34,8 @@ from workers.protocol.wire import (
 )
 
 MAX_TERMINAL = 200
-"""Ended jobs sent to the agent, beside those of which it still reports something."""
+"""Maximum number of ended jobs sent to the agent, besides those that it still
+reports."""
 WaitSeconds = Annotated[float, Query(ge=0, le=3600)]
 router = APIRouter(prefix="/internal/v1", include_in_schema=False)
 Body = TypeVar("Body", bound=BaseModel)
@@ -75,7 +76,7 @@ async def report(request: Request, context: ContextDep) -> dict[str, bool]:
 async def desired_jobs(
     context: ContextDep, cluster: str, after: int = 0, wait_s: WaitSeconds = 20.0
 ) -> Response:
-    """Returns everything that a cluster should be doing.
+    """Returns the desired state of all jobs of a cluster.
 
     Answers as soon as the revision differs from `after`, or when the wait is over.
     """
@@ -84,13 +85,13 @@ async def desired_jobs(
     deadline = time.monotonic() + min(wait_s, context.settings.max_wait_s)
     # Subscribed before the first read, so that no commit falls between the two.
     with context.notifier.subscribe(lifecycle.desired_topic(cluster)) as subscription:
-        # Differs, not greater: another database may have a smaller revision.
+        # Not `>`, because the revision of another database may be smaller.
         while await run_in_threadpool(_revision, context, cluster) == after:
             remaining_s = deadline - time.monotonic()
             if remaining_s <= 0 or context.notifier.is_closed:
                 break
             await subscription.wait(remaining_s)
-    # The agent was connected all this time: a long poll is no silence.
+    # A long poll counts as contact during its whole wait.
     context.agents.record_contact(cluster)
     reply = await run_in_threadpool(_desired_reply, context, cluster)
     checks = context.agents.open_checks(cluster)
@@ -99,7 +100,7 @@ async def desired_jobs(
 
 @router.post("/agent/checks")
 async def check_result(request: Request, context: ContextDep) -> dict[str, bool]:
-    """Takes what the agent found wrong with a spec's paths."""
+    """Receives the problems that the agent found in a spec's paths."""
     result = _parse(CheckResult, await request.body())
     ingest.check_protocol(result.protocol)
     problems = []
@@ -114,7 +115,7 @@ async def check_result(request: Request, context: ContextDep) -> dict[str, bool]
 
 @router.get("/jobs/{job_id}/cursor")
 async def cursor(job_id: str, context: ContextDep, epoch: int) -> Response:
-    """Returns what is stored of each source, for a driver that has just started.
+    """Returns the highest number stored of each source, for a driver that has started.
 
     From here on lower epochs are refused.
     """
@@ -123,7 +124,7 @@ async def cursor(job_id: str, context: ContextDep, epoch: int) -> Response:
 
 @router.post("/jobs/{job_id}/records")
 async def store_records(job_id: str, request: Request, context: ContextDep) -> Response:
-    """Stores a batch of records, all of it or nothing; sending it again is safe."""
+    """Stores a batch of records atomically; sending it again is safe."""
     body = await request.body()
     return _json(await run_in_threadpool(_store_records, context, job_id, body))
 
@@ -132,7 +133,7 @@ async def store_records(job_id: str, request: Request, context: ContextDep) -> R
 async def desired_job(
     job_id: str, context: ContextDep, after: int = 0, wait_s: WaitSeconds = 20.0
 ) -> Response:
-    """Returns what one job's driver should be doing.
+    """Returns the desired state of one job.
 
     Answers as soon as the revision differs from `after`, or when the wait is over.
     """
@@ -154,8 +155,8 @@ async def desired_job(
 def _store_report(context: Context, agent_report: AgentReport) -> None:
     resolutions = _resolve_waiting_jobs(context, agent_report)
     with context.store.write() as session:
-        # In this order: first jobs get their size, then the queue is decided about with
-        # the new nodes, and both are committed together.
+        # In this order: first jobs are resolved, then queued jobs are admitted with the new
+        # nodes; both are committed together.
         row = lifecycle.lock_cluster(session, agent_report.cluster)
         has_changed = _has_changed(row, agent_report)
         row.report = agent_report.model_dump(mode="json")
@@ -165,7 +166,7 @@ def _store_report(context: Context, agent_report: AgentReport) -> None:
         session.flush()
         queue.admit_jobs(session, row)
         if has_changed:
-            # Which ended jobs are sent to the agent depends on what it reports.
+            # The set of ended jobs sent to the agent depends on its report.
             lifecycle.raise_revision(session, agent_report.cluster)
 
 
@@ -174,8 +175,8 @@ def _resolve_waiting_jobs(
 ) -> dict[str, Resolution]:
     """Returns how the jobs that waited for this cluster run on it, by job id.
 
-    Done before the transaction: a search for a layout may take seconds, during which no
-    other request could write.
+    Runs before the transaction, because a search for a layout may take seconds, during
+    which no other request could write.
     """
     capacity = ClusterCapacity(agent_report.nodes)
     if not capacity.is_known:
@@ -213,16 +214,16 @@ def _desired_reply(context: Context, cluster: str) -> DesiredReply:
             return DesiredReply(revision=0)
         seen = _seen_jobs(row)
         has_ended = (JobRow.cluster == cluster, JobRow.status.in_(lifecycle.TERMINAL))
-        # Drivers of ended jobs that are still there need the desired state to exit.
+        # Remaining drivers of ended jobs need the desired state in order to exit.
         ended = sa.select(JobRow).where(
             *has_ended, JobRow.id.in_(seen), JobRow.deleted_at.is_(None)
         )
         jobs = [_desired(context, job) for job in session.scalars(ended)]
         for job in queue.active_jobs(session, cluster):
-            # A job without a size is not resolved yet: there is nothing to prepare.
+            # A job without a world size is not resolved yet and cannot be prepared.
             if job.world_size is not None:
                 jobs.append(_desired(context, job))
-        # Deleted jobs are among them: what is left of them must be removed too.
+        # Includes deleted jobs, whose leftovers must be removed too.
         ended_ids = sa.select(JobRow.id).where(*has_ended)
         latest = ended_ids.order_by(JobRow.ended_at.desc()).limit(MAX_TERMINAL)
         terminal = {
@@ -235,7 +236,7 @@ def _desired_reply(context: Context, cluster: str) -> DesiredReply:
 
 
 def _seen_jobs(row: ClusterRow) -> set[str]:
-    """Returns the jobs of which the agent has seen something that is alive."""
+    """Returns the jobs with a living actor in the agent's report."""
     if row.report is None:
         return set()
     agent_report = AgentReport.model_validate(row.report)
@@ -268,7 +269,7 @@ def _desired_one(context: Context, job_id: str) -> DesiredJob:
 
 def _cursor(context: Context, job_id: str, epoch: int) -> CursorReply:
     with context.store.write() as session:
-        # A write: the epoch is taken here, before the driver has sent anything.
+        # A write, because the driver's epoch is stored before it sends anything.
         job = lifecycle.lock(session, job_id)
         ingest.take_epoch(job, epoch)
         return CursorReply(stored=ingest.stored_numbers(session, job))
@@ -282,7 +283,7 @@ def _store_records(context: Context, job_id: str, body: bytes) -> RecordReply:
             "both for the same job"
         )
     with context.store.write() as session:
-        # The desired state travels back with each batch, which saves the driver a poll.
+        # The reply contains the desired state, which saves the driver a poll.
         stored = ingest.apply_batch(context.store, session, batch)
         reply = RecordReply(
             stored=stored, desired=_flushed_desired(context, session, job_id)

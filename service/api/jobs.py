@@ -51,7 +51,7 @@ async def create_job(
     earlier = await run_in_threadpool(_earlier_response, context, repeatable)
     if earlier is not None:
         return _created(earlier, is_replay=True)
-    # `submitted` and not `spec` is kept: the user's own words, without defaults.
+    # Stores `submitted` instead of `spec`: the user's input without defaults.
     submitter = Submitter(context.settings, context.store, context.agents)
     job = await submitter.prepare(spec, submitted)
     store = partial(_store_job, context, submitter, spec, job, repeatable)
@@ -85,13 +85,13 @@ def list_jobs(
     )
     if status is not None:
         statement = statement.where(JobRow.status.in_(_states(status)))
-    # The names of labels are free, so they cannot be parameters that FastAPI knows.
+    # Label names are arbitrary, so they cannot be declared as parameters in FastAPI.
     for name, value in request.query_params.multi_items():
         if name.startswith(_LABEL_PREFIX) and name.endswith("]"):
             label_key = name.removeprefix(_LABEL_PREFIX).removesuffix("]")
             statement = statement.where(JobRow.number.in_(_labelled(label_key, value)))
     with context.store.read() as session:
-        # By number, which is stable: jobs submitted meanwhile do not move the pages.
+        # Ordered by number, so that jobs submitted meanwhile do not shift the pages.
         if after is not None:
             statement = statement.where(JobRow.number < _number(session, after))
         rows = list(session.scalars(statement))
@@ -120,15 +120,15 @@ def cancel_job(
     Cancelling an ended job changes nothing.
     """
     options = body or CancelRequest()
-    # The key is bound to this job: used for another one it means another request.
+    # The key's scope includes the job's path.
     path = f"/v1/jobs/{job_id}/cancel"
     repeatable = IdempotentRequest.of(key, caller.token_id, path, options.model_dump())
 
     def cancel(session: Session, job: JobRow) -> None:
-        # A cancelled job leaves the queue, and may free what it holds.
+        # A cancelled job leaves the queue and may release its resources.
         lifecycle.cancel(session, job, final_checkpoint=options.checkpoint)
         session.flush()
-        # The job may have been at the head of the queue: the next one can start now.
+        # The job may have been at the head of the queue, so others may be admitted now.
         queue.admit_jobs(session, lifecycle.lock_cluster(session, job.cluster))
 
     return _change(context, job_id, repeatable, cancel)
@@ -176,7 +176,8 @@ def _store_job(
     """Stores a prepared job; returns the response and whether it is an earlier one."""
     with context.store.write() as session:
         lifecycle.lock_cluster(session, job.cluster)
-        # Asked again under the lock: the same request may have been answered meanwhile.
+        # Checked again under the lock, because the same request may have been answered
+        # meanwhile.
         earlier = repeatable.earlier_response(session)
         if earlier is not None:
             return earlier, True
@@ -206,7 +207,7 @@ def _change(
         if earlier is not None:
             headers = {"Idempotent-Replayed": "true"}
             return JSONResponse(earlier.body, status_code=earlier.status, headers=headers)
-        # Rendered before the commit, so that the stored response is what was answered.
+        # Rendered before the commit, so that the stored response equals the sent one.
         change(session, job)
         body = render.job(session, job).model_dump(mode="json")
         repeatable.store_response(session, 202, body)

@@ -54,7 +54,7 @@ def read_log(
 
 
 def _check_exists(job: JobRow, row: AttemptRow | None, attempt: int, rank: int) -> None:
-    # An empty log would look like a rank that hangs: say what does not exist.
+    # An error instead of an empty log, which would look like a rank that hangs.
     if job.attempt == 0:
         raise NotFoundError(
             f"job {job.id} has no attempt yet, so there are no logs; the job is {job.status}"

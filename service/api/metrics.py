@@ -59,7 +59,7 @@ def list_metrics(
     has_more = False
     with context.store.read() as session:
         job = lifecycle.find(session, job_id)
-        # Thinned series are whole: the points of all pages are compared with each other.
+        # A thinned series has a single page, because thinning compares all points.
         if max_points is not None:
             rows = metrics.read_thinned(
                 session, job, columns, max_points, from_step=from_step, attempt=attempt
@@ -85,7 +85,7 @@ def _columns(keys: str | None) -> tuple[str, ...]:
     names: list[str] = []
     for part in keys.split(","):
         name = part.strip()
-        # Asked for or not, step and attempt are in every row.
+        # Every row contains step and attempt.
         if name in _ALWAYS_PRESENT or name in names:
             continue
         if name not in metrics.KEYS:

@@ -175,7 +175,7 @@ def _unfit(
     problems = cluster_fit.check_fit(spec, capacity)
     if requested is None:
         return problems
-    # The cluster's own device does not count when another one was asked for.
+    # The cluster's own device is ignored when another one was requested.
     others = [problem for problem in problems if problem.code != "memory_fits"]
     return others or estimates.check_memory(resolved, requested)
 

@@ -45,7 +45,7 @@ def utc(seconds: float) -> datetime:
 
 
 def utc_or_none(seconds: float | None) -> datetime | None:
-    """Returns the same for a time that may not have come yet."""
+    """Returns the same, or None for a time that is not set."""
     if seconds is None:
         return None
     return utc(seconds)
@@ -153,7 +153,7 @@ def _reported(row: ClusterRow | None) -> dict[str, Any]:
     """Returns the fields of a cluster that come from its agent's report."""
     names = ("agent_id", "code_version", "ray_version", "namespace", "dashboard_url")
     fields: dict[str, Any] = dict.fromkeys(names)
-    # A cluster is listed before its agent has come, since it is configured by name.
+    # Configured clusters are listed even before their agents connect.
     if row is None or row.report is None:
         return {**fields, "reported_at": None, "nodes": [], "drivers": [], "orphans": []}
     report = AgentReport.model_validate(row.report)
@@ -212,7 +212,7 @@ def _problem(row: JobRow) -> dict[str, Any] | None:
     stored = row.problem
     if stored is None:
         return None
-    # Rows of earlier versions hold whole documents, whose titles may have changed since.
+    # Rows of earlier versions contain complete documents with old titles.
     extra = {name: stored[name] for name in stored if name not in _DOCUMENT_MEMBERS}
     errors = stored.get("errors", [])
     return problem_document(stored["code"], stored["detail"], errors, **extra)
@@ -229,7 +229,7 @@ def _last_checkpoint(row: JobRow) -> LastCheckpoint | None:
 
 def _progress(row: JobRow) -> Progress:
     values = row.progress
-    # The last report decides: after a resume the step may go back.
+    # From the last report, because the step may decrease after a resume.
     return Progress(
         step=values.get("step"),
         steps=int(row.resolved_spec["training"]["steps"]),
@@ -245,7 +245,7 @@ def _progress(row: JobRow) -> Progress:
 def _eta_s(row: JobRow) -> float | None:
     step = row.progress.get("step")
     step_s = row.progress.get("step_s")
-    # While it does not run, the pace of its last steps does not predict its end.
+    # The pace of the last steps predicts the end only while the job runs.
     if row.status != JobState.RUNNING or step is None or step_s is None:
         return None
     steps = int(row.resolved_spec["training"]["steps"])

@@ -1,7 +1,7 @@
-"""Runs the library's own commands in a process, since the service never imports torch.
+"""Runs the library's commands in a subprocess, since the service never imports torch.
 
-Owns: calling them, and resolving a job id to its newest checkpoint. Must not know: what
-the commands do.
+Owns: calling them, and resolving a job id to its newest checkpoint. Must not know: the
+work of the commands.
 """
 
 import json
@@ -60,7 +60,7 @@ def run_library(module: str, arguments: Sequence[str], needed: str) -> dict[str,
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     if done.returncode != 0:
-        # Above the last line there may be a traceback or warnings of libraries.
+        # A traceback or warnings of libraries may precede the last line.
         message = f"{module} failed with exit code {done.returncode}"
         error_lines = done.stderr.strip().splitlines()
         if error_lines:

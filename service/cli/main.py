@@ -1,7 +1,6 @@
 """Defines the command line and its exit codes.
 
-The exit code is 0 only when the command did what it was asked to do. Must not know: what
-a command does.
+The exit code is 0 only if the command succeeded. Must not know: the work of commands.
 """
 
 import sys
@@ -25,8 +24,8 @@ for commands in (stack, plan, jobs, inspect, generate, convert, data, demo):
 
 
 def main() -> None:
-    """Runs the command line; a user's mistake ends in one message, not a traceback."""
-    # Errors may come before the options are parsed, hence argv.
+    """Runs the command line; a user's error prints one message, not a traceback."""
+    # Errors may occur before the options are parsed, hence argv.
     try:
         app()
     except CommandError as failure:

@@ -86,7 +86,7 @@ def anchor_paths(spec: dict[str, Any], folder: Path) -> dict[str, Any]:
         result["storage"] = _anchor_field(spec["storage"], "path", folder)
     if "checkpoint" in spec:
         result["checkpoint"] = _anchor_field(spec["checkpoint"], "start_from", folder)
-    # Whatever has the wrong type stays as it is: the service reports it.
+    # Values of a wrong type are left unchanged; the service reports them.
     if isinstance(spec.get("data"), dict):
         result["data"] = _anchor_data(spec["data"], folder)
     return result

@@ -1,6 +1,7 @@
-"""Finds out who sent a request and whether the token allows it.
+"""Authenticates the sender of a request and checks the token's scope.
 
-Owns: tokens, scopes, and the scope that each path needs. Must not know: what routes do.
+Owns: tokens, scopes, and the scope that each path needs. Must not know: the work of
+routes.
 
 Tokens of users and agents are 256 random bits, of which only the SHA-256 is stored. A
 job's token is derived from the service's key and the job's id, so it can be sent to the
@@ -145,7 +146,7 @@ def fingerprint(token: str) -> str:
 def adopt_tokens(store: Store, tokens: Mapping[Scope, str]) -> None:
     """Replaces the tokens stored from a tokens file; others stay."""
     with store.write() as session:
-        # A token that was taken out of the file must not work any more.
+        # A token that was removed from the file must become invalid.
         session.execute(sa.delete(TokenRow).where(TokenRow.name == FROM_FILE))
         for scope, token in tokens.items():
             row = TokenRow(sha256=fingerprint(token), scope=scope, name=FROM_FILE)
@@ -154,13 +155,13 @@ def adopt_tokens(store: Store, tokens: Mapping[Scope, str]) -> None:
 
 
 def has_configured_token(settings: Settings) -> bool:
-    """Whether there is a token that lets a user in.
+    """Whether a user token is configured.
 
     Raises SettingsError for a tokens file that cannot be used.
     """
     if settings.tokens_file is not None:
         return bool(read_tokens(settings.tokens_file))
-    # Asked before the app is made, so the database is opened for this question alone.
+    # Called before the app is created, so the database is opened separately.
     store = Store.open(settings.url)
     try:
         with store.read() as session:
@@ -178,7 +179,7 @@ def service_key(data_dir: Path) -> bytes:
     """
     path = data_dir / "service.key"
     data_dir.mkdir(parents=True, exist_ok=True)
-    # O_EXCL: of two services that start at once, one makes the key and both read it.
+    # O_EXCL: if two services start at once, one creates the key and both read it.
     with contextlib.suppress(FileExistsError):
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(handle, "wb") as file:

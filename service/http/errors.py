@@ -3,8 +3,8 @@
 Owns: status and title of each error code, and the form of the document. Must not know:
 routes, jobs.
 
-A detail is what is wrong and what to do about it; what went wrong inside the service is
-logged under the request's id and never shown.
+A detail contains the error and the remedy; internal errors are logged with the
+request's id and never shown.
 """
 
 import logging
@@ -128,9 +128,9 @@ async def _on_http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     if isinstance(error, ProblemError):
         return _respond(request, error)
-    # The framework's own refusals carry a status and hardly a word.
+    # Errors of the framework have a status but little detail.
     path = request.url.path
-    # Unknown paths and methods are all that routing refuses; the rest is about bodies.
+    # Routing errors are unknown paths and methods; all others are about bodies.
     if error.status_code == 404:
         code = "not_found"
         detail = f"no route {path}; routes are listed in /openapi.json"
@@ -151,7 +151,7 @@ async def _on_service_problem(request: Request, error: Exception) -> Response:
 async def _on_validation(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     details = error.errors()
-    # Where the body is no JSON at all, FastAPI reports this one error and nothing else.
+    # For a body that is not JSON, FastAPI reports this single error.
     if details[0]["type"] == "json_invalid":
         detail = _json_detail(details[0])
         problem = Problem("", "json_invalid", detail)

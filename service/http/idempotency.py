@@ -1,9 +1,10 @@
 """Makes requests safe to send twice: a repeated Idempotency-Key gets the first response.
 
-Owns: the stored responses. Must not know: what the requests do.
+Owns: the stored responses. Must not know: the work of requests.
 
-The response is stored in the transaction that does the work, so either both are there or
-neither, and of two requests at once the second finds the first one's response.
+The response is stored in the same transaction as the request's changes, so both are
+committed or neither, and of two simultaneous requests the second finds the response of
+the first.
 """
 
 import asyncio
@@ -23,7 +24,7 @@ from service.http.errors import ProblemError
 from service.store.database import Store
 from service.store.schema import IdempotencyRow
 
-LONGEST_KEY = 255
+MAX_KEY_CHARS = 255
 KEPT_S = 7 * 86400
 DELETE_EVERY_S = 3600.0
 logger = logging.getLogger("service")
@@ -51,9 +52,9 @@ class IdempotentRequest:
 
         Raises RequestInvalidError for a key that is empty or too long.
         """
-        if key is not None and not 1 <= len(key) <= LONGEST_KEY:
+        if key is not None and not 1 <= len(key) <= MAX_KEY_CHARS:
             raise RequestInvalidError(
-                f"an Idempotency-Key has 1 to {LONGEST_KEY} characters, not {len(key)}; use "
+                f"an Idempotency-Key has 1 to {MAX_KEY_CHARS} characters, not {len(key)}; use "
                 "a UUID"
             )
         # Sorted keys: the same object may be serialized in another order.
@@ -70,7 +71,7 @@ class IdempotentRequest:
         row = session.get(IdempotencyRow, (self.scope, self.key))
         if row is None:
             return None
-        # The same key for something else is a mistake that must not pass unseen.
+        # Using the same key for another request is an error.
         if row.body_sha256 != self.body_sha256:
             raise ProblemError(
                 "idempotency_key_reused",
@@ -101,12 +102,12 @@ def delete_old_responses(store: Store) -> None:
 async def delete_regularly(store: Store) -> None:
     """Deletes old responses until cancelled: a service may run for months."""
     while True:
-        # First the wait: old responses were deleted when the service started.
+        # Waits first, because old responses were deleted at the start of the service.
         await asyncio.sleep(DELETE_EVERY_S)
         try:
             await run_in_threadpool(delete_old_responses, store)
         except sa.exc.SQLAlchemyError:
-            # Nothing depends on it: a database that is away now is cleaned up later.
+            # Old responses are harmless, so a failed deletion is retried later.
             logger.warning(
                 "old responses could not be deleted; trying again in %.0f s",
                 DELETE_EVERY_S,

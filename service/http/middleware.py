@@ -1,4 +1,4 @@
-"""Handles what every request passes first: request id, token, body size, timing.
+"""Handles request id, token, body size and timing of every request.
 
 Must not know: routes.
 
@@ -26,7 +26,7 @@ _WAITING_ROUTES = ("/stream", "/desired")
 
 
 class RequestMiddleware:
-    """Checks requests before the app sees them.
+    """Checks requests before the app handles them.
 
     `context` is called per request, because the service is opened after the middleware
     has been added.
@@ -65,7 +65,7 @@ class RequestMiddleware:
             caller = context.auth.authorize(scope["path"], headers.get(b"authorization"))
             limited = _limit_body(scope, headers, receive, context.settings)
         except ProblemError as error:
-            # The app's handlers of exceptions lie below this layer and never see it.
+            # The app's exception handlers are below this layer and cannot handle it.
             refusal = respond(error, scope["path"], response.request_id)
             await refusal(scope, receive, response.send)
             return
@@ -133,7 +133,7 @@ def _limit_body(
     received = 0
 
     async def receive_counted() -> Message:
-        # A chunked body has no Content-Length, and a wrong one is not to be trusted.
+        # A chunked body has no Content-Length, and clients may send a wrong one.
         nonlocal received
         message = await receive()
         received += len(message.get("body", b""))

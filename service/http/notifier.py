@@ -26,7 +26,7 @@ class Notifier:
 
     @property
     def is_closed(self) -> bool:
-        """True once the service shuts down: waiters answer with what they have."""
+        """Whether the service shuts down; waiters then answer with their current data."""
         return self._is_closed
 
     def attach(self) -> None:
@@ -37,7 +37,7 @@ class Notifier:
     @contextlib.contextmanager
     def subscribe(self, *topics: str) -> Iterator["Subscription"]:
         """Yields a subscription to the topics, which ends with the block."""
-        # One event for all topics: the waiter reads everything again anyway.
+        # One event for all topics, because the waiter rereads everything.
         event = asyncio.Event()
         for topic in topics:
             self._events.setdefault(topic, set()).add(event)
@@ -49,7 +49,7 @@ class Notifier:
 
     def notify(self, *topics: str) -> None:
         """Wakes the topics' waiters; may be called from any thread, after the commit."""
-        # Commits may come before the service has started and after it has ended.
+        # Commits may occur before the start and after the end of the service.
         if self._loop is not None and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._wake, topics)
 

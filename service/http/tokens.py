@@ -13,7 +13,7 @@ from typing import Any
 
 from service.settings import SettingsError
 
-SHORTEST_TOKEN = 32
+MIN_TOKEN_CHARS = 32
 _FORM = 'a JSON object {"user": "<token>", "agent": "<token>"}'
 _REMEDY = "make one with: python -c 'import secrets; print(secrets.token_urlsafe(32))'"
 
@@ -83,10 +83,10 @@ def read_tokens(path: Path) -> dict[Scope, str]:
     tokens = {}
     for scope, token in content.items():
         # A dot separates the job's id from the signature in the tokens of jobs.
-        if not isinstance(token, str) or len(token) < SHORTEST_TOKEN or "." in token:
+        if not isinstance(token, str) or len(token) < MIN_TOKEN_CHARS or "." in token:
             raise SettingsError(
                 f"MEGATRON_RAY_TOKENS_FILE {path}: a token must have at least "
-                f"{SHORTEST_TOKEN} characters and no dots; {_REMEDY}"
+                f"{MIN_TOKEN_CHARS} characters and no dots; {_REMEDY}"
             )
         tokens[Scope(scope)] = token
     return tokens

@@ -1,11 +1,10 @@
-"""Decides which queued jobs may ask Ray for resources.
+"""Decides which queued jobs may request resources from Ray.
 
 Owns: the queue's rule. Pure. Must not know: the database, HTTP, Ray.
 
-Higher priority goes first, then the job that was queued first. A job that must wait holds
-back those behind it that need the same kind of rank (with a GPU or without), so a large
-job is never starved by small ones. A job that even the empty cluster could not hold holds
-back no other.
+Jobs are ordered by priority, then by time of queueing. A waiting job blocks later jobs
+that need the same kind of rank (with or without GPU), so small jobs never starve a
+large one. A job that exceeds the empty cluster blocks no other job.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -51,11 +50,11 @@ def decide(
     queued: Iterable[QueuedJob], admitted: Iterable[AdmittedJob], nodes: Sequence[NodeInfo]
 ) -> list[AdmissionDecision]:
     """Returns one decision per queued job, in the order of the queue."""
-    # What is left beside the jobs that were admitted before.
+    # Resources that admitted jobs leave free.
     free = ClusterCapacity(nodes)
     for job in admitted:
         free.reserve_admitted(job.request, job.ranks_by_node)
-    # By kind of rank (with a GPU or without): the job that waits at the head of it.
+    # The first waiting job by kind of rank (with or without GPU).
     blocked_by: dict[bool, str] = {}
     decisions = []
     for candidate in sorted(queued, key=lambda job: (-job.priority, job.queue_number)):
@@ -70,22 +69,22 @@ def _decide_one(
     empty: ClusterCapacity,
     blocked_by: dict[bool, str],
 ) -> AdmissionDecision:
-    """Decides about one job; reserves its room, or notes that it blocks its kind."""
+    """Decides about one job; reserves its resources, or marks its kind as blocked."""
     request = job.request
     if empty.max_ranks(request) < request.ranks:
-        # Checked before the queue: it must wait for new nodes, so it blocks no other.
+        # Checked before the queue: it has to wait for new nodes, so it blocks no other job.
         room = empty.max_ranks(request)
         return _wait(
             job, f"needs {_needed(request)}; the whole cluster has room for {room}"
         )
-    # It might fit where the job ahead does not, and would then delay that job for ever.
+    # It might fit where the job ahead does not, and could then delay that job forever.
     if request.gpu in blocked_by:
         return _wait(job, f"queued behind {blocked_by[request.gpu]}")
     free_ranks = free.max_ranks(request)
     if free.reserve(request):
         message = f"scheduled: {request.ranks} {_kind(request)} ranks"
         return AdmissionDecision(job.job_id, True, None, message)
-    # From here on this job holds back all others of its kind.
+    # From here on this job blocks all later jobs of its kind.
     blocked_by[request.gpu] = job.job_id
     return _wait(job, f"needs {_needed(request)}; room for {free_ranks} now")
 

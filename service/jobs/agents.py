@@ -1,7 +1,7 @@
 """Tracks the agents: when each was last in contact, and the checks it has been sent.
 
-Lives on the event loop and in memory: after a restart of the service an agent counts as
-lost until its next request. Must not know: the database, HTTP.
+Used on the event loop only and kept in memory: after a restart of the service an agent
+counts as lost until its next request. Must not know: the database, HTTP.
 """
 
 import asyncio
@@ -31,7 +31,7 @@ class Agents:
 
     def silence_s(self, cluster: str) -> float | None:
         """Returns seconds since the agent's last request; None before its first one."""
-        # Monotonic: a clock that is set must not make all agents look lost.
+        # Monotonic, so that a clock change does not make all agents look lost.
         last_contact = self._last_contact.get(cluster)
         if last_contact is None:
             return None
@@ -52,7 +52,7 @@ class Agents:
     def start_check(
         self, cluster: str, spec: dict[str, Any], storage_path: str
     ) -> "PathCheck":
-        """Puts a check of a resolved spec's paths where the agent's long poll finds it.
+        """Adds a check of a resolved spec's paths to the agent's next long poll.
 
         The caller must wake the long poll.
         """
@@ -67,7 +67,7 @@ class Agents:
         return check
 
     def finish_check(self, check_id: str, problems: tuple[Problem, ...]) -> None:
-        """Hands the agent's result to the waiting submission, if it still waits."""
+        """Passes the agent's result to the submission, if it is still waiting."""
         for checks in self._checks.values():
             check = checks.get(check_id)
             # The agent may send a result twice: the first one counts.
@@ -89,7 +89,7 @@ class PathCheck:
     future: CheckFuture
 
     async def result(self, timeout_s: float) -> tuple[Problem, ...] | None:
-        """Returns what the agent found; None when it did not answer in time.
+        """Returns the agent's result; None when it did not answer in time.
 
         The check is over either way.
         """

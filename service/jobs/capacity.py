@@ -1,4 +1,4 @@
-"""Counts how many ranks a cluster has room for.
+"""Counts how many ranks fit in a cluster.
 
 Owns: islands per node. Pure. Must not know: jobs' states, the database.
 """
@@ -123,7 +123,7 @@ class ClusterCapacity:
     def reserve_admitted(
         self, request: ResourceRequest, ranks_by_node: Mapping[str, int]
     ) -> None:
-        """Reserves what an admitted job holds.
+        """Reserves the resources of an admitted job.
 
         `ranks_by_node` is empty while it is unknown where the ranks are; room is then
         reserved on any nodes.
@@ -132,7 +132,8 @@ class ClusterCapacity:
             for node in self._nodes:
                 node.reserve(request, ranks_by_node.get(node.node_id, 0))
         elif not self.reserve(request):
-            # The job holds its ranks even if the report shows less: it takes what is left.
+            # The job has its ranks even if the report shows less, so the remainder is
+            # reserved.
             for node in self._nodes:
                 node.reserve(request, node.max_islands(request) * request.island)
 

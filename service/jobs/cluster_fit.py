@@ -58,7 +58,7 @@ def check_fit(spec: JobSpec, capacity: ClusterCapacity) -> list[Problem]:
     if not capacity.is_known:
         return []
     request = _smallest_request(spec, capacity)
-    # From the coarse to the fine: each check needs what the one before has found right.
+    # In this order, because each check relies on the previous ones.
     problems = _check_nodes(spec, request, capacity)
     if problems:
         return problems
@@ -103,7 +103,7 @@ def jobs_waiting_for_cluster(session: Session, cluster: str) -> dict[str, Waitin
 
 
 def check_and_resolve(job: WaitingJob, capacity: ClusterCapacity) -> Resolution:
-    """Returns how a waiting job runs on the cluster, or why it cannot.
+    """Returns a waiting job's resolved spec, or the reasons why it cannot run.
 
     Takes seconds when it searches for a layout that fits, so it must not be called inside
     a transaction.

@@ -23,7 +23,7 @@ from megatron_ray.validation import resolution
 
 BYTE_VOCABULARY = 257
 """Bytes and the end of a document."""
-LARGEST_TERMS = 3
+NUM_LARGEST_TERMS = 3
 """Number of terms of a rank's memory that a message names."""
 _GIB = 2**30
 
@@ -63,10 +63,10 @@ def rank_map(config: TrainConfig) -> list[dict[str, Any]]:
 
 
 def vocab_size_of(config: TrainConfig) -> int | None:
-    """Returns the vocabulary's size; None when only the tokenizer's file knows it."""
+    """Returns the vocabulary's size; None when it depends on the tokenizer's file."""
     if config.model.vocab_size is not None:
         return config.model.vocab_size
-    # A trained tokenizer gets the size asked for, a file's is known once it is read.
+    # A trained tokenizer has the configured size; that of a file is known after reading it.
     tokenizer = config.data.tokenizer
     if tokenizer.kind == "bpe":
         return tokenizer.vocab_size
@@ -128,7 +128,7 @@ def check_memory(config: TrainConfig, hardware: Hardware) -> list[Problem]:
 
 def _largest_terms(memory: RankMemory) -> str:
     terms = []
-    for name, size in list(memory.terms.items())[:LARGEST_TERMS]:
+    for name, size in list(memory.terms.items())[:NUM_LARGEST_TERMS]:
         if size:
             terms.append(f"{name} {size / _GIB:.1f}")
     return ", ".join(terms)

@@ -1,4 +1,4 @@
-"""Changes jobs: the only code that does, together with `service.jobs.queue`.
+"""Changes jobs. Only this module and `service.jobs.queue` do so.
 
 Owns: creation, transitions, requests (cancel, checkpoint, delete) and events. Works
 inside the caller's transaction. Must not know: HTTP, waiting, how records arrive.
@@ -77,10 +77,9 @@ def desired_topic(cluster: str) -> str:
 
 
 def lock_cluster(session: Session, name: str) -> ClusterRow:
-    """Returns the cluster's row, locked; makes it on first use.
+    """Returns the cluster's locked row, which the first call creates.
 
-    Always taken before the rows of the cluster's jobs, so that two writers cannot wait
-    for each other.
+    Always locked before the rows of the cluster's jobs, which avoids deadlocks.
     """
     statement = sa.select(ClusterRow).where(ClusterRow.name == name).with_for_update()
     row = session.scalars(statement).one_or_none()
@@ -98,7 +97,7 @@ def lock(session: Session, job_id: str) -> JobRow:
     """
     cluster = find(session, job_id).cluster
     lock_cluster(session, cluster)
-    # populate_existing: the job may have changed while this waited for the lock.
+    # populate_existing, because the job may have changed before the lock was acquired.
     statement = (
         sa.select(JobRow)
         .where(JobRow.id == job_id)
@@ -125,8 +124,7 @@ def find(session: Session, job_id: str) -> JobRow:
 
 def add_event(session: Session, job: JobRow, event: NewEvent) -> None:
     """Appends an event to the job's history and wakes the job's streams."""
-    # seq is given in the transaction that stores the event, so it has no gaps: a
-    # transaction that is rolled back takes its numbers with it.
+    # seq is assigned in the transaction that stores the event, so a rollback leaves no gap.
     job.last_seq += 1
     row = EventRow(
         job=job.number,
@@ -154,7 +152,7 @@ def add_event(session: Session, job: JobRow, event: NewEvent) -> None:
 
 def desired_changed(session: Session, job: JobRow) -> None:
     """Announces a change of the job's desired state to its agent and driver."""
-    # The job takes the cluster's counter: agent and driver wait for the same numbers.
+    # The job uses the cluster's counter, so agent and driver compare the same revisions.
     job.desired_revision = raise_revision(session, job.cluster)
     wake(session, job_topic(job.id))
 
@@ -175,7 +173,7 @@ def create(
 ) -> None:
     """Adds a job in state preparing.
 
-    `is_agent_ready`: an agent is there that can start preparing it now.
+    `is_agent_ready`: whether a live agent can start preparing it now.
     """
     job.status = JobState.PREPARING
     job.desired = DesiredState.PREPARE
@@ -207,13 +205,13 @@ def transition(
     reason: StatusReason | None,
     event: NewEvent,
 ) -> bool:
-    """Moves the observed state if the table of transitions allows it.
+    """Changes the observed state if the table of transitions allows it.
 
-    Returns whether it did. A state that may not follow was sent by a driver that did not
-    know the current one yet: it is kept in the history as `job.state_ignored`.
+    Returns whether the state changed. An illegal transition was sent by a driver with
+    an outdated state; it is recorded in the history as `job.state_ignored`.
     """
     current = JobState(job.status)
-    # A state may follow itself, since drivers repeat themselves, but an end ends once.
+    # Drivers may repeat a state, but a final state is applied only once.
     if not may_follow(current, new) or (current == new and new.is_terminal):
         _ignore_state(session, job, new, event)
         return False
@@ -223,25 +221,26 @@ def transition(
     at = event.at
     if at is None:
         at = time.time()
-    # The first start of training counts: later ones are recoveries.
+    # Only the first start of training counts; later ones are recoveries.
     if new is JobState.RUNNING and job.started_at is None:
         job.started_at = at
     if new is JobState.QUEUED:
-        # Admission must decide again, also about a job that comes back to the queue.
+        # A job that returns to the queue must be admitted again.
         job.desired = DesiredState.PREPARE
-        _give_queue_number(session, job)
+        _assign_queue_number(session, job)
     if new.is_terminal:
         job.ended_at = at
         _close_attempts(session, job)
     add_event(session, job, event)
-    # An ended job's driver must exit, and a queued job's must wait for its admission.
+    # The driver of an ended job must exit, and that of a queued job must wait for
+    # admission.
     if new.is_terminal or new is JobState.QUEUED:
         desired_changed(session, job)
     return True
 
 
 def fail(session: Session, job: JobRow, problems: list[Problem], event: NewEvent) -> None:
-    """Ends a job whose spec turned out to be wrong after it was accepted."""
+    """Fails a job with problems that were found after its submission."""
     if JobState(job.status).is_terminal:
         return
     detail = joined(problems)
@@ -251,7 +250,7 @@ def fail(session: Session, job: JobRow, problems: list[Problem], event: NewEvent
 
 
 def cancel(session: Session, job: JobRow, *, final_checkpoint: bool) -> None:
-    """Asks for the job's end; a job that no driver has started ends now.
+    """Requests cancellation; a job without a driver ends at once.
 
     Does nothing for a job that has ended or is being cancelled.
     """
@@ -263,14 +262,14 @@ def cancel(session: Session, job: JobRow, *, final_checkpoint: bool) -> None:
     event = NewEvent("job.cancelling", "cancellation requested", data=data, actor="user")
     transition(session, job, JobState.CANCELLING, StatusReason.USER_CANCELLED, event)
     desired_changed(session, job)
-    # Epoch 0: no driver has ever asked for its cursor, so none would report the end.
+    # Epoch 0: no driver has connected, so none would report the end.
     if job.epoch == 0:
         event = NewEvent("job.cancelled", "cancelled before it started", actor="user")
         transition(session, job, JobState.CANCELLED, StatusReason.USER_CANCELLED, event)
 
 
 def request_checkpoint(session: Session, job: JobRow) -> None:
-    """Asks for one checkpoint now.
+    """Requests one checkpoint now.
 
     Raises JobEndedError, and JobNotRunningError while nothing trains.
     """
@@ -285,7 +284,7 @@ def request_checkpoint(session: Session, job: JobRow) -> None:
         )
     if state is not JobState.RUNNING:
         raise JobNotRunningError(f"the job is {state.value}; wait until it is running")
-    # A counter and not a flag: the driver sees two requests as two.
+    # A counter instead of a flag, so that two requests cause two checkpoints.
     job.checkpoint_requests += 1
     event = NewEvent("checkpoint.requested", "checkpoint requested", actor="user")
     add_event(session, job, event)
@@ -295,7 +294,7 @@ def request_checkpoint(session: Session, job: JobRow) -> None:
 def delete(session: Session, job: JobRow) -> None:
     """Deletes an ended job and its history.
 
-    The row keeps its id, so that what is left of the job in the cluster can be recognised
+    The row keeps its id, so that leftovers of the job in the cluster can be identified
     and removed. Raises JobActiveError.
     """
     state = JobState(job.status)
@@ -304,7 +303,7 @@ def delete(session: Session, job: JobRow) -> None:
             f"the job is {state.value}; cancel it first (POST /v1/jobs/{job.id}/cancel) "
             "and wait until it has ended"
         )
-    # The job's own row stays, so no foreign key deletes these.
+    # The job's own row is kept, so no foreign key deletes these rows.
     for table in (EventRow, MetricRow, AttemptRow, CheckpointRow, SourceRow, LabelRow):
         session.execute(sa.delete(table).where(table.job == job.number))
     job.deleted_at = time.time()
@@ -321,7 +320,7 @@ def delete(session: Session, job: JobRow) -> None:
 def stored_problem(
     code: str, detail: str, problems: Iterable[Problem] = (), **extra: Any
 ) -> dict[str, Any]:
-    """Returns the reason why a job failed as its row holds it."""
+    """Returns a job's failure in the format of its row."""
     errors = [asdict(problem) for problem in problems]
     return {"code": code, "detail": detail, "errors": errors, **extra}
 
@@ -340,7 +339,7 @@ def _ignore_state(session: Session, job: JobRow, new: JobState, event: NewEvent)
 
 
 def _close_attempts(session: Session, job: JobRow) -> None:
-    """Ends open attempts with the job: a driver that was killed never reports it."""
+    """Ends open attempts with the job, because a killed driver does not report them."""
     state = AttemptState.STOPPED
     if job.status == JobState.SUCCEEDED:
         state = AttemptState.SUCCEEDED
@@ -353,8 +352,8 @@ def _close_attempts(session: Session, job: JobRow) -> None:
         row.ended_at = job.ended_at
 
 
-def _give_queue_number(session: Session, job: JobRow) -> None:
-    # A job that comes back to the queue keeps its number, and so its place.
+def _assign_queue_number(session: Session, job: JobRow) -> None:
+    # A job that returns to the queue keeps its number and so its position.
     if job.queue_number is not None:
         return
     statement = sa.select(sa.func.max(JobRow.queue_number))

@@ -1,6 +1,6 @@
 """Reads the logs that a job's ranks have written.
 
-Owns: where logs lie in a job's folder. Must not know: HTTP, the database.
+Owns: the paths of logs in a job's folder. Must not know: HTTP, the database.
 """
 
 from pathlib import Path
@@ -54,7 +54,8 @@ def read_log(job_dir: str, attempt: int, rank: int, offset: int, limit: int) -> 
             f"the job's storage {job_dir} does not answer: {error}; check that the service "
             "can reach it"
         ) from error
-    # At the end of the file a cut character is shown as it is, or it would wait for ever.
+    # At the end of the file a truncated character is shown, because it may never be
+    # completed.
     if offset + len(raw) < size:
         raw = _without_cut_character(raw)
     return LogPart(size, raw.decode("utf-8", errors="replace"), offset + len(raw))

@@ -34,7 +34,7 @@ def admit_jobs(session: Session, cluster: ClusterRow) -> None:
     if cluster.report is None:
         return
     rows = active_jobs(session, cluster.name)
-    # This runs with every report of the agent, and most find the queue empty.
+    # Runs with every report of the agent; usually the queue is empty.
     if not _has_queued(rows):
         return
     nodes = AgentReport.model_validate(cluster.report).nodes
@@ -55,7 +55,7 @@ def admit_jobs(session: Session, cluster: ClusterRow) -> None:
         elif JobState(row.status).holds_resources or row.desired == DesiredState.RUN:
             ranks_by_node = _ranks_by_node(session, row, nodes)
             admitted.append(admission.AdmittedJob(row.id, request, ranks_by_node))
-    # All at once: a decision about one job depends on those before it in the queue.
+    # All at once, because each decision depends on the jobs ahead in the queue.
     for decision in admission.decide(queued, admitted, nodes):
         _apply(session, jobs[decision.job_id], decision)
 
@@ -82,7 +82,7 @@ def _apply(session: Session, job: JobRow, decision: admission.AdmissionDecision)
         )
         lifecycle.desired_changed(session, job)
     elif (job.status_reason, job.message) != (decision.reason, decision.message):
-        # Decided again at every report: readers are woken only by a new reason.
+        # Decided at every report, but readers are woken only by a new reason.
         job.status_reason = decision.reason
         job.message = decision.message
         wake(session, lifecycle.job_topic(job.id))

@@ -27,7 +27,7 @@ from workers.protocol.wire import Record
 
 _SMOOTHING = 0.9
 """Weight of the past in the step time that the ETA is computed from."""
-_LONGEST_KIND = 50
+_MAX_KIND_CHARS = 50
 
 
 class _Data(BaseModel):
@@ -118,11 +118,11 @@ class RecordApplier:
             except ValidationError as error:
                 raise _invalid_record(index, record, error) from error
         if self._steps:
-            # Steps have no events, so nothing else has woken the job's streams.
+            # Steps have no events, so the job's streams must be woken here.
             metrics.insert(self._store, self._session, self._job, self._steps)
             wake(self._session, lifecycle.job_topic(self._job.id))
         if self._needs_admission:
-            # Once for the batch: admission reads the states that its records have set.
+            # Once per batch, after all of its records have been applied.
             self._session.flush()
             cluster = lifecycle.lock_cluster(self._session, self._job.cluster)
             queue.admit_jobs(self._session, cluster)
@@ -251,7 +251,7 @@ class RecordApplier:
         self._raise_attempt(record.attempt)
         progress = self._job.progress
         newest = (progress.get("attempt", 0), progress.get("step", -1))
-        # Late rows of an earlier attempt are stored, but never move the progress back.
+        # Late rows of an earlier attempt are stored but do not change the progress.
         if (record.attempt, row.step) <= newest:
             return
         self._job.progress = {
@@ -277,8 +277,8 @@ class RecordApplier:
         self._add(self._event(record, "eval.completed", message))
 
     def _keep_unknown(self, record: Record) -> None:
-        """Keeps a record of a kind that only a newer service knows."""
-        self._add(self._event(record, f"record.{record.kind[:_LONGEST_KIND]}"))
+        """Stores a record of an unknown kind, sent by a newer driver."""
+        self._add(self._event(record, f"record.{record.kind[:_MAX_KIND_CHARS]}"))
 
     # ---- parts of all kinds
 
@@ -314,7 +314,8 @@ class RecordApplier:
             row.ranks = []
             row.state = AttemptState.STARTING
             if JobState(self._job.status).is_terminal:
-                # Reported only after the job's end: nothing else would ever close it.
+                # Closed at once if reported after the job's end, since nothing else would
+                # close it.
                 row.state = AttemptState.STOPPED
                 row.ended_at = record.at
             self._session.add(row)

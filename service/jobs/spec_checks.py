@@ -19,7 +19,7 @@ from service.settings import Settings
 from service.store.schema import JobRow
 from workers.protocol.job import JobSpec
 
-LONGEST_NAME = 80
+MAX_NAME_CHARS = 80
 """Characters of a wrong name or path that a message repeats."""
 
 
@@ -77,7 +77,7 @@ def _check_name(
         hint = f"known: {', '.join(allowed)}"
     else:
         hint = "none is configured; leave it out"
-    detail = f"{field} {name[:LONGEST_NAME]!r} is not configured here; {hint}"
+    detail = f"{field} {name[:MAX_NAME_CHARS]!r} is not configured here; {hint}"
     return [Problem(pointer, "unknown_name", detail)]
 
 
@@ -115,12 +115,12 @@ def _check_path(pointer: str, path: str | None) -> list[Problem]:
         return []
     if not path.startswith("/"):
         detail = (
-            f"{path[:LONGEST_NAME]!r} is relative, and nodes share no working directory; use "
+            f"{path[:MAX_NAME_CHARS]!r} is relative, and nodes share no working directory; use "
             "an absolute path or a URI, or leave it out"
         )
         return [Problem(pointer, "absolute", detail)]
     if ".." in PurePosixPath(path).parts:
-        detail = f"{path[:LONGEST_NAME]!r} contains '..'; write the path without it"
+        detail = f"{path[:MAX_NAME_CHARS]!r} contains '..'; write the path without it"
         return [Problem(pointer, "absolute", detail)]
     return []
 

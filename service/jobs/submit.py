@@ -1,9 +1,8 @@
-"""Makes a job of a submitted spec.
+"""Creates a job from a submitted spec.
 
 Owns: the order of checks before a job is stored. Must not know: HTTP.
 
-Nothing is stored before everything that can be checked has been: a refused spec leaves no
-trace.
+Nothing is stored before all checks have passed, so a rejected spec leaves no trace.
 """
 
 import secrets
@@ -34,7 +33,7 @@ def new_job_id() -> str:
 
 @dataclass(frozen=True)
 class Submitter:
-    """Checks submitted specs and makes jobs of them."""
+    """Checks submitted specs and creates jobs from them."""
 
     settings: Settings
     store: Store
@@ -53,7 +52,7 @@ class Submitter:
             raise SpecInvalidError(problems)
         job_id = new_job_id()
         job_dir = self.job_dir(spec, job_id)
-        # The agent comes last: it looks at real paths, which takes longest.
+        # The agent's check of paths comes last, because it takes longest.
         path_problems = await self.check_paths(spec, capacity, job_dir)
         if path_problems:
             raise SpecInvalidError(path_problems)
@@ -94,17 +93,17 @@ class Submitter:
     async def check_paths(
         self, spec: JobSpec, capacity: ClusterCapacity, job_dir: str
     ) -> list[Problem] | None:
-        """Returns what the agent finds wrong with the spec's paths.
+        """Returns the problems that the agent finds in the spec's paths.
 
         The service itself cannot see the cluster's files. Returns None when no agent
         answers in time.
         """
-        # A lost agent would only make the user wait for nothing.
+        # Waiting for a lost agent would be useless.
         if not self.agents.is_live(spec.cluster) or not capacity.is_known:
             return None
         resolved = cluster_fit.resolve(spec, capacity, job_dir).spec.model_dump(mode="json")
         path_check = self.agents.start_check(spec.cluster, resolved, job_dir)
-        # The check lies ready before the agent's long poll is woken to fetch it.
+        # The check is added before the agent's long poll is woken to fetch it.
         await run_sync(self._wake_agent, spec.cluster)
         problems = await path_check.result(self.settings.check_wait_s)
         if problems is None:
@@ -118,7 +117,7 @@ class Submitter:
         return str(self.settings.data_dir / "jobs" / job_id)
 
     def _check(self, spec: JobSpec, capacity: ClusterCapacity) -> list[Problem]:
-        # Whether it fits means nothing for a spec that contradicts itself.
+        # The fit is checked only for a consistent spec.
         problems = spec_checks.check_rules(spec, self.settings)
         return problems or cluster_fit.check_fit(spec, capacity)
 

@@ -65,7 +65,7 @@ class LocalStack:
         """
         data_dir = self.options.data_dir
         files = StackFiles(data_dir)
-        # Only the holder of the lock may touch a record or the processes in it.
+        # Only the holder of the lock may change a record or the processes in it.
         self._lock = files.lock()
         previous = read_record(data_dir)
         if previous is not None:

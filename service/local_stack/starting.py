@@ -28,8 +28,7 @@ _PORT_FILE_POLL_S = 0.03
 # A free port may be taken before Ray binds it.
 _RAY_TRIES = 3
 _RAY_START_S = 90.0
-# The agent gives no sign of its own that it works, and importing Ray alone may take
-# this long.
+# The agent does not signal its readiness, and importing Ray alone may take this long.
 _AGENT_SETTLES_S = 10.0
 
 

@@ -62,7 +62,8 @@ class Store:
         self._write_engine = engine.execution_options(**{_WRITES: True})
         self._lock: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
         if engine.dialect.name == "sqlite":
-            # Threads of this process wait here and not in SQLite's busy loop, which polls.
+            # Threads of this process wait for this lock, because SQLite's busy handler
+            # polls.
             self._lock = threading.Lock()
 
     @classmethod
@@ -104,7 +105,7 @@ class Store:
             session.begin(),
         ):
             yield session
-        # Only now: a waiter that is woken before the commit would read the old state.
+        # After the commit, because a waiter that is woken earlier would read the old state.
         self._notify(*sorted(session.info.get(WAKE, ())))
 
     def insert_or_ignore(
@@ -126,7 +127,7 @@ class Store:
         return session.connection().execute(statement, rows).rowcount
 
     def deployment(self) -> DeploymentRow:
-        """Returns the service's identity, which is made on first use and then stays."""
+        """Returns the service's permanent identity, which the first call creates."""
         with self.write() as session:
             row = session.scalars(sa.select(DeploymentRow)).first()
             if row is None:

@@ -128,7 +128,7 @@ def read_thinned(
     """
     # Mappings have no extremes, and are large: they are read for the kept rows only.
     number_keys = [key for key in keys if _FIELD_TYPES[key] != dict[str, float]]
-    # All numbers are read: the extremes of a part are known only once it has been seen.
+    # All numbers are read, because extremes need all values of a stretch.
     points = session.execute(_select(job, number_keys, from_step, attempt)).all()
     # The first two columns are step and attempt.
     kept = thin([tuple(point[2:]) for point in points], max_points)
@@ -180,7 +180,7 @@ def thin(points: Sequence[Sequence[float | None]], max_points: int) -> list[int]
             kept += _extremes(points, range(start, end), column)
         if num_columns == 0 and start < end:
             kept.append(start)
-    # The cut comes before the sort: first and last stand at the front and survive it.
+    # Truncated before sorting, because first and last are at the front and must be kept.
     # One point may be the extreme of several columns.
     unique = list(dict.fromkeys(kept))
     return sorted(unique[:max_points])

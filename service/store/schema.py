@@ -90,20 +90,20 @@ class JobRow(Table):
     ended_at: Mapped[float | None]
     deleted_at: Mapped[float | None]
 
-    # What the user asked for.
+    # Requested by the user.
     spec: Mapped[Json]
     resolved_spec: Mapped[Json]
     job_dir: Mapped[str]
     world_size: Mapped[int | None]
     """None until the cluster is known and the spec is resolved."""
 
-    # What the driver should be doing.
+    # Desired state, for the driver.
     desired: Mapped[str] = mapped_column(String(16))
     desired_revision: Mapped[int] = mapped_column(default=0)
     final_checkpoint: Mapped[bool] = mapped_column(default=True)
     checkpoint_requests: Mapped[int] = mapped_column(default=0)
 
-    # What was observed.
+    # Observed state.
     status: Mapped[str] = mapped_column(String(16))
     status_reason: Mapped[str | None] = mapped_column(String(32))
     message: Mapped[str] = mapped_column(default="")

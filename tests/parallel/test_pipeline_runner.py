@@ -173,5 +173,5 @@ def test_weight_gradients_apart_need_a_sink() -> None:
         None,
         Transfer((1,), torch.float32, torch.device("cpu")),
     )
-    with pytest.raises(ValueError, match="need a place that can put them off"):
+    with pytest.raises(ValueError, match="needs weight_grads, which can defer it"):
         runner.step()

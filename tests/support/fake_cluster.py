@@ -505,7 +505,7 @@ class FakeDeadRankFiles:
 class FakeGauges:
     """Shows nothing."""
 
-    def show(self, step: dict[str, Any]) -> None:
+    def update(self, step: dict[str, Any]) -> None:
         pass
 
 

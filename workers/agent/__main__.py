@@ -35,7 +35,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 def _http_url(url: str) -> str:
-    """Returns the URL as it is. Raises BadParameter if it is not an HTTP address."""
+    """Returns the URL unchanged. Raises BadParameter if it is not an HTTP address."""
     try:
         parts = urlsplit(url)
         is_valid = parts.scheme in ("http", "https") and bool(parts.hostname)
@@ -88,7 +88,7 @@ def run_agent(options: AgentOptions, token_file: Path | None) -> int:
     except ProcessEnvironmentError as error:
         _LOG.error("%s", error)
         return EXIT_BAD_START
-    # Before Ray is used, so that no process started through it inherits the token.
+    # Before Ray is used, so that no process that Ray starts inherits the token.
     unset_agent_token()
     prepare_ray_client()
     return _run_until_signal(Agent(options, token))
@@ -111,7 +111,8 @@ def _run_until_signal(agent: Agent) -> int:
             exit_code = EXIT_BAD_START
 
     thread = threading.Thread(target=work, name="agent", daemon=True)
-    # A handler runs between bytecodes of the main thread, hence the short joins below.
+    # Python runs signal handlers between bytecodes of the main thread, so the joins
+    # below are short.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: agent.stop())
     thread.start()
@@ -121,7 +122,8 @@ def _run_until_signal(agent: Agent) -> int:
         if agent.is_stopping:
             stopped_at = stopped_at or time.monotonic()
             if time.monotonic() - stopped_at > _STOP_S:
-                # A call into Ray that does not return; the agent has no state to lose.
+                # A call into Ray does not return; the agent has no state that an exit
+                # could lose.
                 os._exit(0)
     return exit_code
 

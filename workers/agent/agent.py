@@ -1,10 +1,10 @@
 """Connects one Ray cluster to the service: the agent.
 
-Owns: connecting, reporting nodes, polling for desired jobs, noticing that Ray is lost.
+Owns: connecting, reporting nodes, polling for desired jobs, detecting that Ray is lost.
 
-The agent is the only process that has both Ray and an agent token. It holds no state that
-matters: when it loses Ray it exits and is started again, and jobs run on without it. Must
-not know: torch, how a job runs, the database.
+The agent is the only process that uses both Ray and an agent token. All of its state
+can be rebuilt: when it loses Ray it exits and is restarted, and jobs keep running
+meanwhile. Must not know: torch, how a job runs, the database.
 """
 
 import logging
@@ -64,9 +64,9 @@ class Agent:
         self._dashboard_url: str | None = None
 
     def stop(self) -> None:
-        """Ends `run` soon; jobs are not touched."""
+        """Makes `run` return soon; jobs keep running."""
         self._stopping.set()
-        # Wakes the loop, which may be waiting for a reply.
+        # `_loop` may be blocked on the queue of replies.
         self._replies.put(None)
 
     @property
@@ -81,7 +81,7 @@ class Agent:
         """
         options = self._options
         with ServiceClient(options.service_url, self._token) as client:
-            # The service first: the namespace to join in Ray is in its reply.
+            # The service first, because its reply holds the Ray namespace to join.
             hello = self._connect_service(client)
             if hello is None:
                 return 0
@@ -120,7 +120,7 @@ class Agent:
         threading.Thread(target=watch_ray, args=(address,), name="ray", daemon=True).start()
 
     def _loop(self, client: ServiceClient, hello: Hello) -> None:
-        # Made after ray.init, whose cluster they work on.
+        # Created after ray.init, because they call into the connected cluster.
         registry = DriverRegistry(self._options.service_url, hello.namespace)
         checks = CheckRunner(client)
         storage = StorageChecks(self._options.storage_root or hello.storage_root)
@@ -128,8 +128,8 @@ class Agent:
             nodes = read_nodes(storage.results())
             storage.update(nodes)
             self._report(client, hello, registry, nodes)
-            # Replies are acted on at once; between them, every tick, drivers are called
-            # even if nothing is new, so that one that died is created again.
+            # Replies are processed at once. Without a reply, drivers are still
+            # reconciled once per tick, so that one that died is created again.
             tick_end = time.monotonic() + _TICK_S
             while not self._stopping.is_set() and time.monotonic() < tick_end:
                 timeout_s = tick_end - time.monotonic()
@@ -167,7 +167,7 @@ class Agent:
             drivers=registry.statuses(),
             orphans=registry.orphans(),
         )
-        # A lost report is not repeated: the next one replaces it.
+        # A failed report is not sent again: the next one replaces it.
         try:
             client.report(report)
         except (ServiceUnavailableError, ServiceRefusedError) as error:
@@ -184,12 +184,13 @@ class Agent:
                 except (ServiceUnavailableError, ServiceRefusedError) as error:
                     _LOG.warning("%s", error)
                     self._stopping.wait(_RETRY_S)
-                    # A service that comes back with another database counts anew.
+                    # A restarted service may use another database, whose revisions
+                    # start over.
                     revision = 0
                     continue
                 revision = reply.revision
                 self._replies.put(reply)
-                # Never a busy loop, should the service reply without waiting.
+                # Avoids a busy loop if the service replies without waiting.
                 if time.monotonic() - started < _MIN_POLL_S:
                     self._stopping.wait(_MIN_POLL_S)
 
@@ -200,9 +201,9 @@ def connect_ray(address: str, namespace: str) -> str | None:
     Returns the URL of its dashboard, None if it has none. Raises OSError, ValueError for
     an address that is not host:port, or Ray's own errors.
     """
-    # Ray itself would try for minutes before it fails.
+    # Fails within seconds; ray.init would retry for minutes.
     probe_port(address)
-    # The logs of ranks go to the job's folder, not through Ray to this process.
+    # Logs of ranks are written to the job's folder, so Ray need not forward them here.
     context = ray.init(
         address=address,
         namespace=namespace,
@@ -215,9 +216,9 @@ def connect_ray(address: str, namespace: str) -> str | None:
 
 
 def probe_port(address: str) -> None:
-    """Connects to host:port and hangs up.
+    """Connects to host:port and disconnects.
 
-    Raises OSError when no process listens there, ValueError when it is no such address.
+    Raises OSError when no process listens there, ValueError for a malformed address.
     """
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal():
@@ -226,7 +227,7 @@ def probe_port(address: str) -> None:
 
 
 def watch_ray(address: str) -> None:
-    """Ends the process when Ray's head has been away for a while.
+    """Ends the process when Ray's head has been unreachable for _RAY_AWAY_S seconds.
 
     Without it, calls into Ray would block for a minute before they fail.
     """
@@ -237,7 +238,7 @@ def watch_ray(address: str) -> None:
             probe_port(address)
             away_since = None
         except OSError as error:
-            # One failed connection may be a busy machine.
+            # A single failed connection may only mean that the machine is busy.
             now = time.monotonic()
             away_since = away_since or now
             if now - away_since > _RAY_AWAY_S:

@@ -25,7 +25,7 @@ def check_task(spec: dict[str, Any], storage_path: str) -> list[dict[str, str]]:
 
     Quick: nothing is tokenized.
     """
-    # The service has validated the spec; this code may be of another version.
+    # The service has validated the spec, but this code may have another version.
     try:
         job = JobSpec.from_mapping(spec)
     except ValidationError as error:
@@ -48,12 +48,12 @@ def _validation_rows(error: ValidationError) -> list[dict[str, str]]:
 def _find_other_job(storage_path: str) -> list[Problem]:
     """Returns a problem if a new job's folder holds another job.
 
-    The other job's checkpoints would be taken for this one's, and its records
-    overwritten.
+    Otherwise the new job would resume from the other job's checkpoints and overwrite
+    its records.
     """
     try:
         entry = Journal(open_storage(storage_path)).latest()
-    # A journal that cannot be read still belongs to some job.
+    # A journal that cannot be read still shows that the folder belongs to a job.
     except JournalError as error:
         owner = str(error)
     except StorageError:

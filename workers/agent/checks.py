@@ -1,7 +1,7 @@
 """Runs checks that only the cluster can make.
 
-Owns: when checks of a spec's paths and of each node's storage run, and where their results
-go. Must not know: what a check looks at.
+Owns: when checks of a spec's paths and of each node's storage run, and where their
+results are sent. Must not know: what a check examines.
 """
 
 import logging
@@ -54,7 +54,8 @@ class CheckRunner:
     def send_results(self) -> None:
         """Sends the results of checks that are done.
 
-        One that is lost on the way is not repeated: the service's check times out.
+        A result that cannot be sent is dropped: the check then times out in the
+        service.
         """
         for check_id, call in list(self._running.items()):
             if not is_done(call):
@@ -68,7 +69,7 @@ class CheckRunner:
 
 
 def _problem_rows(call: Any) -> list[dict[str, str]]:
-    """Returns the problems of a check; its own failure is one of them."""
+    """Returns the problems that a check found; a failed check is itself a problem."""
     try:
         rows: list[dict[str, str]] = result(call)
     except TaskFailedError as error:
@@ -100,7 +101,8 @@ class StorageChecks:
             if is_done(call):
                 del self._running[node_id]
                 self._collect(node_id, call, now)
-        # At most one check per node at a time: a node that hangs must not collect tasks.
+        # At most one check per node at a time, so that tasks cannot pile up on a node
+        # that hangs.
         for node in nodes:
             is_running = node.node_id in self._running
             is_due = now >= self._due.get(node.node_id, 0.0)
@@ -112,7 +114,7 @@ class StorageChecks:
         try:
             self._results[node_id] = bool(result(call))
         except TaskFailedError:
-            # The node failed, not the storage: the result before remains.
+            # The node failed, not the storage: the previous result stays valid.
             return
         if self._results[node_id]:
             self._due[node_id] = now + _REPEAT_S

@@ -1,7 +1,7 @@
 """Creates, attaches and removes the drivers of a cluster's jobs.
 
-Owns: get-or-create, attach, statuses, removing what ended jobs left. Must not know: HTTP,
-how a job runs.
+Owns: get-or-create, attach, statuses, removing leftovers of ended jobs. Must not know:
+HTTP, how a job runs.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ _LOG = logging.getLogger("megatron_ray.agent")
 REAP_AFTER_S = 10.0
 """Actors that an ended job's driver has not removed by then are killed."""
 REAP_DRIVER_AFTER_S = 90.0
-"""The driver itself exits by itself, but may first wait for a busy node to be cleaned."""
+"""The driver exits by itself, but may first wait for the clean-up of a busy node."""
 _ATTACH_S = 3.0
 
 
@@ -36,8 +36,8 @@ class DriverRegistry:
     ) -> None:
         self._url = service_url
         self._namespace = namespace
-        # Wrapped once: every remote class that is made stays in memory, here and in
-        # Ray's head.
+        # Wrapped once, because each remote class stays in memory, here and in Ray's
+        # head.
         self._driver_class: Any = ray.remote(driver_class)
         self._jobs: dict[str, DesiredJob] = {}
         self._terminal_since: dict[str, float] = {}
@@ -47,7 +47,7 @@ class DriverRegistry:
         self._has_reply = False
 
     def set_desired(self, reply: DesiredReply) -> None:
-        """Takes over the desired jobs and the ended ones from the service's reply."""
+        """Stores the desired jobs and the ended jobs of the service's reply."""
         self._has_reply = True
         terminal = set(reply.terminal)
         self._jobs = {job.job_id: job for job in reply.jobs if job.job_id not in terminal}
@@ -58,7 +58,7 @@ class DriverRegistry:
         self._terminal_since = since
 
     def reconcile(self) -> None:
-        """Creates and attaches drivers, and removes what ended jobs left.
+        """Creates and attaches drivers, and removes leftovers of ended jobs.
 
         Raises RayError, ConnectionError when Ray is lost.
         """
@@ -72,7 +72,7 @@ class DriverRegistry:
         return tuple(self._statuses.values())
 
     def orphans(self) -> tuple[str, ...]:
-        """Returns the actors of jobs that the service has not named; they are not killed."""
+        """Returns actors of jobs that the service does not list; they are not killed."""
         # Before the first reply every job is unknown.
         if not self._has_reply:
             return ()
@@ -96,7 +96,8 @@ class DriverRegistry:
                 calls[call] = job_id
         if not calls:
             return
-        # All at once: a driver that does not reply must not hold up the others.
+        # All calls start before the first wait, so that one driver cannot delay the
+        # others.
         done, late = ray.wait(list(calls), num_returns=len(calls), timeout=_ATTACH_S)
         for call in done:
             self._take_status(calls[call], call)
@@ -122,7 +123,7 @@ class DriverRegistry:
             namespace=self._namespace,
             lifetime="detached",
             get_if_exists=True,
-            # Ray restarts it as often as it dies; it continues from its journal.
+            # Ray restarts it whenever it dies; it then continues from its journal.
             max_restarts=-1,
             num_cpus=0,
         ).remote(job.job_id, job.job_dir)
@@ -131,7 +132,7 @@ class DriverRegistry:
         return [str(name) for name in ray.util.list_named_actors()]
 
     def _reap(self) -> None:
-        """Kills actors and removes placement groups that ended jobs left, once per job."""
+        """Kills leftover actors and placement groups of ended jobs, once per job."""
         due = self._due(REAP_AFTER_S, self._reaped)
         drivers_due = self._due(REAP_DRIVER_AFTER_S, self._reaped_drivers)
         if not due and not drivers_due:
@@ -147,7 +148,7 @@ class DriverRegistry:
             with contextlib.suppress(ValueError):
                 ray.util.remove_placement_group(ray.util.get_placement_group(job_id))
                 _LOG.warning("removed the placement group of ended job %s", job_id)
-        # Jobs that the service no longer names are forgotten here too.
+        # Jobs that the service no longer lists are removed here too.
         self._reaped = (self._reaped | due) & self._terminal_since.keys()
         self._reaped_drivers |= drivers_due
         self._reaped_drivers &= self._terminal_since.keys()

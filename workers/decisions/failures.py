@@ -1,7 +1,7 @@
-"""Classifies what went wrong in an attempt and picks the root cause.
+"""Classifies the failures of an attempt and picks the root cause.
 
-Owns: the kinds of failures, their order, how an error that a rank reported is
-classified. Pure. Must not know: what follows a failure, Ray, torch.
+Owns: the kinds of failures, their precedence, how a rank's error is classified. Pure.
+Must not know: what follows a failure, Ray, torch.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ from workers.protocol.states import StatusReason
 
 
 class FailureKind(StrEnum):
-    """Classes of what ends an attempt; journals keep them by value."""
+    """Kinds of failures that end an attempt; journals store them by value."""
 
     USER = "user"
     OOM = "oom"
@@ -24,14 +24,15 @@ class FailureKind(StrEnum):
     PROCESS_DIED = "process_died"
     NODE_LOST = "node_lost"
     NODE_MEMORY = "node_memory"
-    """The memory of the whole node ran out, perhaps through another job: retried, unlike
+    """The whole node ran out of memory, perhaps because of another job; retried, unlike
     a rank's own OOM."""
     PREEMPTED = "preempted"
     SILENT = "silent"
     HANG = "hang"
     START = "start"
     COLLATERAL = "collateral"
-    """A rank's error after a peer went away: the cause only when nothing else is known."""
+    """A rank's error after a peer disconnected; the root cause only when no other
+    failure is known."""
 
 
 BY_PRECEDENCE = (
@@ -49,7 +50,7 @@ BY_PRECEDENCE = (
     FailureKind.HANG,
     FailureKind.COLLATERAL,
 )
-"""Kinds by precedence: of failures seen together the first one is the cause."""
+"""Kinds by precedence: the first of several simultaneous failures is the root cause."""
 
 _REASONS = {
     FailureKind.USER: StatusReason.SPEC_INVALID,
@@ -92,7 +93,7 @@ LEGACY_TYPES = {
     "MissingFile": FailureKind.STORAGE,
     "MissingFileError": FailureKind.STORAGE,
 }
-"""Our own exceptions in records of versions that did not report the kind yet."""
+"""The project's exceptions in records of versions that did not report the kind."""
 GROUP_TYPES = (
     "DistBackendError",
     "DistNetworkError",
@@ -100,8 +101,8 @@ GROUP_TYPES = (
     "RuntimeError",
     "ConnectionError",
 )
-"""Exceptions that torch.distributed raises when a peer goes away."""
-# Collected from gloo and NCCL; they arrive as exceptions of GROUP_TYPES.
+"""Exceptions that torch.distributed raises when a peer disconnects."""
+# Texts of gloo and NCCL, in exceptions of GROUP_TYPES.
 _PEER_LOST_TEXTS = (
     "connection closed by peer",
     "connection reset by peer",
@@ -119,15 +120,15 @@ _OOM_TEXTS = ("out of memory", "can't allocate memory")
 
 @dataclass(frozen=True)
 class Failure:
-    """One thing that went wrong, as the driver saw it."""
+    """One failure, as the driver observed it."""
 
     kind: FailureKind
     message: str
     rank: int | None = None
     order: int = 0
-    """Counts an attempt's failures as they arrived."""
+    """Index of the failure within its attempt, in order of arrival."""
     detail: str = ""
-    """Traceback, for the history; never shown for a user's mistake."""
+    """Traceback for the history; not shown for a user's error."""
 
     @property
     def reason(self) -> StatusReason:
@@ -150,15 +151,15 @@ def describe_error(error: Mapping[str, Any]) -> tuple[FailureKind, str]:
     type_name = str(error.get("type", ""))
     message = str(error.get("message", ""))
     kind = classify(type_name, message, error.get("failure_kind"))
-    # A user's mistake is worded for the user: a class name would not help.
+    # The message of a user's error is complete without the class name.
     if kind is FailureKind.USER:
         return kind, message
     return kind, f"{type_name or 'error'}: {message}"
 
 
 def classify(type_name: str, message: str, failure_kind: str | None = None) -> FailureKind:
-    """Returns the class of an exception: by its own kind, else by type name and text."""
-    # Our own exceptions carry their kind; where that is INTERNAL, the text decides.
+    """Returns an exception's kind: its own, else one derived from type and text."""
+    # The project's exceptions carry their kind; if that is INTERNAL, the text decides.
     own_kind = _KIND_OF_ERROR.get(failure_kind or "")
     if own_kind is not None:
         return own_kind
@@ -171,14 +172,14 @@ def classify(type_name: str, message: str, failure_kind: str | None = None) -> F
         return FailureKind.OOM
     if known is not None:
         return known
-    # Any other exception with such a text is a cause of its own.
+    # With another type, such a text does not mean that a peer is the cause.
     if type_name in GROUP_TYPES and _contains_any(text, _PEER_LOST_TEXTS):
         return FailureKind.COLLATERAL
     return FailureKind.EXCEPTION
 
 
 def root_cause(failures: Sequence[Failure]) -> Failure:
-    """Returns the failure that explains the others: first by class, then by arrival.
+    """Returns the failure that explains the others: first by kind, then by arrival.
 
     Raises ValueError when there is none.
     """

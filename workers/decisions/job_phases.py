@@ -28,10 +28,10 @@ it. Must not know: how anything is done, clocks, Ray, torch, HTTP.
     RUNNING ──AttemptFinished, AttemptStopped(cancel)──> ENDING
     RECOVERING ──RestartDecided(give up)──> ENDING
 
-The driver works in a phase until it observes something, asks `next_phase`, sends the
-records of the transition and writes the journal. A driver that dies anywhere in between
-is followed by one that enters at the phase in the journal and observes again; records
-that were sent already are not sent twice.
+The driver works in a phase until it observes something, calls `next_phase`, sends the
+records of the transition and writes the journal. If it dies anywhere in between, its
+successor resumes in the journal's phase and observes again; records that were already
+sent are not sent twice.
 """
 
 from collections.abc import Callable, Mapping
@@ -71,7 +71,7 @@ class DataPrepared:
 
 @dataclass(frozen=True)
 class DataRejected:
-    """The data cannot be used; the service has a record of the problems already."""
+    """The data cannot be used; the problems are already recorded in the service."""
 
     message: str
 
@@ -121,17 +121,17 @@ class RanksStarted:
 
 @dataclass(frozen=True)
 class AttemptAbandoned:
-    """A restarted driver has ended ranks that its predecessor had half started."""
+    """A restarted driver has ended ranks whose start its predecessor did not finish."""
 
 
 @dataclass(frozen=True)
 class AttemptFinished:
-    """Every rank has done its last step, and all checkpoints are committed."""
+    """Every rank has completed its last step, and all checkpoints are committed."""
 
 
 @dataclass(frozen=True)
 class AttemptStopped:
-    """The ranks stopped, or the grace period ran out; `desired` is what comes now."""
+    """The ranks stopped, or the grace period ran out; `desired` is the state to reach."""
 
     desired: DesiredState
     revision: int
@@ -144,12 +144,12 @@ class AttemptFailed:
 
     cause: Failure
     dead_ranks: tuple[int, ...] = ()
-    """Ranks whose process is gone or must go."""
+    """Ranks whose process has died or must be ended."""
 
 
 @dataclass(frozen=True)
 class RestartDecided:
-    """The failure is recorded and judged by the restart policy."""
+    """The failure is recorded, and the restart policy has decided."""
 
     decision: RestartDecision
 
@@ -176,7 +176,7 @@ Observation = (
 
 @dataclass(frozen=True)
 class JobStatus:
-    """A job's state as it is recorded."""
+    """A job's state to be recorded."""
 
     state: JobState
     reason: StatusReason | None = None
@@ -185,7 +185,7 @@ class JobStatus:
 
 @dataclass(frozen=True)
 class AttemptStatus:
-    """An attempt's state as it is recorded."""
+    """An attempt's state to be recorded."""
 
     state: AttemptState
     reason: StatusReason | None = None
@@ -196,8 +196,9 @@ class AttemptStatus:
 class Transition:
     """The phase to enter, and what is recorded and journaled before.
 
-    The records go first: until the journal is written, a successor repeats the
-    transition, and records that repeat are dropped. The other way round, one would miss.
+    Records are sent before the journal is written: until then a successor repeats the
+    transition, and repeated records are dropped. In the opposite order a record could
+    be lost.
     """
 
     phase: Phase
@@ -214,7 +215,7 @@ def next_phase(entry: JournalEntry, observation: Observation) -> Transition:
 
     Raises InvalidTransitionError when the table has no such row.
     """
-    # A missing row is a bug of the driver: it must not be taken for "nothing to do".
+    # A missing row is a bug in the driver, not a transition without effect.
     rule = TRANSITIONS.get((entry.phase, type(observation)))
     if rule is None:
         name = type(observation).__name__
@@ -225,115 +226,115 @@ def next_phase(entry: JournalEntry, observation: Observation) -> Transition:
 # ---- one rule per observation; its phase only matters where the rule tests it
 
 
-def _data_prepared(entry: JournalEntry, seen: DataPrepared) -> Transition:
+def _data_prepared(entry: JournalEntry, observed: DataPrepared) -> Transition:
     # Journaled, so that a successor does not prepare the data again.
-    return Transition(Phase.READY, {"prepared": dict(seen.prepared)})
+    return Transition(Phase.READY, {"prepared": dict(observed.prepared)})
 
 
-def _data_rejected(entry: JournalEntry, seen: DataRejected) -> Transition:
-    # The problems' own record has failed the job in the service.
-    status = JobStatus(JobState.FAILED, StatusReason.SPEC_INVALID, seen.message)
+def _data_rejected(entry: JournalEntry, observed: DataRejected) -> Transition:
+    # The record of the problems has already failed the job in the service.
+    status = JobStatus(JobState.FAILED, StatusReason.SPEC_INVALID, observed.message)
     return _end(status, is_recorded=True)
 
 
-def _preparation_failed(entry: JournalEntry, seen: PreparationFailed) -> Transition:
-    return _end(JobStatus(JobState.FAILED, StatusReason.INTERNAL, seen.message))
+def _preparation_failed(entry: JournalEntry, observed: PreparationFailed) -> Transition:
+    return _end(JobStatus(JobState.FAILED, StatusReason.INTERNAL, observed.message))
 
 
-def _run_requested(entry: JournalEntry, seen: RunRequested) -> Transition:
-    # The state is recorded in the phase, not before it: a successor that came back to
-    # READY would record the release once more.
+def _run_requested(entry: JournalEntry, observed: RunRequested) -> Transition:
+    # The state is recorded within the phase, not here: a successor that re-enters READY
+    # would record the release a second time.
     return Transition(Phase.SCHEDULING, {"given_back": None, "ranks": ()})
 
 
-def _stop_requested(entry: JournalEntry, seen: StopRequested) -> Transition:
-    return _stop(seen.desired, seen.revision, None)
+def _stop_requested(entry: JournalEntry, observed: StopRequested) -> Transition:
+    return _stop(observed.desired, observed.revision, None)
 
 
-def _start_cancelled(entry: JournalEntry, seen: StopRequested) -> Transition:
-    # Unlike in the other phases, there is an attempt whose end must be recorded.
-    return _stop(seen.desired, seen.revision, AttemptStatus(AttemptState.STOPPED))
+def _start_cancelled(entry: JournalEntry, observed: StopRequested) -> Transition:
+    # Unlike in the other phases, the end of an attempt must be recorded.
+    return _stop(observed.desired, observed.revision, AttemptStatus(AttemptState.STOPPED))
 
 
-def _placed(entry: JournalEntry, seen: Placed) -> Transition:
-    # A new attempt is a new journal file; the one before stays as it ended.
+def _placed(entry: JournalEntry, observed: Placed) -> Transition:
+    # A new attempt has its own journal file; that of the previous attempt is final.
     journal = {
         "attempt": entry.attempt + 1,
-        "code_version": seen.code_version,
-        "resumed_from": seen.checkpoint_path,
-        "last_commit": seen.checkpoint_step,
+        "code_version": observed.code_version,
+        "resumed_from": observed.checkpoint_path,
+        "last_commit": observed.checkpoint_step,
         "stopping": None,
         "failed": None,
     }
     return Transition(Phase.STARTING, journal)
 
 
-def _placement_timed_out(entry: JournalEntry, seen: PlacementTimedOut) -> Transition:
-    # No budget is charged: that the cluster is full is not the job's failure.
-    status = JobStatus(JobState.QUEUED, StatusReason.WAITING_GANG, seen.message)
-    return _release(status, seen.revision, None)
+def _placement_timed_out(entry: JournalEntry, observed: PlacementTimedOut) -> Transition:
+    # No budget is charged: a full cluster is not a failure of the job.
+    status = JobStatus(JobState.QUEUED, StatusReason.WAITING_GANG, observed.message)
+    return _release(status, observed.revision, None)
 
 
-def _ranks_started(entry: JournalEntry, seen: RanksStarted) -> Transition:
+def _ranks_started(entry: JournalEntry, observed: RanksStarted) -> Transition:
     # The job's state becomes RUNNING with the first step, which may be minutes away.
     return Transition(Phase.RUNNING)
 
 
-def _attempt_abandoned(entry: JournalEntry, seen: AttemptAbandoned) -> Transition:
+def _attempt_abandoned(entry: JournalEntry, observed: AttemptAbandoned) -> Transition:
     # The driver died, not the ranks: nothing is charged to the job's budget.
     status = AttemptStatus(AttemptState.STOPPED, None, "abandoned while starting")
     return Transition(Phase.RECOVERING, {"failed": None}, attempt=status)
 
 
-def _attempt_finished(entry: JournalEntry, seen: AttemptFinished) -> Transition:
+def _attempt_finished(entry: JournalEntry, observed: AttemptFinished) -> Transition:
     attempt = AttemptStatus(AttemptState.SUCCEEDED)
     return _end(JobStatus(JobState.SUCCEEDED), attempt)
 
 
-def _attempt_stopped(entry: JournalEntry, seen: AttemptStopped) -> Transition:
-    attempt = AttemptStatus(AttemptState.STOPPED, None, seen.message)
-    if seen.desired in (DesiredState.CANCEL, DesiredState.PAUSE):
-        return _stop(seen.desired, seen.revision, attempt)
-    # Stopped for a new version of the code, or the pause was taken back meanwhile.
+def _attempt_stopped(entry: JournalEntry, observed: AttemptStopped) -> Transition:
+    attempt = AttemptStatus(AttemptState.STOPPED, None, observed.message)
+    if observed.desired in (DesiredState.CANCEL, DesiredState.PAUSE):
+        return _stop(observed.desired, observed.revision, attempt)
+    # Stopped for a new version of the code, or the pause was revoked meanwhile.
     return Transition(
         Phase.RECOVERING,
         {"failed": None, "stopping": None},
         attempt=attempt,
-        job=JobStatus(JobState.RECOVERING, None, seen.message),
+        job=JobStatus(JobState.RECOVERING, None, observed.message),
     )
 
 
-def _attempt_failed(entry: JournalEntry, seen: AttemptFailed) -> Transition:
-    cause = seen.cause
+def _attempt_failed(entry: JournalEntry, observed: AttemptFailed) -> Transition:
+    cause = observed.cause
     failed = FailedAttempt(
         kind=cause.kind,
         message=cause.message,
         rank=cause.rank,
         detail=cause.detail[-_MAX_DETAIL:],
-        dead_ranks=seen.dead_ranks,
+        dead_ranks=observed.dead_ranks,
     )
     dead = {}
-    # Once an attempt runs, the files of the dead before it are being fetched; when it
-    # never ran, no task to fetch them has been started yet.
+    # Files of earlier dead ranks are fetched once an attempt runs. If this attempt
+    # never ran, those ranks stay listed, because no fetch has been started.
     if entry.phase is not Phase.RUNNING:
         dead = {(rank.attempt, rank.place.rank): rank for rank in entry.dead}
     for place in entry.ranks:
-        if place.rank in seen.dead_ranks:
+        if place.rank in observed.dead_ranks:
             rank = DeadRank(attempt=entry.attempt, place=place)
             dead[entry.attempt, place.rank] = rank
     return Transition(Phase.RECOVERING, {"failed": failed, "dead": tuple(dead.values())})
 
 
-def _restart_decided(entry: JournalEntry, seen: RestartDecided) -> Transition:
-    decision = seen.decision
+def _restart_decided(entry: JournalEntry, observed: RestartDecided) -> Transition:
+    decision = observed.decision
     spent = {
         "failures": decision.history.failures,
         "preemptions": decision.history.preemptions,
         "commits_at_failure": decision.history.commits_at_failure,
         "failed": None,
     }
-    # Budget and ending in one write: a driver that died in between would start an attempt
-    # that the budget does not have.
+    # Budget and ending are written at once. A driver that died between two writes would
+    # start an attempt beyond the budget.
     if not decision.retry:
         status = JobStatus(JobState.FAILED, decision.reason, decision.message)
         return _end(status, journal=spent)
@@ -386,14 +387,14 @@ def _end(
 Rule = Callable[[JournalEntry, Any], Transition]
 
 TRANSITIONS: dict[tuple[Phase, type], Rule] = {
-    # No resources are held: CPU work on the data, then the queue.
+    # Phases without resources: CPU work on the data, then the queue.
     (Phase.PREPARING, DataPrepared): _data_prepared,
     (Phase.PREPARING, DataRejected): _data_rejected,
     (Phase.PREPARING, PreparationFailed): _preparation_failed,
     (Phase.PREPARING, StopRequested): _stop_requested,
     (Phase.READY, RunRequested): _run_requested,
     (Phase.READY, StopRequested): _stop_requested,
-    # The service has admitted the job; Ray finds room for it.
+    # The service has admitted the job; Ray places it.
     (Phase.SCHEDULING, Placed): _placed,
     (Phase.SCHEDULING, PlacementTimedOut): _placement_timed_out,
     (Phase.SCHEDULING, StopRequested): _stop_requested,
@@ -405,7 +406,7 @@ TRANSITIONS: dict[tuple[Phase, type], Rule] = {
     (Phase.RUNNING, AttemptFinished): _attempt_finished,
     (Phase.RUNNING, AttemptStopped): _attempt_stopped,
     (Phase.RUNNING, AttemptFailed): _attempt_failed,
-    # Between two attempts; processes and placement group are kept where they live.
+    # Between two attempts; living processes and the placement group are kept.
     (Phase.RECOVERING, RestartDecided): _restart_decided,
     (Phase.RECOVERING, Placed): _placed,
     (Phase.RECOVERING, PlacementTimedOut): _placement_timed_out,

@@ -1,7 +1,7 @@
-"""Holds what a job's driver must remember to go on after its own death.
+"""Defines the state from which a job's driver resumes after its own death.
 
 Owns: the journal's fields, which are a file format: a newer driver reads the entries of
-an older one. Never holds a token. Must not know: storage, Ray, torch, HTTP.
+an older one. Tokens are never stored. Must not know: storage, Ray, torch, HTTP.
 """
 
 from enum import StrEnum
@@ -34,18 +34,18 @@ class Ending(BaseModel):
     Written before the clean-up, so that a restarted driver ends the job the same way.
     """
 
-    # The key in the journal is that of earlier versions.
+    # Earlier versions wrote this key.
     model_config = ConfigDict(frozen=True, validate_by_name=True, serialize_by_alias=True)
 
     state: str
     reason: str | None = None
     message: str = ""
     is_recorded: bool = Field(default=False, alias="told")
-    """Whether the service has it already, by another record."""
+    """Whether another record has already set the state in the service."""
 
 
 class FailedAttempt(BaseModel):
-    """Why the current attempt failed, until it is decided what follows."""
+    """The failure of the current attempt, until the restart policy has decided."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -57,7 +57,7 @@ class FailedAttempt(BaseModel):
 
 
 class DeadRank(BaseModel):
-    """A rank that died in an attempt; its report and log files lie on its node."""
+    """A rank that died in an attempt; its report and log files are on its node."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -97,7 +97,7 @@ class JournalEntry(BaseModel):
     """PreparedData as JSON, once the data are ready."""
     accelerator: str | None = None
     nodes: tuple[str, ...] = ()
-    """Every node that the job was ever placed on, for the clean-up."""
+    """All nodes that the job was ever placed on, for the clean-up."""
     ranks: tuple[RankPlace, ...] = ()
     store: tuple[str, int] | None = None
     """Host and port of the TCPStore."""
@@ -111,7 +111,7 @@ class JournalEntry(BaseModel):
     checkpoint_requests: int = 0
     """Requests for a checkpoint that were passed on to the ranks."""
     stopping: DesiredState | None = None
-    """Why the ranks of this attempt got a stop command."""
+    """Reason of the stop command sent to this attempt's ranks."""
     failed: FailedAttempt | None = None
     dead: tuple[DeadRank, ...] = ()
     """Dead ranks whose files may not have been fetched yet."""

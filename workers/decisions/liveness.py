@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 SILENCE_S = 15.0
-"""A rank that has not answered for this long counts as dead. Ray itself notices a frozen
-node after a minute only."""
+"""A rank that has not answered for this long counts as dead. Ray itself needs a minute
+to detect a frozen node."""
 START_SILENCE_S = 90.0
 """Silence that is tolerated while processes start: importing torch on a busy machine
 blocks the interpreter for long."""
@@ -22,7 +22,7 @@ FIRST_STEP_S = 1800.0
 
 @dataclass(frozen=True)
 class Progress:
-    """The last time at which anything advanced, on any rank."""
+    """The last time at which any rank reported progress."""
 
     last_at: float
     longest_gap_s: float = 0.0
@@ -64,7 +64,7 @@ def hang(now: float, progress: Progress) -> str | None:
     limit = FIRST_STEP_S
     if progress.reports:
         limit = max(HANG_FLOOR_S, 10 * progress.longest_gap_s)
-    quiet = now - progress.last_at
-    if quiet <= limit:
+    silence_s = now - progress.last_at
+    if silence_s <= limit:
         return None
-    return f"no rank reported anything for {quiet:.0f} s (limit {limit:.0f} s)"
+    return f"no rank reported anything for {silence_s:.0f} s (limit {limit:.0f} s)"

@@ -1,11 +1,12 @@
-"""Plans where ranks go.
+"""Plans on which nodes and GPUs ranks run.
 
 Owns: the bundles before placement, the rank map after it, how many islands a node
 holds, and the explanation when a job does not fit. Pure. Must not know: Ray, torch.
 
 A bundle is an island: the ranks of one tensor-parallel group, which must share NVLink.
-Ray never spreads a bundle over nodes, so "TP inside a node" holds by construction. Ray
-orders bundles as it likes, so ranks are assigned from what the workers report.
+Ray never spreads a bundle over nodes, so tensor parallelism stays within a node by
+construction. The order of bundles in Ray is arbitrary, so ranks are assigned from the
+workers' reports.
 """
 
 from collections import Counter
@@ -26,7 +27,7 @@ _EPSILON = 1e-6
 
 
 class PlacementError(WorkersError):
-    """The reported slots do not make up the planned world; the message names why."""
+    """The reported slots do not form the planned world; the message names the reason."""
 
 
 @dataclass(frozen=True)
@@ -45,12 +46,12 @@ class PlacementPlan:
     accelerator: Literal["cpu", "gpu"]
     bundles: tuple[Bundle, ...]
     worker_resources: dict[str, float]
-    """Resources that one worker takes out of its bundle."""
+    """Resources of its bundle that one worker uses."""
     dims: ParallelDims
     capacity: int
-    """Islands that the cluster could hold if it were empty."""
+    """Number of islands that fit in the empty cluster."""
     node_reasons: tuple[str, ...] = ()
-    """One line per node: how many islands it could hold, and what limits it."""
+    """One line per node: how many islands fit, and the limiting resources."""
     avoid_nodes: tuple[str, ...] = ()
     """Node ids that must not be used."""
 
@@ -81,7 +82,7 @@ class SlotFacts(BaseModel):
     address: str
     pid: int
     gpu: int | None = None
-    """Index on its node; None on CPU, and for a process without one in Ray's books."""
+    """Index on its node; None on CPU, and for a process to which Ray assigned none."""
     is_spare: bool = False
     """Started to wait until a rank dies."""
     gpu_uuid: str | None = None
@@ -111,14 +112,15 @@ class RankPlace(BaseModel):
 
 
 def is_usable(node: NodeInfo) -> bool:
-    """Whether a node may hold ranks: it is alive and not known to miss the storage."""
+    """Whether a node may run ranks: it is alive, and its storage check has not failed."""
     return node.alive and node.storage_ok is not False
 
 
 def has_gpus(nodes: Iterable[NodeInfo]) -> bool:
     """Whether `accelerator: auto` means GPUs on these nodes."""
     for node in nodes:
-        # A node that refuses the storage can hold no rank, so its GPUs do not count.
+        # A node without access to the storage cannot run ranks, so its GPUs do not
+        # count.
         if node.gpus >= 1 and is_usable(node):
             return True
     return False
@@ -143,44 +145,49 @@ def islands_that_fit(
 def plan_placement(
     spec: JobSpec, nodes: Sequence[NodeInfo], accelerator: str | None = None
 ) -> PlacementPlan:
-    """Returns the bundles of a resolved spec and how many the cluster could hold.
+    """Returns the bundles of a resolved spec and how many the empty cluster fits.
 
-    `accelerator` repeats an earlier decision; None decides by the spec and the nodes.
+    `accelerator` is that of an earlier plan; None: chosen from the spec and the nodes.
     """
-    kind: Literal["cpu", "gpu"] = "cpu"
-    choice = accelerator or spec.resources.accelerator
-    if choice == "gpu" or (choice == "auto" and has_gpus(nodes)):
-        kind = "gpu"
+    kind = _accelerator(accelerator or spec.resources.accelerator, nodes)
     dims = ParallelDims.of(spec.parallel)
-    # A rank has one whole GPU or none; its CPUs may be a fraction.
+    # A rank uses one whole GPU or none; its CPUs may be a fraction.
     per_rank = {"CPU": spec.resources.cpus_per_rank}
     if kind == "gpu":
         per_rank["GPU"] = 1.0
+    # Dead nodes are left out; living ones that cannot be used are explained to the user.
+    living = [node for node in nodes if node.alive]
+    capacity = 0
+    reasons = []
+    for node in living:
+        islands = _islands_on(node, per_rank, dims.tp)
+        capacity += islands
+        reasons.append(_reason(node, per_rank, islands))
+    return PlacementPlan(
+        accelerator=kind,
+        bundles=_bundles(dims, per_rank),
+        worker_resources=per_rank,
+        dims=dims,
+        capacity=capacity,
+        node_reasons=tuple(reasons),
+        avoid_nodes=tuple(node.node_id for node in living if not is_usable(node)),
+    )
+
+
+def _accelerator(choice: str, nodes: Sequence[NodeInfo]) -> Literal["cpu", "gpu"]:
+    if choice == "gpu" or (choice == "auto" and has_gpus(nodes)):
+        return "gpu"
+    return "cpu"
+
+
+def _bundles(dims: ParallelDims, per_rank: Mapping[str, float]) -> tuple[Bundle, ...]:
+    """Returns one bundle per tensor-parallel group, with consecutive slots."""
     resources = {name: amount * dims.tp for name, amount in per_rank.items()}
     bundles = []
     for index in range(dims.world_size // dims.tp):
         slots = range(index * dims.tp, (index + 1) * dims.tp)
         bundles.append(Bundle(index, resources, tuple(slots)))
-    capacity = 0
-    reasons = []
-    avoid_nodes = []
-    # Dead nodes are left out; living ones that cannot be used are explained to the user.
-    for node in nodes:
-        if node.alive:
-            islands = _islands_on(node, per_rank, dims.tp)
-            capacity += islands
-            reasons.append(_reason(node, per_rank, islands))
-            if not is_usable(node):
-                avoid_nodes.append(node.node_id)
-    return PlacementPlan(
-        accelerator=kind,
-        bundles=tuple(bundles),
-        worker_resources=per_rank,
-        dims=dims,
-        capacity=capacity,
-        node_reasons=tuple(reasons),
-        avoid_nodes=tuple(avoid_nodes),
-    )
+    return tuple(bundles)
 
 
 def _islands_on(node: NodeInfo, per_rank: Mapping[str, float], island: int) -> int:
@@ -191,7 +198,7 @@ def _islands_on(node: NodeInfo, per_rank: Mapping[str, float], island: int) -> i
 
 def _reason(node: NodeInfo, per_rank: Mapping[str, float], islands: int) -> str:
     if not is_usable(node):
-        return f"node {node.address} refused: it does not see the job storage"
+        return f"node {node.address} is excluded: it cannot read the job storage"
     available = {"CPU": node.cpus}
     if "GPU" in per_rank:
         available["GPU"] = node.gpus
@@ -206,15 +213,15 @@ def assign_ranks(slots: Iterable[SlotFacts], dims: ParallelDims) -> tuple[RankPl
     """Returns the rank map, by rank.
 
     Islands are sorted by NVLink domain, node and GPU; each is one tensor-parallel group
-    of neighbouring ranks. A pure function of the reported facts, so it comes out the same
-    after a restart on the same nodes.
+    of neighbouring ranks. A pure function of the reported facts, so a restart on the
+    same nodes yields the same map.
 
     Raises PlacementError when the slots are not exactly one world, or an island is not on
     one node.
     """
     reported = list(slots)
     by_slot = {facts.slot: facts for facts in reported}
-    # A slot that reports twice, or one that is missing, would shift every rank behind it.
+    # A duplicate or missing slot would shift every rank after it.
     if len(by_slot) != len(reported) or len(reported) != dims.world_size:
         raise PlacementError(
             f"{len(reported)} workers reported for a world of {dims.world_size} ranks"
@@ -232,7 +239,7 @@ def assign_ranks(slots: Iterable[SlotFacts], dims: ParallelDims) -> tuple[RankPl
         for rank in group:
             facts_of[rank] = members[dims.coordinates(rank)["tp"]]
     places = _with_local_ranks(facts_of, dims)
-    # True by construction; checked all the same, since a wrong map hangs NCCL silently.
+    # True by construction, but checked: NCCL would hang silently with a wrong map.
     assert_groups_local(places, dims)
     return places
 

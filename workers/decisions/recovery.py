@@ -3,8 +3,8 @@
 Owns: the split into rebuilding, loading and recomputing. Pure: times come in as values.
 Must not know: Ray.
 
-The clock starts when the driver sees the failure; how long that took after the failure
-itself only an outside observer can measure.
+The clock starts when the driver detects the failure. The time from the failure to its
+detection is not measured here.
 """
 
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 _LOADING = ("model", "load", "saver", "data")
-"""Phases of a rank's start that count as loading; the rest is rebuilding."""
+"""Phases of a rank's start that count as loading; all others count as rebuilding."""
 
 
 @dataclass
@@ -31,22 +31,22 @@ class RecoveryWatch:
     _first_step_at: float | None = field(default=None)
 
     def phase(self, data: Mapping[str, Any]) -> None:
-        """Takes a PhaseReport of rank 0 in the next attempt."""
+        """Processes a PhaseReport of rank 0 in the next attempt."""
         if data["phase"] in _LOADING:
             self._load_s += float(data["seconds"])
 
     def step(self, step: int, now: float) -> dict[str, Any] | None:
-        """Takes a step of the next attempt.
+        """Processes a step of the next attempt.
 
         Returns the split once the step is the first that had not been done before.
         """
-        # From here on, steps are repeated that were done since the checkpoint.
+        # From here on, the steps since the checkpoint are repeated.
         if self._first_step_at is None:
             self._first_step_at = now
         if step <= self.reached:
             return None
-        # The phases of a rank's start are measured in the rank; what is left of the time
-        # until its first step went into processes, store and rendezvous.
+        # The rank measures the phases of its start. The rest of the time until its
+        # first step was spent on processes, store and rendezvous.
         until_first_step = self._first_step_at - self.noticed_at
         return {
             "seconds": round(now - self.noticed_at, 3),

@@ -1,4 +1,4 @@
-"""Decides whether a failed attempt is followed by another, and when.
+"""Decides whether and when a failed attempt is followed by another.
 
 Owns: the budgets, the back-off and the guard against crash loops. Pure: clocks and
 random numbers come in as values. Must not know: Ray, torch.
@@ -14,7 +14,7 @@ PROGRESS_ATTEMPTS = 3
 """Failed attempts in a row without a higher committed step that end a job."""
 BACKOFF_CAP_S = 60.0
 DETERMINISTIC = (FailureKind.USER, FailureKind.OOM, FailureKind.NAN_LOSS)
-"""Failures that another attempt would only repeat."""
+"""Failures that every further attempt would repeat."""
 
 
 @dataclass(frozen=True)
@@ -52,11 +52,11 @@ def decide_restart(
     committed checkpoint (0: none); `jitter` is uniform in [0, 1).
     """
     message = cause.sentence()
-    # These are not counted either: the job ends here whatever its budget is.
+    # Not counted in the budget: the job ends here whatever its budget is.
     if cause.kind in DETERMINISTIC:
         message = f"{message} (not restarted: the error is deterministic)"
         return RestartDecision(False, 0.0, cause.reason, message, history)
-    # Preemptions are not the job's fault, so they have a budget of their own.
+    # Preemptions are not failures of the job, so they have a separate budget.
     if cause.kind is FailureKind.PREEMPTED:
         return _after_preemption(policy, history, cause)
     spent = RestartHistory(
@@ -69,12 +69,13 @@ def decide_restart(
             f"{message} (failure {spent.failures}, restart.max_failures is "
             f"{policy.max_failures})"
         )
-        # The only failure is itself the reason; "budget spent" would hide it.
+        # With a budget of 0 the failure itself is the reason; "budget spent" would hide
+        # it.
         reason = cause.reason
         if spent.failures > 1:
             reason = StatusReason.BUDGET_SPENT
         return RestartDecision(False, 0.0, reason, message, spent)
-    # A large budget must not be burnt by a job that fails at the same place every time.
+    # A job that always fails at the same step must not use up a large budget.
     if _is_crash_loop(spent.commits_at_failure):
         message = (
             f"{message} ({PROGRESS_ATTEMPTS} attempts failed without a checkpoint beyond step "
@@ -88,7 +89,7 @@ def decide_restart(
 def _after_preemption(
     policy: RestartConfig, history: RestartHistory, cause: Failure
 ) -> RestartDecision:
-    """Preemptions have a budget of their own and are retried at once."""
+    """Decides after a preemption, which has a separate budget and is retried at once."""
     spent = replace(history, preemptions=history.preemptions + 1)
     message = cause.sentence()
     if 0 <= policy.max_preemptions < spent.preemptions:
@@ -116,7 +117,7 @@ def _is_crash_loop(commits: tuple[int, ...]) -> bool:
     """Returns whether three failed attempts in a row have committed no later step."""
     if len(commits) < PROGRESS_ATTEMPTS:
         return False
-    # With exactly three failures there is no earlier one: then the job began at step 0.
+    # With exactly three failures there is no earlier commit: the job began at step 0.
     before = 0
     if len(commits) > PROGRESS_ATTEMPTS:
         before = commits[-PROGRESS_ATTEMPTS - 1]

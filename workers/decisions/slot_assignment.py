@@ -1,14 +1,13 @@
 """Assigns processes to the ranks of the next attempt.
 
-Owns: who goes on, which spare is promoted, who is started anew, where a spare waits.
-Pure. Must not know: Ray, torch.
+Owns: which processes continue, which spares are promoted, which are started anew, and
+where spares run. Pure. Must not know: Ray, torch.
 
-A slot number names one process of the job. What a rank needs is a `Slot`: a bundle and,
-where there are GPUs, one of that bundle's. The first processes in a bundle get their
-GPUs from Ray. From then on the bundle's GPUs are known from the last rank map, and the
-process that replaces a dead one holds no GPU in Ray's books: the start order names
-the one to use. That is safe because the bundle belongs to the job, so Ray gives the GPU to no
-one else.
+A slot number identifies one process of the job. A rank needs a `Slot`: a bundle and, on
+GPUs, one GPU of that bundle. Ray assigns GPUs to the first processes of a bundle. From
+then on the last rank map lists the bundle's GPUs. A replacement of a dead process
+requests no GPU from Ray: the start order names the one to use. That is safe because the
+bundle is reserved for the job, so Ray assigns its GPUs to no other process.
 """
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -20,7 +19,7 @@ from workers.decisions.placement import Bundle, PlacementPlan, RankPlace, SlotFa
 
 @dataclass(frozen=True)
 class Slot:
-    """Bundle and GPU that a reused or spare process must take."""
+    """Bundle and GPU assigned to a reused or spare process."""
 
     bundle: int
     gpu: int | None
@@ -61,7 +60,7 @@ class SlotAssignment:
 
 
 def num_slots(dims: ParallelDims) -> int:
-    """Returns the slots that a job can ever have: its ranks and one spare per bundle."""
+    """Returns the maximum number of slots: all ranks and one spare per bundle."""
     return dims.world_size + dims.world_size // dims.tp
 
 
@@ -91,16 +90,16 @@ def spares_to_start(
 
     `spare_nodes` are the nodes that have one.
     """
-    # Numbers of dead processes are used again, so a job needs no more than `num_slots`.
+    # Numbers of dead processes are reused, so a job needs at most `num_slots`.
     free_slots = _free_slots(plan, living)
     first_bundle: dict[str, int] = {}
-    # Any bundle of the node will do: it only determines where Ray starts the process.
+    # Any bundle of the node works: it only determines where Ray starts the process.
     for place in places:
         first_bundle.setdefault(place.node_id, place.bundle)
     spares = []
     for node_id, bundle in first_bundle.items():
         if node_id not in spare_nodes:
-            # A spare takes nothing in Ray's books, so it never delays a rank.
+            # A spare requests no resources from Ray, so it never delays a rank.
             spares.append(WorkerToStart(next(free_slots), bundle, {}, is_spare=True))
     return spares
 
@@ -131,8 +130,8 @@ class _SlotAssigner:
         self._promoted: list[int] = []
 
     def assign(self) -> SlotAssignment:
-        # A bundle that stayed keeps its processes, which saves their start; one that moved
-        # has none on its new node.
+        # A bundle that did not move keeps its processes, which saves their start. One
+        # that moved has no processes on its new node.
         for bundle in self._plan.bundles:
             places = self._places_in(bundle)
             if len(places) == len(bundle.slots):
@@ -150,23 +149,26 @@ class _SlotAssigner:
         """Returns the bundle's rows of the last rank map, unless Ray has moved it since."""
         node_id = self._nodes.get(bundle.index)
         places = []
-        # After the loss of a node Ray moves the bundle; its old GPUs mean nothing there.
+        # After the loss of a node Ray moves the bundle; its old GPU indices are not
+        # valid there.
         for place in self._places:
             if place.bundle == bundle.index and place.node_id == node_id:
                 places.append(place)
         return places
 
     def _refill(self, bundle: Bundle, places: Sequence[RankPlace]) -> None:
-        """Keeps the slots of a bundle that lies where it lay and replaces the dead."""
-        # Ray may think that the dead process's GPU is free, but another successor may
-        # already use it: a new process gets its GPU from the rank map, not from Ray.
+        """Keeps the living slots of an unmoved bundle and replaces the dead ones."""
+        # Ray may count a dead process's GPU as free although another replacement
+        # already uses it. So a new process gets its GPU from the rank map, not from
+        # Ray.
         resources = dict(self._plan.worker_resources)
         resources.pop("GPU", None)
         for place in places:
             number: int | None = place.slot
             if number not in self._living:
                 number = self._take_idle(place.node_id)
-            # A spare or half-started process is up already; a new one takes seconds.
+            # A spare or half-started process is already running; a new one needs
+            # seconds to start.
             if number is None:
                 number = self._start_worker(bundle, resources)
             self._slots[number] = Slot(bundle.index, place.gpu)
@@ -185,7 +187,7 @@ class _SlotAssigner:
             self._slots[number] = None
 
     def _holds_resources_in(self, facts: SlotFacts, bundle: Bundle) -> bool:
-        """Returns whether an earlier, unfinished start made this process for the bundle."""
+        """Returns whether an unfinished start created this process for the bundle."""
         if facts.is_spare or facts.bundle != bundle.index:
             return False
         # The bundle has moved since the process started.
@@ -195,11 +197,11 @@ class _SlotAssigner:
         return facts.gpu is not None or self._plan.accelerator == "cpu"
 
     def _take_idle(self, node_id: str) -> int | None:
-        """Takes an unassigned process on the node that holds no GPU of its own."""
+        """Takes an unassigned process on the node to which Ray assigned no GPU."""
         for number in sorted(self._unmapped):
             facts = self._unmapped[number]
             holds_gpu = facts.gpu is not None
-            # One that holds a GPU in Ray's books cannot be moved to another.
+            # A process to which Ray assigned a GPU cannot use another one.
             if facts.node_id != node_id or holds_gpu or number in self._slots:
                 continue
             # The driver reports promotions, and starts a new spare for the node later.
@@ -215,8 +217,8 @@ class _SlotAssigner:
 
     def _released(self) -> tuple[int, ...]:
         """Returns the unassigned processes, except spares that keep waiting."""
-        # Spares that were not needed go on waiting. A process that was a rank, or that
-        # does not answer, cannot become a spare.
+        # Unneeded spares are kept. A process that was a rank, or that does not answer,
+        # cannot become a spare.
         waiting = set(self._unmapped)
         for place in self._places:
             waiting.discard(place.slot)

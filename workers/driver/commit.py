@@ -1,10 +1,10 @@
-"""Decides when a checkpoint is whole, commits it, and reads back what it contains.
+"""Decides when a checkpoint is complete, commits it, and reads its records back.
 
 Owns: collecting the ranks' reports until a step is whole, the commit itself. Torch-free.
 Must not know: Ray, HTTP.
 
-Used by the driver under Ray and by rank 0 under torchrun, so that both commit by the
-same rule.
+Used by the driver under Ray and by rank 0 under torchrun, so that both follow the same
+rule.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,7 +24,7 @@ from workers.rank.spool import Line, parse_line
 
 @dataclass(frozen=True)
 class WholeCheckpoint:
-    """A checkpoint that all ranks have written, with what is stored beside it."""
+    """A checkpoint that all ranks have written, with the files stored beside it."""
 
     step: int
     attempt: int
@@ -71,8 +71,8 @@ class CheckpointLedger:
         parts = self._written.pop(step)
         included = self._reports[: self._end_of(step)]
         following = self._reports[len(included) :]
-        # What the service lacks goes into the next checkpoint as well: retention may delete
-        # this one before the service is back.
+        # Records that the service lacks are also added to the next checkpoint:
+        # retention may delete this one before the service is reachable.
         unstored = []
         if stored is not None:
             unstored = [record for record in included if record["n"] > stored]
@@ -122,12 +122,12 @@ def commit_whole(
     manifest: dict[str, Any],
     open_storage: Callable[[str], Storage] = open_storage,
 ) -> Sequence[str]:
-    """Commits a checkpoint, then deletes what retention no longer keeps.
+    """Commits a checkpoint, then deletes those that retention no longer keeps.
 
     Returns the deleted paths. Raises StorageError.
     """
-    # Committing again changes nothing, so a driver that dies after the commit and before
-    # the retention is followed by one that only does the rest.
+    # A repeated commit changes nothing, so after a driver died between commit and
+    # retention its successor can simply repeat both.
     facts = {
         "step": whole.step,
         "attempt": whole.attempt,
@@ -143,11 +143,12 @@ def commit_whole(
 def contained_records(storage_path: str) -> dict[str, list[Line]]:
     """Returns rank 0's numbered records in a job's checkpoints, in order, by source.
 
-    For a driver that restarts after its node was lost: the rank's own file is gone, and
-    perhaps nothing of it had been sent. Raises StorageError.
+    For a driver that restarts after its node was lost: the rank's own file is lost, and
+    perhaps none of its records had been sent. Raises StorageError.
     """
     by_source: dict[str, dict[int, Line]] = {}
-    # Later checkpoints repeat what the service had not stored; by number, each counts once.
+    # Later checkpoints repeat records that the service had not stored; keyed by number,
+    # each is kept once.
     for info in list_checkpoints(storage_path):
         lines = by_source.setdefault(source_of(info.attempt), {})
         if info.committed:

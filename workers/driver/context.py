@@ -1,7 +1,7 @@
-"""Holds the state of a job that one incarnation of its driver works with.
+"""Holds the state of a job for one incarnation of its driver.
 
 Owns: the journal entry, the epoch, the records, the state that the service desires.
-Shared by all phases. Must not know: Ray, HTTP, what comes next.
+Shared by all phases. Must not know: Ray, HTTP, which phase follows.
 """
 
 from typing import Any
@@ -22,11 +22,11 @@ from workers.rank.messages import Fence
 
 
 class DriverReplacedError(WorkersError):
-    """A newer incarnation drives this job."""
+    """A newer incarnation of the driver has taken over this job."""
 
 
 class JobContext:
-    """One incarnation's view of its job; takes the next epoch when made.
+    """One incarnation's view of its job; the constructor takes the next epoch.
 
     Raises StorageError, JournalError, and ForeignJournalError when the folder belongs to
     another job.
@@ -40,16 +40,17 @@ class JobContext:
         self._journal = Journal(ports.open_storage(job_dir))
         self.previous_entry = self._journal.latest()
         """The entry that an earlier incarnation left; None for a new job."""
-        # Checked before anything is written: another job's folder stays as it is.
+        # Checked before anything is written, so that another job's folder stays
+        # unchanged.
         if self.previous_entry is not None and self.previous_entry.job_id != job_id:
             raise ForeignJournalError(job_dir, self.previous_entry.job_id)
         entry = self.previous_entry or JournalEntry(job_id=job_id, epoch=0)
-        # The epoch is durable before anything is sent: from here on, workers and service
-        # refuse the incarnation before.
+        # The epoch is durable before anything is sent with it; workers and service then
+        # refuse the previous incarnation.
         self.entry = entry.model_copy(update={"epoch": entry.epoch + 1})
         self._journal.write(self.entry)
-        # Reports may be in checkpoints only: their rank's node may be lost, and the
-        # driver before may have died with them on their way.
+        # Some reports may exist in checkpoints only: their rank's node may be lost, and
+        # the previous driver may have died before it sent them.
         from_checkpoints = {}
         if self.previous_entry is not None:
             from_checkpoints = contained_records(job_dir)
@@ -62,7 +63,7 @@ class JobContext:
         self._journal.write(self.entry)
 
     def commit(self, transition: Transition) -> None:
-        """Records and journals a transition: the driver is in its phase from now on."""
+        """Records and journals a transition, which enters its phase."""
         # Records before the journal: see Transition.
         if transition.attempt is not None:
             status = transition.attempt
@@ -90,7 +91,7 @@ class JobContext:
 
     @property
     def num_slots(self) -> int:
-        """Worker processes that the job can ever have at once."""
+        """Maximum number of worker processes of the job at one time."""
         return num_slots(ParallelDims.of(self.spec.parallel))
 
     def unmapped_slots(self) -> list[int]:
@@ -119,10 +120,11 @@ class JobContext:
     def desired_state(self) -> DesiredState:
         """The state that the job is to have now.
 
-        Until the service has been reached, it is the one that an earlier incarnation has begun
-        to carry out: a cancelled job never starts again because the service is away.
+        Until the service has been reached, it is the state that an earlier incarnation
+        began to carry out, so that a cancelled job never restarts because the service
+        is down.
         """
-        # The service's word is newer than the journal's, as soon as it is known.
+        # The service's state is newer than the journal's.
         if self.desired is not None:
             return self.desired.desired
         return self.entry.stopping or DesiredState.RUN
@@ -133,7 +135,7 @@ class JobContext:
             raise DriverReplacedError(self.ports.outbox.replaced)
 
     def stop_requested(self) -> StopRequested | None:
-        """Returns the request to cancel or pause the job, where there is one.
+        """Returns the request to cancel or pause the job, if any.
 
         A job that holds no resources has nothing to pause. Raises DriverReplacedError.
         """

@@ -1,7 +1,7 @@
-"""Fetches the files that dead ranks left on their nodes, and removes a job's files.
+"""Fetches files of dead ranks from their nodes, and removes a job's files.
 
-Owns: the tasks that do it and how long they are waited for. Best effort, beside the
-recovery: a node may be gone. Must not know: what follows a death.
+Owns: the tasks that do it and their timeouts. Best effort and concurrent with the
+recovery, since a node may be lost. Must not know: what follows a death.
 """
 
 import threading
@@ -41,7 +41,8 @@ class DeadRankFiles:
     def collect(self, dead: Iterable[DeadRank]) -> None:
         """Starts fetching reports (of rank 0) and the ends of logs, of each rank once.
 
-        To be called when the successors run: starting a process for it would delay them.
+        To be called once the replacements run, because starting a task process would
+        delay them.
         """
         self._threads = [thread for thread in self._threads if thread.is_alive()]
         for rank in dead:
@@ -49,7 +50,8 @@ class DeadRankFiles:
             if key in self._fetched:
                 continue
             self._fetched.add(key)
-            # A thread each: nodes answer slowly or not at all, and the recovery goes on.
+            # One thread per rank, because nodes may answer slowly or never while the
+            # recovery continues.
             thread = threading.Thread(
                 target=self._fetch,
                 args=(rank.attempt, rank.place),
@@ -60,13 +62,13 @@ class DeadRankFiles:
             self._threads.append(thread)
 
     def finish(self, dead: Iterable[DeadRank]) -> None:
-        """Waits until all files of the dead are fetched, or cannot be."""
+        """Waits until all files of dead ranks are fetched or have failed to be."""
         self.collect(dead)
         for thread in self._threads:
             thread.join(_FETCH_S)
 
     def start_sweep(self, job_id: str, nodes: Iterable[str]) -> None:
-        """Begins to remove the job's folder on those of the nodes that still live."""
+        """Starts removing the job's folder on the nodes that are alive."""
         job_nodes = set(nodes)
         self._sweeps = []
         for node in read_nodes():
@@ -85,8 +87,8 @@ class DeadRankFiles:
         folder = Path(place.local_dir)
         source = source_of(attempt)
         log_offset = self._logs.size(attempt, place.rank)
-        # The log goes on where it was cut off; of the reports only those are fetched that
-        # are neither stored nor on their way.
+        # The log continues at the last received byte; only reports that are neither
+        # stored nor pending are fetched.
         cursor = _NO_REPORTS
         if place.rank == 0:
             cursor = self._outbox.last(source)
@@ -100,7 +102,7 @@ class DeadRankFiles:
             _LOG_BYTES,
         )
         files = result_or_none(call, _FETCH_S)
-        # The node may be gone with the rank, and with it the files.
+        # The node and its files may be lost together with the rank.
         if files is None:
             return
         lines, log = files

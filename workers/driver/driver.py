@@ -1,11 +1,11 @@
 """Defines JobDriver, the detached, named Ray actor of one job.
 
-Owns: the actor's methods, its thread, the real dependencies of the job's lifecycle. What
-the thread does is in `lifecycle`. Must not know: torch, phases.
+Owns: the actor's methods, its thread, the real dependencies of the job's lifecycle. The
+thread's work is in `lifecycle`. Must not know: torch, phases.
 
-The constructor takes ids only and does nothing that can raise: an actor whose constructor
-raises on restart is dead for ever. The service's address and the token come by `attach`
-from the agent at run time.
+The constructor takes ids only and cannot raise: Ray never restarts an actor whose
+constructor raises on a restart. The agent passes the service's address and the token at
+run time, by `attach`.
 """
 
 import os
@@ -43,8 +43,8 @@ from workers.ray.worker_group import WorkerGroup
 
 _RETRY_S = (1.0, 2.0, 5.0, 10.0, 30.0)
 _MAX_BUGS = 4
-"""Unexpected errors of the driver itself after which the job fails instead of being
-entered again."""
+"""Number of unexpected errors of the driver after which the job fails instead of being
+resumed."""
 
 
 def open_ports(job_id: str, job_dir: str, namespace: str, worker_class: type) -> JobPorts:
@@ -74,22 +74,22 @@ class JobDriver:
     worker_class: ClassVar[type] = RankWorker
 
     def __init__(self, job_id: str, job_dir: str) -> None:
-        # A driver shares its node with ranks; it needs little CPU and must not delay them.
+        # A driver shares its node with ranks, which it must not delay.
         lower_priority()
         self._job_id = job_id
         self._job_dir = job_dir
         self._attached: tuple[str, str, DesiredJob] | None = None
         self._ports: JobPorts | None = None
         self._lifecycle: JobLifecycle | None = None
-        self._trouble = ""
+        self._last_error = ""
         self._ending: Ending | None = None
         self._lock = threading.Lock()
         threading.Thread(target=self._main, name="job", daemon=True).start()
 
     def attach(self, url: str, token: str, desired: dict[str, Any]) -> DriverStatus:
-        """Takes the service's address and what it desires.
+        """Sets the service's address and the job's desired state.
 
-        Called again whenever the agent sees either change, or just to be sure.
+        Called whenever either changes, and periodically.
         """
         with self._lock:
             job = DesiredJob.model_validate({**desired, "token": token})
@@ -101,8 +101,8 @@ class JobDriver:
     def status(self) -> DriverStatus:
         """Returns a one-line status for the agent's report."""
         detail = "starting"
-        if self._trouble:
-            detail = self._trouble
+        if self._last_error:
+            detail = self._last_error
         elif self._lifecycle is not None:
             detail = self._lifecycle.phase
         return DriverStatus(job_id=self._job_id, alive=True, detail=detail)
@@ -112,9 +112,9 @@ class JobDriver:
         return os.getpid()
 
     def _main(self) -> None:
-        """Runs the job to its end, then this actor's own.
+        """Runs the job to its end, then ends this actor.
 
-        After trouble (storage away, a bug) the job is entered again from the journal.
+        After an error (storage unavailable, a bug) the job is resumed from the journal.
         """
         failures = 0
         bugs = 0
@@ -129,32 +129,34 @@ class JobDriver:
                 # actor id.
                 os._exit(0)
             except ForeignJournalError as error:
-                self._refuse(error)
+                self._fail_foreign_job(error)
                 continue
-            # Storage outages end; until then ranks train on and the journal waits.
+            # Storage outages are temporary: ranks keep training, and the journal is
+            # read again.
             except (StorageError, JournalError) as error:
-                self._trouble = str(error)
+                self._last_error = str(error)
             except Exception as error:  # noqa: BLE001 - the thread must not die silently; it goes on from the journal
-                self._trouble = f"{type(error).__name__}: {error}"
+                self._last_error = f"{type(error).__name__}: {error}"
                 bugs += 1
                 traceback.print_exc()
                 if bugs == _MAX_BUGS:
                     self._ending = Ending(
                         state=JobState.FAILED.value,
                         reason=StatusReason.INTERNAL.value,
-                        message=f"the job's driver cannot go on: {self._trouble}",
+                        message=f"the job's driver cannot go on: {self._last_error}",
                     )
-            # Each entry has ports of its own: threads of the last one must not send on.
+            # Every resume gets new ports, so that threads of the previous run send
+            # nothing more.
             finally:
                 if self._ports is not None:
                     self._ports.close()
             time.sleep(_RETRY_S[min(failures, len(_RETRY_S) - 1)])
             failures += 1
-        # With no_restart: an actor that merely returned would stay for ever.
+        # With no_restart, because an actor whose methods have returned keeps running.
         kill(ray.get_runtime_context().current_actor)
 
-    def _refuse(self, error: ForeignJournalError) -> None:
-        """Fails the job in a folder of its own: the given one belongs to another job."""
+    def _fail_foreign_job(self, error: ForeignJournalError) -> None:
+        """Fails the job from a separate folder, as the given one belongs to another job."""
         self._job_dir = f"{self._job_dir}/refused-{self._job_id}"
         self._ending = Ending(
             state=JobState.FAILED.value,
@@ -165,12 +167,12 @@ class JobDriver:
     def _run_lifecycle(self) -> None:
         namespace = ray.get_runtime_context().namespace
         ports = open_ports(self._job_id, self._job_dir, namespace, type(self).worker_class)
-        # Attached first: until the epoch is taken, nothing is sent.
+        # Attached first; nothing is sent before the epoch is taken.
         with self._lock:
             self._ports = ports
             if self._attached is not None:
                 ports.outbox.attach(*self._attached)
-        lifecycle = JobLifecycle(self._job_id, self._job_dir, ports, self._trouble)
-        self._trouble = ""
+        lifecycle = JobLifecycle(self._job_id, self._job_dir, ports, self._last_error)
+        self._last_error = ""
         self._lifecycle = lifecycle
         lifecycle.run(self._ending)

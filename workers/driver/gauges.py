@@ -1,6 +1,6 @@
-"""Shows training gauges on Ray's own metrics port, for its dashboard and Prometheus.
+"""Exports training gauges on Ray's metrics port, for its dashboard and Prometheus.
 
-Owns: their names. Live curves of the service do not come from here.
+Owns: their names. The service's live curves use step reports instead.
 """
 
 import math
@@ -25,10 +25,10 @@ class TrainingGauges:
             gauge.set_default_tags({"job": job_id})
             self._gauges[key] = gauge
 
-    def show(self, step: dict[str, Any]) -> None:
+    def update(self, step: dict[str, Any]) -> None:
         """Sets the gauges to the newest step report."""
         for key, gauge in self._gauges.items():
             value = step.get(key)
-            # Prometheus could show infinities, but no dashboard draws them well.
+            # Prometheus accepts infinities, but dashboards cannot plot them.
             if value is not None and math.isfinite(value):
                 gauge.set(float(value))

@@ -3,9 +3,9 @@
 Owns: the files, and the start orders that follow from an entry. Must not know: Ray,
 torch, HTTP.
 
-An entry is written whole before the driver acts and read by the next incarnation. The
-database holds what is desired and what happened; the journal holds how the job runs,
-so that recovery goes on while the service is away.
+A whole entry is written before the driver acts, and read by the next incarnation. The
+database stores the desired state and the history; the journal stores how the job runs,
+so that recovery works while the service is down.
 """
 
 import json
@@ -22,11 +22,11 @@ FOLDER = "attempts"
 
 
 class JournalError(WorkersError):
-    """A journal cannot be used; the text names the file and why."""
+    """A journal cannot be used; the message names the file and the reason."""
 
 
 class ForeignJournalError(WorkersError):
-    """The folder holds another job, whose checkpoints must not be mixed with this one's."""
+    """The folder belongs to another job; checkpoints of two jobs must not be mixed."""
 
     def __init__(self, job_dir: str, owner: str) -> None:
         super().__init__(
@@ -39,7 +39,7 @@ class ForeignJournalError(WorkersError):
 class Journal:
     """The entries of one job, in its storage.
 
-    Methods raise StorageError when the storage does.
+    Methods raise StorageError.
     """
 
     def __init__(self, storage: Storage) -> None:
@@ -54,7 +54,7 @@ class Journal:
     def latest(self) -> JournalEntry | None:
         """Returns the entry of the highest attempt; None for a new job.
 
-        Raises JournalError when it cannot be read as one.
+        Raises JournalError when the file is not a valid entry.
         """
         # Numbers, not names: attempt 10000 has five digits.
         attempts = []
@@ -83,7 +83,7 @@ def start_orders(entry: JournalEntry, accelerator: str) -> dict[int, StartReques
     if entry.spec is None or entry.prepared is None or (needs_store and not entry.store):
         raise ValueError(f"attempt {entry.attempt} has no spec, data or store yet")
     master_addr, master_port = entry.store or (None, None)
-    # Ray shows a worker its own GPU only, so that is always number 0 there.
+    # Ray makes only the worker's own GPU visible, so its index is always 0 there.
     device = "cpu"
     if accelerator == "gpu":
         device = "cuda"

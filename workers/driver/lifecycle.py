@@ -1,11 +1,11 @@
-"""Runs a job from its first data task to its last actor.
+"""Runs a job from data preparation to the removal of its last actor.
 
-Owns: the loop that carries out the transitions of `job_phases`, and what is left at the
-end (nothing). Must not know: HTTP, torch, how the work of a phase is done.
+Owns: the loop that carries out the transitions of `job_phases`, and the clean-up at the
+end. Must not know: HTTP, torch, how the work of a phase is done.
 
-Runs in the driver's own thread. Every phase is in the journal before it is begun, every
-creation is get-or-create, and nothing is recorded twice, so a restarted driver enters at
-the phase that it finds.
+Runs in the driver's own thread. Every phase is journaled before it begins, every
+creation is get-or-create, and nothing is recorded twice, so a restarted driver resumes
+in the journaled phase.
 """
 
 from workers.decisions.job_phases import (
@@ -19,7 +19,7 @@ from workers.decisions.job_phases import (
     next_phase,
 )
 from workers.decisions.journal_entry import Ending, Phase
-from workers.driver.attempt.judgement import RanksStopped
+from workers.driver.attempt.outcome import RanksStopped
 from workers.driver.attempt.plan import AttemptPlan
 from workers.driver.attempt.progress import JobProgress
 from workers.driver.attempt.spares import SparePool
@@ -35,29 +35,29 @@ from workers.protocol.states import DesiredState, JobState, StatusReason
 _RETIRE_S = 2.0
 _SWEEP_S = 5.0
 _LATE_SWEEP_S = 60.0
-"""A node that is too busy to start a process for the clean-up delays nothing: it may come
-after the last record."""
+"""Seconds to wait, after the last record, for nodes that were too busy to start a
+clean-up process."""
 
 
 class JobLifecycle:
-    """One incarnation's work on one job.
+    """Runs one job within one incarnation of its driver.
 
-    `trouble` is what ended the incarnation before. Raises StorageError, JournalError,
-    ForeignJournalError.
+    `last_error` is the error that ended the previous incarnation. Raises StorageError,
+    JournalError, ForeignJournalError.
     """
 
     def __init__(
-        self, job_id: str, job_dir: str, ports: JobPorts, trouble: str = ""
+        self, job_id: str, job_dir: str, ports: JobPorts, last_error: str = ""
     ) -> None:
         self._job = JobContext(job_id, job_dir, ports)
         self._ports = ports
-        self._trouble = trouble
+        self._last_error = last_error
         self._preparation = DataPreparation(self._job)
         self._scheduling = Scheduling(self._job)
         self._starter = RankStarter(self._job)
         self._progress = JobProgress(self._job)
         self._recovery = Recovery(self._job, self._starter, self._progress)
-        # In memory only: a restarted driver has waited long enough.
+        # In memory only: after a restart of the driver no further back-off is needed.
         self._retry_at = 0.0
 
     @property
@@ -75,12 +75,12 @@ class JobLifecycle:
         self._record_takeover()
         if ending is not None and job.entry.ending is None:
             job.commit(Transition(Phase.ENDING, {"ending": ending}))
-        # What the ranks did meanwhile is an observation like any other.
+        # What happened to the ranks meanwhile is the first observation.
         if job.previous_entry is not None and job.entry.phase in WITH_RANKS:
             observation = self._recovery.adopt()
             if observation is not None:
                 self._carry_out(next_phase(job.entry, observation))
-        # Observe, decide, act. The phase is that of the journal, never one in memory.
+        # Observe, decide, act. The phase is always read from the journal entry.
         while job.entry.phase is not Phase.ENDING:
             self._carry_out(next_phase(job.entry, self._work()))
         self._end()
@@ -93,8 +93,8 @@ class JobLifecycle:
             f"driver incarnation {self._job.entry.epoch} took over in phase "
             f"{previous.phase.value}"
         )
-        if self._trouble:
-            message = f"{message} after: {self._trouble}"
+        if self._last_error:
+            message = f"{message} after: {self._last_error}"
         self._job.records.event("driver.restarted", message, "warn")
 
     def _carry_out(self, transition: Transition) -> None:
@@ -108,7 +108,7 @@ class JobLifecycle:
             case Phase.PREPARING:
                 return self._preparation.run()
             case Phase.READY:
-                # What holds in this phase whenever it is entered, again or anew.
+                # Repeated on every entry into this phase, also after a restart.
                 self._preparation.record_result()
                 self._scheduling.release()
                 return self._scheduling.await_run()
@@ -123,17 +123,17 @@ class JobLifecycle:
                 return self._recover()
 
     def _start(self) -> RanksStarted | AttemptFailed | StopRequested:
-        self._recovery.attempt_began()
-        self._progress.attempt_starts()
+        self._recovery.mark_ranks_started()
+        self._progress.on_attempt_starting()
         return self._starter.start(self._scheduling.current_plan())
 
     def _supervise(self) -> AttemptFinished | AttemptStopped | AttemptFailed:
         job = self._job
-        # The successors run, so fetching files delays nothing any more.
+        # The replacements run, so fetching files can no longer delay their start.
         self._ports.dead_rank_files.collect(job.entry.dead)
         self._starter.record_start()
-        self._recovery.attempt_began()
-        self._progress.attempt_runs(SparePool(job, self._scheduling.current_plan()))
+        self._recovery.mark_ranks_started()
+        self._progress.on_attempt_running(SparePool(job, self._scheduling.current_plan()))
         end = Supervision(self._attempt_plan(), self._ports, self._progress).run()
         if not isinstance(end, RanksStopped):
             return end
@@ -142,7 +142,7 @@ class JobLifecycle:
     def _recover(self) -> Observation:
         failed = self._job.entry.failed
         if failed is not None:
-            return self._recovery.judge(failed)
+            return self._recovery.handle_failure(failed)
         stop = self._recovery.prepare_next(self._retry_at)
         if stop is not None:
             return stop
@@ -186,10 +186,10 @@ class JobLifecycle:
     # ---- the end
 
     def _end(self) -> None:
-        """Leaves nothing behind and records the final state last.
+        """Cleans up completely and records the final state last.
 
-        The final state lets the service forget the job, so everything else must be stored
-        before it.
+        After the final state the service stops tracking the job, so everything else
+        must be stored before it.
         """
         job = self._job
         files = self._ports.dead_rank_files
@@ -198,8 +198,8 @@ class JobLifecycle:
         assert ending is not None
         files.finish(job.entry.dead)
         self._ports.logs.flush()
-        # Workers remove their own files: a task for it on a busy node takes seconds. Only
-        # nodes without a living worker are swept by tasks.
+        # Workers remove their own files, because a task on a busy node takes seconds to
+        # start. Tasks sweep only nodes without a living worker.
         if job.entry.spec is not None:
             group = self._ports.group
             cleaned = group.retire(job.fence, job.num_slots, _RETIRE_S)
@@ -213,7 +213,7 @@ class JobLifecycle:
                 reason = StatusReason(ending.reason)
             job.records.state(JobState(ending.state), reason, ending.message)
             outbox.flush()
-        # flush also returns when this driver was replaced: then it is not its job to end.
+        # `flush` also returns when this driver was replaced and must not end the job.
         job.check_replaced()
         outbox.close()
         files.await_sweep(_LATE_SWEEP_S)

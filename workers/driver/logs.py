@@ -2,9 +2,9 @@
 
 Owns: the files and their caps. Must not know: Ray, HTTP.
 
-Local folders are written in place at the byte's own offset, so that a restarted driver
-may write a piece again. Object stores cannot append: there the beginning of each log is
-kept in memory and put as a whole now and then.
+Local files are written in place at the given offset, so that a restarted driver may
+write a piece again. Object stores cannot append: there the beginning of each log is
+kept in memory and uploaded as a whole from time to time.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ FOLDER = "logs"
 CAP_BYTES = 64 << 20
 """Limit of a rank's log of one attempt, in a folder."""
 OBJECT_CAP_BYTES = 1 << 20
-"""Limit of a log in an object store, which is rewritten whole."""
+"""Limit of a log in an object store, where every update uploads the whole log."""
 _PUT_EVERY_S = 10.0
 _CUT_MARK = b"\n[log cut here: it may hold 64 MiB]\n"
 
@@ -32,8 +32,8 @@ def log_name(attempt: int, rank: int) -> str:
 class JobLogs:
     """The logs of one job.
 
-    Storage trouble never reaches training: bytes are dropped, and `problem` holds the
-    newest reason.
+    Storage errors never affect training: bytes are dropped, and `problem` holds the
+    latest error.
     """
 
     def __init__(self, storage: Storage) -> None:
@@ -47,7 +47,7 @@ class JobLogs:
         self.problem: str | None = None
 
     def size(self, attempt: int, rank: int) -> int:
-        """Returns the bytes that are written: the offset to go on from."""
+        """Returns the number of bytes written: the offset at which to continue."""
         name = log_name(attempt, rank)
         if self._folder is None:
             return len(self._object(name))
@@ -57,7 +57,7 @@ class JobLogs:
             return 0
 
     def write(self, attempt: int, rank: int, offset: int, data: bytes) -> None:
-        """Puts bytes at their offset."""
+        """Writes bytes at their offset."""
         if not data:
             return
         name = log_name(attempt, rank)
@@ -66,7 +66,7 @@ class JobLogs:
             return
         log = self._object(name)
         if len(log) < OBJECT_CAP_BYTES:
-            # What lay beyond the offset is written again by this piece.
+            # This piece replaces everything from its offset on.
             del log[offset:]
             log += data[: OBJECT_CAP_BYTES - len(log)]
             self._unwritten.add(name)
@@ -74,7 +74,7 @@ class JobLogs:
             self.flush()
 
     def flush(self) -> None:
-        """Puts what an object store does not have yet."""
+        """Uploads logs that have changed to an object store."""
         self._put_at = time.monotonic()
         for name in sorted(self._unwritten):
             try:
@@ -84,7 +84,7 @@ class JobLogs:
                 self.problem = str(error)
 
     def _write_local(self, path: Path, offset: int, data: bytes) -> None:
-        # The file ends with the mark; what comes later stays in the rank's own log.
+        # The file ends with the mark; later bytes remain only in the rank's own log.
         if offset >= CAP_BYTES:
             return
         end = offset + len(data)
@@ -92,7 +92,7 @@ class JobLogs:
             path.parent.mkdir(parents=True, exist_ok=True)
             file = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
             try:
-                # At its own offset: writing a piece twice changes nothing.
+                # At the given offset, so that writing a piece twice changes nothing.
                 os.pwrite(file, data, offset)
                 if end >= CAP_BYTES:
                     os.pwrite(file, _CUT_MARK, end)
@@ -102,7 +102,7 @@ class JobLogs:
             self.problem = f"cannot write {path}: {error.strerror}"
 
     def _object(self, name: str) -> bytearray:
-        """Returns a log in an object store; an earlier incarnation's part is read once."""
+        """Returns a log of an object store; its earlier part is read once."""
         if name not in self._objects:
             log = bytearray()
             with contextlib.suppress(MissingFileError, StorageError):

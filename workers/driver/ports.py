@@ -1,7 +1,7 @@
-"""Names everything outside its own code that a job's driver acts on.
+"""Defines the external dependencies of a job's driver.
 
-Owns: the one list of these dependencies. `driver.open_ports` builds the real ones;
-tests pass fakes, so that a driver can be killed between any two of its acts.
+Owns: the list of these dependencies. `driver.open_ports` builds the real ones; tests
+pass fakes, which can kill a driver between any two calls.
 """
 
 from collections.abc import Callable
@@ -25,7 +25,7 @@ class TaskRunner(Protocol):
         """Starts a function on any node and returns a reference to its result."""
 
     def is_done(self, call: Any) -> bool:
-        """Whether there is a result or a failure."""
+        """Whether the task has finished or failed."""
 
     def result(self, call: Any) -> Any:
         """Returns the result. Raises TaskFailedError."""
@@ -39,7 +39,7 @@ class JobPorts:
     """The dependencies of one incarnation of one job's driver."""
 
     open_storage: Callable[[str], Storage]
-    """Storage of a folder or URI: the job's, and those of its checkpoints."""
+    """Opens the storage at a folder or URI: that of the job or of a checkpoint."""
     outbox: Outbox
     group: WorkerGroup
     tasks: TaskRunner
@@ -56,6 +56,6 @@ class JobPorts:
     code_version: str
 
     def close(self) -> None:
-        """Ends the threads; nothing waits for them."""
+        """Ends the threads without waiting for them."""
         self.outbox.close()
         self.executor.shutdown(wait=False)

@@ -19,7 +19,7 @@ _TURN_S = 0.1
 
 
 class DataPreparation:
-    """Prepares the data once, in a task on CPU that ends when the job does."""
+    """Prepares the data once, in a CPU task that is killed when the job ends."""
 
     def __init__(self, job: JobContext) -> None:
         self._job = job
@@ -31,7 +31,8 @@ class DataPreparation:
         self._job.records.state(
             JobState.PREPARING, StatusReason.PREPARING_DATA, "preparing data"
         )
-        # A restarted driver prepares again; prepared files are found by their content's key.
+        # A restarted driver prepares again, but reuses prepared files by their
+        # content's key.
         call = self._tasks.anywhere(prepare_task, self._job.entry.spec)
         try:
             while not self._tasks.is_done(call):
@@ -45,7 +46,8 @@ class DataPreparation:
         finally:
             self._tasks.end(call)
         if "problems" in result:
-            # The service fails the job with these, so the ending needs no state record.
+            # The service fails the job with these problems, so no state is recorded at
+            # the end.
             self._job.records.problems(result["problems"])
             first = result["problems"][0]
             return DataRejected(f"{first['pointer']}: {first['detail']}")
@@ -60,7 +62,7 @@ class DataPreparation:
         )
 
     def _await_spec(self) -> None:
-        """Waits for a new job's spec, which the first attach brings; later it is journaled."""
+        """Waits for a new job's spec, passed by the first `attach` and then journaled."""
         job = self._job
         while job.entry.spec is None:
             job.check_replaced()

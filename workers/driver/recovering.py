@@ -1,7 +1,7 @@
-"""Recovers a job: after a failed or stopped attempt, and after the driver's own death.
+"""Recovers a job after a failed or stopped attempt, or after the driver's own death.
 
-Owns: the phase RECOVERING, and what a restarted driver finds. Must not know: the policy,
-how ranks are started or supervised, HTTP, torch.
+Owns: the phase RECOVERING, and adopting a running attempt after a restart. Must not
+know: the policy, how ranks are started or supervised, HTTP, torch.
 """
 
 from typing import Any
@@ -27,11 +27,11 @@ from workers.protocol.states import AttemptState
 
 _TURN_S = 0.2
 WITH_RANKS = (Phase.STARTING, Phase.RUNNING, Phase.RECOVERING)
-"""Phases in which processes of ranks may live."""
+"""Phases in which rank processes may be alive."""
 
 
 class Recovery:
-    """Frees ranks, judges failures and adopts what an earlier incarnation left."""
+    """Frees ranks, handles failures and adopts the ranks of an earlier incarnation."""
 
     def __init__(
         self, job: JobContext, starter: RankStarter, progress: JobProgress
@@ -44,18 +44,19 @@ class Recovery:
     # ---- after the driver's own death
 
     def adopt(self) -> AttemptAbandoned | AttemptFailed | None:
-        """Adopts what an earlier incarnation left in a phase with ranks.
+        """Adopts the ranks that an earlier incarnation left.
 
-        Returns what has ended the attempt meanwhile; None when the phase goes on.
+        Returns the observation that has ended the attempt meanwhile; None when the
+        phase continues.
         """
         job = self._job
-        # By name, so nothing needs to be known of how far a start had come.
+        # Found by name, which works however far the start had progressed.
         missing = job.ports.group.adopt(range(job.num_slots))
         self._record_checkpoints()
         if job.entry.phase is Phase.RUNNING:
             return self._adopt_running(missing)
-        # Some ranks may train already and some not: which, only they know. They are
-        # freed, and the next attempt starts them together.
+        # Some ranks may already be training and others not. All are freed, and the next
+        # attempt starts them together.
         if job.entry.phase is Phase.STARTING:
             message = (
                 "the driver ended while the ranks were starting; they are started again"
@@ -67,7 +68,7 @@ class Recovery:
 
     def _adopt_running(self, missing: tuple[int, ...]) -> AttemptFailed | None:
         job = self._job
-        # The earlier incarnation may not have come to the end of fetching them.
+        # The earlier incarnation may not have finished fetching these files.
         job.ports.dead_rank_files.collect(job.entry.dead)
         dead = []
         pids = []
@@ -77,7 +78,7 @@ class Recovery:
                 dead.append(place)
         if dead:
             message = (
-                f"its process was gone when the driver came back (pid {dead[0].pid} on node "
+                f"its process had died when the driver restarted (pid {dead[0].pid} on node "
                 f"{dead[0].address})"
             )
             cause = Failure(FailureKind.PROCESS_DIED, message, dead[0].rank)
@@ -88,12 +89,12 @@ class Recovery:
         return None
 
     def _record_checkpoints(self) -> None:
-        """Records commits and deletions of which the earlier incarnation died."""
+        """Records commits and deletions that the earlier incarnation did not record."""
         committed = {}
         for info in list_checkpoints(self._job.job_dir):
             if info.committed:
                 committed[info.path] = info
-        # What is on storage counts: a commit is durable before it is recorded.
+        # Storage is the source of truth: a commit is durable before it is recorded.
         for path in self._job.records.kept_checkpoints.keys() - committed.keys():
             self._job.records.deleted(path)
         for info in sorted(committed.values(), key=lambda info: info.order):
@@ -101,12 +102,12 @@ class Recovery:
 
     # ---- after an attempt
 
-    def attempt_began(self) -> None:
-        """Notes that there are ranks to free again."""
+    def mark_ranks_started(self) -> None:
+        """Marks the ranks as not freed yet."""
         self._has_freed_ranks = False
 
     def prepare_next(self, retry_at: float) -> StopRequested | None:
-        """Frees the ranks, unless that is done, and waits for the back-off to pass."""
+        """Frees the ranks if needed, and waits until the back-off is over."""
         if not self._has_freed_ranks:
             self._free_ranks()
         job = self._job
@@ -116,18 +117,18 @@ class Recovery:
                 return stop
             remaining = retry_at - job.ports.clock()
             job.ports.outbox.wait(max(0.0, min(_TURN_S, remaining)))
-        # Freed first: they are not to be ended in the middle of a write.
+        # Freed first, so that no rank is killed in the middle of a write.
         self._starter.end_other_versions()
         return None
 
-    def judge(self, failed: FailedAttempt) -> RestartDecided | StopRequested:
-        """Frees the ranks, records the failure, and asks the policy what follows."""
+    def handle_failure(self, failed: FailedAttempt) -> RestartDecided | StopRequested:
+        """Frees the ranks, records the failure and applies the restart policy."""
         job = self._job
-        # The recovery is measured from here, before anything is waited for.
-        self._progress.attempt_failed()
+        # The recovery is measured from here, before any waiting.
+        self._progress.on_attempt_failed()
         cause = Failure(failed.kind, failed.message, failed.rank, detail=failed.detail)
         self._record_failure(cause, self._free_ranks())
-        # A job that is cancelled anyway is not judged.
+        # The restart policy does not apply to a job that is being cancelled.
         stop = job.stop_requested()
         if stop is not None:
             return stop
@@ -148,7 +149,7 @@ class Recovery:
     def _record_failure(self, cause: Failure, kept_slots: tuple[int, ...]) -> None:
         job = self._job
         data: dict[str, Any] = {"kind": cause.kind.value, "kept_slots": list(kept_slots)}
-        # A traceback of our code does not help a user to mend his input.
+        # A traceback of the project's code does not help users to correct their input.
         if cause.detail and cause.kind is not FailureKind.USER:
             data["traceback"] = cause.detail
         ranks = []

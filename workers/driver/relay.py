@@ -1,4 +1,4 @@
-"""Turns a rank's reports into records that the service knows.
+"""Turns a rank's reports into records of the service's protocol.
 
 Owns: the events that reports become, and their wording. Pure.
 """
@@ -20,7 +20,7 @@ def to_record(line: Line) -> Line:
     """
     if line.kind in METRICS:
         return line
-    # The number stays: the service takes no gaps within a source.
+    # The number is kept, because the service accepts no gaps within a source.
     record = json.loads(line.text)
     data = record["data"]
     level, message = _describe(line.kind, data)
@@ -53,8 +53,8 @@ def _describe(kind: str, data: dict[str, Any]) -> tuple[str, str]:
 
 def _describe_failure(data: dict[str, Any]) -> tuple[str, str]:
     failure_kind, message = describe_error(data)
-    # A rank that only lost a peer is not the cause: readers of warnings are to find the
-    # cause first. The raw text stays in the event's data.
+    # A rank that only lost a peer is not the root cause, so its event is no warning.
+    # The original error stays in the event's data.
     if failure_kind is FailureKind.COLLATERAL:
         return "info", "rank 0: a peer disconnected"
     return "warn", f"rank 0: {message}"

@@ -1,7 +1,7 @@
 """Waits until a job may run and has its resources.
 
-Owns: the phase READY, and the placement of every attempt. Must not know: admission, what
-runs in the resources.
+Owns: the phase READY, and the placement of every attempt. Must not know: admission,
+what runs on the resources.
 """
 
 from megatron_ray.checkpoint.directory import latest_committed
@@ -21,7 +21,7 @@ _TURN_S = 0.2
 
 
 class Scheduling:
-    """Takes and releases the resources of one job."""
+    """Acquires and releases the resources of one job."""
 
     def __init__(self, job: JobContext) -> None:
         self._job = job
@@ -29,11 +29,12 @@ class Scheduling:
         self._plan: PlacementPlan | None = None
 
     def release(self) -> None:
-        """Carries out the release in the journal, if there is one, and records the state."""
+        """Carries out a journaled release, if any, and records the state."""
         released = self._job.entry.given_back
         if released is None:
             return
-        # The state follows the release: admission gives the room away on its word.
+        # The state is recorded after the release, because admission then reassigns the
+        # resources.
         self._group.remove_all(self._job.num_slots)
         reason = None
         if released.reason:
@@ -46,8 +47,8 @@ class Scheduling:
         revision = -1
         if job.entry.given_back is not None:
             revision = job.entry.given_back.revision
-        # A request that was already there when the resources were released is the one
-        # that has just been carried out.
+        # A request that is not newer than the release is the one that the release
+        # carried out.
         while True:
             stop = job.stop_requested()
             if stop is not None:
@@ -62,29 +63,29 @@ class Scheduling:
             job.ports.outbox.wait(1.0)
 
     def current_plan(self) -> PlacementPlan:
-        """Returns the plan of the last placement, made again after a restart."""
+        """Returns the plan of the last placement, recomputed after a restart."""
         if self._plan is None:
             self._plan = self._make_plan()
         return self._plan
 
     def place(self) -> Placed | PlacementTimedOut | StopRequested:
-        """Waits until the placement group is ready, explaining what it waits for.
+        """Waits until the placement group is ready, and records what it waits for.
 
-        Done before every attempt: after a failure Ray may be moving bundles away from a
-        lost node.
+        Called before every attempt, because after a failure Ray may be moving bundles
+        away from a lost node.
         """
         job = self._job
         clock = job.ports.clock
         plan = self._make_plan()
-        # The accelerator is chosen once: a job never moves from GPUs to CPUs.
+        # The accelerator is chosen once, so that a job never moves from GPUs to CPUs.
         if plan.accelerator != job.entry.accelerator:
             job.write(accelerator=plan.accelerator)
         placement_group = self._group.placement_group(plan)
         began = clock()
         explain_at = began + _FIRST_EXPLANATION_S
         limit_s = job.spec.resources.placement_timeout_s
-        # Ray gives no reason while it waits; the explanation comes from comparing what is
-        # asked for with what the nodes have.
+        # Ray reports no reason for pending placement groups, so requested resources are
+        # compared with those of the nodes.
         while not placement_group.wait(_TURN_S):
             stop = job.stop_requested()
             if stop is not None:
@@ -109,7 +110,7 @@ class Scheduling:
         return plan_placement(job.spec, job.ports.read_nodes(), job.entry.accelerator)
 
     def _explain(self, plan: PlacementPlan, *, is_first: bool) -> None:
-        """Records what the job waits for: once, and again while it can never be had."""
+        """Records what the job waits for: once, or repeatedly if it can never fit."""
         level = "info"
         if not plan.is_feasible:
             level = "warn"
@@ -117,7 +118,7 @@ class Scheduling:
             self._job.records.event("placement.waiting", plan.explanation, level)
 
     def _journal_nodes(self, plan: PlacementPlan) -> None:
-        """Keeps every node that the job was ever placed on, for the clean-up."""
+        """Adds the job's nodes to the journal, for the clean-up."""
         known = self._job.entry.nodes
         nodes = {*known, *self._group.nodes(plan).values()}
         if len(nodes) > len(known):

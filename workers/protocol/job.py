@@ -1,4 +1,4 @@
-"""Defines the job spec: what a user submits.
+"""Defines the job spec, which users submit.
 
 Owns: JobSpec, which is TrainConfig plus resources and restart rules. Must not know: Ray,
 torch, HTTP.
@@ -49,7 +49,7 @@ class RestartConfig(Config):
 
 
 class JobSpec(TrainConfig):
-    """A training run plus what the service needs to schedule and restart it."""
+    """A training run with the fields that the service needs to schedule and restart it."""
 
     spec_version: int = Field(default=SPEC_VERSION, ge=1, le=SPEC_VERSION)
     """Version of this format; newer versions than the service knows are refused."""

@@ -7,7 +7,7 @@ from enum import StrEnum
 
 
 class JobState(StrEnum):
-    """Observed state of a job; what the user asks for is `DesiredState`."""
+    """Observed state of a job; the requested state is `DesiredState`."""
 
     PREPARING = "preparing"
     QUEUED = "queued"
@@ -36,7 +36,7 @@ class JobState(StrEnum):
 
 
 class DesiredState(StrEnum):
-    """What the user or admission asks a job's driver to do."""
+    """State that the user or admission requests from a job's driver."""
 
     PREPARE = "prepare"
     RUN = "run"
@@ -75,9 +75,9 @@ class StatusReason(StrEnum):
     INTERNAL = "internal"
 
 
-# The table reads: from the state on the left, a job may change to those on the right.
-# The service ignores a record of any other change, so a late or repeated record of a
-# restarted driver cannot move a job backwards.
+# From the state on the left, a job may change to those on the right. The service
+# ignores records of other changes, so a late or repeated record of a restarted driver
+# cannot move a job backwards.
 _S = JobState
 _END = frozenset({_S.FAILED, _S.CANCELLED})
 

@@ -23,7 +23,7 @@ class Message(BaseModel):
 
 
 class ProblemMessage(Message):
-    """One error in a spec: megatron_ray.config.problem.Problem on the wire."""
+    """One error in a spec: the wire format of megatron_ray.config.problem.Problem."""
 
     pointer: str
     code: str
@@ -129,7 +129,7 @@ class DesiredReply(Message):
 
 
 class Record(Message):
-    """One numbered fact from one source.
+    """One numbered record from one source.
 
     `kind` decides what `data` holds::
 
@@ -166,7 +166,7 @@ class RecordBatch(Message):
 
 
 class RecordReply(Message):
-    """Service -> driver: what is stored now, and the desired state."""
+    """Service -> driver: the highest number stored now, and the desired state."""
 
     protocol: int = PROTOCOL
     stored: int
@@ -175,7 +175,7 @@ class RecordReply(Message):
 
 
 class CursorReply(Message):
-    """Service -> driver after its start: what is stored of each source."""
+    """Service -> driver after its start: the highest number stored of each source."""
 
     protocol: int = PROTOCOL
     stored: dict[str, int] = Field(default_factory=dict)

@@ -50,14 +50,14 @@ def main(
     try:
         result = run_standalone(job, set_ or [], reports, resume)
     except UserError as error:
-        # Empty on all ranks but one, so that the message appears once.
+        # The text is empty on all ranks but one, so that the message appears once.
         if str(error):
             typer.echo(f"error: {error}", err=True)
         raise typer.Exit(EXIT_USER_ERROR) from None
     except (NonFiniteLossError, StorageError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(EXIT_FAILED) from None
-    # Only rank 0 has a result to print.
+    # Only rank 0 returns a summary.
     if result is not None:
         typer.echo(result)
 

@@ -4,8 +4,8 @@ Owns: the thread, its report spool, its inbox for commands.
 
 The training thread never calls Ray: it writes to the spool and reads the inbox. Other
 threads answer the driver's polls from the spool. Torch is imported in the training
-thread, after the log is captured, so this module must not import it. Must not know: Ray,
-HTTP.
+thread, after output is redirected to the log, so this module must not import it. Must
+not know: Ray, HTTP.
 """
 
 import contextlib
@@ -32,8 +32,8 @@ from workers.rank.messages import NextReply, Poll, RankState, StartRequest
 from workers.rank.spool import Line, Spool, SpoolReader, report_path
 
 LINGER_S = 0.5
-"""Time that a reply with step reports waits for more of them: one call per step would
-cost more than a step of a small model."""
+"""Seconds that a reply with step reports waits for more of them, because one call per
+step would cost more than a step of a small model."""
 _TRACEBACK_CHARS = 16000
 
 Train = Callable[[StartRequest, Callable[[Report], None], Callable[[], Command]], str]
@@ -51,7 +51,7 @@ def import_and_train(
 class Inbox:
     """Holds one command from the driver for the training loop.
 
-    A stop stays; a checkpoint request is taken once.
+    A stop command is kept; a checkpoint request is returned once.
     """
 
     def __init__(self) -> None:
@@ -62,7 +62,7 @@ class Inbox:
         self._command = max(self._command, command)
 
     def take(self) -> Command:
-        """Returns the command to obey at this step boundary; costs nothing."""
+        """Returns the command for this step boundary; cheap enough for every step."""
         command = self._command
         if command is Command.CHECKPOINT:
             self._command = Command.CONTINUE
@@ -84,7 +84,7 @@ class RankAttempt:
         self._reader = SpoolReader(path)
         self._read_lock = threading.Lock()
         self._has_report = threading.Event()
-        # Set by reports that the driver should get at once, without waiting for more.
+        # Set by reports that the driver should receive at once, without waiting for more.
         self._is_urgent = threading.Event()
         self._released = 0
         self._train = train
@@ -98,7 +98,7 @@ class RankAttempt:
         Called in the training thread and in that of the checkpoint writer.
         """
         self.spool.append(item.kind, vars(item))
-        # Nothing but two flags is left to do here: what costs time is the driver's call.
+        # Only sets flags; the expensive part runs in the thread of the driver's call.
         if isinstance(item, StepReport):
             if not self.step:
                 self._is_urgent.set()  # the job counts as running from its first step on
@@ -110,21 +110,21 @@ class RankAttempt:
         self._has_report.set()
 
     def next(self, poll: Poll, log: LogFile | None) -> NextReply:
-        """Waits for reports, then returns them; see `RankWorker.next`."""
+        """Waits for reports and returns them; see `RankWorker.next`."""
         after = poll.after
         if after is None:
             after = self._released
         self._release(poll.released)
         self._wait_for_reports(after, poll.wait_s)
         with self._read_lock:
-            # The state before the lines: once it is over, no line follows, so these are
-            # all of them.
+            # The state is read before the lines: once the attempt is over no line follows,
+            # so all lines are included.
             state = self.state
             lines = self._reader.read(after)
         last_n = after
         if lines:
             last_n = lines[-1].n
-        # The end is returned with the last report, not before; a failure at once.
+        # The end is returned with the last report, a failure at once.
         if last_n < self.spool.last_n and state is not RankState.FAILED:
             state = RankState.RUNNING
         if not poll.steps:
@@ -156,8 +156,8 @@ class RankAttempt:
             self._has_report.wait(wait_s)
         if not self.state.is_over:
             self._is_urgent.wait(min(LINGER_S, wait_s))
-        # Cleared before the lines are read: a report written in between sets them again,
-        # so the next call returns at once.
+        # Cleared before the lines are read: a report written in between sets the events
+        # again, so that the next call returns at once.
         self._is_urgent.clear()
         self._has_report.clear()
 
@@ -189,14 +189,15 @@ class RankAttempt:
             with contextlib.suppress(OSError):
                 self.spool.append("failed", self.error)
             os.write(2, text.encode(errors="replace"))
-            # Last: a driver that sees this state finds the error and its report.
+            # Set last, so that a driver that reads this state also gets the error and its
+            # report.
             self.state = RankState.FAILED
         finally:
             self._is_urgent.set()
             self._has_report.set()
 
     def _log(self, message: str) -> None:
-        """Writes a line to the rank's log; never one per step, as the spool has those."""
+        """Writes a line to the rank's log; steps are in the spool only."""
         os.write(2, f"{time.strftime('%H:%M:%S')} {message}\n".encode())
 
 

@@ -3,9 +3,9 @@
 Owns: environment variables, GPU visibility, process priority. Must not know: torch, Ray's
 API, HTTP.
 
-No other file under workers/ or megatron_ray/ touches the environment. System names
-cannot come from a job spec, and secrets come from mounted files, so neither Ray's
-dashboard nor a log ever shows one.
+No other file under workers/ or megatron_ray/ reads or writes the environment. A job
+spec cannot set variables, and secrets are read from mounted files, so neither Ray's
+dashboard nor a log ever contains one.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ AGENT_TOKEN_FILE = "MEGATRON_RAY_AGENT_TOKEN_FILE"
 
 _SIOCGIFADDR = 0x8915  # Linux ioctl: IPv4 address of a network interface
 _LOWER_PRIORITY = 10
-"""Niceness added to what must not slow down the ranks on its node."""
+"""Niceness added to processes that must not slow down the ranks on their node."""
 
 
 class ProcessEnvironmentError(WorkersError):
@@ -42,7 +42,7 @@ class RankEnv:
     local_world_size: int
     node_rank: int = 0
     master_addr: str | None = None
-    """Host of the store; None if the store's address is passed in another way."""
+    """Host of the store; None if the store's address is passed otherwise."""
     master_port: int | None = None
 
     @classmethod
@@ -53,8 +53,8 @@ class RankEnv:
         """
         if environ is None:
             environ = os.environ
-        # torchrun sets all of them. One alone is a mistake that must not pass silently
-        # as a world of one rank.
+        # torchrun sets all of them. A single one is an error and must not silently mean a
+        # world of one rank.
         if "RANK" not in environ and "WORLD_SIZE" not in environ:
             return cls(rank=0, world_size=1, local_rank=0, local_world_size=1)
         env = cls(
@@ -137,19 +137,19 @@ def set_visible_gpu(index: int) -> None:
 def raise_priority() -> None:
     """Gives all threads of this process the ordinary priority, where permitted.
 
-    Ray starts its workers at niceness 15, so anything else on a node would take the
-    processor from a rank and, through its collectives, from every other rank. Where a
-    process may not raise its own priority, start the cluster with RAY_worker_niceness=0.
+    Ray starts its workers at niceness 15, so any other process on a node would delay a
+    rank and, through its collectives, all other ranks. Where a process may not raise
+    its own priority, start the cluster with RAY_worker_niceness=0.
     """
-    # All threads, not only the training one: they share the interpreter's lock, and a
-    # thread of low priority that holds it would stop the others.
+    # All threads, not only the training thread: a low-priority thread that holds the
+    # interpreter's lock would block the others.
     for thread_id in os.listdir("/proc/self/task"):
         with contextlib.suppress(PermissionError, ProcessLookupError):
             os.setpriority(os.PRIO_PROCESS, int(thread_id), 0)
 
 
 def lower_priority() -> None:
-    """Lowers the calling thread, and threads it starts, below the ranks on its node."""
+    """Lowers the calling thread, and threads it starts, below ranks on the node."""
     os.nice(_LOWER_PRIORITY)
 
 
@@ -214,7 +214,7 @@ def unset_agent_token() -> None:
 
 
 def prepare_ray_client() -> None:
-    """Sets what Ray would otherwise decide from files and history of this machine."""
+    """Sets options that Ray would otherwise derive from files of this machine."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     auth_mode = "disabled"
     if "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ:

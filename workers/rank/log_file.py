@@ -10,8 +10,8 @@ import threading
 from pathlib import Path
 
 LOG_BYTES = 16 << 20
-"""Size at which a log file is emptied, with a notice; what was read before is in the job's
-folder."""
+"""Size at which a log file is emptied, with a notice; earlier bytes that were read are
+in the job's folder."""
 
 
 class LogFile:
@@ -35,8 +35,8 @@ class LogFile:
         """
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
-        # Descriptors, not only Python's streams: native code and child processes write
-        # to them directly.
+        # Descriptors, not only Python's streams, because native code and child processes
+        # write to them directly.
         os.dup2(self._file, 1)
         os.dup2(self._file, 2)
         sys.stdout = open(1, "w", buffering=1, closefd=False, errors="backslashreplace")  # noqa: SIM115 - lives as long as the process
@@ -49,7 +49,7 @@ class LogFile:
         """
         with self._lock:
             start = max(offset, self._dropped)
-            # Emptying the file has moved its beginning by `_dropped` bytes.
+            # The file starts at offset `_dropped`, because it may have been emptied before.
             data = b""
             if max_bytes > 0:
                 data = os.pread(self._file, max_bytes, start - self._dropped)

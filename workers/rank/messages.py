@@ -1,6 +1,6 @@
 """Defines the messages between a driver and its rank workers.
 
-Owns: plain values on that path. Must not know: Ray, torch, HTTP.
+Owns: these messages as plain values. Must not know: Ray, torch, HTTP.
 """
 
 from dataclasses import dataclass, field
@@ -29,7 +29,7 @@ class RankState(StrEnum):
 
 
 class UserError(InputError):
-    """An input of the user cannot work; the message names it and how to mend it.
+    """A user's input cannot be used; the message names it and the remedy.
 
     Never retried, never shown with a traceback.
     """
@@ -38,7 +38,7 @@ class UserError(InputError):
 class FencedError(WorkersError):
     """The caller's (attempt, epoch) is lower than one already seen.
 
-    It has been replaced by a newer driver and must end.
+    A newer driver has replaced the caller, which must end.
     """
 
 
@@ -56,7 +56,7 @@ class Fence:
 
 @dataclass(frozen=True)
 class StartRequest:
-    """Everything one rank needs to run one attempt, as plain values."""
+    """All parameters of one attempt on one rank, as plain values."""
 
     env: RankEnv
     spec: dict[str, Any]
@@ -70,7 +70,7 @@ class StartRequest:
     gpu: int | None = None
     """Index on the node of the GPU to use, for a process to which Ray assigned none."""
     store: tuple[str, int] | None = None
-    """Host and port of the TCPStore; None: the one that the environment names."""
+    """Host and port of the TCPStore; None: those in the environment."""
     resume_from: str | None = None
     """Path of the committed checkpoint to resume from; None: start at step 0."""
     timeout_s: float = 600.0

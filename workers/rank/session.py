@@ -33,9 +33,9 @@ CommandSource = Callable[[], Command]
 def train(request: StartRequest, report: ReportSink, poll: CommandSource) -> Outcome:
     """Runs one attempt on this rank.
 
-    `report` receives every report; `poll` returns the command to obey at a step boundary.
-    The process groups are left whatever happens, so the other ranks do not wait for this
-    one.
+    `report` receives every report; `poll` returns the command to obey at a step
+    boundary. The process groups are destroyed also after an error, so that the other
+    ranks do not wait for this one.
     """
     spec = JobSpec.from_mapping(request.spec)
     data = PreparedData.model_validate(request.data)
@@ -68,7 +68,7 @@ def _create_mesh(request: StartRequest, spec: JobSpec) -> ParallelMesh:
 
 
 def _with_memory_bound(tuning: device.MallocTuning, poll: CommandSource) -> CommandSource:
-    """Returns `poll` that also bounds malloc's memory: the loop polls once a step."""
+    """Returns a `poll` that also trims malloc's memory; the loop polls once per step."""
 
     def poll_and_bound() -> Command:
         tuning.trim_if_grown()
@@ -79,15 +79,15 @@ def _with_memory_bound(tuning: device.MallocTuning, poll: CommandSource) -> Comm
 
 @contextmanager
 def process_group(request: StartRequest) -> Iterator[None]:
-    """Holds the attempt's default process group; does nothing in a world of one rank."""
+    """Initializes the attempt's default process group; does nothing for one rank."""
     env = request.env
     if env.world_size == 1:
         yield
         return
     # Libraries below torch read torchrun's variables.
     env.export()
-    # The store outlives an attempt: with a prefix of its own, an attempt cannot read the
-    # rendezvous keys of the one before.
+    # The store outlives an attempt. A separate prefix keeps an attempt from reading
+    # rendezvous keys of the previous one.
     store = PrefixStore(f"attempt-{request.attempt}", connect_store(request))
     dist.init_process_group(
         device.backend_for(torch.device(request.device)),

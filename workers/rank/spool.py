@@ -26,7 +26,7 @@ _TAIL_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class Line:
-    """One report as it is in the file."""
+    """One report line of the file."""
 
     n: int
     kind: str
@@ -56,8 +56,8 @@ class Spool:
         current = path
         if existing:
             _, current = existing[-1]
-        # A process that died while writing may have left half a line; a line appended
-        # to it would be lost with it.
+        # A process that died while writing may have left an incomplete line, which would
+        # corrupt the next line.
         _cut_torn_line(current)
         self.last_n = _last_n(path)
         self._file = _open_append(current)
@@ -75,16 +75,15 @@ class Spool:
                 "data": data,
             }
             line = _encode(record) + b"\n"
-            # One unbuffered system call: a process that is killed leaves whole lines.
+            # One unbuffered system call, so that a killed process leaves complete lines.
             written = os.write(self._file, line)
-            # What was written of a line that does not fit is taken back, so that the next
-            # one does not follow half a line.
+            # An incomplete line is truncated, so that the next line does not follow it.
             if written != len(line):
                 os.ftruncate(self._file, self._size)
                 raise OSError(
                     f"only {written} of {len(line)} bytes fitted into {self.path}: the disk is full"
                 )
-            # Only a line that is whole takes its number: a failed write leaves no gap.
+            # Only a complete line uses up its number, so a failed write leaves no gap.
             self.last_n = n
             self._size += written
             if self._segment_bytes is not None and self._size >= self._segment_bytes:
@@ -99,7 +98,7 @@ class Spool:
         with self._lock:
             existing = segments(self.path)
         for index, (_, path) in enumerate(existing[:-1]):
-            # A segment ends where the next one begins, so it need not be read.
+            # The next segment's name gives the end of a segment, so none need be read.
             first_n_of_next, _ = existing[index + 1]
             if first_n_of_next <= n + 1:
                 path.unlink(missing_ok=True)
@@ -121,7 +120,7 @@ class Spool:
 class SpoolReader:
     """Reads a spool from a cursor.
 
-    It keeps its file and offset, so following a growing file costs only what is new.
+    It keeps its file and offset, so following a growing file reads new bytes only.
     """
 
     def __init__(self, path: Path) -> None:
@@ -141,7 +140,7 @@ class SpoolReader:
         while len(lines) < limit:
             new_lines = self._read_segment(after, limit - len(lines))
             lines += new_lines
-            # A segment without new lines is read to its end: the next one may have some.
+            # This segment has been read to its end; the next one may contain more lines.
             if not new_lines and not self._advance():
                 break
             after = self._after
@@ -164,7 +163,7 @@ class SpoolReader:
             with open(self._segment, "rb") as file:
                 file.seek(self._offset)
                 for raw_line in file:
-                    # Without its newline a line is still being written, or torn.
+                    # A line without newline is still being written, or torn.
                     if not raw_line.endswith(b"\n") or len(lines) >= limit:
                         break
                     self._offset += len(raw_line)
@@ -194,9 +193,9 @@ def report_path(folder: Path, attempt: int, rank: int) -> Path:
 def parse_line(raw_line: bytes) -> Line | None:
     """Parses a line of a spool; returns None if it is not one.
 
-    There may be a torn line in the middle of a file that another process continued.
+    A file that another process continued may contain a torn line in the middle.
     """
-    # Null, a list or an object without a number are no lines either.
+    # Null, lists and objects without a number are not lines either.
     try:
         value = from_json(raw_line)
         return Line(int(value["n"]), str(value["kind"]), raw_line.rstrip(b"\n"))
@@ -207,13 +206,13 @@ def parse_line(raw_line: bytes) -> Line | None:
 def segments(path: Path) -> list[tuple[int, Path]]:
     """Returns (number of the first line, file) of a spool's existing segments, in order.
 
-    The first segment carries the spool's own name, the others have the number appended.
+    The first segment has the spool's own name, the others have a number appended.
     """
     existing = []
     prefix = path.name + "."
     if path.parent.is_dir():
         for entry in path.parent.iterdir():
-            # Other files of the rank, such as its log, are in the same folder.
+            # The folder also contains other files of the rank, such as its log.
             number = entry.name.removeprefix(prefix)
             if entry.name.startswith(prefix) and number.isdigit():
                 existing.append((int(number), entry))
@@ -229,7 +228,7 @@ def _open_append(path: Path) -> int:
 
 def _encode(record: Mapping[str, Any]) -> bytes:
     """Returns a record as JSON; infinities and NaN, which JSON lacks, become null."""
-    # pydantic's encoder and parser, because those of json take seven times as long.
+    # pydantic's encoder and parser, because those of `json` take seven times as long.
     try:
         return to_json(record, inf_nan_mode="null")
     except PydanticSerializationError:
@@ -239,7 +238,7 @@ def _encode(record: Mapping[str, Any]) -> bytes:
 def _without_surrogates(value: Any) -> Any:
     """Returns a value whose lone surrogates are written as escapes.
 
-    The message of an error has them if it names a file whose name is not UTF-8.
+    An error's message contains them if it names a file whose name is not UTF-8.
     """
     if isinstance(value, str):
         return value.encode(errors="backslashreplace").decode()

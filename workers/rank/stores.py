@@ -1,4 +1,4 @@
-"""Gives torch's key-value stores public names.
+"""Re-exports torch's key-value stores.
 
 Owns: the only import of names that torch does not declare as exports.
 """
@@ -12,7 +12,7 @@ __all__ = ["HashStore", "PrefixStore", "Store", "TCPStore", "environment_store"]
 
 
 def environment_store(rank: int, world_size: int, timeout: timedelta) -> Store:
-    """Returns the store that torchrun's environment names."""
+    """Returns the store of torchrun's environment."""
     rendezvous = dist.rendezvous("env://", rank, world_size, timeout=timeout)  # type: ignore[attr-defined]
     store: Store
     store, _, _ = next(rendezvous)

@@ -1,7 +1,7 @@
 """Names, finds and kills a job's actors.
 
-Owns: the names, derived from job and slot alone, so that a restarted driver finds what an
-earlier one created. Must not know: HTTP, torch, what the actors do.
+Owns: the names, derived from job and slot alone, so that a restarted driver finds the
+actors of an earlier one. Must not know: HTTP, torch, what the actors do.
 """
 
 import contextlib

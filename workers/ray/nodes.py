@@ -27,7 +27,7 @@ def read_nodes(storage_ok: Mapping[str, bool] | None = None) -> tuple[NodeInfo, 
 
 
 def own_address() -> str:
-    """Returns the address of this node as other nodes of the cluster reach it."""
+    """Returns the address at which other nodes of the cluster reach this node."""
     return str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
 
 
@@ -79,7 +79,7 @@ def _node_info(node: Mapping[str, Any], storage_ok: Mapping[str, bool]) -> NodeI
 def _accelerator_type(
     resources: Mapping[str, Any], labels: Mapping[str, str]
 ) -> str | None:
-    # Ray announces the type as a resource; newer versions as a label too.
+    # Ray exposes the type as a resource, newer versions also as a label.
     for name in resources:
         if name.startswith(_ACCELERATOR_PREFIX):
             return name.removeprefix(_ACCELERATOR_PREFIX)

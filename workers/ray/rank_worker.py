@@ -1,10 +1,11 @@
 """Runs one rank's process as a Ray actor.
 
-Owns: the actor, its fence, its lease, the store it serves. Must not know: HTTP, what the
-training thread does.
+Owns: the actor, its fence, its lease, the store it serves. Must not know: HTTP, the
+work of the training thread.
 
-A worker holds no handle to its driver; it answers the one with the highest (attempt,
-epoch). Torch is imported after the log is captured, so this module must not import it.
+A worker holds no handle to its driver; it accepts calls of the one with the highest
+(attempt, epoch). Torch is imported after output is redirected to the log, so this
+module must not import it.
 """
 
 import contextlib
@@ -40,10 +41,10 @@ from workers.rank.messages import (
 from workers.ray.nodes import job_folder, nvlink_domain, own_address
 
 LEASE_S = 300.0
-"""A worker that no driver has called for this long ends itself."""
+"""Seconds without a driver's call after which a worker ends itself."""
 SWITCH_S = 0.001
-"""A thread that answers the driver returns the interpreter to the training thread after
-this long; Python's default of 5 ms is a fifth of a short step."""
+"""Switch interval of the interpreter, after which a thread that answers the driver
+yields to the training thread. Python's default of 5 ms is a fifth of a short step."""
 LEAVE_S = 4.0
 """Seconds that `leave` waits for the training thread to leave its collectives."""
 _EXIT_LEASE_EXPIRED = 3
@@ -51,7 +52,7 @@ _BOOT_LOG_BYTES = 64 << 10
 
 
 class FenceGuard:
-    """Admits callers in ascending order: a replaced driver is refused."""
+    """Admits callers with ascending fences; a replaced driver is refused."""
 
     def __init__(self) -> None:
         self._latest = Fence(0, 0)
@@ -94,7 +95,7 @@ class RankWorker:
         self._node_id = ray.get_runtime_context().get_node_id()
         self._address = own_address()
         self._folder = job_folder(self._node_id, job_id)
-        # The order matters: the log before anything that may print or crash, the
+        # The order matters: the log comes before anything that may print or crash, the
         # environment before torch is imported.
         self._log = LogFile(self._folder / f"slot-{slot:05d}-{os.getpid()}.log")
         self._log.capture()
@@ -109,7 +110,7 @@ class RankWorker:
         threading.Thread(target=self._watch_lease, daemon=True).start()
 
     def probe(self, fence: Fence) -> SlotFacts:
-        """Returns where this worker runs, and renews its lease, on which a spare lives."""
+        """Returns where this worker runs; renews its lease, also that of a spare."""
         self._guard.admit(fence)
         self._polled_at = time.monotonic()
         gpu = None
@@ -131,10 +132,10 @@ class RankWorker:
     def open_store(self, fence: Fence) -> tuple[str, int]:
         """Returns host and port of a TCPStore that this process serves while it lives.
 
-        Each attempt has a prefix of its own in it. The kernel picks the port.
+        Each attempt uses its own prefix in it. The kernel chooses the port.
         """
         self._guard.admit(fence)
-        # The store is torch's, which that thread is importing.
+        # The store is part of torch, which the preload thread is still importing.
         self._preload_thread.join()
         if self._store is None:
             from workers.rank.stores import TCPStore
@@ -149,15 +150,15 @@ class RankWorker:
         """
         self._guard.admit(fence)
         current = self._attempt
-        # A request that is sent twice is served once.
+        # A repeated request has no effect.
         if current is not None:
             if current.request.attempt == request.attempt:
                 return
             if current.thread.is_alive():
                 raise BusyError(f"attempt {current.request.attempt} is still running")
             current.spool.close()
-        # A process that replaces a dead rank has no GPU in Ray's accounts; it uses the
-        # dead one's, which belongs to the same bundle.
+        # Ray assigned no GPU to a process that replaces a dead rank; it uses the dead
+        # rank's GPU, which belongs to the same bundle.
         if request.gpu is not None and not ray.get_gpu_ids():
             set_visible_gpu(request.gpu)
         self._start_log(request)
@@ -187,11 +188,11 @@ class RankWorker:
             attempt.inbox.put(command)
 
     def leave(self, fence: Fence, wait_s: float = LEAVE_S) -> bool:
-        """Stops the training thread; returns whether the process can be used again.
+        """Stops the training thread; returns whether the process can be reused.
 
-        It can once the thread has left its process groups. A rank blocked in a collective
-        comes out when its peers close their connections; one that does not must be
-        replaced.
+        It can once the thread has left its process groups. A rank that is blocked in a
+        collective leaves it when its peers close their connections; otherwise its
+        process must be replaced.
         """
         self._guard.admit(fence)
         attempt = self._attempt
@@ -202,13 +203,13 @@ class RankWorker:
         return not attempt.thread.is_alive()
 
     def retire(self, fence: Fence) -> str:
-        """Deletes the job's files on this node, as the job is over; returns the node id."""
+        """Deletes the files of an ended job on this node; returns the node id."""
         self._guard.admit(fence)
         shutil.rmtree(self._folder, ignore_errors=True)
         return self._node_id
 
     def _start_log(self, request: StartRequest) -> None:
-        """Opens the attempt's log; the first one begins with the output of the start-up."""
+        """Opens the attempt's log; the first one begins with the start-up's output."""
         boot_output = b""
         if self._attempt is None:
             _, boot_output = self._log.read(0, _BOOT_LOG_BYTES)
@@ -219,19 +220,20 @@ class RankWorker:
         self._log = log
 
     def _preload(self) -> None:
-        """Imports torch and the library while the driver is still probing.
+        """Imports torch and the library while the driver probes the workers.
 
-        A failure is ignored here: the training thread imports again and reports it.
+        A failed import is ignored, because the training thread repeats and reports it.
         """
         if self._standby:
             lower_priority()
-        # Nothing of an import is garbage, and looking for some takes a tenth of it.
+        # Imports create no garbage, and collecting would take a tenth of their time.
         gc.disable()
         try:
             with contextlib.suppress(ImportError):
                 import workers.rank.session  # noqa: F401
         finally:
-            # Nor will it become garbage: collections while training skip what is frozen.
+            # Imported objects never become garbage, so collections during training skip
+            # them.
             gc.freeze()
             gc.enable()
 

@@ -34,7 +34,7 @@ def on_node(node_id: str, body: Callable[..., Any], *args: Any) -> Any:
 
     It reserves no resources.
     """
-    # Not soft: on another node the task would look at the wrong files.
+    # Not soft: on another node the task would read the wrong files.
     strategy = NodeAffinitySchedulingStrategy(node_id, soft=False)
     task = _remote(body).options(num_cpus=0, max_retries=0, scheduling_strategy=strategy)
     return task.remote(*args)
@@ -43,7 +43,7 @@ def on_node(node_id: str, body: Callable[..., Any], *args: Any) -> Any:
 @cache
 def _remote(body: Callable[..., Any]) -> Any:
     """Returns Ray's handle on a function."""
-    # One per function: each handle is sent to Ray's head and kept there.
+    # Cached per function, because each handle is sent to Ray's head and kept there.
     return ray.remote(body)
 
 
@@ -55,8 +55,8 @@ def is_done(call: Any) -> bool:
 
 def end(call: Any) -> None:
     """Kills the task's process unless the task is done, and waits for its end."""
-    # `force` kills the worker process: the body may be deep in a tokenizer, which no
-    # exception would interrupt.
+    # `force` kills the worker process, because an exception cannot interrupt native code
+    # such as a tokenizer.
     if not is_done(call):
         ray.cancel(call, force=True)
         ray.wait([call], timeout=_END_S)

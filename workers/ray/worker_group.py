@@ -2,8 +2,8 @@
 
 Owns: get-or-create by name, one outstanding poll per rank, removal by name.
 
-Every name is derived from job and slot, so a restarted driver finds what an earlier one
-created. Decides nothing. Must not know: HTTP, torch, what follows a death.
+Every name is derived from job and slot, so a restarted driver finds the actors of an
+earlier one. Makes no decisions. Must not know: HTTP, torch, what follows a death.
 """
 
 import contextlib
@@ -35,9 +35,9 @@ _LOOKUP_THREADS = 16
 
 
 class WorkerGroupError(WorkersError):
-    """Workers did not come up.
+    """Some workers did not start.
 
-    `dead_slots` are those that must be created anew, `kind` is what they died of.
+    `dead_slots` must be created anew; `kind` is the kind of their failure.
     """
 
     def __init__(
@@ -72,9 +72,9 @@ class WorkerGroup:
     def __init__(self, job_id: str, namespace: str, worker_class: type) -> None:
         self._job_id = job_id
         self._namespace = namespace
-        # Wrapped once: every remote class that is made stays in memory, here and in
-        # Ray's head. Two threads for polls: that of a replaced driver may still be
-        # waiting in the worker when its successor's comes.
+        # Wrapped once, because each remote class stays in memory, here and in Ray's head.
+        # Two threads for polls, because that of a replaced driver may still wait in the
+        # worker when its successor polls.
         as_actor: Any = ray.remote
         self._worker_class: Any = as_actor(concurrency_groups={"poll": 2})(worker_class)
         self._slots: dict[int, Any] = {}
@@ -109,7 +109,7 @@ class WorkerGroup:
         return dict(table["bundles_to_node_id"])
 
     def remove_placement_group(self) -> None:
-        """Releases the resources; Ray kills what still runs in them."""
+        """Releases the resources; Ray kills processes that still use them."""
         with contextlib.suppress(ValueError):
             ray.util.remove_placement_group(ray.util.get_placement_group(self._job_id))
 
@@ -123,7 +123,7 @@ class WorkerGroup:
     def create(
         self, plan: PlacementPlan, workers: Iterable[WorkerToStart], num_threads: int
     ) -> None:
-        """Creates workers, each in its bundle, without waiting until they are up."""
+        """Creates workers, each in its bundle, without waiting for their start."""
         group = self.placement_group(plan)
         for worker in workers:
             options = {
@@ -131,8 +131,8 @@ class WorkerGroup:
                 "namespace": self._namespace,
                 "lifetime": "detached",
                 "get_if_exists": True,
-                # Never restarted by Ray: a rank that restarts alone would meet the
-                # others in the middle of a step.
+                # Never restarted by Ray, because a single rank cannot rejoin the others in
+                # the middle of a step.
                 "max_restarts": 0,
                 "num_cpus": worker.resources.get("CPU", 0),
                 "num_gpus": worker.resources.get("GPU", 0),
@@ -162,7 +162,7 @@ class WorkerGroup:
         """Returns where the workers of some slots run, in slot order.
 
         `stop` is called while waiting and may raise to end the wait. Raises
-        WorkerGroupError naming the slots that died or did not come up.
+        WorkerGroupError with the slots that died or did not start.
         """
         calls = {}
         for slot in slots:
@@ -172,7 +172,7 @@ class WorkerGroup:
     def look_up(
         self, slots: Iterable[int], fence: Fence, timeout_s: float
     ) -> tuple[list[SlotFacts], tuple[int, ...]]:
-        """Returns where those workers run that reply in time, and the slots of dead ones.
+        """Returns where the workers that reply in time run, and the slots of dead ones.
 
         Raises FencedError.
         """
@@ -214,7 +214,7 @@ class WorkerGroup:
         self._polls[call] = _OutstandingPoll(rank, fence.attempt)
 
     def collect(self, timeout_s: float) -> list[PollResult]:
-        """Returns the results of polls that came back, in Ray's order of arrival.
+        """Returns the results of finished polls, in Ray's order of arrival.
 
         Waits up to `timeout_s` for the first. Raises FencedError when this driver was
         replaced.
@@ -224,7 +224,7 @@ class WorkerGroup:
             return []
         done, _ = ray.wait(list(self._polls), num_returns=1, timeout=timeout_s)
         if done:
-            # The first has arrived: take all others that have, without waiting.
+            # After the first one, all others that have arrived are taken without waiting.
             done, _ = ray.wait(list(self._polls), num_returns=len(self._polls), timeout=0)
         return [self._poll_result(call) for call in done]
 
@@ -249,7 +249,7 @@ class WorkerGroup:
         return f"`megatron-ray logs {self._job_id} --rank {poll.rank} --attempt {poll.attempt}`"
 
     def command(self, slot: int, fence: Fence, command: Command) -> None:
-        """Sends a command, without waiting: its arrival shows in what the rank does."""
+        """Sends a command without waiting; the rank's reports show its effect."""
         self._slots[slot].command.remote(fence, command)
 
     # ---- removal
@@ -257,7 +257,7 @@ class WorkerGroup:
     def leave(self, fence: Fence, timeout_s: float) -> tuple[int, ...]:
         """Has all workers leave their process groups at once.
 
-        Returns the slots whose process can be used again.
+        Returns the slots whose process can be reused.
         """
         calls = {}
         for slot, actor in self._slots.items():
@@ -270,7 +270,7 @@ class WorkerGroup:
         # All are killed before the first wait, so that they die at the same time.
         for slot in slots:
             actor = self._slots.pop(slot, None)
-            # One that an earlier driver created may not have been adopted.
+            # A worker that an earlier driver created may not have been adopted.
             if actor is None:
                 actor = find_actor(worker_name(self._job_id, slot), self._namespace)
             if actor is not None:
@@ -281,8 +281,8 @@ class WorkerGroup:
     def retire(self, fence: Fence, num_slots: int, timeout_s: float) -> tuple[str, ...]:
         """Has living workers delete the job's files; returns the nodes that are clean.
 
-        None are as long as one worker does not reply: it may be starting, and create its
-        folder after a worker on the same node has deleted it.
+        Returns none while a worker does not reply: it may be starting, and recreate the
+        folder after another worker on its node has deleted it.
         """
         self.adopt(sorted(set(range(num_slots)) - set(self._slots)))
         calls = {}
@@ -298,7 +298,8 @@ class WorkerGroup:
         # By name, not by `self._slots`: an earlier driver may have created more.
         self.drop_calls()
         names = [worker_name(self._job_id, slot) for slot in range(num_slots)]
-        # In parallel: a look-up is a call to Ray's head, and a job may have thousands.
+        # In parallel: each look-up is a call to Ray's head, and a job may have thousands of
+        # workers.
         with ThreadPoolExecutor(max_workers=_LOOKUP_THREADS) as pool:
             actors = list(pool.map(self._find, names))
         killed = []
@@ -315,7 +316,7 @@ class WorkerGroup:
         return find_actor(name, self._namespace)
 
     def _await_gone(self, name: str) -> None:
-        # Until then, creating an actor of this name would return the one that is dying.
+        # Until then, get-or-create would return the dying actor of this name.
         deadline = time.monotonic() + GONE_S
         while self._find(name) is not None and time.monotonic() < deadline:
             time.sleep(_GONE_CHECK_S)
@@ -324,13 +325,13 @@ class WorkerGroup:
 def _results(
     calls: Mapping[int, Any], timeout_s: float, stop: Callable[[], None]
 ) -> list[Any]:
-    """Returns the results of calls, given by slot, in slot order.
+    """Returns the results of calls by slot, in slot order.
 
     `stop` may raise to end the wait. Raises WorkerGroupError when any call fails or is
     late, FencedError.
     """
     _await_all(calls, timeout_s, stop)
-    # All calls are looked at before one failure is raised: it names every dead slot.
+    # All calls are examined before raising, so that the error contains every dead slot.
     results = []
     dead = {}
     for slot in sorted(calls):
@@ -367,10 +368,10 @@ def _await_all(
 def _results_in_time(
     calls: Mapping[Any, int], timeout_s: float
 ) -> tuple[dict[int, Any], tuple[int, ...]]:
-    """Returns the results that come in time, by slot, and the slots whose call failed.
+    """Returns the results that arrive in time, by slot, and slots of failed calls.
 
-    `calls` maps references to slots. The failed ones are most likely dead. Raises
-    FencedError.
+    `calls` maps references to slots. The processes of failed calls are most likely
+    dead. Raises FencedError.
     """
     if not calls:
         return {}, ()

@@ -68,7 +68,7 @@ def _convert(options: argparse.Namespace) -> Imported | Exported:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code.
 
-    A user's mistake is one line on stderr.
+    A user's error is one line on stderr.
     """
     options = _parse(arguments)
     try:

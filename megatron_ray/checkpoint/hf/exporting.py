@@ -35,26 +35,26 @@ from megatron_ray.storage.storage import open_storage
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-"""Types as safetensors spells them."""
+"""Names of types in safetensors."""
 _CONFIG_NAMES = {
     torch.float32: "float32",
     torch.bfloat16: "bfloat16",
     torch.float16: "float16",
     torch.float64: "float64",
 }
-"""Types as config.json spells them."""
+"""Names of types in config.json."""
 _HEADER_ALIGNMENT = 8
 
 
 @dataclass(frozen=True)
 class Output:
-    """One tensor to write, and the logical tensors that it consists of."""
+    """One tensor to write, with the logical tensors that form it."""
 
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
     parts: tuple[tuple[str, TensorLocation], ...]
-    """Logical names, and where in this tensor they are."""
+    """Logical names with their locations in this tensor."""
 
     @property
     def num_bytes(self) -> int:
@@ -84,8 +84,8 @@ def export_folder(
 ) -> Exported:
     """Writes the folder `out`.
 
-    Weights keep the type that they have in the checkpoint unless `dtype` is given. Files
-    have at most `shard_bytes` bytes, unless a single tensor is larger.
+    Weights keep their type in the checkpoint unless `dtype` is given. Files have at
+    most `shard_bytes` bytes, unless a single tensor is larger.
 
     Raises CheckpointError when the checkpoint cannot be loaded or `out` exists,
     ConfigError when the model belongs to no known family.
@@ -94,7 +94,7 @@ def export_folder(
     model = saved_model(checkpoint, train_state)
     family = _family(model, train_state.get("family"))
     saved = SavedCheckpoint(checkpoint)
-    # Everything that can be refused is refused before a folder is created.
+    # All errors are raised before a folder is created.
     outputs = _outputs(saved, family, model, dtype)
     with new_folder(out) as folder:
         files = _write_shards(folder, saved, outputs, shard_bytes)
@@ -113,7 +113,7 @@ def export_folder(
 
 
 def _family(model: ModelConfig, imported_as: str | None) -> Family:
-    """Returns the family that the weights were imported as, or else the nearest."""
+    """Returns the family of the imported weights, or else the nearest family."""
     if imported_as in FAMILIES:
         return FAMILIES[imported_as]
     return family_for(model)
@@ -142,7 +142,7 @@ def _outputs(
         shape = location.stored_shape(shapes[name])
         saved_dtype = saved.tensors[f"model/{name}"].slots[0].dtype
         output = Output(stored_name, saved_dtype, shape, tuple(members))
-        # The biases of expert routing are small beside the scores that they are added
+        # Biases of expert routing are small compared with the scores that they are added
         # to, so they stay in fp32, as in every published model.
         if dtype is not None and not name.endswith("expert_bias"):
             output = replace(output, dtype=dtype)
@@ -157,8 +157,8 @@ def _write_shards(
     folder: Path, saved: SavedCheckpoint, outputs: Sequence[Output], shard_bytes: int
 ) -> tuple[str, ...]:
     """Writes the safetensors files, and their index if there are several."""
-    # File names contain the number of files, so tensors are distributed before any is
-    # written.
+    # File names contain the number of files, so tensors are assigned to files before
+    # writing.
     shards = _shards(outputs, shard_bytes)
     if len(shards) == 1:
         _write_shard(folder / SINGLE, saved, shards[0])
@@ -196,8 +196,7 @@ def _shards(outputs: Sequence[Output], shard_bytes: int) -> list[list[Output]]:
 
 def _write_shard(path: Path, saved: SavedCheckpoint, shard: Sequence[Output]) -> None:
     """Writes one safetensors file."""
-    # The header comes first and needs sizes only, so that one tensor at a time is in
-    # memory.
+    # The header needs sizes only, so a single tensor at a time is in memory.
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for output in shard:
@@ -219,11 +218,11 @@ def _write_shard(path: Path, saved: SavedCheckpoint, shard: Sequence[Output]) ->
 
 
 def _assemble(saved: SavedCheckpoint, output: Output) -> Tensor:
-    """Returns a tensor to write, into which its logical parts are read directly."""
+    """Returns a tensor to write; its logical parts are read into it directly."""
     whole = torch.empty(output.shape, dtype=output.dtype)
     for name, location in output.parts:
         shape = saved.tensors[f"model/{name}"].shape
-        # A transposed view has logical rows as its first dimension.
+        # Transposed, so that the first dimension is the logical rows.
         rows = whole
         if location.transposed:
             rows = whole.t()
@@ -252,7 +251,7 @@ def _config(
 ) -> dict[str, Any]:
     """Returns the values of config.json."""
     end = train_state.get("end_of_document")
-    # Imported models bring their own; others use the end of a document as both.
+    # Imported models have their own token ids; others use the end of a document for both.
     token_ids = train_state.get("token_ids") or {
         "bos_token_id": end,
         "eos_token_id": end,

@@ -4,8 +4,8 @@ The safetensors format (8 bytes of length, a JSON header, row-major tensors) is 
 and not by its library, which maps whole files into memory and supports local paths
 only.
 
-Owns: files, headers and what can be wrong with them. Torch-free. Must not know:
-families, what tensors mean.
+Owns: files, headers and their errors. Torch-free. Must not know: families, the meaning
+of tensors.
 """
 
 import json
@@ -28,7 +28,7 @@ ELEMENT_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, FP8: 1}
 _OTHER_BYTES = {"F8_E5M2": 1, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 """Bytes per element of types that only computed buffers have."""
 _LENGTH_BYTES = 8
-_LONGEST_HEADER = 100_000_000
+_MAX_HEADER_BYTES = 100_000_000
 """Largest header in bytes, as in the safetensors library."""
 
 
@@ -39,7 +39,7 @@ class StoredTensor:
     name: str
     file: str
     dtype: str
-    """Type as the format spells it, such as `BF16`."""
+    """Type as named by the format, such as `BF16`."""
     shape: tuple[int, ...]
     start: int
     """First byte in the file."""
@@ -104,7 +104,7 @@ def _weight_files(storage: Storage, path: str, sizes: Mapping[str, int]) -> list
     weight_map = _read_json(storage, SHARDS).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError("read", storage.uri(SHARDS), "it has no weight_map")
-    # Where each tensor is stands in the headers too; only the names of files are needed.
+    # Only the file names are needed: the headers contain the location of each tensor.
     files = sorted(set(map(str, weight_map.values())))
     missing = [file for file in files if file not in sizes]
     if missing:
@@ -167,7 +167,7 @@ def _header_bytes(storage: Storage, file: str, size: int) -> bytearray:
         source.read_into(0, memoryview(length))
         header_size = int.from_bytes(length, "little")
         # The number is read from the file, so it is checked before memory is allocated.
-        if header_size > min(size - _LENGTH_BYTES, _LONGEST_HEADER):
+        if header_size > min(size - _LENGTH_BYTES, _MAX_HEADER_BYTES):
             raise CheckpointError(
                 "read",
                 path,

@@ -1,8 +1,8 @@
 """Opens a folder in Hugging Face format and checks it against its config.json.
 
 `HfFolder` is what the rest of the library uses: `model` is the model as a ModelConfig,
-`shapes` lists its logical tensors, `locations` maps each to where it is stored. Tensors
-that are missing, unknown or of another shape are refused. Only headers are read.
+`shapes` lists its logical tensors, `locations` maps each to where it is stored. Missing
+or unknown tensors and wrong shapes are errors. Only headers are read.
 
 Torch-free. Must not know: what is done with the tensors (`weights` reads them).
 """
@@ -28,8 +28,8 @@ from megatron_ray.sharding.parameters import logical_parameters
 
 SCALES = "_scale_inv"
 """Suffix of the tensor with a factor for each block of an fp8 weight."""
-_MOST_NAMES = 4
-"""Names listed in an error."""
+_MAX_NAMES = 4
+"""Maximum number of names in an error."""
 _ROUTER = "moe.router.weight"
 _EXPERT_BIAS = "moe.expert_bias"
 
@@ -86,15 +86,15 @@ class HfFolder:
         """Rows and columns of the blocks of fp8 weights."""
         self.tensors = _full_names(stored, self.family)
         """Stored tensors by name."""
-        # config.json may list parts of the model that the files do not have.
+        # config.json may list parts of the model that the files do not contain.
         model = read_model(self.family, stored.config, where)
         self.model = self.family.present(model, self.tensors)
         self.shapes = logical_shapes(self.model)
         """Logical tensors by name."""
         self.locations = self._find_locations()
-        """Place of each logical tensor in the files."""
+        """Location of each logical tensor in the files."""
         self._check_names()
-        # Names are checked before shapes: a wrong number of layers should not be reported
+        # Names are checked before shapes, so that a wrong number of layers is not reported
         # as a wrong shape.
         for name in self.locations:
             self._check_shape(name)
@@ -116,8 +116,8 @@ class HfFolder:
         return locations
 
     def _check_names(self) -> None:
-        """Raises ConfigError when a tensor is missing, or is not one of the model's."""
-        # Several logical tensors may be in one stored tensor.
+        """Raises ConfigError for missing tensors and for tensors that the model lacks."""
+        # One stored tensor may contain several logical tensors.
         needed = {location.name for location in self.locations.values()}
         missing = sorted(needed - self.tensors.keys())
         if missing:
@@ -135,12 +135,12 @@ class HfFolder:
             )
 
     def _is_expected(self, name: str, needed: set[str]) -> bool:
-        """Returns whether a tensor that is no weight may be in the files."""
+        """Returns whether the files may contain a tensor that is not a weight."""
         if any(fnmatchcase(name, pattern) for pattern in self.family.ignored):
             return True
         if not name.endswith(SCALES):
             return False
-        # Factors belong to an fp8 weight, or to a repeated one, which is not read.
+        # Scaling factors belong to an fp8 weight, or to a copy, which is not read.
         weight = name.removesuffix(SCALES)
         if weight in self.copies:
             return True
@@ -148,8 +148,8 @@ class HfFolder:
 
     @cached_property
     def copies(self) -> Mapping[str, str]:
-        """Maps a stored tensor to the one that it repeats, where both exist."""
-        # Of tied embeddings some files have the head too, and some have it not.
+        """Maps stored tensors to the tensors that they copy, where both exist."""
+        # With tied embeddings some files contain the head too, others do not.
         copies = dict(self.family.copies(self.model))
         if self.model.tie_embeddings:
             rules = self.family.rules(self.model)
@@ -204,8 +204,7 @@ def _field_of(name: str) -> str:
 def _full_names(stored: StoredModel, family: Family) -> dict[str, StoredTensor]:
     """Returns the stored tensors by full name.
 
-    Some published checkpoints are of the model without its head, whose names lack the
-    prefix.
+    Some published checkpoints were saved without the head; their names lack the prefix.
     """
     if any(name.startswith(family.prefix) for name in stored.tensors):
         return dict(stored.tensors)
@@ -238,7 +237,7 @@ def _fp8_block(config: Mapping[str, object], where: str) -> tuple[int, int]:
 
 
 def _some(names: list[str]) -> str:
-    listed = ", ".join(names[:_MOST_NAMES])
-    if len(names) > _MOST_NAMES:
-        return f"{listed} and {len(names) - _MOST_NAMES} more"
+    listed = ", ".join(names[:_MAX_NAMES])
+    if len(names) > _MAX_NAMES:
+        return f"{listed} and {len(names) - _MAX_NAMES} more"
     return listed

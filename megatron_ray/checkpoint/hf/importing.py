@@ -1,7 +1,7 @@
 """Writes a folder in Hugging Face format as a committed checkpoint of this library.
 
-Owns: what such a checkpoint contains: weights without optimizer state or layout, and
-beside them a job spec that starts from it.
+Owns: the contents of such a checkpoint: weights without optimizer state or layout, and
+a job spec that starts from them.
 
 Tensors are converted one by one. Must not know: training, ranks.
 """
@@ -27,8 +27,8 @@ from megatron_ray.storage.storage import Storage, Writable, open_storage
 
 SPEC = "spec.yaml"
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-_LONGEST_SEQUENCE = 4096
-"""Tokens of a sequence in the spec, which its user may change."""
+_MAX_SEQ_LENGTH = 4096
+"""Maximum sequence length in the spec, which users may change."""
 
 
 @dataclass(frozen=True)
@@ -46,19 +46,19 @@ class Imported:
 def import_folder(source: str, out: str) -> Imported:
     """Writes the checkpoint folder `out`.
 
-    Peak memory is that of the largest tensor, and some scratch.
+    Peak memory is the size of the largest tensor plus scratch memory.
 
     Raises CheckpointError for damaged files and when `out` exists, ConfigError when the
     model is not supported.
     """
     weights = HfWeights(source)
-    # The files may have tied weights twice. The checkpoint has them once, so they must be
-    # equal.
+    # Files may contain tied weights twice, the checkpoint contains them once, so both must
+    # be equal.
     weights.check_copies()
     with new_folder(out) as folder:
         storage = open_storage(str(folder))
         num_bytes = _write_tensors(weights, storage)
-        # The folder is renamed at the end, so paths in its files are those of `out`.
+        # The folder is renamed at the end, so paths in its files start with `out`.
         final = str(Path(out).absolute())
         tokenizer_path = None
         if weights.storage.exists(HF_TOKENIZER):
@@ -69,7 +69,7 @@ def import_folder(source: str, out: str) -> Imported:
         train_state = json.dumps(_train_state(weights, config))
         storage.write_bytes_atomic(TRAIN_STATE, train_state.encode())
         storage.write_bytes_atomic(SPEC, _spec(config, final).encode())
-        # The marker comes last, so that a checkpoint is never complete without its files.
+        # The marker is written last, so that a committed checkpoint is complete.
         commit(str(folder), {"imported_from": source}, [])
     return Imported(
         path=out,
@@ -86,7 +86,7 @@ def _write_tensors(weights: HfWeights, storage: Storage) -> int:
     for name, shape in weights.shapes.items():
         box = Box((0,) * len(shape), shape)
         tensors.append(BoxSpec(f"model/{name}", shape, box, weights.dtype(name)))
-    # The same plan as that of a training run's only rank, so that the index has one form.
+    # The plan of a training run with one rank, so that the index has the same form.
     plan = plan_all([tensors])[0]
     if not isinstance(plan, RankPlan) or plan.index is None:
         raise CheckpointError("write", storage.uri(), plan)
@@ -106,7 +106,7 @@ def _write_slots(weights: HfWeights, plan: RankPlan, file: Writable) -> None:
 
 
 def _train_config(model: ModelConfig, tokenizer: str | None) -> TrainConfig:
-    """Returns a run of this model, with placeholders for what only its user knows."""
+    """Returns a run of this model, with placeholders for fields that users must choose."""
     data: dict[str, Any] = {"train": [{"path": "builtin://python-stdlib"}]}
     if tokenizer is not None:
         data["tokenizer"] = {"kind": "file", "path": tokenizer}
@@ -115,7 +115,7 @@ def _train_config(model: ModelConfig, tokenizer: str | None) -> TrainConfig:
             "model": model.model_dump(mode="json", exclude_defaults=True),
             "data": data,
             "training": {
-                "seq_length": min(model.max_sequence_length, _LONGEST_SEQUENCE),
+                "seq_length": min(model.max_sequence_length, _MAX_SEQ_LENGTH),
                 "micro_batch_size": 1,
                 "global_batch_size": 16,
                 "steps": 1000,
@@ -127,7 +127,7 @@ def _train_config(model: ModelConfig, tokenizer: str | None) -> TrainConfig:
 
 def _train_state(weights: HfWeights, config: TrainConfig) -> dict[str, Any]:
     token_ids = {name: weights.config.get(name) for name in TOKEN_IDS}
-    # Some models list several ends; the first one ends documents.
+    # Some models list several end tokens; the first one ends documents.
     end_of_document = token_ids["eos_token_id"]
     if isinstance(end_of_document, list) and end_of_document:
         end_of_document = end_of_document[0]

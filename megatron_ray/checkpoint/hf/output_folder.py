@@ -1,6 +1,6 @@
 """Creates an output folder that appears complete or not at all.
 
-Must not know: what is written to it.
+Must not know: its contents.
 """
 
 import secrets
@@ -17,7 +17,7 @@ from megatron_ray.storage.errors import StorageError
 def new_folder(out: str) -> Iterator[Path]:
     """Yields a temporary folder beside `out`, which is renamed to `out` at the end.
 
-    After an exception it is deleted. Raises CheckpointError when `out` is a URI, exists
+    It is deleted after an exception. Raises CheckpointError when `out` is a URI, exists
     already, or cannot be written to.
     """
     if "://" in out:

@@ -1,7 +1,7 @@
 """Describes where a logical tensor is stored in a Hugging Face checkpoint.
 
-A family of models lists `Rule`s, which say for each kind of logical name in which stored
-tensor it is, and whether as a part, transposed or with rows in another order.
+A family of models lists `Rule`s, which map each kind of logical name to its stored
+tensor: whole or a part of it, transposed or with reordered rows.
 
 Owns: those rules and their arithmetic on shapes and boxes. Pure. Must not know:
 families, files, torch.
@@ -18,11 +18,11 @@ _NUMBER = re.compile(r"\d+")
 
 @dataclass(frozen=True)
 class InterleavedRotary:
-    """Order of rows whose outputs are rotated in neighbouring pairs.
+    """Order of rows that rotary embedding pairs with their neighbours.
 
-    Of every `every` rows, the `width` rows from `first` on are rotated. Stored models
-    pair rows 2i and 2i + 1 (transformers' `rope_interleave`), this library pairs i and
-    i + width / 2.
+    In every block of `every` rows, the `width` rows from `first` on are rotated. Stored
+    models pair rows 2i and 2i + 1 (transformers' `rope_interleave`), this library pairs
+    i and i + width / 2.
     """
 
     every: int
@@ -45,7 +45,7 @@ class InterleavedRotary:
     def runs(self, start: int, end: int) -> Iterator[tuple[int, int, int]]:
         """Yields rows [start, end) as (first logical row, first stored row, count).
 
-        Rows that are neighbours in both orders are one run.
+        Rows that are adjacent in both orders form one run.
         """
         row = start
         while row < end:
@@ -65,12 +65,12 @@ class TensorLocation:
     """Name of the stored tensor."""
     part: int = 0
     parts: int = 1
-    """The stored rows (columns where transposed) are `parts` equal parts, of which this
+    """The stored rows (columns where transposed) consist of `parts` equal parts; this
     is number `part`."""
     transposed: bool = False
-    """Whether it is stored as [inputs, outputs], as in GPT-2's Conv1D."""
+    """Whether the tensor is stored as [inputs, outputs], as in GPT-2's Conv1D."""
     rotary: InterleavedRotary | None = None
-    """Order of the stored rows, where it differs."""
+    """Order of the stored rows, if different."""
 
     def stored_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         """Returns the shape of the stored tensor for a logical shape."""
@@ -82,14 +82,14 @@ class TensorLocation:
     def pieces(self, shape: Sequence[int], box: Box) -> Iterator[tuple[Box, Box]]:
         """Yields a box of the logical tensor as pairs of (logical box, stored box).
 
-        Where the tensor is transposed, so is the stored box.
+        The stored box of a transposed tensor is transposed too.
         """
         start = box.offset[0]
         rows = box.size[0]
         runs: Iterable[tuple[int, int, int]] = [(start, start, rows)]
         if self.rotary is not None:
             runs = self.rotary.runs(start, start + rows)
-        # Only rows are in another order, so each run is a box in both.
+        # Only rows are reordered, so each run is a box in both tensors.
         for logical_row, stored_row, count in runs:
             size = (count, *box.size[1:])
             offset = (stored_row + self.part * shape[0], *box.offset[1:])
@@ -101,9 +101,9 @@ class TensorLocation:
 
 @dataclass(frozen=True)
 class Rule:
-    """Logical names of one kind, and where those tensors are stored.
+    """Logical names of one kind, and their stored tensors.
 
-    `{}` stands for a number, which is the same in both names.
+    `{}` is a number, the same in both names.
     """
 
     logical: str
@@ -116,7 +116,7 @@ class Rule:
     """Added to the first number of the stored name."""
 
     def location(self, numbers: Sequence[str]) -> TensorLocation:
-        """Returns where the tensor with these numbers in its name is stored."""
+        """Returns the location of the tensor with these numbers in its name."""
         stored_numbers = list(numbers)
         if stored_numbers:
             stored_numbers[0] = str(int(stored_numbers[0]) + self.first_layer)
@@ -133,7 +133,7 @@ def find_locations(
     rules: Iterable[Rule], names: Iterable[str]
 ) -> dict[str, TensorLocation | None]:
     """Returns the location of each logical name, or None where no rule matches."""
-    # A name is looked up with its numbers replaced, as rules are written.
+    # Rules are looked up by the name with `{}` in place of its numbers.
     by_logical = {rule.logical: rule for rule in rules}
     locations: dict[str, TensorLocation | None] = {}
     for name in names:
@@ -145,7 +145,7 @@ def find_locations(
 
 
 def linear(logical: str, stored: str, *, bias: bool = False) -> list[Rule]:
-    """Returns the rules of a weight and, if asked for, of its bias."""
+    """Returns the rules of a weight and, optionally, of its bias."""
     rules = [Rule(f"{logical}.weight", f"{stored}.weight")]
     if bias:
         rules.append(Rule(f"{logical}.bias", f"{stored}.bias"))

@@ -1,7 +1,7 @@
 """Reads the weights of a Hugging Face folder by logical name.
 
-A reader takes only the bytes of its boxes, row by row where it must. Weights in fp8 are
-multiplied by the factors of their blocks.
+Only the bytes of the requested boxes are read, row by row if necessary. Weights in fp8
+are multiplied by the factors of their blocks.
 
 Must not know: optimizers, layouts.
 """
@@ -31,17 +31,17 @@ DTYPES = {
     FP8: torch.float8_e4m3fn,
 }
 _CHUNK_ELEMENTS = 4 * 1024 * 1024
-"""Elements that are dequantized or compared at a time, which bounds memory."""
+"""Elements that are dequantized or compared at once, which bounds memory."""
 
 
 class HfWeights(HfFolder):
-    """An opened folder whose tensors can be read.
+    """An opened folder with methods to read its tensors.
 
     Raises CheckpointError and ConfigError as HfFolder does.
     """
 
     def dtype(self, name: str) -> torch.dtype:
-        """Returns the type in which a logical tensor should be kept.
+        """Returns the type in which a logical tensor is loaded.
 
         It is the stored type, or bf16 for fp8 with factors (as DeepSeek converts them).
         """
@@ -74,7 +74,7 @@ class HfWeights(HfFolder):
             else:
                 reads_by_file[stored.file] += reads
         read_all(self.storage, reads_by_file)
-        # These take several reads each, of values and of factors.
+        # fp8 boxes need several reads, of values and of factors.
         for read in fp8_reads:
             self._read_fp8(read)
 
@@ -83,7 +83,7 @@ class HfWeights(HfFolder):
         stored = self.tensors[read.slot.fqn]
         first_row, first_column = read.part.offset
         rows, columns = read.part.size
-        # Some rows at a time, because fp32 values need four times the memory.
+        # A few rows at once, because fp32 values need four times the memory.
         step = max(1, _CHUNK_ELEMENTS // columns)
         for start in range(0, rows, step):
             count = min(step, rows - start)
@@ -103,7 +103,7 @@ class HfWeights(HfFolder):
         blocks = Box((top, left), (bottom - top, right - left))
         factors = torch.empty(blocks.size)
         self._read_box(self.tensors[stored.name + SCALES], blocks, factors)
-        # Spread them over the elements, one dimension after the other.
+        # Expand the factors to elements, one dimension after the other.
         row_blocks = _indices(box, 0) // self.block[0] - top
         column_blocks = _indices(box, 1) // self.block[1] - left
         return factors[row_blocks][:, column_blocks]
@@ -112,7 +112,7 @@ class HfWeights(HfFolder):
         read_all(self.storage, {stored.file: [Read(_slot(stored), box, target)]})
 
     def check_copies(self) -> None:
-        """Compares tensors that the files have twice and the model once.
+        """Compares tied tensors that the files store twice.
 
         Raises ConfigError where the two differ.
         """
@@ -131,7 +131,7 @@ class HfWeights(HfFolder):
         return all(torch.equal(left, right) for left, right in pairs)
 
     def _chunks(self, stored: StoredTensor) -> Iterator[Tensor]:
-        """Yields a stored tensor in fp32, some rows at a time."""
+        """Yields a stored tensor in fp32, a few rows at once."""
         step = max(1, _CHUNK_ELEMENTS // prod(stored.shape[1:]))
         for start in range(0, stored.shape[0], step):
             size = (min(step, stored.shape[0] - start), *stored.shape[1:])
@@ -142,7 +142,7 @@ class HfWeights(HfFolder):
 
 
 def load_whole(weights: HfWeights, name: str) -> Tensor:
-    """Returns one logical tensor, in the type in which it should be kept."""
+    """Returns one logical tensor, in its type from `HfWeights.dtype`."""
     tensor = torch.empty(weights.shapes[name], dtype=weights.dtype(name))
     weights.load_into({f"model/{name}": whole_tensor(tensor)})
     return tensor
@@ -151,10 +151,10 @@ def load_whole(weights: HfWeights, name: str) -> Tensor:
 def _reads(
     location: TensorLocation, stored: StoredTensor, tensor: ShardedTensor
 ) -> Iterator[Read]:
-    """Yields what to read from a stored tensor to fill the boxes of a logical one."""
+    """Yields the reads of a stored tensor that fill the boxes of a logical one."""
     for local in tensor.nonempty():
         for logical_box, stored_box in location.pieces(tensor.shape, local.box):
-            # The view of the local tensor that this piece belongs into.
+            # The view of the local tensor that this piece fills.
             target = local.tensor.detach()
             for dim, offset in enumerate(logical_box.offset):
                 start = offset - local.box.offset[dim]
@@ -165,7 +165,7 @@ def _reads(
 
 
 def _slot(stored: StoredTensor) -> Slot:
-    """Returns a stored tensor in the form in which checkpoints list what they hold."""
+    """Returns a stored tensor as a slot of a checkpoint's index."""
     whole = Box((0,) * len(stored.shape), stored.shape)
     return Slot(stored.name, whole, DTYPES[stored.dtype], stored.start)
 

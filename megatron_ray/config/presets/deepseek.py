@@ -24,8 +24,7 @@ _YARN: dict[str, Any] = {
 }
 
 DEEPSEEK: dict[str, dict[str, Any]] = {
-    # All parts of DeepSeek-V3 small; layers and heads are multiples of 4, as in
-    # gpt-tiny.
+    # DeepSeek-V3 in small sizes; layers and heads are multiples of 4, as in gpt-tiny.
     "deepseek-tiny": {
         **_LATENT,
         "num_layers": 4,

@@ -1,4 +1,4 @@
-"""Lists named model shapes, with the numbers that their authors published.
+"""Lists named model shapes with their published sizes.
 
 Each family's numbers are those of the `config.json` in the Hugging Face repository named
 above it. Must not know: how a model is built.
@@ -29,8 +29,8 @@ def _sized(
         "num_attention_heads": heads,
         "ffn_hidden_size": ffn,
     }
-    # Without grouped-query attention num_query_groups is left out, so that a user who
-    # overrides num_attention_heads of a preset has to change that one field only.
+    # Without grouped-query attention num_query_groups is omitted, so that overriding
+    # num_attention_heads of a preset needs no second field.
     if groups != heads:
         sizes["num_query_groups"] = groups
     return family | sizes | rest
@@ -125,7 +125,7 @@ _TINY: dict[str, dict[str, Any]] = {
         moe={"num_experts": 8, "top_k": 2, "aux_loss_coeff": 0.01},
     ),
     "gpt2-tiny": _sized(_GPT2, 4, 128, 4, 4, 512),
-    # As their families are, but for the vocabulary, which is the tokenizer's.
+    # Like their families, except for the vocabulary, which the tokenizer determines.
     "mistral-tiny": _sized(
         _MISTRAL,
         4,

@@ -1,6 +1,6 @@
-"""Keeps what preparation builds, by name, in the cache folder.
+"""Caches the results of preparation by name in the cache folder.
 
-Owns: reuse, completeness. Must not know: what is built.
+Owns: reuse, completeness. Must not know: the contents of entries.
 
 An entry is a folder with `complete.json`, which describes it and lists the sizes of its
 files. On a local disk the whole folder appears at once; in an object store, which cannot
@@ -29,10 +29,10 @@ BuildEntry = Callable[[Path], Description]
 def get_or_build(cache: Location, name: str, build: BuildEntry) -> Description:
     """Returns the description of entry `name`, which is built unless it is complete.
 
-    Raises OSError and what `build` raises.
+    Raises OSError and the errors of `build`.
     """
     entry = cache / name
-    # Two processes may both miss it and build: that costs time, and harms nothing.
+    # Two processes may both miss it and build it, which is harmless.
     description = read_description(entry)
     if description is not None:
         return description
@@ -44,7 +44,7 @@ def get_or_build(cache: Location, name: str, build: BuildEntry) -> Description:
 def read_description(entry: Location) -> Description | None:
     """Returns the description of a complete entry.
 
-    None when it is missing, or a file of it is missing or has another size.
+    None when the entry or one of its files is missing, or a file has another size.
     """
     try:
         description: Description = json.loads(read_bytes(entry / COMPLETE))
@@ -62,19 +62,19 @@ def _build_locally(entry: Location, build: BuildEntry) -> Description:
     with atomic_folder(folder) as work:
         description = _build(work, build)
         if folder.is_dir() and read_description(entry) is None:
-            # A damaged entry is in the way. It goes in one rename, so that no reader
-            # sees half of it, and under a name that is removed once it is stale.
+            # A damaged entry blocks the name. A single rename removes it, so that readers
+            # never find a partial entry; the new name is deleted once it is stale.
             damaged = folder.with_name(f"{WORK_PREFIX}damaged-{uuid.uuid4().hex}")
             with contextlib.suppress(FileNotFoundError):
                 folder.rename(damaged)
-    # Another process may have published its own first, with links that differ.
+    # Another process may have published its entry first, with different links.
     return read_description(entry) or description
 
 
 def _build_and_upload(entry: Location, build: BuildEntry) -> Description:
     with tempfile.TemporaryDirectory() as work:
         description = _build(Path(work), build)
-        # The file that makes the entry complete goes last.
+        # The file that marks the entry as complete is uploaded last.
         files = sorted(Path(work).iterdir(), key=lambda file: file.name == COMPLETE)
         for file in files:
             upload(file, entry / file.name)
@@ -86,7 +86,7 @@ def _build(work: Path, build: BuildEntry) -> Description:
     sizes = {}
     for file in sorted(work.iterdir()):
         sizes[file.name] = file.stat().st_size
-    # By size a file that was cut short is found without reading it.
+    # Sizes reveal truncated files without reading them.
     description["files"] = sizes
     (work / COMPLETE).write_text(json.dumps(description, sort_keys=True))
     return description

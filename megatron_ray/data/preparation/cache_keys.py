@@ -3,7 +3,7 @@
 import hashlib
 import json
 
-# Part of every name: raise it when the same input would be turned into something else.
+# Part of every name; to be increased when the same input yields another output.
 _FORMAT = 1
 
 

@@ -1,6 +1,6 @@
 """Checks the data of a config before a job is accepted.
 
-Owns: what can be found out in a second. Must not know: tokenizing, caches, jobs.
+Owns: the checks that take at most a second. Must not know: tokenizing, caches, jobs.
 """
 
 from megatron_ray.config.data import DataConfig
@@ -16,26 +16,26 @@ from megatron_ray.storage.location import parse_location
 
 
 def check_data(data: DataConfig, seq_length: int, storage_path: str) -> list[Problem]:
-    """Returns what is certainly wrong with the data.
+    """Returns the definite problems of the data.
 
-    That is: paths, the first document of each source, the tokenizer, too little text,
-    storage that cannot be written. Reads a few kilobytes and tokenizes nothing, so an
-    empty list is no promise: `prepare` finds the rest. Writes and deletes one small file
-    below `storage_path` (and data.cache), and creates no folder on a local disk.
+    Checks paths, the first document of each source, the tokenizer, the amount of text,
+    and write access to storage. Reads a few kilobytes and tokenizes nothing, so
+    `prepare` may find more problems. Writes and deletes one small file below
+    `storage_path` (and data.cache), and creates no folder on a local disk.
     """
     data_files = find_data(data)
     problems = list(data_files.problems)
     required = seq_length + 1
     required_for_training = required
-    # Held-out documents come out of the same text: a lone source must have enough for
-    # both.
+    # Held-out documents are taken from the same text, so a single source must be long
+    # enough for both.
     if len(data.train) == 1 and not data.validation and data.validation_fraction:
         required_for_training = 2 * required
     for source_at in data_files.train:
         problems += _source_problems(source_at, data, required_for_training)
     for source_at in data_files.validation:
         problems += _source_problems(source_at, data, required)
-    # The other kinds are made here and cannot be wrong.
+    # The other kinds are not read from a file, so they need no check.
     if data.tokenizer.kind == "file":
         try:
             read_tokenizer(data.tokenizer)
@@ -64,7 +64,7 @@ def _source_problems(source_at: SourceAt, data: DataConfig, required: int) -> li
 
 
 def _max_tokens(source_files: SourceFiles, data: DataConfig) -> int | None:
-    """Returns an upper bound of the tokens; None where the size is no bound.
+    """Returns an upper bound of the tokens; None if the size implies none.
 
     Raises DataError when the first document is unreadable.
     """
@@ -75,13 +75,13 @@ def _max_tokens(source_files: SourceFiles, data: DataConfig) -> int | None:
     if first_chunk is None and len(files) == 1:
         detail = f"{source_files.source.path} holds no text; give files with text in them"
         raise DataError("empty", detail)
-    # Compressed text is longer than its file, and a tokenizer of the user's may
-    # normalize text to something longer.
+    # Compressed text is longer than its file, and a user's tokenizer may normalize text to
+    # longer text.
     is_compressed = any(file.path.lower().endswith(".parquet") for file in files)
     if is_compressed or data.tokenizer.kind == "file":
         return None
-    # A byte-level token is at least one byte, and each file's last document has an end
-    # token; in jsonl the syntax takes more bytes than there are end tokens.
+    # A byte-level token has at least one byte, and each file's last document adds an end
+    # token. In jsonl the syntax has more bytes than there are end tokens.
     return source_files.num_bytes + len(files)
 
 

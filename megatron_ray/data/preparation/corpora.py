@@ -3,8 +3,8 @@
 Owns: tokenizing, checking prepared tokens, counting. Must not know: caches, blends,
 seq_length.
 
-Text is tokenized once, into `tokens`; `train` and `validation` are indices of their own
-over the same tokens, so a split copies nothing (where the disk has links).
+Text is tokenized once, into `tokens`; `train` and `validation` are separate indices
+over the same tokens, so a split copies nothing (if the disk supports links).
 """
 
 import hashlib
@@ -30,7 +30,7 @@ from megatron_ray.data.preparation.split import split_documents
 from megatron_ray.data.tokenizer import Tokenizer
 
 ProgressCallback = Callable[[str], None]
-"""Takes short lines for people."""
+"""Receives short progress messages for users."""
 IntArray = npt.NDArray[Any]
 DocumentHashes = npt.NDArray[np.uint64]
 
@@ -57,7 +57,7 @@ def build_corpus(
     `held_out_fraction` is the share of documents for validation; None means that all of
     it is for validation. Raises DataError, OSError.
     """
-    # A prepared source is used where it lies; only new indices are written for it.
+    # A prepared source is used in place; only new indices are written.
     is_prepared = source_files.kind == "prepared"
     prefix = "tokens"
     if is_prepared:
@@ -71,7 +71,7 @@ def build_corpus(
         return {"train": None, "validation": _describe(prefix, corpus)}
     if held_out_fraction == 0:
         return {"train": _describe(prefix, corpus), "validation": None}
-    # Relative for our own tokens, so that the entry can be renamed and moved.
+    # Relative for tokens in the entry, so that the entry can be renamed and moved.
     link_target = None
     if use_links and not is_prepared:
         link_target = "tokens.bin"
@@ -83,10 +83,10 @@ def build_corpus(
         "validation": _write_part(work, "validation", corpus, validation, link_target),
     }
     if link_target is None and not is_prepared:
-        # Both parts have copies of their tokens. (With links this file is their target.)
+        # Both parts have copies of their tokens. (With links, this file is the target.)
         (work / "tokens.bin").unlink()
         (work / "tokens.idx").unlink()
-    # Counted now, while the tokens are in the page cache: for the unigram baseline.
+    # Counted for the unigram baseline while the tokens are in the page cache.
     held_out = IndexedDataset(str(work / "validation"))
     np.save(work / COUNTS, _count_tokens(held_out, tokenizer.vocab_size))
     return parts
@@ -108,7 +108,7 @@ def _write_part(
 
 
 def _try_link(path: Path, target: str) -> bool:
-    """Returns False where the disk has no symbolic links (some network filesystems)."""
+    """Returns False if the disk has no symbolic links (some network filesystems)."""
     try:
         path.symlink_to(target)
     except OSError:
@@ -121,7 +121,7 @@ def _copy_documents(corpus: IndexedDataset, prefix: Path) -> None:
         for sequences in corpus.document_ranges():
             for sequence in sequences:
                 builder.add(corpus[sequence])
-                # The sequences of a document stay apart, as in the original.
+                # The sequences of a document remain separate, as in the original.
                 builder.end_sequence()
             builder.end_document()
 
@@ -147,7 +147,7 @@ def _tokenize(
     with IndexedDatasetBuilder(prefix, dtype) as builder:
         writer = _TokenWriter(tokenizer, builder)
         reported_at = time.monotonic()
-        # In batches, which the tokenizer spreads over all cores.
+        # In batches, which the tokenizer processes on all cores.
         for batch in _batches(read_chunks(source_files)):
             writer.write(batch)
             if time.monotonic() - reported_at > _PROGRESS_EVERY_S:
@@ -171,7 +171,7 @@ class _TokenWriter:
     def __init__(self, tokenizer: Tokenizer, builder: IndexedDatasetBuilder) -> None:
         self._tokenizer = tokenizer
         self._builder = builder
-        # Over the chunks of the document under way.
+        # Covers all chunks of the current document.
         self._digest = hashlib.blake2b(digest_size=_HASH_BYTES)
         self.hashes: list[int] = []
         self.num_tokens = 0
@@ -181,7 +181,7 @@ class _TokenWriter:
         """Appends a batch, which is tokenized on all cores."""
         ids_of_chunks = self._tokenizer.encode_batch([chunk.text for chunk in batch])
         for chunk, ids in zip(batch, ids_of_chunks, strict=True):
-            # The text and not the tokens: the split must not depend on the tokenizer.
+            # Hashes the text, because the split must not depend on the tokenizer.
             self._digest.update(chunk.text.encode("utf-8", "replace"))
             self._builder.add(ids)
             self.num_tokens += len(ids)
@@ -218,7 +218,7 @@ def _open_prepared(
 ) -> tuple[IndexedDataset, DocumentHashes]:
     """Opens a prepared corpus and reads every token once.
 
-    So a token outside the vocabulary is found now and not in the middle of training.
+    Tokens outside the vocabulary are thus found now, not during training.
     """
     name = source_files.source.path
     progress(f"checking the tokens of {name} ({source_files.num_bytes / 1e6:.1f} MB)")
@@ -249,7 +249,7 @@ def _check_tokens(tokens: IntArray, vocab_size: int, name: str) -> None:
     largest = int(tokens.max())
     if smallest >= 0 and largest < vocab_size:
         return
-    # Negative ones too: four-byte tokens are signed.
+    # Four-byte tokens are signed and may be negative.
     invalid = smallest
     if largest >= vocab_size:
         invalid = largest
@@ -261,14 +261,14 @@ def _check_tokens(tokens: IntArray, vocab_size: int, name: str) -> None:
 
 
 def _prefix_of(source_files: SourceFiles) -> str:
-    """Returns the prefix of prepared data; a URI when the source is one."""
+    """Returns the prefix of prepared data; a URI if the source is a URI."""
     if source_files.root.is_local:
         return source_files.root.path
     return source_files.source.path.removesuffix(".bin").removesuffix(".idx")
 
 
 def _count_tokens(corpus: IndexedDataset, vocab_size: int) -> IntArray:
-    """Returns [vocab_size] how often each token occurs."""
+    """Returns the number of occurrences of each token, [vocab_size]."""
     counts = np.zeros(vocab_size, np.int64)
     pending: list[IntArray] = []
     num_pending = 0
@@ -276,7 +276,7 @@ def _count_tokens(corpus: IndexedDataset, vocab_size: int) -> IntArray:
         tokens = corpus[sequence]
         pending.append(tokens)
         num_pending += len(tokens)
-        # Not one by one: each bincount costs a pass over the vocabulary.
+        # In large batches, because each bincount costs a pass over the vocabulary.
         if num_pending >= _COUNT_TOKENS or sequence + 1 == len(corpus):
             counts += np.bincount(np.concatenate(pending), minlength=vocab_size)
             pending = []

@@ -26,7 +26,7 @@ _MAX_NAMES_SHOWN = 8
 class TextChunk(NamedTuple):
     """Consecutive text of one document.
 
-    A long document is several chunks, so that none is ever whole in memory.
+    A long document is split into several chunks, so that it is never whole in memory.
     """
 
     text: str
@@ -36,18 +36,18 @@ class TextChunk(NamedTuple):
 def read_chunks(source_files: SourceFiles) -> Iterator[TextChunk]:
     """Yields all documents of a source, in file order.
 
-    Raises DataError that names the file, and the line where there are lines.
+    Raises DataError with the file and, in line-based formats, the line.
     """
     for file in source_files.files:
         yield from read_file_chunks(source_files, file)
 
 
 def read_file_chunks(source_files: SourceFiles, file: FileStat) -> Iterator[TextChunk]:
-    """Yields the documents of one file without the empty ones. Raises DataError."""
+    """Yields the non-empty documents of one file. Raises DataError."""
     location = source_files.location(file)
     text_key = source_files.source.text_key
     suffix = suffix_of(file.path)
-    # Around the whole reading, and not only the opening: disks fail in the middle too.
+    # Covers reading as well as opening, because disks may fail at any time.
     with read_errors(file.path):
         if source_files.kind == "builtin":
             yield from _read_python(Path(file.path))
@@ -60,10 +60,10 @@ def read_file_chunks(source_files: SourceFiles, file: FileStat) -> Iterator[Text
 
 
 def fingerprint(source_files: SourceFiles) -> str:
-    """Returns a hash that changes when the content of a source may have.
+    """Returns a hash that changes whenever the content of a source may have changed.
 
-    It covers names, sizes and times; of the builtin corpus the content itself, so that
-    it is the same on every machine. It is part of cache keys.
+    It covers names, sizes and times. For the builtin corpus it covers the content, so
+    that it is the same on every machine. It is part of cache keys.
     """
     parts: list[object] = [source_files.kind, source_files.source.text_key]
     if source_files.kind == "builtin":
@@ -82,14 +82,14 @@ def _read_text(location: Location) -> Iterator[TextChunk]:
     ):
         text = _read_lines(reader)
         while text:
-            # One chunk ahead: only then is it known which chunk is the last.
+            # Reads one chunk ahead, to know which chunk is the last.
             next_text = _read_lines(reader)
             yield TextChunk(text, not next_text)
             text = next_text
 
 
 def _read_lines(reader: io.TextIOWrapper) -> str:
-    """Reads a chunk up to the end of a line, which tokens seldom cross."""
+    """Reads a chunk up to the end of a line, which tokens rarely span."""
     text = reader.read(_CHUNK_CHARS)
     if len(text) == _CHUNK_CHARS and not text.endswith("\n"):
         text += reader.readline(_CHUNK_CHARS)
@@ -108,7 +108,7 @@ def _read_python(path: Path) -> Iterator[TextChunk]:
 def _read_jsonl(location: Location, text_key: str) -> Iterator[TextChunk]:
     with open_stream(location) as stream:
         for number, line in enumerate(stream, 1):
-            # A trailing empty line is no document.
+            # A trailing empty line is not a document.
             if line.isspace():
                 continue
             text = _text_of_line(line, text_key, f"{location.path}:{number}")
@@ -119,7 +119,7 @@ def _read_jsonl(location: Location, text_key: str) -> Iterator[TextChunk]:
 def _text_of_line(line: bytes, text_key: str, name: str) -> str:
     try:
         record = json.loads(line)
-    # RecursionError: a line may nest deeper than the parser can go.
+    # RecursionError: a line may exceed the parser's nesting limit.
     except (ValueError, RecursionError) as error:
         detail = f"{name} is not JSON ({short_cause(error)}); correct or remove the line"
         raise DataError("bad_line", detail) from error
@@ -127,7 +127,7 @@ def _text_of_line(line: bytes, text_key: str, name: str) -> str:
         kind = type(record).__name__
         detail = f"{name} is a JSON {kind}, not an object with a field {text_key!r}"
         raise DataError("bad_line", detail)
-    # The most common mistake; the fields that are there show the right name.
+    # The most common error; listing the existing fields shows the right name.
     if text_key not in record:
         fields = ", ".join(sorted(record)[:_MAX_NAMES_SHOWN]) or "none"
         detail = (
@@ -151,7 +151,7 @@ def _read_parquet(location: Location, text_key: str) -> Iterator[TextChunk]:
             detail = f"{location.path} is not a Parquet file: {short_cause(error)}"
             raise DataError("file_type", detail) from error
         _check_column(table.schema_arrow, text_key, location.path)
-        # In batches of the one column: a file may be larger than memory.
+        # In batches of one column, because a file may be larger than memory.
         for batch in table.iter_batches(batch_size=_PARQUET_ROWS, columns=[text_key]):
             for text in batch.column(0).to_pylist():
                 if text:

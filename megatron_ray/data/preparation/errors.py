@@ -1,9 +1,10 @@
-"""Defines what can be wrong with the data that a user names.
+"""Defines the errors of a user's data.
 
 Owns: DataError, UnusableDataError, and the translation of read errors to them.
 
-Code that reads a source raises DataError, which knows the field but not which source of
-the spec it was; the caller adds the source's JSON pointer and gets UnusableDataError.
+Code that reads a source raises DataError, which contains the field but not the source's
+position in the spec. The caller adds the source's JSON pointer and raises
+UnusableDataError.
 """
 
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ _MAX_CAUSE_CHARS = 300
 
 
 class DataError(InputError):
-    """Something is wrong with one field of a source."""
+    """One field of a source is wrong."""
 
     def __init__(self, code: str, detail: str, field: str = "path") -> None:
         super().__init__(detail)
@@ -28,14 +29,14 @@ class DataError(InputError):
         self.field = field
 
     def problem(self, pointer: str) -> Problem:
-        """Returns it as a problem of the field below the JSON pointer of the source."""
+        """Returns the problem of the field, given the JSON pointer of the source."""
         return Problem(f"{pointer}/{self.field}", self.code, self.detail)
 
 
 class UnusableDataError(InputError):
     """The data cannot be prepared as configured.
 
-    `problems` name the fields to change and how.
+    `problems` contain the fields to change and the remedies.
     """
 
     def __init__(self, problems: list[Problem]) -> None:
@@ -46,7 +47,7 @@ class UnusableDataError(InputError):
 
 @contextmanager
 def errors_at(pointer: str) -> Iterator[None]:
-    """Turns DataError into UnusableDataError at the JSON pointer of a source."""
+    """Converts DataError to UnusableDataError at the JSON pointer of a source."""
     try:
         yield
     except DataError as error:
@@ -55,14 +56,14 @@ def errors_at(pointer: str) -> Iterator[None]:
 
 @contextmanager
 def read_errors(name: str) -> Iterator[None]:
-    """Turns what reading the file `name` may raise into DataError."""
+    """Converts errors of reading the file `name` to DataError."""
     try:
         yield
     except UnicodeDecodeError as error:
         byte = error.object[error.start]
         detail = f"{name} is not UTF-8 text (byte 0x{byte:02x}); convert it to UTF-8"
         raise DataError("not_utf8", detail) from error
-    # Before OSError, of which the next two are special cases with remedies of their own.
+    # The next two are special cases of OSError with their own remedies.
     except PermissionError as error:
         detail = (
             f"{name} may not be read by the user that runs the job; change its permissions"
@@ -77,14 +78,14 @@ def read_errors(name: str) -> Iterator[None]:
 
 
 def short_cause(error: BaseException) -> str:
-    """Returns the first line of an error's text, without the path that it names."""
-    # Arrow's errors may go on for many lines.
+    """Returns the first line of an error's text, without the path in it."""
+    # Arrow's errors may have many lines.
     first_line = (cause(error) or type(error).__name__).splitlines()[0]
     return first_line[:_MAX_CAUSE_CHARS]
 
 
 def cause(error: BaseException) -> str:
-    """Returns an error's text; of a StorageError, whose text names the path, the cause."""
+    """Returns an error's text; for a StorageError its cause, without the path."""
     if isinstance(error, StorageError):
         return error.cause
     return str(error)

@@ -1,11 +1,11 @@
-"""Prepares the data of a config: from sources to the manifest of token files.
+"""Prepares the data of a config, from sources to the manifest of token files.
 
 Owns: the order of preparation, the rules of the split, the unigram baseline. Must not
 know: jobs, ranks.
 
-Everything built is an entry of the cache named by a hash of what it is built from, so a
-second run with the same content reads a few small files, and a change of one source
-rebuilds that source only.
+Every result is a cache entry named by a hash of its inputs, so a second run with the
+same content reads a few small files, and a change of one source rebuilds that source
+only.
 """
 
 import io
@@ -44,30 +44,30 @@ def prepare(
     seq_length: int,
     progress: ProgressCallback = no_progress,
 ) -> PreparedData:
-    """Tokenizes what is not in `cache` (path or URI of a folder) yet and describes it all.
+    """Tokenizes data that `cache` (path or URI) lacks and returns the manifest.
 
-    `progress` gets short lines for people. Safe to run twice at once, and to kill.
-    Raises UnusableDataError for whatever the user can change, at JSON pointers below
+    `progress` receives short messages for users. Safe to run concurrently and to kill.
+    Raises UnusableDataError for errors that the user can fix, at JSON pointers below
     /data (or /storage/path when the default cache cannot be written).
     """
     with _cache_errors(data, cache):
         location = parse_location(cache)
         data_files = find_data(data)
-        # All at once, before anything is built: the user corrects them in one go.
+        # All problems are reported at once, before anything is built.
         if data_files.problems:
             raise UnusableDataError(data_files.problems)
         tokenizer, tokenizer_file = make_tokenizer(
             data.tokenizer, data_files.train, location, progress
         )
         builder = _CorpusBuilder(location, cache, tokenizer, progress)
-        # Named validation sources replace the split.
+        # Explicit validation sources replace the split.
         held_out_fraction = data.validation_fraction
         if data.validation:
             held_out_fraction = 0.0
         train = builder.build_all(data_files.train, held_out_fraction)
         validation = builder.build_all(data_files.validation, None)
-    # Only now: the length is no part of a cache key, so that a job with another
-    # seq_length uses the same tokens.
+    # Checked last: the length is not part of a cache key, so that jobs with another
+    # seq_length use the same tokens.
     required = seq_length + 1
     _require_length(train, "train", required)
     _require_length(validation, "validation", required)
@@ -92,8 +92,8 @@ def unigram_nats(blend: Sequence[tuple[float, npt.NDArray[np.int64]]]) -> float 
     if not blend:
         return None
     total_weight = 0.0
-    # Frequencies are averaged and not counts: a blend samples by weight, however large
-    # its corpora are.
+    # Averages frequencies, not counts, because a blend samples by weight, whatever the
+    # sizes of its corpora.
     weighted = np.zeros(len(blend[0][1]))
     for weight, counts in blend:
         total_weight += weight
@@ -101,7 +101,7 @@ def unigram_nats(blend: Sequence[tuple[float, npt.NDArray[np.int64]]]) -> float 
     frequencies = weighted / total_weight
     # 0 log 0 counts as 0.
     used = frequencies[frequencies > 0]
-    # Plus zero: the entropy of a single token is 0.0, not -0.0.
+    # Adding zero turns the -0.0 of a single token into 0.0.
     return float(-(used * np.log(used)).sum()) + 0.0
 
 
@@ -128,8 +128,8 @@ class _BuiltCorpus:
     def manifest(self, split: str) -> PreparedCorpus:
         part = self._description[split]
         prefix = part["prefix"]
-        # A bare name is a file of the entry; a path is that of a prepared source, which
-        # is used where it lies.
+        # A bare name is a file of the entry; a path belongs to a prepared source, which is
+        # used in place.
         if "/" not in prefix:
             prefix = f"{self._entry_uri}/{prefix}"
         return PreparedCorpus(
@@ -157,12 +157,13 @@ class _CorpusBuilder:
     ) -> None:
         self.cache_uri = cache_path.rstrip("/")
         if cache.is_local:
-            # Ranks may run in another working directory: absolute, and no file:// URI.
+            # An absolute path and no file:// URI, because ranks may run in another working
+            # directory.
             self.cache_uri = cache.path
         self._cache = cache
         self._tokenizer = tokenizer
         self._progress = progress
-        # The end token too: it is appended to every document.
+        # The end token is part of the key, because it is appended to every document.
         self._tokenizer_digest = digest(tokenizer.to_json(), tokenizer.end_of_document)
 
     def build_all(
@@ -185,7 +186,7 @@ class _CorpusBuilder:
             )
 
         with errors_at(pointer):
-            # All that determines the token files. Weight and seq_length do not.
+            # The inputs that determine the token files; weight and seq_length do not.
             key = digest(
                 fingerprint(source_files), self._tokenizer_digest, held_out_fraction
             )
@@ -231,9 +232,9 @@ def _require_length(corpora: Sequence[_BuiltCorpus], split: str, required: int) 
 def _long_enough(
     train: Sequence[_BuiltCorpus], required: int, progress: ProgressCallback
 ) -> list[_BuiltCorpus]:
-    """Returns the corpora whose held-out documents give at least one sample.
+    """Returns the corpora with enough held-out tokens for a sample.
 
-    A small corpus may be left out of the evaluation, but not all of them. Raises
+    Small corpora are left out of the evaluation, unless all are too small. Raises
     UnusableDataError.
     """
     long_enough = []
@@ -260,9 +261,9 @@ def _long_enough(
 
 @contextmanager
 def _cache_errors(data: DataConfig, cache: str) -> Iterator[None]:
-    """Turns errors of the cache's disk into UnusableDataError.
+    """Converts errors of the cache's disk to UnusableDataError.
 
-    Those of sources and of the tokenizer are UnusableDataError already.
+    Errors of sources and of the tokenizer already are UnusableDataError.
     """
     try:
         yield

@@ -1,6 +1,6 @@
 """Finds the files of each data source.
 
-Owns: listing files, globs. Must not know: what is in the files, caches.
+Owns: listing files, globs. Must not know: the contents of files, caches.
 """
 
 import fnmatch
@@ -34,7 +34,7 @@ _WILDCARDS = "*?["
 
 @dataclass(frozen=True)
 class SourceFiles:
-    """A source and its files, which are known to exist."""
+    """A source and its existing files."""
 
     source: DataSource
     kind: Literal["text", "builtin", "prepared"]
@@ -59,7 +59,7 @@ SourceAt = tuple[str, SourceFiles]
 
 @dataclass(frozen=True)
 class DataFiles:
-    """The files of all sources of a config, and a problem for each that has none."""
+    """The files of all sources of a config, and a problem for each source without files."""
 
     train: list[SourceAt]
     validation: list[SourceAt]
@@ -67,11 +67,11 @@ class DataFiles:
 
 
 def find_data(data: DataConfig) -> DataFiles:
-    """Finds the files of every source; what cannot be found becomes a problem."""
+    """Finds the files of every source; a source without files is a problem."""
     problems: list[Problem] = []
     train = _find_each(data.train, "/data/train", problems)
     validation = _find_each(data.validation, "/data/validation", problems)
-    # Tokens that lie there already fix the vocabulary.
+    # Prepared tokens determine the vocabulary.
     prepared_at = _first_prepared(train + validation)
     if prepared_at is not None and data.tokenizer.kind == "bpe":
         detail = (
@@ -105,7 +105,7 @@ def _first_prepared(sources_at: Sequence[SourceAt]) -> str | None:
 def find_source(source: DataSource) -> SourceFiles:
     """Lists a source's files without reading them.
 
-    Raises DataError when there are none or they are of no known type.
+    Raises DataError when there are none or their type is unknown.
     """
     with read_errors(source.path):
         if source.path.startswith("builtin://"):
@@ -122,14 +122,14 @@ def find_source(source: DataSource) -> SourceFiles:
             return _find_file(source, root, file)
         if is_folder(root):
             return _text_files(source, root, _readable_files(source, root))
-        # Last, so that a file whose name has a bracket in it is found as that file.
+        # Tested last, so that an existing file with a bracket in its name is not a pattern.
         if _has_wildcard(root.path):
             return _text_files(source, root, _glob(root))
         return _find_prepared(source, root)
 
 
 def _find_file(source: DataSource, root: Location, file: FileStat) -> SourceFiles:
-    # Either file of the pair may be named instead of their prefix.
+    # The path may be either file of the pair instead of their prefix.
     if root.path.endswith((".bin", ".idx")):
         prefix = Location(root.filesystem, root.path[:-4], root.is_local)
         return _find_prepared(source, prefix)
@@ -140,11 +140,11 @@ def _find_builtin(source: DataSource) -> SourceFiles:
     if source.path != STDLIB:
         detail = f"{source.path} is not a builtin corpus; the only one is {STDLIB}"
         raise DataError("unknown_builtin", detail)
-    # The sources of the running Python: text that every machine has, for first runs.
+    # The sources of the running Python, available on every machine.
     folder = Path(sysconfig.get_path("stdlib"))
     files = []
     for parent, subfolders, names in os.walk(folder):
-        # In place: os.walk descends into what is left of the list.
+        # In place, because os.walk descends into the remaining folders.
         subfolders[:] = [name for name in subfolders if name not in _SKIPPED_STDLIB_FOLDERS]
         for name in names:
             if name.endswith(".py"):
@@ -164,7 +164,7 @@ def _local_stat(path: Path) -> FileStat:
 
 
 def _find_prepared(source: DataSource, prefix: Location) -> SourceFiles:
-    # The prefix itself names no file: both of its files are looked for.
+    # The prefix itself is not a file, so both files are tested.
     index = file_stat(prefix.with_suffix(".idx"))
     tokens = file_stat(prefix.with_suffix(".bin"))
     if index is None and tokens is None:
@@ -200,7 +200,7 @@ def _readable_files(source: DataSource, folder: Location) -> list[FileStat]:
 
 
 def _is_hidden(path: str, root: str) -> bool:
-    # Relative to the source: a folder above it may well be hidden.
+    # Relative to the source, because its parent folders may be hidden.
     parts = PurePosixPath(path.removeprefix(root)).parts
     for part in parts:
         # `_` as in Spark's _SUCCESS and _logs.
@@ -215,7 +215,7 @@ def _has_wildcard(path: str) -> bool:
 
 def _glob(root: Location) -> list[FileStat]:
     patterns = PurePosixPath(root.path).parts
-    # Only what lies below the last folder without a wildcard can match.
+    # Matches are below the last folder without a wildcard.
     fixed = []
     for pattern in patterns:
         if _has_wildcard(pattern):
@@ -235,10 +235,10 @@ def _glob(root: Location) -> list[FileStat]:
 
 
 def _matches(parts: tuple[str, ...], patterns: tuple[str, ...]) -> bool:
-    """Matches component by component, as a shell does; `**` is any number of folders."""
+    """Matches each component, as a shell does; `**` is any number of folders."""
     if not patterns:
         return not parts
-    # `**` as no folder at all, and below as one folder and further ones.
+    # First `**` as no folder, then as one or more folders.
     if patterns[0] == "**" and _matches(parts, patterns[1:]):
         return True
     if not parts:
@@ -267,7 +267,7 @@ def _text_files(source: DataSource, root: Location, files: list[FileStat]) -> So
 
 
 def _by_path(files: list[FileStat]) -> tuple[FileStat, ...]:
-    # Filesystems list in any order; the corpus must not depend on it.
+    # Filesystems list in arbitrary order, on which the corpus must not depend.
     return tuple(sorted(files, key=lambda file: file.path))
 
 
@@ -279,7 +279,7 @@ def suffix_of(path: str) -> str:
 def in_sampling_order(source_files: SourceFiles) -> list[FileStat]:
     """Returns the files in an order unrelated to their names, the same every time.
 
-    So the first few are typical of all.
+    The first files are thus a representative sample.
     """
 
     def name_hash(file: FileStat) -> bytes:

@@ -2,9 +2,10 @@
 
 Owns: which documents are held out. Must not know: files.
 
-A split makes two indices over the same tokens and copies nothing. Held out are the
-documents with the smallest content hashes: the choice depends on nothing else, and equal
-documents stay on one side. A corpus of a single document is cut in two near its end.
+A split makes two indices over the same tokens and copies nothing. The documents with
+the smallest content hashes are held out: the choice depends on nothing else, and equal
+documents are in the same part. A corpus of a single document is cut in two near its
+end.
 """
 
 import numpy as np
@@ -18,20 +19,20 @@ def split_documents(
 ) -> tuple[IndexTable, IndexTable]:
     """Returns the indices for training and for validation.
 
-    `hashes` [documents] are of the content. At least one document is held out.
+    `hashes` [documents] are content hashes. At least one document is held out.
     """
     if len(hashes) < 2:
         num_tokens = int(table.lengths.sum(dtype=np.int64))
         return _cut_document(table, round(num_tokens * (1 - held_out_fraction)))
     count = max(1, round(held_out_fraction * len(hashes)))
-    # All that are equal to the largest hash held out go too: they are the same text.
+    # Documents with a hash equal to the threshold have the same text and are held out too.
     threshold = np.partition(hashes, count - 1)[count - 1]
     is_held_out = hashes <= threshold
     return _select(table, ~is_held_out), _select(table, is_held_out)
 
 
 def _select(table: IndexTable, is_selected: npt.NDArray[np.bool_]) -> IndexTable:
-    # A document may be several sequences; all of them go to the same side.
+    # All sequences of a document belong to the same part.
     sequences_per_document = np.diff(table.documents)
     sequences = np.repeat(is_selected, sequences_per_document)
     ends = np.cumsum(sequences_per_document[is_selected])
@@ -45,13 +46,13 @@ def _cut_document(table: IndexTable, num_tokens: int) -> tuple[IndexTable, Index
     """Cuts a single document after `num_tokens` tokens."""
     ends = np.cumsum(table.lengths, dtype=np.int64)
     cut = int(np.searchsorted(ends, num_tokens, side="right"))
-    # Too short for the fraction to take a token.
+    # The document is too short to hold out a token.
     if cut == len(ends):
         empty = IndexTable(
             table.dtype, table.lengths[:0], table.pointers[:0], np.zeros(1, np.int64)
         )
         return table, empty
-    # Sequence `cut` is in both parts: its first tokens in the head, the rest in the tail.
+    # Sequence `cut` is split: its first tokens are in the head, the rest in the tail.
     tokens_before = 0
     if cut:
         tokens_before = int(ends[cut - 1])

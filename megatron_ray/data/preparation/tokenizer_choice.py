@@ -1,7 +1,7 @@
-"""Makes the tokenizer that the config asks for.
+"""Makes the tokenizer of a config.
 
-Owns: reading the user's tokenizer.json, training one, the sample it is trained on. Must
-not know: how corpora are made.
+Owns: reading the user's tokenizer.json, training one, the training sample. Must not
+know: how corpora are built.
 """
 
 from collections.abc import Iterator, Sequence
@@ -43,7 +43,7 @@ def make_tokenizer(
     else:
         name = _keep(read_tokenizer(config), config.kind, cache)
     file_name = f"{name}/{_FILE_NAME}"
-    # Read back from the cache, where another process may have trained it first.
+    # Read from the cache, because another process may have trained it first.
     content = read_bytes(cache / file_name).decode()
     return Tokenizer.from_json(content, config.end_of_document), file_name
 
@@ -54,7 +54,7 @@ def _train(
     cache: Location,
     progress: ProgressCallback,
 ) -> str:
-    # The trainer's version too: another one may merge in another order.
+    # The trainer's version is part of the key, because it may affect the merges.
     parts = [(fingerprint(source), source.source.weight) for _, source in train]
     name = f"tokenizers/bpe-{digest(parts, vocab_size, tokenizers.__version__)}"
 
@@ -68,7 +68,7 @@ def _train(
 
 
 def _keep(tokenizer: Tokenizer, kind: str, cache: Location) -> str:
-    # A copy in the cache: the user may move or change the file while the job runs.
+    # Copied to the cache, because the user may move or change the file while the job runs.
     name = f"tokenizers/{kind}-{digest(tokenizer.to_json())}"
 
     def build(work: Path) -> dict[str, Any]:
@@ -101,7 +101,7 @@ def read_tokenizer(config: TokenizerConfig) -> Tokenizer:
         detail = f"{path} does not exist where the job runs; check the path"
         problem = Problem("/data/tokenizer/path", "not_found", detail)
         raise UnusableDataError([problem]) from error
-    # ValueError: the file is no UTF-8.
+    # ValueError: the file is not UTF-8.
     except (OSError, ValueError) as error:
         detail = f"{path} cannot be read: {cause(error)}; give the path of a tokenizer.json"
         problem = Problem("/data/tokenizer/path", "unreadable", detail)
@@ -111,8 +111,8 @@ def read_tokenizer(config: TokenizerConfig) -> Tokenizer:
 def sample_text(train: Sequence[SourceAt]) -> Iterator[str]:
     """Yields at most 32 Mi characters to train a tokenizer on.
 
-    Each source gives its weight's share, whole files in a fixed mixed order. Raises
-    UnusableDataError.
+    Each source contributes its weight's share, as whole files in a fixed mixed order.
+    Raises UnusableDataError.
     """
     total_weight = sum(source.source.weight for _, source in train)
     for pointer, source in train:
@@ -122,7 +122,7 @@ def sample_text(train: Sequence[SourceAt]) -> Iterator[str]:
 
 
 def _first_chars(source_files: SourceFiles, num_chars: int) -> Iterator[str]:
-    # The first files by name may be of one language or one year.
+    # Not in order of names, since the first files may all have the same language or year.
     for file in in_sampling_order(source_files):
         for chunk in read_file_chunks(source_files, file):
             yield chunk.text[:num_chars]

@@ -1,8 +1,8 @@
-"""Computes what experts do with their tokens: an MLP, for many experts at once.
+"""Computes the MLPs of many experts at once.
 
-Owns: its maths. Must not know: ranks, where the rows came from.
+Owns: its maths. Must not know: ranks, dispatch.
 
-Shapes: R rows that lie expert by expert, H hidden.
+Shapes: R rows sorted by expert, H hidden.
 """
 
 from torch import Tensor, nn

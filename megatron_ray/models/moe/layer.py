@@ -1,6 +1,6 @@
-"""The feed-forward half of a block that has experts.
+"""Defines the feed-forward half of a block with experts.
 
-Owns: the order route, dispatch, compute, combine. Must not know: ranks, groups.
+Owns: the steps route, dispatch, compute, combine. Must not know: ranks, groups.
 
 Shapes: T tokens, E experts, K experts of a token, H hidden.
 """
@@ -24,7 +24,7 @@ from megatron_ray.sharding.model_specs import moe_spec
 class MoE(nn.Module):
     """x -> residual + sum over a token's experts of weight x expert(x).
 
-    A shared expert is added where there is one.
+    The output of a shared expert, if any, is added.
     """
 
     def __init__(
@@ -55,8 +55,8 @@ class MoE(nn.Module):
     ) -> Tensor:
         """Returns residual (unless None) + experts, [T, H]."""
         experts, weights = self._route(self.router(x_TH), context)
-        # Tokens are dropped in training only: elsewhere they must not depend on what
-        # else is in their batch.
+        # Tokens are dropped in training only: in other passes results must not depend on
+        # the rest of the batch.
         max_rows = None
         if context.mode.is_training:
             max_rows = router.capacity(self.moe, len(experts))
@@ -66,7 +66,7 @@ class MoE(nn.Module):
             padded_rows = max_rows if self.moe.pad_to_capacity else None
             capacity = Capacity(dropless=False, rows_per_expert=padded_rows)
         dispatched = self.dispatcher.dispatch(x_TH, experts, capacity)
-        # The shared expert takes the residual into its last product.
+        # The shared expert adds the residual inside its last product.
         if self.shared is not None:
             residual_TH = self.shared(x_TH, residual_TH)
         outputs: Tensor = self.experts(dispatched.rows_RH, dispatched.counts)
@@ -79,7 +79,7 @@ class MoE(nn.Module):
         """Returns (experts [T, K], weights [T, K])."""
         replayed_TK = None
         if context.routing_replay is not None:
-            # The replay is of whole sequences, this router sees its rank's tokens only.
+            # The replay covers whole sequences, the router only this rank's tokens.
             replayed_TK = self.layers.local_rows(context.routing_replay[:, self.index])
         bias = None
         if self.expert_bias is not None:
@@ -87,17 +87,17 @@ class MoE(nn.Module):
         experts, weights = router.choose(self.moe, logits_TE, bias, replayed_TK)
         if context.on_route is not None and context.mode.is_first_run:
             context.on_route(self.index, experts)
-        # Losses hang on the weights, which every token's output is multiplied by.
+        # Losses are attached to the weights, by which every token's output is multiplied.
         if context.mode.attaches_losses:
             self._count_tokens(experts)
             weights = self._attach_losses(logits_TE, experts, weights, context)
         return experts, weights
 
     def _count_tokens(self, experts_TK: Tensor) -> None:
-        """Counts the tokens of each expert, which its balancing bias is moved by."""
+        """Counts the tokens of each expert for the update of its balancing bias."""
         if self.expert_bias is None:
             return
-        # The bias balances all tokens of a step, whatever sequence they are of.
+        # The bias balances all tokens of a step, independent of sequences.
         single_sequence = torch.zeros_like(experts_TK[:, 0])
         counts = router.count_tokens(experts_TK, self.moe.num_experts, single_sequence, 1)
         self.expert_bias.count(counts[0])
@@ -118,7 +118,7 @@ class MoE(nn.Module):
             counts = router.count_tokens(
                 experts_TK, moe.num_experts, sequence, num_sequences
             )
-            # Balance is over a microbatch, wherever its tokens are.
+            # Balancing covers all tokens of a microbatch, on all ranks.
             tokens = self.layers.sum_over_tokens(counts)
             weights_TK = self.balancing_loss(
                 weights_TK, router.aux_loss(moe, logits_TE, tokens, sequence)
@@ -130,8 +130,8 @@ class MoE(nn.Module):
     def _sequences(
         self, context: ForwardContext, num_tokens: int, device: torch.device
     ) -> tuple[Tensor, int]:
-        """Returns (the sequence that each token is balanced in, number of sequences)."""
-        # `aux_loss` balances over the whole microbatch, as if it were one sequence.
+        """Returns (index of each token's sequence for balancing, number of sequences)."""
+        # `aux_loss` balances over the whole microbatch like a single sequence.
         if self.moe.aux_loss == "aux_loss":
             return torch.zeros(num_tokens, dtype=torch.int64, device=device), 1
         sequence_T = torch.arange(context.batch_size, device=device).repeat_interleave(
@@ -141,7 +141,7 @@ class MoE(nn.Module):
 
 
 def _aux_loss(config: ModelConfig, layers: LayerFactory, kind: str) -> AuxLoss | None:
-    """Returns the loss of one layer, None for a kind that the model does not have."""
+    """Returns the loss of one layer; None if the model lacks this kind."""
     weights = config.aux_losses
     if kind not in weights:
         return None

@@ -1,7 +1,7 @@
-"""Routes tokens to experts, with weights, and measures how balanced experts are.
+"""Routes tokens to experts, with weights, and computes balancing losses.
 
 Owns: the router's maths after its logits, all in fp32. Must not know: ranks, groups,
-where experts are.
+the placement of experts.
 
 Formulas are Megatron-LM's.
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from megatron_ray.config.moe import MoEConfig
 
 _EPSILON = 1e-20
-"""Keeps a sum of sigmoids that are all zero from dividing by it."""
+"""Avoids division by zero if all sigmoids are zero."""
 
 
 def choose(
@@ -27,11 +27,10 @@ def choose(
 ) -> tuple[Tensor, Tensor]:
     """Returns (experts [T, K], weights [T, K]).
 
-    A bias changes the choice, not the weights. `replayed_TK` experts are taken as they
-    are.
+    A bias changes the choice, not the weights. `replayed_TK` replaces the choice.
     """
-    # A softmax over the chosen logits only is the default (Mixtral), so the ranking is
-    # that of the logits themselves.
+    # By default softmax covers the chosen logits only (Mixtral), so experts are ranked by
+    # logits.
     softmax_over_chosen = moe.score_function == "softmax" and not moe.pre_softmax
     if softmax_over_chosen:
         scores = logits_TE
@@ -43,7 +42,7 @@ def choose(
     if replayed_TK is not None:
         experts = replayed_TK
     else:
-        # Ranking has no gradient; the weights have, through the scores they are made of.
+        # The ranking has no gradient; the weights have one, through their scores.
         ranking = scores.detach()
         if bias_E is not None:
             ranking = ranking + bias_E
@@ -53,7 +52,7 @@ def choose(
     if softmax_over_chosen:
         weights = weights.softmax(-1)
     elif moe.score_function == "sigmoid" and moe.top_k > 1:
-        # With one expert the weight would always be 1 and carry no gradient to the router.
+        # With one expert the weight would always be 1, without a gradient for the router.
         weights = weights / (weights.sum(-1, keepdim=True) + _EPSILON)
     if moe.scaling_factor != 1.0:
         weights = weights * moe.scaling_factor
@@ -61,12 +60,12 @@ def choose(
 
 
 def _top_experts(moe: MoEConfig, ranking_TE: Tensor) -> Tensor:
-    """Returns the K best of each token, [T, K], out of its best groups if limited."""
+    """Returns each token's K best experts, [T, K], from its best groups if limited."""
     if moe.num_groups is not None and moe.group_top_k is not None:
-        # Group-limited routing (DeepSeek-V3): with a group per node, the experts of a
-        # token lie on few nodes.
+        # Group-limited routing (DeepSeek-V3): with a group per node, a token's experts are
+        # on few nodes.
         by_group = ranking_TE.view(len(ranking_TE), moe.num_groups, -1)
-        # A group ranks by the sum of as many of its best as a token takes of it.
+        # A group's score is the sum of its best top_k / group_top_k scores.
         per_group = moe.top_k // moe.group_top_k
         group_scores = by_group.topk(per_group, -1).values.sum(-1)
         best = group_scores.topk(moe.group_top_k, -1).indices
@@ -77,10 +76,10 @@ def _top_experts(moe: MoEConfig, ranking_TE: Tensor) -> Tensor:
 
 
 def capacity(moe: MoEConfig, num_tokens: int) -> int | None:
-    """Returns the rows that an expert takes of `num_tokens` tokens; None for all."""
+    """Returns an expert's capacity for `num_tokens` tokens; None: no limit."""
     if moe.capacity_factor is None:
         return None
-    # Rows of each expert if tokens were spread evenly; at most all tokens.
+    # Rows per expert under even routing, times the factor; at most all tokens.
     balanced = num_tokens * moe.top_k / moe.num_experts
     return min(num_tokens, ceil(balanced * moe.capacity_factor))
 
@@ -90,19 +89,19 @@ def limit(
 ) -> tuple[Tensor, Tensor]:
     """Returns the choice with at most `max_rows` tokens per expert.
 
-    A dropped choice becomes expert number E, which stands for none, with weight 0.
+    A dropped choice becomes expert E, which means none, with weight 0.
     """
     flat = experts_TK.flatten()
     order = torch.arange(len(flat), device=flat.device)
     if moe.drop_policy == "probs":
         order = torch.argsort(weights_TK.detach().flatten(), descending=True, stable=True)
-    # Sorted by expert; the sorts are stable, so within an expert by priority.
+    # Stable sorts: by priority, then by expert.
     order = order[torch.argsort(flat[order], stable=True)]
     sorted_experts = flat[order]
     starts = torch.searchsorted(
         sorted_experts, torch.arange(moe.num_experts, device=flat.device)
     )
-    # Priority within an expert: those from `max_rows` on are dropped.
+    # Position within an expert; choices from `max_rows` on are dropped.
     rank_in_expert = torch.arange(len(flat), device=flat.device) - starts[sorted_experts]
     is_over = rank_in_expert >= max_rows
     dropped = torch.empty_like(is_over).index_copy_(0, order, is_over)
@@ -115,8 +114,8 @@ def count_tokens(
     experts_TK: Tensor, num_experts: int, sequence_T: Tensor, num_sequences: int
 ) -> Tensor:
     """Returns how many tokens of each sequence chose each expert: [N, E], fp32."""
-    # One index per (sequence, expert). scatter_add_ and not bincount: the latter makes
-    # the host wait for the device.
+    # One index per (sequence, expert). scatter_add_ instead of bincount, which synchronizes
+    # with the device.
     cell = (sequence_T[:, None] * num_experts + experts_TK).flatten()
     counts = torch.zeros(num_sequences * num_experts, device=cell.device)
     counts.scatter_add_(0, cell, torch.ones_like(cell, dtype=counts.dtype))
@@ -131,14 +130,14 @@ def aux_loss(
     T is the number of tokens of the microbatch on all ranks. The loss is Switch
     Transformer's E x coeff / (K T^2) x sum over experts of probabilities_e x tokens_e,
     over all tokens together or over each sequence with the mean over sequences.
-    `tokens_NE` are of the whole microbatch, [1, E] or [N, E], and have no gradient.
+    `tokens_NE` covers the whole microbatch, [1, E] or [N, E], and has no gradient.
     """
     probabilities = logits_TE.softmax(-1)
     if moe.score_function == "sigmoid":
         probabilities = logits_TE.sigmoid()
         probabilities = probabilities / (probabilities.sum(-1, keepdim=True) + _EPSILON)
-    # tokens_e / (K T) summed over experts is one, whatever was chosen, so shares can be
-    # computed without knowing K T on all ranks.
+    # tokens_e / (K T) always sums to one over experts, so shares can be computed without K
+    # T of all ranks.
     shares = tokens_NE / tokens_NE.sum(-1, keepdim=True)
     if len(shares) > 1:
         shares = shares[sequence_T]

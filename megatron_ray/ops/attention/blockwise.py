@@ -3,14 +3,14 @@
 Owns: its forward and backward. Must not know: positions,
 caches, ranks.
 
-torch's fused attention on CPU multiplies bf16 no faster than fp32 in its backward;
-batched products do, so this is twice as fast there. On CUDA the fused kernels are
-better. Keeps only q, k and v for the backward and works on one tile of scores at a
-time, so memory grows with the sequence and not with its square.
+torch's fused attention on CPU gains nothing from bf16 in its backward; batched products
+do, so this is twice as fast on CPU. On CUDA the fused kernels are faster. Saves only q,
+k and v for the backward and computes one tile of scores at a time, so memory is linear
+in the sequence.
 
 Shapes: B batch, S sequence, N query heads, G key/value heads, D head width; P = B x G
-pairs of a sequence and a key/value head, R the query rows of a tile that read one such
-pair (N/G heads of a few rows each), C the columns (keys) that they see.
+pairs of a sequence and a key/value head, R the query rows of a tile for one such pair
+(N/G heads of a few rows each), C the columns (keys) that they attend to.
 """
 
 from dataclasses import dataclass
@@ -22,14 +22,14 @@ from torch import Tensor
 from megatron_ray.ops.attention.fused import tokens_first
 from megatron_ray.ops.autograd import AutogradFunction
 
-# Query rows per tile: the masked half of a diagonal tile is wasted work, and narrow
-# products are slow.
+# Query rows per tile: large tiles waste work on the masked half of the diagonal, small
+# tiles make products slow.
 _ROWS = 128
-# Scores (fp32) of a tile: a few heads together keep products fast, more than the
-# second-level cache holds does not.
+# fp32 scores of a tile: a few heads at once keep products fast, but scores should fit into
+# the second-level cache.
 _SCORES = 512 * 1024
-# Scores of one key/value head at most: bounds memory when it has many queries or the
-# sequence is long.
+# Maximum number of scores of one key/value head: bounds memory for many queries or long
+# sequences.
 _LARGEST = 2 * 1024 * 1024
 
 
@@ -39,7 +39,7 @@ def _rows(per_pair: int, sequence: int) -> int:
 
 
 def causal_attention(q_BNSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor) -> Tensor:
-    """Returns softmax(q k^T / sqrt(D)) v where a query sees the keys up to its own.
+    """Returns causal softmax(q k^T / sqrt(D)) v.
 
     The result is [B, N, S, D], in memory [B, S, N, D].
     """
@@ -48,14 +48,14 @@ def causal_attention(q_BNSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _Tile:
-    """Some pairs and some query rows, which see all keys up to their own."""
+    """A range of pairs and of query rows, with all keys up to the last row."""
 
     pairs: slice
     first: int
     """The first query row."""
     columns: int
-    """Keys that the rows see. The last of them, as many as there are rows, are on the
-    diagonal, where a row sees only a part."""
+    """Keys that the rows attend to. The last ones, as many as rows, form the diagonal
+    square, which is masked."""
 
     @property
     def rows(self) -> slice:
@@ -80,7 +80,7 @@ def _tiles(queries: Tensor) -> list[_Tile]:
     """Returns the tiles of queries [P, N/G, S, D], in the order of pairs and rows."""
     pairs, per_pair, sequence, _ = queries.shape
     rows = _rows(per_pair, sequence)
-    # As many heads together as the cache allows.
+    # As many heads at once as the cache allows.
     pairs_at_once = max(1, _SCORES // (per_pair * rows * sequence))
     tiles = []
     for low in range(0, pairs, pairs_at_once):
@@ -91,15 +91,15 @@ def _tiles(queries: Tensor) -> list[_Tile]:
 
 
 def _by_pair(heads_BNSD: Tensor, groups: int) -> Tensor:
-    """Returns [P, N/G, S, D]; copies only where the heads' rows do not lie together."""
+    """Returns [P, N/G, S, D]; copies only if the heads' rows are not contiguous."""
     batch, heads, sequence, width = heads_BNSD.shape
     return heads_BNSD.reshape(batch * groups, heads // groups, sequence, width)
 
 
 class _ScoreBuffer:
-    """Memory for the scores of a tile, used again for every tile.
+    """Memory for the scores of a tile, reused for every tile.
 
-    Fresh memory of this size would cost the system more than the arithmetic on it.
+    Allocating it for each tile would cost more than the arithmetic.
     """
 
     def __init__(self, tiles: list[_Tile], queries: Tensor) -> None:
@@ -124,9 +124,9 @@ def _probabilities(
 ) -> tuple[Tensor, Tensor]:
     """Returns the softmax of the masked scores [P, R, C], in fp32 and rounded.
 
-    Both are in the buffer. A product in bf16 rounds the scores, by more the larger they
-    are, so it is done once more for what the rounding lost. Otherwise sharp attention
-    (scores of ten and more) is three times as far off as with fp32 scores.
+    Both use the buffer. A product in bf16 rounds the scores, large ones the most, so a
+    second product adds the rounding error. Otherwise the error of sharp attention
+    (scores of ten and more) is three times that of fp32 scores.
     """
     keys_first = k_PCD.transpose(1, 2)
     scale = q_PRD.shape[-1] ** -0.5
@@ -137,14 +137,14 @@ def _probabilities(
     rows = q_PRD.shape[1] // buffer.per_pair
     diagonal = scores.view(len(scores), buffer.per_pair, rows, -1)[..., -rows:]
     diagonal.add_(hide_future[:rows, :rows])
-    # One kernel computes largest, difference, exponential, sum and quotient while a row
-    # is in cache; it may write a row over its scores.
+    # One kernel computes maximum, difference, exponential, sum and quotient while a row is
+    # in cache; it may overwrite its input.
     torch.softmax(scores, -1, out=scores)
     return scores, short.copy_(scores)
 
 
 def _hide_future(queries: Tensor) -> Tensor:
-    """Returns what is added to the scores of a diagonal square, [rows, rows]."""
+    """Returns the causal bias of a diagonal square's scores, [rows, rows]."""
     rows = _rows(queries.shape[1], queries.shape[2])
     return torch.full((rows, rows), -torch.inf, device=queries.device).triu_(1)
 
@@ -153,8 +153,8 @@ def _hide_future(queries: Tensor) -> Tensor:
 class _Gradients:
     """Gradients of queries [P, N/G, S, D], and of keys and values [P, S, D].
 
-    Every tile adds to the keys it sees, and many roundings to bf16 would add up, so
-    those of keys and values are fp32.
+    Gradients of keys and values are fp32, because every tile adds to them and roundings
+    to bf16 would accumulate.
     """
 
     queries: Tensor
@@ -163,7 +163,7 @@ class _Gradients:
 
     @classmethod
     def zeros(cls, queries: Tensor, keys: Tensor) -> "_Gradients":
-        """Returns gradients to which all tiles are still to be added."""
+        """Returns zero gradients."""
         return cls(
             torch.empty_like(queries),
             torch.zeros(keys.shape, device=keys.device),
@@ -171,17 +171,17 @@ class _Gradients:
         )
 
     def add_scores(self, tile: _Tile, grad_s: Tensor, q_PRD: Tensor, k_PCD: Tensor) -> None:
-        """Adds what the gradient of a tile's scores gives queries and keys."""
+        """Adds the gradients of queries and keys from the gradient of a tile's scores."""
         _, per_pair, _, width = self.queries.shape
         scale = width**-0.5
-        # A query's gradient is complete after its own tile, a key's only after all.
+        # A query's gradient is complete after its tile, a key's after all tiles.
         grad_q = torch.bmm(grad_s, k_PCD).view(len(grad_s), per_pair, -1, width)
         torch.mul(grad_q, scale, out=self.queries[tile.pairs, :, tile.rows])
         grad_k = torch.bmm(grad_s.transpose(1, 2), q_PRD)
         tile.columns_of(self.keys).add_(grad_k, alpha=scale)
 
     def add_values(self, tile: _Tile, p_PRC: Tensor, grad_PRD: Tensor) -> None:
-        """Adds what a tile's probabilities and outputs give values."""
+        """Adds the gradient of values from a tile's probabilities and output gradient."""
         tile.columns_of(self.values).add_(torch.bmm(p_PRC.transpose(1, 2), grad_PRD))
 
 
@@ -220,7 +220,7 @@ class _CausalAttention(AutogradFunction[Tensor]):
 
 
 def _backward(grads: Tensor, queries: Tensor, keys: Tensor, values: Tensor) -> _Gradients:
-    """Returns the gradients; the probabilities of each tile are computed again."""
+    """Returns the gradients; the probabilities of each tile are recomputed."""
     tiles = _tiles(queries)
     hide_future = _hide_future(queries)
     p_buffer = _ScoreBuffer(tiles, queries)

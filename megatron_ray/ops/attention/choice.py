@@ -1,8 +1,7 @@
 """Chooses the kernel that computes attention on a device.
 
-Owns: that choice, for the model that runs and for the plan that counts its cost. The
-device is passed in as a value, since a plan is made on another machine than the one
-where it runs. Torch-free.
+Owns: that choice, for running models and for cost estimates. The device is passed as a
+value, since estimates may be made on another machine. Torch-free.
 """
 
 from typing import Literal
@@ -25,17 +24,18 @@ def attention_kernel(
 ) -> AttentionKernel:
     """Returns the kernel of causal attention over `sequence` tokens.
 
-    Each token attends to all before it, or to the last `window` tokens only.
+    Each token attends to all previous tokens, or to the last `window` tokens.
     """
-    # A window as long as the sequence hides nothing: the causal kernels are cheaper.
+    # A window as long as the sequence masks nothing, and causal kernels are cheaper.
     if window is not None and window < sequence:
         if device.type == "cuda":
             return "masked"
         return "stripes"
-    # Before `blocks`, whose products in bf16 such a CPU would do one by one.
+    # Before `blocks`: without bf16 instructions its products would be computed element by
+    # element.
     if device.needs_fp32(bf16):
         return "fused_in_fp32"
-    # The backward of torch's kernel for CPUs gains nothing from bf16; batched products do.
+    # The backward of torch's CPU kernel gains nothing from bf16; batched products do.
     if device.type == "cpu" and bf16 and sequence >= _MIN_TOKENS_FOR_BLOCKS:
         return "blocks"
     return "fused"

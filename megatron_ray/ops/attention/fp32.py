@@ -1,9 +1,9 @@
-"""Computes causal attention of bf16 on a CPU that cannot multiply bf16.
+"""Computes causal attention of bf16 inputs on CPUs without bf16 products.
 
-Owns: the fused kernel in fp32, of which only bf16 is kept for the backward. Must not
+Owns: the fused kernel in fp32; only bf16 tensors are saved for the backward. Must not
 know: positions, caches, ranks.
 
-torch's own function takes 7 times as long there, forward and backward.
+torch's own function takes 7 times as long on these CPUs, forward and backward.
 
 Shapes: B batch, S sequence, N query heads, G key/value heads, D head width.
 """
@@ -17,17 +17,17 @@ from megatron_ray.ops.autograd import AutogradFunction
 
 
 def fp32_causal_attention(q_BNSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor) -> Tensor:
-    """Returns softmax(q k^T / sqrt(D)) v where a query sees the keys up to its own.
+    """Returns causal softmax(q k^T / sqrt(D)) v.
 
     The result is [B, N, S, D], in memory [B, S, N, D].
     """
-    return _WideAttention.apply(q_BNSD, k_BGSD, v_BGSD)
+    return _Fp32Attention.apply(q_BNSD, k_BGSD, v_BGSD)
 
 
-class _WideAttention(AutogradFunction[Tensor]):
+class _Fp32Attention(AutogradFunction[Tensor]):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        # fp32 copies of q, k and v live for the length of the kernel only.
+        # The fp32 copies of q, k and v are freed after the kernel.
         wide, lse = fused.forward(q, k, v, causal=True, bias=None, in_fp32=True)
         output = fused.tokens_first(wide, q.dtype)
         ctx.save_for_backward(q, k, v, output, lse)

@@ -1,11 +1,10 @@
 """Computes the attention of one rectangle of queries and keys by a fused kernel.
 
-Owns: which kernel of the device, in which type. Must not know: how sequences are cut,
-autograd.
+Owns: the choice of the device's kernel and its type. Must not know: how sequences are
+split, autograd.
 
-Unlike torch's own function it returns the log-sum-exp of the scores, by which parts of
-one attention are merged, and nothing is kept for a backward pass unless it is asked
-for.
+Unlike torch's own function it returns the log-sum-exp of the scores, by which partial
+results are merged, and it saves nothing for a backward pass.
 
 Shapes: B batch, N query heads, G key/value heads, Q queries, K keys, D head width.
 """
@@ -26,8 +25,8 @@ def forward(
     """Returns (output [B, N, Q, D], fp32 log-sum-exp [B, N, Q]).
 
     `causal` is for a square; `bias` [B or 1, N or 1, Q, K] is added to the scores. With
-    `in_fp32` bf16 is computed in fp32, and so is the output. Where the device has no
-    fused kernel for the case it is computed by plain products.
+    `in_fp32`, bf16 inputs are computed in fp32 and the output is fp32. Cases without a
+    fused kernel use matrix products.
     """
     q = q_BNQD
     k = for_each_query_head(k_BGKD, q_BNQD)
@@ -50,8 +49,8 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the gradients of q, k and v.
 
-    `final` is the output and its log-sum-exp. With `in_fp32` bf16 is computed in fp32, and
-    so are the gradients.
+    `final` is the output and its log-sum-exp. With `in_fp32`, bf16 inputs are computed
+    in fp32 and the gradients are fp32.
     """
     output, lse = final
     q = q_BNQD
@@ -65,7 +64,7 @@ def backward(
         output = output.float()
         bias = _to_fp32(bias)
     grad_q, grad_k, grad_v = _backward(grad, q, k, v, output, lse, causal, bias)
-    # Heads that share keys each have a gradient for them.
+    # Heads that share keys have separate gradients for them.
     groups = k_BGKD.shape[1]
     return grad_q, _sum_over_sharers(grad_k, groups), _sum_over_sharers(grad_v, groups)
 
@@ -73,9 +72,9 @@ def backward(
 def band(
     queries: int, keys: int, distance: int, window: int, device: torch.device
 ) -> Tensor:
-    """Returns bool [Q, K], True where a query sees a key.
+    """Returns bool [Q, K], True where a query attends to a key.
 
-    Query i is `distance` + i - j tokens behind key j, and sees it if that is 0 to
+    Query i is `distance` + i - j tokens after key j, and attends to it if that is 0 to
     `window` - 1.
     """
     everything = torch.ones(queries, keys, dtype=torch.bool, device=device)
@@ -92,7 +91,7 @@ def band_bias(queries: int, keys: int, distance: int, window: int, like: Tensor)
 def tokens_first(output_BNQD: Tensor, dtype: torch.dtype) -> Tensor:
     """Returns the same [B, N, Q, D] in `dtype`, in memory [B, Q, N, D].
 
-    That is how the output projection reads it.
+    The output projection reads this layout.
     """
     output_BQND = output_BNQD.transpose(1, 2)
     copy = torch.empty(output_BQND.shape, dtype=dtype, device=output_BQND.device)
@@ -100,7 +99,7 @@ def tokens_first(output_BNQD: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def for_each_query_head(x_BGKD: Tensor, q_BNQD: Tensor) -> Tensor:
-    """Returns each key/value head as often as query heads share it."""
+    """Repeats each key/value head for every query head that shares it."""
     repeats = q_BNQD.shape[1] // x_BGKD.shape[1]
     if repeats == 1:
         return x_BGKD
@@ -115,7 +114,7 @@ def _sum_over_sharers(grad_BNKD: Tensor, groups: int) -> Tensor:
 
 
 def _uses_flash(q: Tensor, bias: Tensor | None) -> bool:
-    """Returns whether CUDA's flash attention takes the case."""
+    """Returns whether CUDA's flash attention supports the case."""
     is_half = q.dtype in (torch.float16, torch.bfloat16)
     return q.device.type == "cuda" and bias is None and is_half
 
@@ -123,8 +122,8 @@ def _uses_flash(q: Tensor, bias: Tensor | None) -> bool:
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, causal: bool, bias: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Does `forward` for as many key/value heads as query heads."""
-    # Flash attention on CUDA has no bias; what it cannot do is computed in full below.
+    """Computes `forward` for as many key/value heads as query heads."""
+    # CUDA's flash attention supports no bias; other cases use matrix products below.
     if _uses_flash(q, bias):
         output, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(
             q, k, v, 0.0, causal
@@ -138,7 +137,7 @@ def _forward(
         return output, lse
     scores = _scores(q, k, causal, bias)
     lse = scores.logsumexp(-1)
-    # Where a query sees nothing, both are -inf and their difference is not a number.
+    # For a query without keys both are -inf and their difference is NaN.
     p: Tensor = (scores - lse[..., None]).nan_to_num_(nan=-torch.inf).exp_()
     return torch.matmul(p.to(v.dtype), v), lse
 
@@ -153,7 +152,7 @@ def _backward(
     causal: bool,
     bias: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Does `backward` for as many key/value heads as query heads."""
+    """Computes `backward` for as many key/value heads as query heads."""
     if _uses_flash(q, bias):
         return _flash_backward(grad, q, k, v, output, lse, causal)
     if q.device.type != "cuda":
@@ -164,8 +163,8 @@ def _backward(
     p = (_scores(q, k, causal, bias) - lse[..., None]).exp_()
     grad = grad.to(p.dtype)
     grad_p = torch.matmul(grad, v.to(p.dtype).mT)
-    # Softmax's gradient is p x (grad_p - sum over keys of p x grad_p).
-    # The sum over keys of p x grad_p is that over the head's width of grad x output.
+    # Softmax's gradient is p x (grad_p - sum over keys of p x grad_p). That sum equals the
+    # sum over the head's width of grad x output.
     row_sums = (grad * output).sum(-1, keepdim=True)
     grad_s = p * (grad_p - row_sums) * q.shape[-1] ** -0.5
     return (
@@ -214,12 +213,12 @@ def _to_fp32(bias: Tensor | None) -> Tensor | None:
 def _scores(q: Tensor, k: Tensor, causal: bool, bias: Tensor | None) -> Tensor:
     """Returns fp32 scores [B, N, Q, K], with the bias or causal mask applied.
 
-    This is for CUDA where no fused kernel fits: fp32, or a bias.
+    Used on CUDA if no fused kernel supports the case: fp32, or a bias.
     """
     scores: Tensor = torch.matmul(q.float(), k.float().mT) * q.shape[-1] ** -0.5
     if bias is not None:
         return scores.add_(bias)
-    # The kernels above apply the causal mask themselves; here it is done by hand.
+    # The fused kernels apply the causal mask themselves.
     if not causal:
         return scores
     is_future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)

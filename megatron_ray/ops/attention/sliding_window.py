@@ -1,11 +1,11 @@
 """Computes causal attention within a window of tokens, stripe by stripe.
 
-Owns: which keys a stripe of queries needs. Must not know: positions, caches, ranks.
+Owns: the keys that a stripe of queries needs. Must not know: positions, caches, ranks.
 
-A token sees itself and the few tokens before it (Longformer, Beltagy et al. 2020;
-Mistral). A stripe is some query rows and the keys that any of them sees, so work and
-memory grow with sequence x window. Keeps only q, k, v, the output and its log-sum-exp
-for the backward.
+A token attends to itself and the tokens of the window before it (Longformer, Beltagy et
+al. 2020; Mistral). A stripe is a range of query rows and the keys that any of them
+attends to, so work and memory grow with sequence x window. Saves only q, k, v, the
+output and its log-sum-exp for the backward.
 
 Shapes: B batch, S sequence, N query heads, G key/value heads, D head width, R rows and
 C columns of a stripe.
@@ -22,22 +22,22 @@ from megatron_ray.ops.attention import fused
 from megatron_ray.ops.attention.fused import band, band_bias
 from megatron_ray.ops.autograd import AutogradFunction
 
-# Fewer rows make slow products.
+# Fewer rows make products slow.
 _ROWS = 128
-# CUDA's kernels copy a mask first whose rows are no multiple of this.
+# CUDA's kernels copy a mask unless its row length is a multiple of this.
 _ALIGNED = 16
 
 
 @dataclass(frozen=True)
 class Stripe:
-    """Query rows, and columns (keys) among which are all that they see."""
+    """Query rows, and columns that include all keys they attend to."""
 
     rows: slice
     columns: slice
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Rows, columns, and how far the first row is behind the first column."""
+        """Rows, columns, and the distance from the first column to the first row."""
         num_rows = self.rows.stop - self.rows.start
         num_columns = self.columns.stop - self.columns.start
         return num_rows, num_columns, self.rows.start - self.columns.start
@@ -46,9 +46,9 @@ class Stripe:
 def stripes(sequence: int, window: int) -> Iterator[Stripe]:
     """Yields stripes of all rows, each a quarter of a window.
 
-    About a fifth of the scores are then computed in vain.
+    About a fifth of the computed scores are masked.
     """
-    # Longer stripes mask more of their scores, shorter ones read more keys twice.
+    # Longer stripes mask more scores, shorter ones read more keys twice.
     rows = max(_ROWS, window // 4 // _ALIGNED * _ALIGNED)
     for first in range(0, sequence, rows):
         end = min(first + rows, sequence)
@@ -61,15 +61,15 @@ def windowed_attention(
 ) -> Tensor:
     """Returns softmax(q k^T / sqrt(D)) v, [B, N, S, D].
 
-    A query sees `window` keys, the last of which is its own. With `in_fp32` bf16 is
-    multiplied in fp32.
+    A query attends to `window` keys, the last of which is its own. With `in_fp32`, bf16
+    is multiplied in fp32.
     """
     return _Windowed.apply(q_BNSD, k_BGSD, v_BGSD, window, in_fp32)
 
 
 def masked_attention(q_BNSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, window: int) -> Tensor:
-    """Returns the same by torch's own attention, which on CUDA has fast masked kernels."""
-    # There is no fast kernel for a mask together with shared heads.
+    """Returns the same by torch's attention, which has fast masked kernels on CUDA."""
+    # No fast kernel supports both a mask and shared heads.
     k = fused.for_each_query_head(k_BGSD, q_BNSD)
     v = fused.for_each_query_head(v_BGSD, q_BNSD)
     attended = []
@@ -89,7 +89,7 @@ class _Windowed(AutogradFunction[Tensor]):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, window: int, in_fp32: bool
     ) -> Tensor:
-        # In the kernels' own type: rounded once, when all stripes are done.
+        # In the kernels' output type, so that results are rounded once at the end.
         wide = torch.promote_types(q.dtype, torch.float32)
         output = torch.empty_like(q, dtype=wide)
         lse = torch.empty(q.shape[:3], dtype=wide, device=q.device)
@@ -114,7 +114,7 @@ class _Windowed(AutogradFunction[Tensor]):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, output, lse = ctx.saved_tensors
         grad_q = torch.empty_like(q)
-        # Stripes overlap in their keys, and many roundings to bf16 would add up.
+        # fp32, because stripes share keys and roundings to bf16 would accumulate.
         grad_k = torch.zeros_like(k, dtype=lse.dtype)
         grad_v = torch.zeros_like(v, dtype=lse.dtype)
         for stripe in stripes(q.shape[2], ctx.window):

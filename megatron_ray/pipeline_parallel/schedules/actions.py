@@ -1,11 +1,11 @@
-"""Describes what a pipeline rank does in a step, as data.
+"""Describes the actions of a pipeline rank in a step as data.
 
-Owns: the actions of a step and which rank has which stage. Pure; must not know:
+Owns: the actions of a step, and the mapping of stages to ranks. Pure; must not know:
 torch.
 
-A schedule is one list of actions per pipeline rank. `orders` makes the lists of computing
-actions, `lowering` adds sends and receives, the runner executes the lists and
-`simulation` judges them.
+A schedule is one list of actions per pipeline rank. `orders` makes the lists of
+computing actions, `lowering` adds sends and receives, the runner executes the lists and
+`simulation` simulates them.
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ class Op(IntEnum):
 
     FORWARD = 0
     BACKWARD = 1
-    """Gradients of input and weights at once."""
+    """Computes gradients of input and weights."""
     BACKWARD_INPUT = 2
     BACKWARD_WEIGHT = 3
     SEND_FORWARD = 4
@@ -28,39 +28,39 @@ class Op(IntEnum):
 
     @property
     def is_compute(self) -> bool:
-        """Whether the rank itself is busy with it."""
+        """Whether the action computes; other actions transfer data."""
         return self <= Op.BACKWARD_WEIGHT
 
     @property
     def is_send(self) -> bool:
-        """Whether it sends something to `peer`."""
+        """Whether the action sends data to `peer`."""
         return self in (Op.SEND_FORWARD, Op.SEND_BACKWARD)
 
 
 class Action(NamedTuple):
     """One entry of a rank's list.
 
-    Sends and receives name the chunk of this rank that produces or uses what is sent.
+    Sends and receives contain this rank's chunk that produces or uses the message.
     """
 
     op: Op
     chunk: int
     microbatch: int
     peer: int = -1
-    """Pipeline rank at the other end; -1 for computing."""
+    """The other pipeline rank of a transfer; -1 for computing."""
 
 
 Order = list[Action]
-"""One rank's actions in the order in which it takes them."""
+"""One rank's actions in order of execution."""
 
 
 @dataclass(frozen=True)
 class StageMap:
-    """Which rank has which of the pp x vpp stages, `vpp` chunks each.
+    """Maps pp x vpp stages to ranks, with `vpp` chunks per rank.
 
     `loop` (Megatron's interleaving): stage s is chunk s // pp of rank s % pp. `v` (Qi
-    et al. 2024, ZB-V): the second half comes back, so that the first and the last stage
-    are on rank 0.
+    et al. 2024, ZB-V): the second half runs in reverse order of ranks, so that the
+    first and the last stage are on rank 0.
     """
 
     pp: int
@@ -77,13 +77,13 @@ class StageMap:
         return self.pp * self.vpp
 
     def stage(self, rank: int, chunk: int) -> int:
-        """Returns the stage that is a rank's chunk."""
+        """Returns the stage of a rank's chunk."""
         if self.kind == "v" and chunk == 1:
             return 2 * self.pp - 1 - rank
         return chunk * self.pp + rank
 
     def rank_and_chunk(self, stage: int) -> tuple[int, int]:
-        """Returns the rank that has a stage, and which of its chunks the stage is."""
+        """Returns the rank of a stage and the index of its chunk."""
         chunk, position = divmod(stage, self.pp)
         if self.kind == "v" and chunk == 1:
             return self.pp - 1 - position, 1

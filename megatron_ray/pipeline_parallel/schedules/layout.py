@@ -1,12 +1,12 @@
-"""Decides what each pipeline stage contains.
+"""Determines the contents of each pipeline stage.
 
 Owns: Megatron's layout strings, even and uneven splits. Pure; must not know: ranks,
 torch.
 
 A layout string lists the parts in order: `E` embedding, `t` decoder layer, `m`
-multi-token-prediction layer, `L` head and loss; `|` ends a stage, `*n` repeats what
-stands before it, parentheses group, commas and blanks mean nothing. `Et*3|(tt|)*29,m|L`
-is 61 layers in 32 stages.
+multi-token-prediction layer, `L` head and loss; `|` ends a stage, `*n` repeats the
+preceding item, parentheses group, commas and blanks are ignored. `Et*3|(tt|)*29,m|L`
+has 61 layers in 32 stages.
 """
 
 from collections.abc import Sequence
@@ -16,13 +16,13 @@ from typing import NoReturn
 from megatron_ray.exceptions import InputError
 
 _PARTS = "EtmL"
-# A short string can name any number of parts, so both are bounded.
+# A short string can expand to any number of parts, so both are limited.
 _MAX_PARTS = 100_000
 _MAX_NESTING = 20
 
 
 class LayoutError(InputError, ValueError):
-    """A layout is impossible; the message names the problem and the remedy.
+    """A layout is invalid; the message contains the problem and the remedy.
 
     `field` is the field of `parallel` to change.
     """
@@ -40,10 +40,10 @@ class StageContents:
     embedding: bool = False
     loss: bool = False
     mtp_layers: tuple[int, ...] = ()
-    """Multi-token-prediction layers, counted from 0 by themselves."""
+    """Multi-token-prediction layers, counted from 0 separately."""
 
     def mtp_layer_numbers(self, num_layers: int) -> tuple[int, ...]:
-        """Returns the numbers of its MTP layers behind the model's decoder layers."""
+        """Returns the numbers of its MTP layers, counted after the decoder layers."""
         return tuple(num_layers + depth for depth in self.mtp_layers)
 
 
@@ -57,7 +57,7 @@ def parse_layout(
             stages.append([])
         else:
             stages[-1].append(part)
-    # A bar at the very end ends the last stage; it does not begin another.
+    # A bar at the end closes the last stage and does not start another.
     if len(stages) > 1 and not stages[-1]:
         stages.pop()
     _check_counts(text, stages, num_layers, num_mtp_layers)
@@ -89,10 +89,10 @@ def split_into_stages(
     last: int | None = None,
     num_mtp_layers: int = 0,
 ) -> tuple[StageContents, ...]:
-    """Returns equal stages, the first or last of another size where that is given.
+    """Returns equal stages, except for given sizes of the first or last one.
 
-    Multi-token-prediction layers are in the last stage, beside the loss they share.
-    Raises LayoutError with the nearest sizes that would do.
+    Multi-token-prediction layers are in the last stage, because they use its head.
+    Raises LayoutError with the nearest valid sizes.
     """
     sizes = _stage_sizes(num_layers, num_stages, first, last)
     contents = []
@@ -114,7 +114,7 @@ def split_into_stages(
 def _stage_sizes(
     num_layers: int, num_stages: int, first: int | None, last: int | None
 ) -> list[int]:
-    """Returns how many layers each stage has. Raises LayoutError."""
+    """Returns the number of layers of each stage. Raises LayoutError."""
     given = [size for size in (first, last) if size is not None]
     num_middle = num_stages - len(given)
     num_others = num_layers - sum(given)
@@ -142,7 +142,7 @@ def _refuse_uneven(num_layers: int, num_others: int, num_middle: int) -> NoRetur
     """Raises LayoutError with the numbers of layers that would divide evenly."""
     below = num_layers - num_others % num_middle
     nearest = f"{below + num_middle}"
-    # Below, no layer at all may be left for the stages in the middle.
+    # The next lower number may leave no layers for the middle stages.
     if num_others >= num_middle:
         nearest = f"{below} or {nearest}"
     raise LayoutError(
@@ -170,7 +170,7 @@ def _check_counts(
 
 
 def _check_order(text: str, stages: Sequence[Sequence[str]]) -> None:
-    """Raises LayoutError unless the parts follow each other as a model computes them."""
+    """Raises LayoutError unless the parts are in the order of a forward pass."""
     parts: list[str] = []
     num_mtp_stages = 0
     for stage in stages:
@@ -202,9 +202,10 @@ class _Parser:
         self._position = 0
 
     def parse(self) -> list[str]:
-        """Returns the parts and bars, repeats written out."""
+        """Returns the parts and bars with repeats expanded."""
         parts = self._sequence(depth=0)
-        # A sequence ends at a closing parenthesis, and the outermost has none to end at.
+        # A sequence ends at a closing parenthesis, which the outermost sequence cannot
+        # have.
         if self._position < len(self._text):
             raise self._error("')' without '('")
         return parts
@@ -218,7 +219,8 @@ class _Parser:
                 continue
             item = self._item(depth)
             times = self._repeat()
-            # Before it is written out: '(((t*999999)*999999)*999999)' would never end.
+            # Checked before expansion, because of strings such as
+            # '(((t*999999)*999999)*999999)'.
             if len(parts) + len(item) * times > _MAX_PARTS:
                 raise self._error(f"more than {_MAX_PARTS} parts")
             parts += item * times
@@ -244,12 +246,12 @@ class _Parser:
         return parts
 
     def _repeat(self) -> int:
-        """Returns the number behind a '*'; 1 where there is none."""
+        """Returns the number after a '*'; 1 without one."""
         if self._peek() != "*":
             return 1
         self._position += 1
         start = self._position
-        # isdigit alone takes digits of other scripts, which int() would take too.
+        # isdigit alone accepts digits of other scripts, which int() accepts too.
         while self._peek().isascii() and self._peek().isdigit():
             self._position += 1
         digits = self._text[start : self._position]
@@ -260,7 +262,7 @@ class _Parser:
         return int(digits)
 
     def _peek(self) -> str:
-        """Returns the next character, empty at the end."""
+        """Returns the next character; empty at the end."""
         return self._text[self._position : self._position + 1]
 
     def _error(self, problem: str) -> LayoutError:

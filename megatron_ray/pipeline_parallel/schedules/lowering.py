@@ -1,13 +1,13 @@
 """Adds sends and receives to the computing actions of every rank.
 
-Owns: where sends and receives stand in the lists. Pure; must not know: torch.
+Owns: the positions of sends and receives in the lists. Pure; must not know: torch.
 
-NCCL knows neither tags nor buffers: between two ranks the k-th operation of one must be
-the counterpart of the k-th of the other. So the messages of each pair get one order,
-that of the times at which an undisturbed run at equal costs produces them, and both
-ranks post their sends and receives in it. A send stands right behind the action that
-produces it, a receive one computing action ahead of its use, or earlier where the order
-asks for it: no more buffers than needed, and no rank waits for an order's sake.
+NCCL has neither tags nor buffers: between two ranks the k-th operation of one must
+match the k-th of the other. So the messages of each pair are ordered by the times at
+which an ideal run at equal costs produces them, and both ranks post their sends and
+receives in this order. A send follows directly after the action that produces it; a
+receive is posted one computing action ahead of its use, or earlier if the order
+requires it. This needs no extra buffers, and no rank waits because of the order.
 """
 
 from collections import defaultdict
@@ -19,24 +19,25 @@ from megatron_ray.pipeline_parallel.schedules.simulation import EQUAL, run_compu
 
 
 class _Message(NamedTuple):
-    """One transfer; compares by the order in which a pair of ranks exchanges them.
+    """One transfer; compares by the order of transfers between a pair of ranks.
 
-    Fields behind the time only make the order of equal times the same on both ranks.
+    Fields after the time break ties in the same way on both ranks.
     """
 
     time: float
     source: int
     backward: bool
     stage: int
-    """The stage that produces it."""
+    """The stage that produces the message."""
     microbatch: int
     target: int
 
 
 class _Post(NamedTuple):
-    """One side of a message in a rank's list; compares by place, then by message.
+    """One side of a message in a rank's list; compares by position, then by message.
 
-    Places of computing actions are 0, 1, 2 ...; posts stand at the halves between them.
+    Positions of computing actions are 0, 1, 2 ...; posts are at half positions between
+    them.
     """
 
     place: float
@@ -49,9 +50,9 @@ _Use = tuple[bool, int, int]
 
 
 def lower(orders: Sequence[Order], stages: StageMap) -> list[Order]:
-    """Returns every rank's whole list.
+    """Returns the complete lists of all ranks.
 
-    Raises ScheduleError when the computing actions alone would never end.
+    Raises ScheduleError when the computing actions alone deadlock.
     """
     queues: dict[int, dict[int, list[_Message]]] = defaultdict(lambda: defaultdict(list))
     for message in sorted(_messages(orders, stages)):
@@ -61,7 +62,7 @@ def lower(orders: Sequence[Order], stages: StageMap) -> list[Order]:
 
 
 def lower_one(orders: Sequence[Order], stages: StageMap, rank: int) -> Order:
-    """Returns one rank's whole list: the same as that of `lower`, with less work.
+    """Returns one rank's complete list, as `lower` does, with less work.
 
     Raises ScheduleError likewise.
     """
@@ -79,7 +80,7 @@ def lower_one(orders: Sequence[Order], stages: StageMap, rank: int) -> Order:
 
 
 def _messages(orders: Sequence[Order], stages: StageMap) -> Iterator[_Message]:
-    """Yields every transfer between two ranks, with the time at which it is produced."""
+    """Yields all transfers between ranks, each with the time of its production."""
     ends, _ = run_computing(orders, stages, EQUAL)
     for (stage, op, microbatch), time in ends.items():
         backward = op is Op.BACKWARD
@@ -98,9 +99,9 @@ def _insert(
 ) -> Order:
     """Inserts a rank's sends and receives between its computing actions.
 
-    `queues` are the messages that it exchanges with each peer, in their order.
+    `queues` are the ordered messages that it exchanges with each peer.
     """
-    # A weight gradient neither needs a message nor makes one.
+    # A weight gradient needs no message and produces none.
     places: dict[_Use, int] = {}
     for place, action in enumerate(order):
         if action.op is not Op.BACKWARD_WEIGHT:
@@ -109,8 +110,8 @@ def _insert(
     posts: list[_Post] = []
     for queue in queues.values():
         posts += _posts(rank, queue, stages, places)
-    # Posts to different peers may share a gap. They stand in it as messages compare, which
-    # is one order for all ranks.
+    # Posts to different peers in the same gap are sorted by message, an order that is the
+    # same for all ranks.
     by_gap: dict[int, list[Action]] = defaultdict(list)
     for post in sorted(posts):
         by_gap[int(post.place + 0.5)].append(post.action)
@@ -118,16 +119,16 @@ def _insert(
     for place, action in enumerate(order):
         lowered += by_gap[place]
         lowered.append(action)
-    # Behind the last computing action, what it has produced.
+    # Posts after the last computing action send its results.
     return lowered + by_gap[len(order)]
 
 
 def _posts(
     rank: int, queue: Sequence[_Message], stages: StageMap, places: dict[_Use, int]
 ) -> list[_Post]:
-    """Decides where a rank posts its side of one pair's queue, in the queue's order."""
-    # Forward through the queue: a post cannot stand before what it sends is computed, nor
-    # before any earlier post of the queue.
+    """Chooses the positions of a rank's posts for one pair's queue, in its order."""
+    # Forward through the queue: a post cannot precede the computation of its content, nor
+    # any earlier post of the queue.
     earliest = -0.5
     limits: list[tuple[float, float]] = []
     actions: list[Action] = []
@@ -138,12 +139,12 @@ def _posts(
             best = earliest
         else:
             action = _receive(message, stages)
-            # One computing action ahead of its use, so that it arrives meanwhile.
+            # One computing action ahead of its use, with which the transfer overlaps.
             best = places[message.backward, action.chunk, action.microbatch] - 1.5
         limits.append((earliest, best))
         actions.append(action)
-    # Backward through the queue: each post stands where it is best, unless a later one
-    # must stand earlier. Then it moves ahead too, but never before its own earliest place.
+    # Backward through the queue: each post is at its best position, unless a later post
+    # must be earlier. Then it moves forward too, but not before its earliest position.
     posts = []
     latest = float("inf")
     for index in reversed(range(len(queue))):
@@ -160,7 +161,7 @@ def _send(message: _Message, stages: StageMap) -> Action:
 
 
 def _receive(message: _Message, stages: StageMap) -> Action:
-    """Returns the receive of the stage behind the one that produces the message."""
+    """Returns the receive by the stage that uses the message."""
     to_stage = message.stage - 1 if message.backward else message.stage + 1
     _, chunk = stages.rank_and_chunk(to_stage)
     op = Op.RECV_BACKWARD if message.backward else Op.RECV_FORWARD

@@ -1,14 +1,13 @@
-"""Makes the order in which each pipeline rank computes.
+"""Makes the order of computing actions of each pipeline rank.
 
 Owns: GPipe, 1F1B, interleaved, ZB-H1, ZB-V. Pure; must not know: sends, torch.
 
 GPipe: Huang et al. 2019. 1F1B and interleaving: Narayanan et al. 2021, with Megatron's
-warm-up counts. ZB-H1: Qi et al. 2023, which computes weight gradients apart, when
-nothing else is there to do, with no more activations than 1F1B's first rank has. ZB-V
-(the same paper): so too, with two chunks per rank in a V, which halves what is left of
-the bubble.
+warm-up counts. ZB-H1: Qi et al. 2023, which computes weight gradients separately, in
+idle time, with at most the activations of 1F1B's first rank. ZB-V (same paper): the
+same with two chunks per rank in a V, which halves the remaining bubble.
 
-F, B and W stand for forward, gradient of the input and gradient of the weights.
+F, B and W are the forward, the gradient of the input and that of the weights.
 """
 
 from collections import Counter
@@ -20,9 +19,9 @@ ScheduleName = Literal["gpipe", "1f1b", "interleaved", "zb-h1", "zb-v"]
 
 
 def stage_map(name: ScheduleName, pp: int, vpp: int) -> StageMap:
-    """Returns which rank has which stage in a schedule.
+    """Returns the mapping of stages to ranks of a schedule.
 
-    Raises ValueError when it cannot have so many chunks per rank.
+    Raises ValueError when the schedule does not support `vpp` chunks per rank.
     """
     if name == "zb-v":
         return StageMap(pp, vpp, "v")
@@ -36,10 +35,10 @@ def compute_orders(
     vpp: int = 1,
     group: int | None = None,
 ) -> list[Order]:
-    """Returns every rank's computing actions.
+    """Returns the computing actions of every rank.
 
-    `group`: microbatches per chunk in a row, interleaved only; pp when not given.
-    Raises ValueError for a schedule that cannot have so many chunks, or groups smaller
+    `group`: consecutive microbatches per chunk, for interleaved only; default pp.
+    Raises ValueError for sizes that the schedule does not support, or groups smaller
     than the pipeline.
     """
     _check_sizes(name, pp, num_microbatches, vpp)
@@ -48,7 +47,7 @@ def compute_orders(
         if size < pp:
             raise ValueError(
                 f"groups of {size} microbatches are smaller than the pipeline of {pp} "
-                "ranks: the last one would wait"
+                f"ranks; use groups of at least {pp}"
             )
         return [_interleaved(pp, rank, vpp, num_microbatches, size) for rank in range(pp)]
     orders = []
@@ -56,7 +55,7 @@ def compute_orders(
         if name == "gpipe":
             orders.append(_gpipe(num_microbatches))
         elif name == "1f1b":
-            orders.append(_one_f_one_b(pp, rank, num_microbatches))
+            orders.append(_1f1b(pp, rank, num_microbatches))
         elif name == "zb-h1":
             orders.append(_zb_h1(pp, rank, num_microbatches))
         else:
@@ -65,7 +64,7 @@ def compute_orders(
 
 
 def _check_sizes(name: ScheduleName, pp: int, num_microbatches: int, vpp: int) -> None:
-    """Raises ValueError for sizes that a schedule cannot have."""
+    """Raises ValueError for sizes that a schedule does not support."""
     if pp < 1 or num_microbatches < 1 or vpp < 1:
         raise ValueError(
             f"pp={pp}, vpp={vpp} and num_microbatches={num_microbatches} must be at least 1"
@@ -79,7 +78,7 @@ def _check_sizes(name: ScheduleName, pp: int, num_microbatches: int, vpp: int) -
 
 
 def _row(op: Op, num_microbatches: int) -> Order:
-    """Returns one action of the only chunk for every microbatch."""
+    """Returns one action of chunk 0 for every microbatch."""
     return [Action(op, 0, microbatch) for microbatch in range(num_microbatches)]
 
 
@@ -87,16 +86,16 @@ def _gpipe(num_microbatches: int) -> Order:
     return _row(Op.FORWARD, num_microbatches) + _row(Op.BACKWARD, num_microbatches)
 
 
-def _one_f_one_b(pp: int, rank: int, num_microbatches: int) -> Order:
+def _1f1b(pp: int, rank: int, num_microbatches: int) -> Order:
     forwards = _row(Op.FORWARD, num_microbatches)
     backwards = _row(Op.BACKWARD, num_microbatches)
-    # As many as it takes until the first gradient arrives from the last rank.
+    # Number of forwards until the first gradient arrives from the last rank.
     num_warmup = min(pp - rank - 1, num_microbatches)
-    return _one_forward_one_backward(forwards, backwards, num_warmup)
+    return _warmup_steady_cooldown(forwards, backwards, num_warmup)
 
 
-def _one_forward_one_backward(forwards: Order, backwards: Order, num_warmup: int) -> Order:
-    """Returns the warm-up, then a forward and a backward in turn, then the cool-down."""
+def _warmup_steady_cooldown(forwards: Order, backwards: Order, num_warmup: int) -> Order:
+    """Returns warm-up, then alternating forwards and backwards, then cool-down."""
     order = forwards[:num_warmup]
     num_steady = len(forwards) - num_warmup
     for index in range(num_steady):
@@ -106,10 +105,10 @@ def _one_forward_one_backward(forwards: Order, backwards: Order, num_warmup: int
 
 
 def _interleaved(pp: int, rank: int, vpp: int, num_microbatches: int, group: int) -> Order:
-    """Returns 1F1B over chunks: chunk by chunk within each group of microbatches.
+    """Returns 1F1B over chunks, chunk by chunk within each group of microbatches.
 
-    Megatron refuses a last group smaller than the pipeline, because ranks would wait
-    for each other for ever; here what is left over is spread over all groups.
+    Megatron rejects a last group smaller than the pipeline, because ranks would
+    deadlock; here the remainder is distributed over all groups.
     """
     sizes = _group_sizes(num_microbatches, group)
     forwards: Order = []
@@ -123,39 +122,39 @@ def _interleaved(pp: int, rank: int, vpp: int, num_microbatches: int, group: int
                 backwards.append(Action(Op.BACKWARD, vpp - 1 - chunk, microbatch))
         start += size
     # Megatron's count: all chunks but the last of the first group, and two more for every
-    # rank behind this one, which the activations pass on their way there and back.
+    # later rank, through which activations and gradients pass.
     num_warmup = (pp - rank - 1) * 2 + (vpp - 1) * sizes[0]
-    return _one_forward_one_backward(forwards, backwards, min(num_warmup, len(forwards)))
+    return _warmup_steady_cooldown(forwards, backwards, min(num_warmup, len(forwards)))
 
 
 def _group_sizes(num_microbatches: int, group: int) -> list[int]:
-    """Returns group sizes, largest first; none is below `group` unless it is the only one."""
+    """Returns group sizes, largest first; at least `group`, except for a single group."""
     num_groups = max(1, num_microbatches // group)
     size, num_larger = divmod(num_microbatches, num_groups)
     return [size + 1] * num_larger + [size] * (num_groups - num_larger)
 
 
 def _zb_h1(pp: int, rank: int, num_microbatches: int) -> Order:
-    """Returns 1F1B's order with every W put off until its rank would wait.
+    """Returns 1F1B's order with every W deferred until its rank would be idle.
 
-    Rank r has a lag of r: it keeps so many Ws back while it has forwards to do, and
-    spends them in the cool-down, where 1F1B waits for gradients from the next rank.
+    Rank r defers r Ws while it has forwards left, and runs them in the cool-down, where
+    1F1B waits for gradients from the next rank.
     """
     order: Order = []
-    num_weights = 0
+    num_weight_grads = 0
     num_cooldown = pp - rank - 1
-    for action in _one_f_one_b(pp, rank, num_microbatches):
+    for action in _1f1b(pp, rank, num_microbatches):
         if action.op is Op.FORWARD:
             order.append(action)
             continue
         order.append(Action(Op.BACKWARD_INPUT, 0, action.microbatch))
         is_cooldown = action.microbatch >= num_microbatches - num_cooldown
-        has_lag = action.microbatch - num_weights >= rank
-        if has_lag or is_cooldown:
-            order.append(Action(Op.BACKWARD_WEIGHT, 0, num_weights))
-            num_weights += 1
-    # What was kept back for longer than there was anything to wait for.
-    return order + _row(Op.BACKWARD_WEIGHT, num_microbatches)[num_weights:]
+        is_lag_full = action.microbatch - num_weight_grads >= rank
+        if is_lag_full or is_cooldown:
+            order.append(Action(Op.BACKWARD_WEIGHT, 0, num_weight_grads))
+            num_weight_grads += 1
+    # The remaining deferred Ws, for which there was no idle time.
+    return order + _row(Op.BACKWARD_WEIGHT, num_microbatches)[num_weight_grads:]
 
 
 _F0 = (Op.FORWARD, 0)
@@ -169,35 +168,36 @@ _W1 = (Op.BACKWARD_WEIGHT, 1)
 def _zb_v(pp: int, rank: int, num_microbatches: int) -> Order:
     """Returns one rank's order of ZB-V; F0 is the forward of chunk 0.
 
-    Stages go down the ranks and come back, so the last rank has its second chunk's
-    input at once and the first one its loss. Rank r fills up with 2 (pp - r) - 1
-    microbatches of its first chunk. By the time they have come back it goes round both
-    chunks, each with F, B and W, and never waits again; Ws are put off only while the
+    Stages run from rank 0 to the last rank and back. So the last rank's second chunk
+    directly follows its first, and the loss is on rank 0. Rank r warms up with 2 (pp -
+    r) - 1 microbatches of its first chunk. When these return, it alternates between
+    both chunks, each with F, B and W, without idle time. Ws are deferred only while the
     pipeline drains.
     """
-    # Fewer microbatches than the pipeline takes have the same order with the others left
-    # out.
+    # With fewer microbatches than the pipeline needs, the order is that of 2 pp
+    # microbatches without the missing ones.
     num_full = max(num_microbatches, 2 * pp)
     order: Order = []
-    num_done: Counter[tuple[Op, int]] = Counter()
+    num_appended: Counter[tuple[Op, int]] = Counter()
 
     def repeat(times: int, *actions: tuple[Op, int]) -> None:
-        """Appends the actions so many times, each with its own next microbatch."""
+        """Appends the actions `times` times, each with its next microbatch."""
         for op, chunk in actions * times:
-            order.append(Action(op, chunk, num_done[op, chunk]))
-            num_done[op, chunk] += 1
+            order.append(Action(op, chunk, num_appended[op, chunk]))
+            num_appended[op, chunk] += 1
 
-    # Warm-up: down to the last rank and back, then what comes back beside what goes down.
+    # Warm-up: chunk 0 only, then chunk 1 of returning microbatches beside chunk 0 of new
+    # ones.
     repeat(2 * (pp - rank) - 1, _F0)
     repeat(rank, _F1, _F0)
-    # The last stage has its loss: the backward passes of chunk 1 begin.
+    # The last stage has computed a loss, so the backward passes of chunk 1 begin.
     repeat(pp - rank, _F1, _B1, _W1)
-    # Steady state, until chunk 0 has seen all microbatches and then chunk 1.
-    repeat(num_full - num_done[_F0], _F0, _B0, _W0, _F1, _B1, _W1)
-    repeat(num_full - num_done[_F1], _B0, _W0, _F1, _B1, _W1)
-    # Cool-down: other ranks wait for Bs, none for a W.
+    # Steady state, until chunk 0 and then chunk 1 have processed all microbatches.
+    repeat(num_full - num_appended[_F0], _F0, _B0, _W0, _F1, _B1, _W1)
+    repeat(num_full - num_appended[_F1], _B0, _W0, _F1, _B1, _W1)
+    # Cool-down: Bs first, because other ranks wait for them but not for Ws.
     repeat(rank, _B0, _B1)
     repeat(pp - rank, _B0, _W0)
-    repeat(num_full - num_done[_W1], _W1)
-    repeat(num_full - num_done[_W0], _W0)
+    repeat(num_full - num_appended[_W1], _W1)
+    repeat(num_full - num_appended[_W0], _W0)
     return [action for action in order if action.microbatch < num_microbatches]

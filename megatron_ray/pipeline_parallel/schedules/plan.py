@@ -1,6 +1,6 @@
-"""Makes a config's pipeline: its stages, their ranks and the schedule.
+"""Plans a config's pipeline: its stages, their ranks and the schedule.
 
-Owns: which schedule, which stages, which rank. Pure; must not know: torch, groups.
+Owns: the choice of schedule, stages and ranks. Pure; must not know: torch, groups.
 """
 
 from dataclasses import dataclass
@@ -39,12 +39,12 @@ class PipelinePlan:
         return tuple(stages)
 
     def training_actions(self, num_microbatches: int, pp_rank: int) -> Order:
-        """Returns a rank's whole list for a step."""
+        """Returns a rank's complete list for a step."""
         return lower_one(self._orders(num_microbatches), self.stages, pp_rank)
 
     def evaluation_actions(self, num_microbatches: int, pp_rank: int) -> Order:
-        """Returns a rank's whole list for forward passes only."""
-        # What is sent forward follows from these alone, so they are lowered by themselves.
+        """Returns a rank's complete list for forward passes only."""
+        # Messages depend on forward passes only, so these are lowered separately.
         forwards = []
         for order in self._orders(num_microbatches):
             forwards.append([action for action in order if action.op is Op.FORWARD])
@@ -59,8 +59,8 @@ class PipelinePlan:
 def plan_pipeline(config: TrainConfig) -> PipelinePlan:
     """Returns the pipeline of a config.
 
-    Raises LayoutError when the layers cannot be split as asked, or the schedule cannot
-    have so many chunks.
+    Raises LayoutError when the layers cannot be split as configured, or the schedule
+    does not support the number of chunks.
     """
     parallel = config.parallel
     schedule = _schedule(parallel)
@@ -92,9 +92,9 @@ def plan_pipeline(config: TrainConfig) -> PipelinePlan:
 
 
 def _schedule(parallel: ParallelismConfig) -> ScheduleName:
-    """Returns the schedule that is asked for, or the usual one for so many chunks.
+    """Returns the configured schedule, or the default for `vpp` chunks.
 
-    Raises LayoutError when it cannot have so many chunks.
+    Raises LayoutError when the schedule does not support `vpp` chunks.
     """
     vpp = parallel.vpp
     if parallel.schedule == "auto":

@@ -1,12 +1,12 @@
-"""Simulates a schedule: how long it takes, what it keeps, and whether it ends at all.
+"""Simulates a schedule: its duration, its peak of activations, and deadlocks.
 
-Owns: judging a list of actions. Pure; must not know: torch.
+Owns: the simulation of lists of actions. Pure; must not know: torch.
 
-There are two machines. `run_computing` gives the times of the computing actions alone,
-transfers costing nothing. `simulate` runs the lowered lists as NCCL would: a pair of
-ranks shares one queue, both sides put their sends and receives into it in their own
-order, and entry k of one side is done when entry k of the other side is posted too and
-matches; there are no tags and no buffers.
+There are two simulators. `run_computing` computes the times of computing actions, with
+free transfers. `simulate` runs lowered lists with NCCL's semantics: a pair of ranks
+shares one queue, to which both sides post sends and receives in their own order. Entry
+k completes when both sides have posted it and the two match; there are no tags and no
+buffers.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,15 +17,15 @@ from megatron_ray.pipeline_parallel.schedules.actions import Action, Op, Order, 
 
 
 class ScheduleError(MegatronRayError):
-    """A schedule never ends, or its sends and receives do not match.
+    """A schedule deadlocks, or its sends and receives do not match.
 
-    The text names the ranks and actions.
+    The message contains the ranks and actions.
     """
 
 
 @dataclass(frozen=True)
 class Costs:
-    """The costs of one microbatch on a whole rank (all its chunks), in any unit of time."""
+    """The costs of one microbatch on a rank (all chunks), in any unit of time."""
 
     forward: float = 1.0
     backward_input: float = 1.0
@@ -33,9 +33,9 @@ class Costs:
     transfer: float = 0.0
 
     def by_op(self, vpp: int) -> dict[Op, float]:
-        """Returns how long each action keeps a rank busy, on one of its `vpp` chunks.
+        """Returns the computing time of each action on one of `vpp` chunks.
 
-        Sends and receives go on beside computing and keep no rank busy.
+        Sends and receives overlap with computing and take no time of a rank.
         """
         return {
             Op.FORWARD: self.forward / vpp,
@@ -55,8 +55,8 @@ class Costs:
 
 
 EQUAL = Costs()
-"""Forward, input and weight gradients take the same time, transfers none: what the
-papers' formulas are usually given for."""
+"""Equal times of forward, input and weight gradients, and free transfers, as usually
+assumed in the formulas of papers."""
 
 
 @dataclass(frozen=True)
@@ -66,14 +66,15 @@ class ScheduleResult:
     makespan: float
     """Time from the first action of any rank to the last action of all."""
     bubble: float
-    """Time in which the rank with the least work does nothing."""
+    """Idle time of the rank with the least work."""
     peak_activations: tuple[int, ...]
-    """Microbatches of a chunk whose activations are kept at once, at most, by rank."""
+    """Maximum number of microbatches (of one chunk) with kept activations, by rank."""
 
 
 Result = tuple[int, Op, int]
-"""(stage, op, microbatch) of what another stage may need: FORWARD for activations,
-BACKWARD for the gradient of the input, whether weight gradients came with it or not."""
+"""(stage, op, microbatch) of a result that another stage may need: FORWARD for
+activations, BACKWARD for the gradient of the input, with or without weight
+gradients."""
 
 
 def simulate_computing(
@@ -87,30 +88,29 @@ def simulate_computing(
 def simulate(
     lists: Sequence[Order], stages: StageMap, costs: Costs = EQUAL
 ) -> ScheduleResult:
-    """Simulates lowered lists as NCCL would run them.
+    """Simulates lowered lists with NCCL's semantics.
 
-    Raises ScheduleError for a deadlock, and for a send that meets another receive than
-    its own.
+    Raises ScheduleError for a deadlock, and for a send that does not match the receive.
     """
-    return _LoweredMachine(lists, stages, costs).run()
+    return _LoweredSimulator(lists, stages, costs).run()
 
 
 def run_computing(
     orders: Sequence[Order], stages: StageMap, costs: Costs
 ) -> tuple[dict[Result, float], list[float]]:
-    """Returns when each result is complete, and when each rank ends.
+    """Returns the completion time of each result and the end time of each rank.
 
-    Raises ScheduleError when ranks wait for each other for ever.
+    Raises ScheduleError for a deadlock.
     """
-    machine = _ComputingMachine(orders, stages, costs)
-    machine.run()
-    return machine.ends, machine.clocks
+    simulator = _ComputingSimulator(orders, stages, costs)
+    simulator.run()
+    return simulator.ends, simulator.clocks
 
 
 def peak_activations(order: Order) -> int:
-    """Returns how many microbatches of chunks a rank keeps activations of, at most.
+    """Returns the peak number of microbatches (per chunk) with kept activations.
 
-    They are kept from the forward to the last backward action.
+    Activations are kept from the forward to the last backward action.
     """
     num_kept = 0
     peak = 0
@@ -123,11 +123,11 @@ def peak_activations(order: Order) -> int:
     return peak
 
 
-class _ComputingMachine:
-    """Runs computing actions; a rank that waits goes on when its input is complete.
+class _ComputingSimulator:
+    """Simulates computing actions; a waiting rank resumes when its input is complete.
 
-    So every action is looked at once or twice, in whatever order ranks become ready: the
-    times do not depend on it.
+    So every action is visited once or twice. The times do not depend on the order in
+    which ranks become ready.
     """
 
     def __init__(self, orders: Sequence[Order], stages: StageMap, costs: Costs) -> None:
@@ -136,37 +136,37 @@ class _ComputingMachine:
         self._orders = orders
         self._stages = stages
         self._costs = costs.by_op(stages.vpp)
-        self._places = [0] * len(orders)
+        self._positions = [0] * len(orders)
         """Index of each rank's next action."""
         self._waiting: dict[Result, int] = {}
-        """The rank that waits for a result; no result is needed by two ranks."""
+        """The rank that waits for a result; at most one rank needs a result."""
         self._ready = list(range(len(orders)))
 
     def run(self) -> None:
         while self._ready:
             self._advance(self._ready.pop())
-        _check_finished(self._orders, self._places, "at")
+        _check_finished(self._orders, self._positions, "at")
 
     def _advance(self, rank: int) -> None:
-        """Runs a rank until it needs a result that is not there yet."""
+        """Runs a rank until it needs a result that is not complete."""
         order = self._orders[rank]
         clock = self.clocks[rank]
-        place = self._places[rank]
-        while place < len(order):
-            op, chunk, microbatch, _ = order[place]
+        position = self._positions[rank]
+        while position < len(order):
+            op, chunk, microbatch, _ = order[position]
             stage = self._stages.stage(rank, chunk)
-            need = _need(op, stage, microbatch, self._stages.num_stages)
-            if need is not None:
-                if need not in self.ends:
-                    self._waiting[need] = rank
+            required = _required_result(op, stage, microbatch, self._stages.num_stages)
+            if required is not None:
+                if required not in self.ends:
+                    self._waiting[required] = rank
                     break
-                clock = max(clock, self.ends[need])
+                clock = max(clock, self.ends[required])
             clock += self._costs[op]
-            place += 1
+            position += 1
             if op is not Op.BACKWARD_WEIGHT:
                 self._finish(_result(op, stage, microbatch), clock)
         self.clocks[rank] = clock
-        self._places[rank] = place
+        self._positions[rank] = position
 
     def _finish(self, result: Result, clock: float) -> None:
         self.ends[result] = clock
@@ -180,13 +180,13 @@ def _result(op: Op, stage: int, microbatch: int) -> Result:
     return stage, Op.BACKWARD, microbatch
 
 
-def _need(op: Op, stage: int, microbatch: int, num_stages: int) -> Result | None:
-    """Returns the result that an action needs, None where it needs no other stage's."""
+def _required_result(op: Op, stage: int, microbatch: int, num_stages: int) -> Result | None:
+    """Returns the result that an action needs from another stage, if any."""
     if op is Op.FORWARD:
         if stage == 0:
             return None
         return stage - 1, Op.FORWARD, microbatch
-    # It depends on the rank's own backward only, which its list puts before it already.
+    # It depends only on the rank's own backward, which precedes it in the list.
     if op is Op.BACKWARD_WEIGHT:
         return None
     # The last stage's backward starts from the loss.
@@ -195,17 +195,17 @@ def _need(op: Op, stage: int, microbatch: int, num_stages: int) -> Result | None
     return stage + 1, Op.BACKWARD, microbatch
 
 
-def _check_finished(lists: Sequence[Order], places: Sequence[int], where: str) -> None:
-    """Raises ScheduleError unless every rank has come to the end of its list."""
-    stuck = []
-    for rank, (order, place) in enumerate(zip(lists, places, strict=True)):
-        if place < len(order):
-            op, chunk, microbatch, _ = order[place]
-            stuck.append(
+def _check_finished(lists: Sequence[Order], positions: Sequence[int], where: str) -> None:
+    """Raises ScheduleError unless every rank has finished its list."""
+    blocked = []
+    for rank, (order, position) in enumerate(zip(lists, positions, strict=True)):
+        if position < len(order):
+            op, chunk, microbatch, _ = order[position]
+            blocked.append(
                 f"rank {rank} {where} {op.name} of chunk {chunk}, microbatch {microbatch}"
             )
-    if stuck:
-        raise ScheduleError("the schedule never ends: " + "; ".join(stuck[:4]))
+    if blocked:
+        raise ScheduleError("the schedule deadlocks: " + "; ".join(blocked[:4]))
 
 
 def _summarize(
@@ -229,13 +229,13 @@ class _Queue:
     """The transfers that two ranks have posted to each other."""
 
     posted: dict[int, list[tuple[float, _Transfer]]]
-    """Transfers of each rank in its order, each with the time of its post."""
-    done: float = 0.0
-    """Time at which the last entry that both have posted was done."""
+    """Transfers of each rank in its order, each with its post time."""
+    completed_at: float = 0.0
+    """Completion time of the last entry that both have posted."""
 
 
-class _LoweredMachine:
-    """Runs lowered lists; the one machine that knows NCCL's terms."""
+class _LoweredSimulator:
+    """Simulates lowered lists with NCCL's semantics."""
 
     def __init__(self, lists: Sequence[Order], stages: StageMap, costs: Costs) -> None:
         self._lists = lists
@@ -243,53 +243,55 @@ class _LoweredMachine:
         self._transfer_cost = costs.transfer
         self._costs = costs.by_op(stages.vpp)
         self._clocks = [0.0] * len(lists)
-        self._places = [0] * len(lists)
+        self._positions = [0] * len(lists)
         self._queues: dict[tuple[int, int], _Queue] = {}
-        self._arrived: dict[tuple[int, _Transfer], float] = {}
-        """Time at which each receive of a rank was done."""
+        self._arrived_at: dict[tuple[int, _Transfer], float] = {}
+        """Completion time of each receive of a rank."""
         self._waiting: dict[tuple[int, _Transfer], int] = {}
         self._ready = list(range(len(lists)))
 
     def run(self) -> ScheduleResult:
         while self._ready:
             self._advance(self._ready.pop())
-        _check_finished(self._lists, self._places, "before")
+        _check_finished(self._lists, self._positions, "before")
         return _summarize(self._lists, self._clocks, self._costs)
 
     def _advance(self, rank: int) -> None:
-        """Runs a rank until it needs a message that is not there yet."""
+        """Runs a rank until it needs a message that has not arrived."""
         order = self._lists[rank]
-        while self._places[rank] < len(order):
-            action = order[self._places[rank]]
+        while self._positions[rank] < len(order):
+            action = order[self._positions[rank]]
             if action.op.is_compute:
                 if not self._has_input(rank, action):
                     return
                 self._clocks[rank] += self._costs[action.op]
             else:
                 self._post(rank, action)
-            self._places[rank] += 1
+            self._positions[rank] += 1
 
     def _has_input(self, rank: int, action: Action) -> bool:
-        """Returns whether an action can start; moves the rank's clock to when it can.
+        """Returns whether an action can start; advances the rank's clock to its start.
 
-        What comes from another rank must have arrived. What stays on a rank is there: the
-        list of one rank is in an order in which it can be.
+        Input from another rank must have arrived. Input from the same rank is
+        available, because it precedes the action in the rank's list.
         """
         stage = self._stages.stage(rank, action.chunk)
-        need = _need(action.op, stage, action.microbatch, self._stages.num_stages)
-        if need is None:
+        required = _required_result(
+            action.op, stage, action.microbatch, self._stages.num_stages
+        )
+        if required is None:
             return True
-        source, _ = self._stages.rank_and_chunk(need[0])
+        source, _ = self._stages.rank_and_chunk(required[0])
         if source == rank:
             return True
         op = Op.RECV_BACKWARD
         if action.op is Op.FORWARD:
             op = Op.RECV_FORWARD
         receive = (rank, (op, action.chunk, action.microbatch))
-        if receive not in self._arrived:
+        if receive not in self._arrived_at:
             self._waiting[receive] = rank
             return False
-        self._clocks[rank] = max(self._clocks[rank], self._arrived[receive])
+        self._clocks[rank] = max(self._clocks[rank], self._arrived_at[receive])
         return True
 
     def _post(self, rank: int, action: Action) -> None:
@@ -297,17 +299,17 @@ class _LoweredMachine:
         queue = self._queues.setdefault(pair, _Queue({pair[0]: [], pair[1]: []}))
         own = queue.posted[rank]
         own.append((self._clocks[rank], (action.op, action.chunk, action.microbatch)))
-        # The peer has posted its side of this entry already, so both are posted now.
+        # The peer has already posted its side of this entry.
         if len(own) <= len(queue.posted[action.peer]):
             self._complete(queue, len(own) - 1, rank, action.peer)
 
-    def _complete(self, queue: _Queue, number: int, rank: int, peer: int) -> None:
-        """Completes entry `number`, which both sides have posted; those before it are."""
-        posted_at, transfer = queue.posted[rank][number]
-        peer_posted_at, peer_transfer = queue.posted[peer][number]
+    def _complete(self, queue: _Queue, index: int, rank: int, peer: int) -> None:
+        """Completes entry `index`, which both sides have posted."""
+        posted_at, transfer = queue.posted[rank][index]
+        peer_posted_at, peer_transfer = queue.posted[peer][index]
         if transfer[0].is_send == peer_transfer[0].is_send:
             raise ScheduleError(
-                f"operation {number} between ranks {rank} and {peer} is the same on both "
+                f"operation {index} between ranks {rank} and {peer} is the same on both "
                 f"sides: {transfer}, {peer_transfer}"
             )
         if transfer[0].is_send:
@@ -316,16 +318,18 @@ class _LoweredMachine:
         else:
             self._check_match(peer, peer_transfer, rank, transfer)
             receive = (rank, transfer)
-        # Entries of a pair are done one after another.
-        queue.done = max(queue.done, posted_at, peer_posted_at) + self._transfer_cost
-        self._arrived[receive] = queue.done
+        # Entries of a pair complete one after another.
+        queue.completed_at = (
+            max(queue.completed_at, posted_at, peer_posted_at) + self._transfer_cost
+        )
+        self._arrived_at[receive] = queue.completed_at
         if receive in self._waiting:
             self._ready.append(self._waiting.pop(receive))
 
     def _check_match(
         self, sender: int, send: _Transfer, receiver: int, receive: _Transfer
     ) -> None:
-        """Raises ScheduleError unless the receive is the one that the send is for."""
+        """Raises ScheduleError unless the receive matches the send."""
         op, chunk, microbatch = send
         stage = self._stages.stage(sender, chunk)
         if op is Op.SEND_FORWARD:

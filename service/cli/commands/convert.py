@@ -83,7 +83,7 @@ def export(
     as_json: AsJson = False,
 ) -> None:
     """Convert a checkpoint to a folder that transformers can load."""
-    # Checked here, before the service is asked for a path.
+    # Checked here, before requesting a path from the service.
     if dtype not in (None, "bf16", "fp32"):
         raise CommandError(
             f"--dtype {dtype!r} is not supported", remedy="use bf16 or fp32", exit_code=2

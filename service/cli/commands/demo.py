@@ -38,7 +38,7 @@ SPEC = Path("deploy/jobs/stdlib-tp2.yaml")
 MIN_GAIN_NATS = 1.5
 SAMPLE_CHARACTERS = 300
 
-# The start of a module: the corpus is Python's standard library.
+# Looks like the start of a module, since the corpus is Python's standard library.
 _PROMPT = "import os\n\ndef "
 _MAX_SEEDS = 5
 _TIMEOUT_S = 1200.0
@@ -61,9 +61,9 @@ def demo(
     """Train a small GPT on this machine through the service, then stop everything."""
     interruption = Interruption()
     interruption.listen()
-    # Read before the stack starts: a mistake in it shows at once.
+    # Read before the stack starts, so that errors are reported at once.
     values = read_spec(spec, overrides)
-    # A new folder each time: the demo shows a first run, and never resumes.
+    # A new folder for each run, so that the demo never resumes.
     folder = data_dir or Path("runs") / f"demo-{datetime.now():%Y%m%d-%H%M%S}"
     options = StackOptions(folder.expanduser().absolute(), num_cpus=cpus)
     screen = Console(highlight=False)
@@ -77,7 +77,7 @@ def demo(
     finally:
         screen.show_cursor()  # hidden by a progress bar that was interrupted
     if not run.succeeded:
-        raise CommandError("interrupted; nothing is left running", exit_code=INTERRUPTED)
+        raise CommandError("interrupted; all processes were stopped", exit_code=INTERRUPTED)
     message = (
         f"Everything is kept in {options.data_dir}; serve it again with "
         f"`megatron-ray up --data-dir {folder}`."
@@ -97,7 +97,7 @@ class DemoRun:
 
     def begin(self, record: StackRecord) -> None:
         """Starts the thread."""
-        # A daemon: when the stack ends first, its requests fail and it ends too.
+        # A daemon thread: when the stack ends first, its requests fail and it ends too.
         self._thread = threading.Thread(
             target=self._run, args=(record,), name="demo", daemon=True
         )

@@ -25,7 +25,7 @@ def up_detached(
     log = folder / "logs" / "up.log"
     try:
         log.parent.mkdir(parents=True, exist_ok=True)
-        # The log is appended to; what follows belongs to this start.
+        # The log is appended to; output after this offset belongs to this start.
         log_start = 0
         if log.exists():
             log_start = log.stat().st_size
@@ -43,11 +43,11 @@ def up_detached(
         if interruption.is_requested:
             _interrupt(child, interruption)
             raise CommandError(
-                "interrupted while starting; nothing is left running",
+                "interrupted while starting; all processes were stopped",
                 exit_code=_INTERRUPTED,
             )
         record = local_stack(folder)
-        # The record of a previous stack may still be there.
+        # The record may belong to a previous stack.
         if record is not None and record.up_pid == child.session.sid:
             if record.phase == "ready":
                 return record
@@ -76,7 +76,7 @@ def _failed_start(child: GatedProcess, log: Path, log_start: int) -> CommandErro
     with log.open("rb") as file:
         file.seek(log_start)
         message = file.read().decode(errors="replace").strip()
-    # Messages of the teardown may come before the error.
+    # Messages of the teardown may precede the error.
     _, marker, error = message.partition("error: ")
     if marker:
         message = error

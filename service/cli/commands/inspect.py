@@ -109,7 +109,7 @@ def logs(
                 client, job_id, rank=rank, attempt=attempt, follow=follow, as_json=as_json
             )
         except KeyboardInterrupt:
-            # The usual way to end --follow is no error and gets no message.
+            # Ctrl-C is the usual way to end --follow, so no message is printed.
             raise SystemExit(130) from None
 
 

@@ -55,7 +55,7 @@ def submit(
         job = client.submit(values, idempotency_key)
         job_id = escape(job["id"])
         if watch:
-            # With --json, stdout holds the events alone.
+            # With --json, stdout contains only the events.
             if not as_json:
                 name = escape(str(job.get("name")))
                 console().print(f"submitted [bold]{job_id}[/bold] ({name})")
@@ -83,7 +83,7 @@ def cancel(
     """Cancel a job after a final checkpoint."""
     with connect(url, token, data_dir) as client:
         job = client.cancel(job_id)
-        # The request returns at once; the final checkpoint takes longer.
+        # The request returns before the final checkpoint is written.
         if wait:
             job = _wait_for_end(client, job, timeout_s)
     status = str(job["status"])
@@ -92,7 +92,7 @@ def cancel(
         print_json(job)
     elif status not in TERMINAL or status == "cancelled":
         console().print(f"{escape(job_id)} {styled_status(status)}")
-    # The job may end by itself between the request and the cancellation.
+    # The job may finish before the cancellation takes effect.
     if status in ("succeeded", "failed"):
         raise CommandError(f"{job_id} {status} before it could be cancelled", body=job)
     if wait and status != "cancelled":

@@ -92,8 +92,8 @@ def plan(
 
 def _check_fits(answer: dict[str, Any], suggest: bool, as_json: bool) -> None:
     """Raises CommandError when the job does not fit."""
-    # The plan is printed in any case, so that one sees what does not fit where.
-    # On stdout the answer is complete already; only a JSON error repeats it.
+    # The plan is always printed, so that users see what does not fit. With --json the error
+    # repeats the response; otherwise stdout already has it.
     body = None
     if as_json:
         body = answer

@@ -51,7 +51,7 @@ def show(
 
 
 def _print_job(client: Client, job: Json) -> None:
-    # All requests come before the first line: a failed one must not leave half a page.
+    # All requests are made before printing, so that a failed one leaves no partial output.
     job_id = job["id"]
     attempts = client.attempts(job_id)["data"]
     started = _newest_event(client, job_id, "attempt.started")
@@ -75,7 +75,7 @@ def _print_job(client: Client, job: Json) -> None:
         out.print(f"  [red]{pointer}[/red] {escape(str(error.get('detail')))}")
     if problem_events:
         out.print("[bold]newest warnings and errors[/bold]")
-        # Fetched newest first to get the last ones; read oldest first.
+        # Fetched newest first to get the latest events; printed oldest first.
         page = {"data": problem_events[::-1]}
         print_page(page, False, EVENT_COLUMNS, empty="", style=event_style)
 
@@ -104,7 +104,7 @@ def step_of(job: Json) -> str:
 
 def _state(job: Json) -> dict[str, str]:
     progress = job.get("progress") or {}
-    # Both are often empty; an empty value prints no line.
+    # Both are often missing; empty values are not printed.
     reasons: list[str] = []
     for key in ("status_reason", "message"):
         if job.get(key):
@@ -125,7 +125,7 @@ def _state(job: Json) -> dict[str, str]:
 def _history(
     job: Json, attempts: Sequence[Json], started: Json | None, recovered: Json | None
 ) -> dict[str, str]:
-    # Before the first attempt there is only the job's own number, 0.
+    # Without attempts the job's own counter is shown.
     current = str(job.get("attempt") or "-")
     if attempts:
         current = _attempt(attempts[-1], started)
@@ -147,7 +147,8 @@ def _history(
 
 def _attempt(attempt: Json, started: Json | None) -> str:
     text = f"{attempt['attempt']} {attempt['state']}"
-    # The event's message holds the step or checkpoint that the attempt starts from.
+    # The message of `attempt.started` is the step or checkpoint that the attempt starts
+    # from.
     if started is not None and started["attempt"] == attempt["attempt"]:
         text += f" ({started['message']})"
     if attempt.get("started_at"):
@@ -174,7 +175,7 @@ def _restarts(job: Json) -> str:
     max_failures = nested(job, "resolved_spec.restart.max_failures")
     if max_failures is not None:
         text += f" of {max_failures}"
-    # Preemptions have a budget of their own.
+    # Preemptions have a separate budget.
     if job.get("preemptions"):
         text += f", plus {job['preemptions']} preemptions"
     return text

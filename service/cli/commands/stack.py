@@ -54,7 +54,7 @@ def up(
     as_json: AsJson = False,
 ) -> None:
     """Start Ray, the service and its agent on this machine, and run until Ctrl-C."""
-    # First of all: from here on a signal ends the stack in order.
+    # Installed first, so that from here on a signal stops the stack in order.
     interruption = Interruption()
     interruption.listen()
     folder = resolve_data_dir(data_dir)
@@ -68,7 +68,8 @@ def up(
         _print_addresses(record, as_json)
         if not as_json:
             console().print("stop everything with Ctrl-C or `megatron-ray down`")
-        # The reader of a pipe waits for the addresses while this process runs on.
+        # Flushed, because the reader of a pipe waits for the addresses while this process
+        # runs.
         sys.stdout.flush()
         stack.supervise()
 
@@ -103,7 +104,7 @@ def with_stack(
         body(stack, record)
     except StartInterruptedError:
         failure = CommandError(
-            "interrupted while starting; nothing is left running", exit_code=INTERRUPTED
+            "interrupted while starting; all processes were stopped", exit_code=INTERRUPTED
         )
     except StackError as error:
         message = str(error)
@@ -112,10 +113,10 @@ def with_stack(
         failure = CommandError(message)
     except RecordUnreadableError as error:
         failure = CommandError(str(error))
-    # Also after an unexpected error: no process may outlive this one.
+    # Also after an unexpected error, so that no process outlives this one.
     finally:
         teardown = end_and_report(stack, screen)
-    # Raised only now, since its message claims that nothing is left running.
+    # Raised after the clean-up, as its message states that all processes were stopped.
     if failure is not None:
         raise failure
     return teardown
@@ -186,7 +187,7 @@ def down(
         console().print(f"nothing is up (data dir {escape(str(folder))})")
     elif teardown.ended_by_up:
         # The counts are on the terminal of `up`.
-        console().print("stopped; nothing is left running")
+        console().print("stopped; all processes were stopped")
     else:
         console().print(escape(describe(teardown)))
 
@@ -197,7 +198,7 @@ def _print_addresses(record: StackRecord, as_json: bool) -> None:
         return
     out = console()
     data_dir = escape(record.data_dir)
-    # Paths of the tokens, not the tokens: a terminal may be shared or recorded.
+    # Paths instead of tokens, because a terminal may be shared or recorded.
     out.print("[bold green]megatron-ray is up[/bold green]")
     out.print(f"  service    {escape(record.url)}  (token: {data_dir}/tokens.json)")
     out.print(

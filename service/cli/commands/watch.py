@@ -1,7 +1,7 @@
 """Follows a job: a progress bar on a terminal, plain lines elsewhere.
 
-`Watcher` turns stream events into lines and numbers and knows no terminal; `watch_job`
-prints them. Must not know: commands.
+`Watcher` converts stream events to lines and numbers, independent of a terminal;
+`watch_job` prints them. Must not know: commands.
 """
 
 import sys
@@ -37,10 +37,10 @@ _STATE_EVENTS = frozenset(f"job.{state.value}" for state in JobState)
 
 @dataclass
 class Watcher:
-    """The state of a job, as far as its stream has been read."""
+    """The state of a job after the stream's events so far."""
 
     verbose: bool = False
-    """Whether single ranks' events and removed checkpoints get lines too."""
+    """Whether to print events of single ranks and removed checkpoints too."""
     steps: int | None = None
     """Number of steps of the whole job."""
     tokens_per_step: int | None = None
@@ -65,7 +65,7 @@ class Watcher:
 
     def handle_event(self, event: StreamEvent) -> list[str]:
         """Updates the state and returns the lines to print, as console markup."""
-        # Events of newer services may have other shapes; they print nothing.
+        # Events of newer services may have other shapes; they are ignored.
         data: Mapping[str, Any] = {}
         if isinstance(event.data, Mapping):
             data = event.data
@@ -79,7 +79,7 @@ class Watcher:
         if event.event == "end" or not message:
             return []
         style = styled_level(str(data.get("level")))
-        # Warnings and errors are printed whatever they are about.
+        # Warnings and errors are always printed.
         if not style and not self.verbose and _is_detail(event.event):
             return []
         self._last_message = message
@@ -174,11 +174,11 @@ def watch_job(
     # Fetched again, because --json does not track the state.
     job = client.show(job_id)
     if job["status"] != "succeeded":
-        raise ended_badly(job)
+        raise failure_of(job)
     return job
 
 
-def ended_badly(job: Mapping[str, Any]) -> CommandError:
+def failure_of(job: Mapping[str, Any]) -> CommandError:
     """Returns the error of a job that failed or was cancelled."""
     problem = job.get("problem") or {}
     cause = (
@@ -236,7 +236,7 @@ def _follow_plain(
     last_step = 0
     for event in client.stream(job_id):
         lines = watcher.handle_event(event)
-        # The last step gets its line even when another one was printed just before.
+        # The last step is printed even directly after another one.
         is_last = watcher.step == watcher.steps or event.event == "end"
         is_due = clock() - last_line_at >= _SECONDS_BETWEEN_LINES
         if watcher.step > last_step and (is_last or is_due):

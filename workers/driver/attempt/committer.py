@@ -1,7 +1,7 @@
 """Commits the checkpoints of one attempt.
 
-Owns: the ledger, the one commit under way, which reports a commit makes superfluous.
-Must not know: Ray, the service, what follows a failed commit.
+Owns: the ledger, the running commit, which reports a commit makes superfluous. Must not
+know: Ray, the service, what follows a failed commit.
 """
 
 from collections.abc import Sequence
@@ -44,8 +44,8 @@ class CommitFailed:
 class CheckpointCommitter:
     """Commits whole checkpoints in the executor, one at a time.
 
-    Storage may be slow, and ranks must be polled meanwhile; one at a time, so that
-    retention never counts a checkpoint that is only being committed.
+    In the executor, because storage may be slow while ranks must be polled. One at a
+    time, so that retention never counts a checkpoint whose commit is still running.
     """
 
     def __init__(self, plan: AttemptPlan, ports: JobPorts) -> None:
@@ -59,29 +59,30 @@ class CheckpointCommitter:
         """Number of rank 0's step report, by step."""
 
     def take_written(self, rank: int, lines: Sequence[Line]) -> None:
-        """Takes a rank's reports that its part of a checkpoint is durable."""
+        """Adds a rank's reports that its part of a checkpoint is durable."""
         for line in lines:
             if line.kind != CheckpointReport.kind:
                 continue
             data = line.value()["data"]
             step = data["step"]
-            # An adopted attempt sends again what was committed before.
+            # The ranks of an adopted attempt repeat reports that were committed before.
             if step > self._plan.last_commit:
                 self._written_n.setdefault(step, {})[rank] = line.n
                 self._ledger.written(rank, step, data["path"], data["bytes_written"])
 
     def take_record(self, record: dict[str, Any]) -> None:
-        """Takes a record of rank 0, which the next checkpoint is to contain."""
+        """Adds a record of rank 0, which the next checkpoint will contain."""
         self._ledger.reported(record)
 
     def take_step(self, step: int, n: int) -> None:
-        """Notes the number of the report of a step."""
+        """Stores the number of a step's report."""
         self._step_n[step] = n
 
     def advance(self) -> Committed | CommitFailed | None:
-        """Returns the result of a commit, once, and begins the next when it is time."""
+        """Returns the result of a finished commit, once, and starts the next one."""
         result = None
-        # The result is taken in the driver's thread: records and journal are its own.
+        # Processed in the driver's thread, the only one that writes records and the
+        # journal.
         if self._pending is not None:
             if not self._pending[1].done():
                 return None
@@ -100,7 +101,7 @@ class CheckpointCommitter:
         return result
 
     def wait(self) -> bool:
-        """Waits for the commit under way; returns False when there is none."""
+        """Waits for the running commit; returns False when there is none."""
         if self._pending is None:
             return False
         self._pending[1].exception()
@@ -119,8 +120,8 @@ class CheckpointCommitter:
     def _released_by(self, step: int) -> dict[int, int]:
         """Reports that the checkpoint of a step makes superfluous, by rank."""
         released = self._written_n.pop(step, {})
-        # Of rank 0 only step reports up to the step are in the checkpoint; those that it
-        # wrote before its part was durable may be of later steps.
+        # The checkpoint contains rank 0's reports only up to the step; reports written
+        # before its part was durable may belong to later steps.
         last_n = 0
         for reported in sorted(self._step_n):
             if reported <= step:

@@ -1,4 +1,4 @@
-"""Holds what one attempt was started with, and the interface of its listener.
+"""Defines the parameters of one attempt and the interface of its listener.
 
 Owns: these values only.
 """
@@ -25,13 +25,14 @@ class AttemptPlan:
     grace_s: float
     manifest: dict[str, Any]
     last_commit: int
-    """Step that the attempt started from."""
+    """Step from which the attempt started."""
     checkpoint_requests: int = 0
-    """Requests for a checkpoint that were passed on to the ranks before."""
+    """Number of checkpoint requests that were passed on to the ranks before."""
     stopping: DesiredState | None = None
     """Why an earlier incarnation sent the ranks a stop command."""
     renew: bool = False
-    """Stop at a checkpoint: another version of the code has started the ranks."""
+    """Whether to stop at a checkpoint, because another code version started the
+    ranks."""
 
     @property
     def fence(self) -> Fence:
@@ -45,7 +46,7 @@ class AttemptPlan:
 
 
 class AttemptListener(Protocol):
-    """Keeps the books of an attempt; called in the driver's thread."""
+    """Receives the events of an attempt, in the driver's thread."""
 
     def stepped(self, data: dict[str, Any]) -> None:
         """Rank 0 has done a step."""

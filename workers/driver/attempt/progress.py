@@ -1,7 +1,7 @@
-"""Keeps the books of attempts while they run.
+"""Records the progress of attempts while they run.
 
-Owns: what a step, a phase or a commit of an attempt changes in records, journal, gauges
-and spares, and how long a recovery took. Must not know: how ranks are observed.
+Owns: the changes that a step, a phase or a commit makes in records, journal, gauges and
+spares, and how long a recovery took. Must not know: how ranks are observed.
 """
 
 from collections.abc import Sequence
@@ -27,29 +27,29 @@ class JobProgress:
         self._recovery: RecoveryWatch | None = None
         self._spares: SparePool | None = None
 
-    def attempt_failed(self) -> None:
-        """Starts to measure the recovery."""
+    def on_attempt_failed(self) -> None:
+        """Starts measuring the recovery."""
         self._recovery = RecoveryWatch(self._job.ports.clock(), self._highest_step)
 
-    def attempt_starts(self) -> None:
-        """Notes the step that the recovery goes back to."""
+    def on_attempt_starting(self) -> None:
+        """Stores the step from which the recovery resumes."""
         if self._recovery is not None:
             self._recovery.from_step = self._job.entry.last_commit
 
-    def attempt_runs(self, spares: SparePool) -> None:
-        """Takes the spares of the attempt that runs from now on."""
+    def on_attempt_running(self, spares: SparePool) -> None:
+        """Sets the spares of the attempt that has started running."""
         self._spares = spares
 
     # ---- the attempt's listener
 
     def stepped(self, data: dict[str, Any]) -> None:
         """Rank 0 has done a step."""
-        # Called for each step of rank 0: everything here is cheap, or rare.
-        self._job.ports.gauges.show(data)
+        # Called for each step of rank 0, so frequent work must be cheap.
+        self._job.ports.gauges.update(data)
         self._record_running()
         if self._spares is not None:
             self._spares.maintain()
-        # A recovery is over with the first step that had never been done before.
+        # A recovery ends with the first step that no earlier attempt had reached.
         step = data["step"]
         self._highest_step = max(self._highest_step, step)
         if self._recovery is None:
@@ -81,8 +81,8 @@ class JobProgress:
 
     def record_commit(self, step: int, path: str, size: int, loss: float | None) -> None:
         """Records a committed checkpoint, and journals its step when it is the newest."""
-        # Recorded first: on a restart all committed checkpoints are recorded again, and
-        # those that are known are dropped.
+        # Recorded before the journal is written: a restarted driver records all
+        # committed checkpoints again, and known ones are dropped.
         self._job.records.committed(step, path, size, loss)
         if step > self._job.entry.last_commit:
             self._job.write(last_commit=step)

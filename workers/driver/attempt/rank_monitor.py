@@ -1,7 +1,7 @@
 """Observes the ranks of one attempt.
 
-Owns: the one outstanding poll per rank, cursors and logs, what went wrong so far. Must
-not know: what follows from it, checkpoints, the service.
+Owns: the one outstanding poll per rank, cursors and logs, the failures so far. Must not
+know: what follows from a failure, checkpoints, the service.
 """
 
 from collections.abc import Callable
@@ -34,7 +34,7 @@ class RankView:
     answered_at: float
     log_offset: int
     cursor: int | None = None
-    """Highest report number in hand; None: begin after the last released one."""
+    """Highest report number received; None: start after the last released one."""
     released: int = 0
     """Reports up to here are in a committed checkpoint."""
     state: RankState = RankState.RUNNING
@@ -42,7 +42,7 @@ class RankView:
 
 
 class RankMonitor:
-    """The ranks of one attempt, as the driver sees them.
+    """The ranks of one attempt, as the driver observes them.
 
     `stored` returns the highest number of rank 0's reports that the service has.
     """
@@ -59,12 +59,12 @@ class RankMonitor:
         self._progress = Progress(now)
         self._views: dict[int, RankView] = {}
         for place in plan.places:
-            # Logs go on where an earlier incarnation stopped writing them.
+            # Logs continue where an earlier incarnation stopped writing.
             offset = self._logs.size(plan.attempt, place.rank)
             self._views[place.rank] = RankView(place, now, offset)
         self.failures: list[Failure] = []
         self.dead: set[int] = set()
-        """Ranks whose process is gone."""
+        """Ranks whose process has died."""
 
     @property
     def ranks(self) -> tuple[int, ...]:
@@ -77,31 +77,31 @@ class RankMonitor:
         return {view.state for view in self._views.values()}
 
     def start(self) -> None:
-        """Makes the first poll of every rank."""
+        """Starts the first poll of every rank."""
         for view in self._views.values():
             self._poll(view)
 
     def collect(self, timeout_s: float) -> list[tuple[int, list[Line]]]:
-        """Takes the answers that came back and polls those ranks again.
+        """Processes the replies that have arrived and polls those ranks again.
 
         Returns the reports by rank, in the order of their arrival. Raises FencedError
         when this driver was replaced.
         """
         reports = []
-        # One poll per rank is outstanding: its answer is reports, log and liveness, its
-        # failure is death, its lateness is silence.
+        # One poll per rank is outstanding. A reply brings reports, log and liveness; a
+        # failed poll means a dead rank, a late reply a silent one.
         for answer in self._group.collect(timeout_s):
             view = self._views[answer.rank]
             view.answered_at = self._clock()
             if answer.reply is None:
-                self._take_death(view, answer)
+                self._handle_death(view, answer)
             else:
-                self._take_reply(view, answer.reply)
+                self._handle_reply(view, answer.reply)
                 reports.append((answer.rank, answer.reply.lines))
         return reports
 
     def check_clock(self, *, has_stepped: bool) -> None:
-        """Notes ranks that have been silent for too long, and a hang of all of them."""
+        """Adds failures for ranks that are silent too long, and for a hang."""
         now = self._clock()
         limit_s = liveness.silence_limit_s(has_stepped=has_stepped)
         answered_at = {}
@@ -111,28 +111,27 @@ class RankMonitor:
         for rank in liveness.silent_ranks(now, answered_at, limit_s):
             address = self._views[rank].place.address
             message = f"node {address} has not answered for {limit_s:.0f} s"
-            self._lose(rank, FailureKind.SILENT, message)
-        # Ranks wait for each other in every step, so a hang is when no rank
-        # makes progress.
+            self._add_dead_rank(rank, FailureKind.SILENT, message)
+        # Ranks wait for each other in every step, so in a hang no rank makes progress.
         if answered_at:
             message_of_hang = liveness.hang(now, self._progress)
             if message_of_hang:
                 self._fail(FailureKind.HANG, message_of_hang, None)
 
     def release(self, released: dict[int, int]) -> None:
-        """Lets ranks forget reports up to a number; they are in a committed checkpoint."""
+        """Lets ranks delete reports up to a number; a committed checkpoint has them."""
         for rank, n in released.items():
             self._views[rank].released = n
 
     def fail(self, kind: FailureKind, message: str) -> None:
-        """Notes a failure that is no rank's."""
+        """Adds a failure that belongs to no rank."""
         self._fail(kind, message, None)
 
     def _poll(self, view: RankView) -> None:
         rank = view.place.rank
         released = view.released
-        # Rank 0's reports go to the service as well, and may only be forgotten when they
-        # are in both places.
+        # Rank 0's reports are sent to the service too, and may only be deleted when
+        # both the service and a checkpoint contain them.
         if rank == 0:
             released = min(released, self._stored())
         poll = Poll(
@@ -145,7 +144,7 @@ class RankMonitor:
         )
         self._group.poll(view.place.slot, rank, self._plan.fence, poll)
 
-    def _take_reply(self, view: RankView, reply: NextReply) -> None:
+    def _handle_reply(self, view: RankView, reply: NextReply) -> None:
         rank = view.place.rank
         view.cursor = reply.last_n
         self._logs.write(self._plan.attempt, rank, reply.log_offset, reply.log)
@@ -155,13 +154,13 @@ class RankMonitor:
             self._progress = self._progress.advanced(view.answered_at)
         self._check_reply(view, reply)
         view.state = reply.state
-        # A rank that is over is polled on until its log has come whole.
+        # A rank that has ended is polled until its whole log has been received.
         if not view.state.is_over or reply.log:
             self._poll(view)
 
     def _check_reply(self, view: RankView, reply: NextReply) -> None:
         rank = view.place.rank
-        # A worker process that was started anew behind the driver's back runs no attempt.
+        # A worker process that restarted unnoticed by the driver runs no attempt.
         if reply.attempt != self._plan.attempt:
             self._fail(FailureKind.START, "its worker does not run this attempt", rank)
         elif reply.state is RankState.FAILED and view.state is not RankState.FAILED:
@@ -169,15 +168,15 @@ class RankMonitor:
             kind, message = describe_error(error)
             self._fail(kind, message, rank, str(error.get("traceback", "")))
 
-    def _take_death(self, view: RankView, answer: PollResult) -> None:
+    def _handle_death(self, view: RankView, answer: PollResult) -> None:
         death = answer.death or Death(FailureKind.PROCESS_DIED, "its process died")
         place = view.place
         where = f"pid {place.pid} on node {place.address}"
         if place.gpu is not None:
             where = f"{where}, GPU {place.gpu}"
-        self._lose(place.rank, death.kind, f"{death.message} ({where})")
+        self._add_dead_rank(place.rank, death.kind, f"{death.message} ({where})")
 
-    def _lose(self, rank: int, kind: FailureKind, message: str) -> None:
+    def _add_dead_rank(self, rank: int, kind: FailureKind, message: str) -> None:
         self.dead.add(rank)
         self._views[rank].state = RankState.FAILED
         self._fail(kind, message, rank)

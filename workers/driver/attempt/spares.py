@@ -1,21 +1,21 @@
 """Maintains spare processes, which replace dead ranks at once.
 
-Owns: when a spare is started, whether it still lives, when to give up. Must not know:
+Owns: when a spare is started, whether it is alive, when to give up. Must not know:
 HTTP, torch, what follows a death.
 
-There is one spare per node of the job, once there is a checkpoint to go back to: it has
-imported everything, so a dead rank is replaced in a fraction of a second. Called between
-a running attempt's turns; nothing here waits long.
+Each node of the job gets one spare once there is a checkpoint to resume from. A spare
+has imported everything, so it replaces a dead rank in a fraction of a second. Called
+between a running attempt's turns, so no call may block for long.
 """
 
 from workers.decisions.placement import PlacementPlan
 from workers.decisions.slot_assignment import spares_to_start
 from workers.driver.context import JobContext
 
-AFTER_S = 10.0
+FIRST_SPARE_AFTER_S = 10.0
 """Seconds of training before the first spare starts: a short job needs none, and at first
 the ranks need the CPU."""
-EVERY_S = 10.0
+CHECK_INTERVAL_S = 10.0
 """Seconds between checks, well below the time after which a worker that gets no calls
 ends itself."""
 _ANSWER_S = 0.1
@@ -32,7 +32,7 @@ class SparePool:
         self._group = job.ports.group
         self._clock = job.ports.clock
         self._plan = plan
-        self._next_check = self._clock() + AFTER_S
+        self._next_check = self._clock() + FIRST_SPARE_AFTER_S
         self._deaths = 0
         self._silent_since: dict[int, float] = {}
 
@@ -40,13 +40,15 @@ class SparePool:
         """Replaces dead spares when it is time for a check. Raises FencedError."""
         job = self._job
         now = self._clock()
-        # Without a checkpoint an attempt starts from nothing anyway.
+        # Without a checkpoint an attempt starts over, so a fast replacement saves
+        # little.
         is_enabled = job.spec.restart.standby and job.entry.last_commit > 0
         if now < self._next_check or not is_enabled:
             return
-        self._next_check = now + EVERY_S
+        self._next_check = now + CHECK_INTERVAL_S
         nodes = self._nodes_with_spares(now)
-        # Spares that keep dying (no memory, most likely) must not take more of it.
+        # Spares that keep dying probably lack memory; starting more would make it
+        # worse.
         if self._deaths >= _MAX_DEATHS:
             self._next_check = float("inf")
             message = (
@@ -60,9 +62,9 @@ class SparePool:
                 self._group.create(self._plan, spares, job.spec.resources.num_threads)
 
     def _nodes_with_spares(self, now: float) -> set[str] | None:
-        """Returns the nodes that have a living spare; None while one is still starting.
+        """Returns the nodes with a living spare; None while one is still starting.
 
-        Dead ones are ended, so that their slots are free again.
+        Dead ones are ended, which frees their slots.
         """
         spares = self._job.unmapped_slots()
         living, dead = self._group.look_up(spares, self._job.fence, _ANSWER_S)
@@ -75,13 +77,13 @@ class SparePool:
         lost = [*dead, *late]
         self._group.kill_slots(lost)
         self._deaths += len(lost)
-        # Of one that is still importing torch the node is not known.
+        # The node of a spare that is still importing torch is unknown.
         if silent.difference(late):
             return None
         return nodes
 
     def _late(self, silent: set[int], now: float) -> list[int]:
-        """Returns silent spares that have had enough time to start."""
+        """Returns silent spares that had enough time to start."""
         silent_since = {}
         late = []
         for slot in silent:

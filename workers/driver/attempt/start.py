@@ -1,4 +1,4 @@
-"""Starts the ranks of an attempt, and ends those of another.
+"""Starts the ranks of an attempt, and ends those of the previous one.
 
 Owns: the order of workers, rank map, store and start orders. Must not know: what follows
 a start that fails, HTTP, torch.
@@ -70,7 +70,7 @@ class RankStarter:
         return RanksStarted()
 
     def record_start(self) -> None:
-        """Records a start once it is journaled: one that is repeated is recorded once."""
+        """Records a journaled start, so that a repeated start is recorded once."""
         # None after a restart: the earlier incarnation has recorded its own start.
         if self._timing is None:
             return
@@ -85,21 +85,21 @@ class RankStarter:
         self._job.records.event("ranks.started", message, data=data)
 
     def free_ranks(self) -> tuple[int, ...]:
-        """Makes all living ranks leave their groups and ends those that cannot.
+        """Makes all living ranks leave their process groups and ends those that cannot.
 
-        Returns the slots whose process can be used again.
+        Returns the slots whose process can be reused.
         """
-        # All at once: a rank in a collective comes out when its peers close their ends;
-        # alone it would wait for the collective's timeout.
+        # All at once: a rank blocked in a collective leaves it when its peers close
+        # their connections. Otherwise it would wait for the collective's timeout.
         free = self._group.leave(self._job.fence, _LEAVE_TIMEOUT_S)
-        stuck = set(self._group.slots).difference(free)
-        self._group.kill_slots(sorted(stuck))
+        unfreed_slots = set(self._group.slots).difference(free)
+        self._group.kill_slots(sorted(unfreed_slots))
         return free
 
     def end_other_versions(self) -> None:
         """Ends processes that run another version of the code than this driver.
 
-        They may lack what this driver asks of them.
+        They may not support this driver's calls.
         """
         if self._job.entry.code_version != self._job.ports.code_version:
             self._group.kill_slots(self._group.slots)
@@ -108,10 +108,12 @@ class RankStarter:
         """Raises WorkerGroupError, _StartCancelled."""
         job = self._job
         timing = StartTiming()
-        # Get-or-create throughout: a repeated start finds what the first one made.
+        # Get-or-create throughout, so that a repeated start reuses what the first one
+        # created.
         began = self._clock()
         assignment = self._assign(plan)
-        # Before new ones are created: they may hold resources in the same bundle.
+        # Before new ones are created, because these may hold resources of the same
+        # bundle.
         self._group.kill_slots(assignment.released)
         self._group.create(
             plan, assignment.workers_to_start, job.spec.resources.num_threads
@@ -119,39 +121,39 @@ class RankStarter:
         facts = self._group.probe(
             assignment.slots, job.fence, _START_TIMEOUT_S, self._check_stop
         )
-        began = self._note(timing, "probe", began)
+        began = self._record_duration(timing, "probe", began)
         places = assign_ranks(assignment.apply(facts), plan.dims)
         store = None
-        # Rank 0 serves the store: an attempt ends with any of its ranks, and the next one
-        # opens another. A single rank needs none.
+        # Rank 0 serves the store. An attempt ends when any of its ranks ends, and the
+        # next attempt opens a new store. A single rank needs none.
         if job.world_size > 1:
             store = self._group.open_store(
                 places[0].slot, job.fence, _START_TIMEOUT_S, self._check_stop
             )
-        began = self._note(timing, "store", began)
+        began = self._record_duration(timing, "store", began)
         # The map is journaled before any rank starts: a restarted driver must find
         # every process that may be training.
         job.write(ranks=places, store=store)
         job.records.ranks(places)
         orders = start_orders(job.entry, plan.accelerator)
         self._group.start(job.fence, orders, _START_TIMEOUT_S, self._check_stop)
-        self._note(timing, "start", began)
+        self._record_duration(timing, "start", began)
         for place in places:
             if place.slot in assignment.promoted:
                 timing.promoted.append(place)
         return timing
 
     def _assign(self, plan: PlacementPlan) -> SlotAssignment:
-        """Chooses the processes of the attempt among the living and those to start."""
+        """Chooses the attempt's processes among living ones and new ones."""
         slots = self._job.unmapped_slots()
-        # Those that do not answer in time are released: waiting for them would cost more
-        # than starting another.
+        # Processes that do not answer in time are released: starting new ones is faster
+        # than waiting.
         unmapped, _ = self._group.look_up(slots, self._job.fence, _LOOK_UP_S)
         nodes = self._group.nodes(plan)
         places = self._job.entry.ranks
         return assign_slots(plan, places, self._group.slots, unmapped, nodes)
 
-    def _note(self, timing: StartTiming, part: str, began: float) -> float:
+    def _record_duration(self, timing: StartTiming, part: str, began: float) -> float:
         now = self._clock()
         timing.seconds[part] = round(now - began, 3)
         return now
@@ -164,7 +166,7 @@ class RankStarter:
 
 
 def _describe_begin(job: JobContext) -> str:
-    """Returns where the attempt begins; `show` prints it after the attempt's state."""
+    """Describes from which step the attempt starts; `megatron-ray show` prints it."""
     if job.entry.last_commit:
         return f"from checkpoint step {job.entry.last_commit}"
     return "from step 0"

@@ -1,4 +1,4 @@
-"""Supervises one attempt while it runs: observes, judges, acts.
+"""Supervises one attempt while it runs: observes, decides, acts.
 
 Owns: the order of these in each turn. It restarts nothing: it returns how the attempt
 ended. Must not know: HTTP, torch, how workers are started.
@@ -11,12 +11,12 @@ from megatron_ray.reports import PhaseReport, StepReport
 from workers.decisions.failures import FailureKind
 from workers.decisions.job_phases import AttemptFailed, AttemptFinished
 from workers.driver.attempt.committer import CheckpointCommitter, Committed
-from workers.driver.attempt.judgement import (
+from workers.driver.attempt.outcome import (
     RanksStopped,
+    attempt_end,
+    attempt_failure,
     decide_stop,
     is_over,
-    judge_end,
-    judge_failure,
 )
 from workers.driver.attempt.plan import AttemptListener, AttemptPlan
 from workers.driver.attempt.rank_monitor import RankMonitor
@@ -26,8 +26,8 @@ from workers.protocol.wire import DesiredJob
 from workers.rank.spool import Line
 
 ROOT_CAUSE_S = 0.3
-"""After the first failure the others are awaited this long: the cause may be among
-them."""
+"""Seconds to wait for more failures after the first one: the root cause may follow
+it."""
 _TURN_S = 0.2
 _SHORT_TURN_S = 0.05
 
@@ -61,23 +61,23 @@ class Supervision:
                 if end is not None:
                     return end
         finally:
-            # Answers to this attempt's polls must not reach the next one's monitor.
+            # Replies to this attempt's polls must not reach the next attempt's monitor.
             self._ports.group.drop_calls()
 
     def _turn(self) -> AttemptEnd | None:
         self._observe(_TURN_S)
-        # After the answers are taken: a driver that was frozen itself must not take its
-        # ranks for silent.
+        # Checked after replies are processed: a driver that was itself frozen must not
+        # count its ranks as silent.
         self._monitor.check_clock(has_stepped=self._has_stepped)
         self._commit()
         if self._monitor.failures:
             return self._await_root_cause()
         self._apply_desired_state(self._ports.outbox.desired)
-        # Ranks that do not stop in time are ended with their processes.
+        # Ranks that do not stop in time are killed.
         deadline = self._stop_deadline
         if deadline is not None and self._ports.clock() > deadline:
             return RanksStopped(forced=True)
-        end = judge_end(self._monitor.states)
+        end = attempt_end(self._monitor.states)
         if end is None:
             return None
         self._finish_commits()
@@ -96,8 +96,8 @@ class Supervision:
             self._committer.take_written(rank, lines)
             if rank == 0 and lines:
                 records = [to_record(line) for line in lines]
-                # What is sent must be in the next checkpoint too: a driver that comes up
-                # on another node sends it again from there.
+                # Records that are sent must also be in the next checkpoint, from which
+                # a driver that restarts on another node sends them again.
                 self._take_records(records)
                 self._ports.outbox.relay(self._plan.source, records)
 
@@ -108,7 +108,7 @@ class Supervision:
             data = record["data"]
             self._committer.take_record(record)
             if record["kind"] == StepReport.kind:
-                # An adopted rank sends again what is in the checkpoint already.
+                # An adopted rank repeats records that a checkpoint already contains.
                 if data["step"] > self._plan.last_commit:
                     self._committer.take_step(data["step"], record["n"])
                     self._has_stepped = True
@@ -124,8 +124,8 @@ class Supervision:
         if self._stop_deadline is None:
             stop = decide_stop(self._plan, desired)
         if stop is not None:
-            # Journaled first: a driver that restarts while the service is away must
-            # not start the job again.
+            # Journaled first, so that a driver that restarts while the service is down
+            # does not start the job again.
             if stop.stopping is not None:
                 self._listener.stop_requested(stop.stopping)
             self._command(stop.command)
@@ -163,12 +163,12 @@ class Supervision:
             self._commit()
 
     def _await_root_cause(self) -> AttemptFailed:
-        """Waits shortly for more failures: the first is seldom the cause, often its echo."""
+        """Waits briefly for more failures: the first is often not the root cause."""
         deadline = self._ports.clock() + ROOT_CAUSE_S
         while self._ports.clock() < deadline and not is_over(self._monitor.states):
             self._observe(_SHORT_TURN_S)
-        # A checkpoint that became whole in the last moment is kept for the next attempt.
+        # A checkpoint that was completed meanwhile is committed for the next attempt.
         self._finish_commits()
-        return judge_failure(
+        return attempt_failure(
             self._monitor.failures, self._monitor.dead, self._monitor.ranks
         )

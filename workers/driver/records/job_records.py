@@ -3,9 +3,9 @@
 Owns: the fields of each kind of record, and that nothing is recorded twice. Must not
 know: when something is recorded.
 
-A driver writes its journal and its records in two steps and may die in between, so each
-step can be taken again: what an earlier incarnation has recorded is known from its log
-and is not recorded a second time.
+A driver writes records and journal in two steps and may die in between, so each step
+must be repeatable: records of earlier incarnations are read from the log and are not
+recorded a second time.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -37,7 +37,7 @@ class JobRecords:
         self._has_prepared = False
         self._kept: dict[str, int] = {}
         for record in logged:
-            self._note(record.kind, record.data, record.attempt)
+            self._remember(record.kind, record.data, record.attempt)
 
     @property
     def last_state(self) -> JobState | None:
@@ -71,7 +71,8 @@ class JobRecords:
         message: str = "",
     ) -> None:
         """Records the attempt's state; an attempt that has ended stays ended."""
-        # STOPPED after FAILED, for one, is what a cancelled job gives after a failure.
+        # For example, a job that is cancelled after a failure would record STOPPED
+        # after FAILED.
         known = self._attempts.get(self._attempt())
         if known == state or known in _ENDED:
             return
@@ -107,7 +108,7 @@ class JobRecords:
         """Records the attempt's rank map."""
         if self._attempt() in self._attempts_with_map:
             return
-        # Folders on nodes are the driver's business; the rest is served to clients.
+        # Folders on nodes are internal to the driver; the rest is served to clients.
         rows = [place.model_dump(mode="json", exclude={"local_dir"}) for place in places]
         self._append("ranks", {"ranks": rows})
 
@@ -125,12 +126,12 @@ class JobRecords:
         self._append("prepared", data)
 
     def problems(self, problems: list[dict[str, str]]) -> None:
-        """Records the user's mistakes; the service fails the job with them."""
+        """Records problems in the user's input, with which the service fails the job."""
         self._append("problem", {"problems": problems})
 
     def committed(self, step: int, path: str, size: int, loss: float | None) -> None:
         """Records that a checkpoint is committed."""
-        # Paths carry step and attempt, so one path is one checkpoint.
+        # A path contains step and attempt, so it identifies one checkpoint.
         if path in self._kept:
             return
         data = {"step": step, "path": path, "bytes": size, "loss": loss}
@@ -145,9 +146,9 @@ class JobRecords:
     def _append(self, kind: str, data: dict[str, Any]) -> None:
         attempt = self._attempt()
         self._outbox.append(kind, data, attempt)
-        self._note(kind, data, attempt)
+        self._remember(kind, data, attempt)
 
-    def _note(self, kind: str, data: dict[str, Any], attempt: int) -> None:
+    def _remember(self, kind: str, data: dict[str, Any], attempt: int) -> None:
         """Remembers a record, so that it is not repeated."""
         match kind:
             case "state":

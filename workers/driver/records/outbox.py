@@ -1,11 +1,11 @@
 """Sends a driver's records to the service and keeps them until they are stored.
 
-Owns: the driver's own numbered records on storage, the threads that talk to the service.
+Owns: the driver's own numbered records on storage, the threads that call the service.
 Must not know: Ray, torch, what a record means.
 
 The driver's records are written to the job's folder before they are sent, so that a
-restart goes on numbering; a rank's are in its spool. Nothing here blocks training: while
-the service is away, records wait.
+restarted driver continues their numbers; a rank's are in its spool. Nothing here blocks
+training: while the service is down, records are queued.
 """
 
 import threading
@@ -33,7 +33,7 @@ _PER_BATCH = 500
 _RETRY_S = (0.2, 0.5, 1.0, 2.0)
 _LONG_POLL_S = 20.0
 _MIN_POLL_INTERVAL_S = 0.1
-"""A service that answers at once with nothing new must not be asked in a tight loop."""
+"""Minimum interval between polls, in case the service answers at once without news."""
 
 
 class RecordLog:
@@ -65,8 +65,8 @@ class RecordLog:
         record = Record(
             n=self.last_n + 1, at=time.time(), kind=kind, attempt=attempt, data=data
         )
-        # Nothing changes in memory before the write: after a StorageError the number is
-        # free again.
+        # Memory changes only after the write, so a number is free again after a
+        # StorageError.
         tail = [*self._tail, record]
         name = f"{FOLDER}/records-{(record.n - 1) // _PER_FILE:06d}.jsonl"
         lines = [row.model_dump_json() + "\n" for row in tail]
@@ -84,7 +84,7 @@ class _Source:
 
     pending: deque[Record] = field(default_factory=deque)
     stored: int = 0
-    """Highest number that the service has stored, as far as is known."""
+    """Highest number known to be stored in the service."""
 
     @property
     def last_n(self) -> int:
@@ -94,7 +94,7 @@ class _Source:
         return self.stored
 
     def mark_stored(self, n: int) -> None:
-        """Forgets what the service has."""
+        """Drops records that the service has stored."""
         self.stored = max(self.stored, n)
         while self.pending and self.pending[0].n <= self.stored:
             self.pending.popleft()
@@ -102,7 +102,7 @@ class _Source:
     def prepend_missing(self, lines: Iterable[Line]) -> None:
         """Puts the lines that follow the stored ones before the pending ones.
 
-        The service takes no gaps, so they end where one begins.
+        The service accepts no gaps, so lines after a gap are left out.
         """
         end: int | None = None
         if self.pending:
@@ -116,10 +116,10 @@ class _Source:
 
 
 class Outbox:
-    """Pushes records in the background; `desired` is what the service last asked for.
+    """Pushes records in the background; `desired` is the latest desired state.
 
-    Two threads talk to the service, one that pushes and one that long-polls. All state
-    below `_changed` is shared with the driver's thread and guarded by it.
+    Two threads call the service: one pushes records, one long-polls. All state below
+    `_changed` is shared with the driver's thread and guarded by it.
     """
 
     def __init__(self, job_id: str, log: RecordLog) -> None:
@@ -133,16 +133,16 @@ class Outbox:
         self._is_synced = False
         self._is_closed = False
         self.replaced: str | None = None
-        """Why this driver must end, once the service has refused its epoch."""
+        """Reason why this driver must end, once the service has refused its epoch."""
         self.desired: DesiredJob | None = None
 
     def open(
         self, epoch: int, from_checkpoints: Mapping[str, Sequence[Line]] | None = None
     ) -> list[Record]:
-        """Starts sending and returns what earlier incarnations have logged.
+        """Starts sending; returns the records of earlier incarnations.
 
         `from_checkpoints` holds ranks' reports by source, in order, that may be missing
-        in the ranks' own files. The service may lack some of either.
+        in the ranks' own files. The service may lack some of both.
         """
         logged = self._log.load()
         self._epoch = epoch
@@ -153,8 +153,8 @@ class Outbox:
         return logged
 
     def attach(self, url: str, token: str, desired: DesiredJob) -> None:
-        """Takes the service's address and what it desires."""
-        # A new address ends the pause of a thread that waits for the old one.
+        """Sets the service's address and the desired state."""
+        # A new address wakes threads that pause after a failure at the old one.
         with self._changed:
             self._address = (url, token)
             self._accept(desired)
@@ -170,7 +170,7 @@ class Outbox:
     def relay(self, source: str, lines: Iterable[Line]) -> None:
         """Adds a rank's reports; those that are stored or pending already are dropped."""
         with self._changed:
-            # A restarted driver reads a spool again from its last released report.
+            # A restarted driver rereads a spool from its last released report.
             queue = self._source(source)
             last_n = queue.last_n
             for line in lines:
@@ -189,12 +189,12 @@ class Outbox:
             return self._source(source).last_n
 
     def wait(self, timeout_s: float) -> None:
-        """Waits until the service desires or has stored something new."""
+        """Waits until a new desired state has arrived or more records are stored."""
         with self._changed:
             self._changed.wait(timeout_s)
 
     def flush(self, *, timeout_s: float | None = None) -> bool:
-        """Waits until every record is stored, for ever without a timeout.
+        """Waits until every record is stored, without limit if there is no timeout.
 
         Returns False when time runs out or this driver is replaced.
         """
@@ -226,7 +226,7 @@ class Outbox:
         )
 
     def _accept(self, desired: DesiredJob) -> None:
-        """Keeps the newest request: two threads and the agent bring them in any order."""
+        """Keeps the newest request; two threads and the agent deliver them in any order."""
         if self.desired is None or desired.revision >= self.desired.revision:
             self.desired = desired
 
@@ -273,15 +273,15 @@ class Outbox:
                     self.replaced = str(error)
                     self._changed.notify_all()
             except (ServiceUnavailableError, ServiceRefusedError):
-                # A refusal is no different from silence here: the agent brings a new
-                # token or address, or an operator repairs the service.
+                # A refusal is retried like an outage: the agent may pass a new token or
+                # address, or an operator may repair the service.
                 self._pause(_RETRY_S[min(failures, len(_RETRY_S) - 1)])
                 failures += 1
         if client is not None:
             client.close()
 
     def _pause(self, seconds: float) -> None:
-        """Sleeps, but not through a new address or the end."""
+        """Sleeps until the time is over, the address changes or the outbox is closed."""
         with self._changed:
             before = self._address
             self._changed.wait_for(
@@ -289,8 +289,8 @@ class Outbox:
             )
 
     def _push_once(self, client: ServiceClient) -> None:
-        # What the service has is asked first, so that nothing is sent in vain and the
-        # reports from checkpoints are put in the right place.
+        # First asks which records are stored, so that none is sent twice and reports
+        # from checkpoints are inserted at the right place.
         if not self._is_synced:
             stored = client.cursor(self._job_id, self._epoch).stored
             with self._changed:
@@ -301,7 +301,8 @@ class Outbox:
                 self._from_checkpoints = {}
                 self._is_synced = True
         with self._changed:
-            # Records stay pending until they are stored: a batch may be lost on its way.
+            # Records stay pending until the service confirms them, because a batch may
+            # be lost.
             batches = self._next_batches()
             if not batches:
                 self._changed.wait(1.0)
@@ -318,7 +319,8 @@ class Outbox:
             known_revision = self.desired.revision
         desired = client.desired_job(self._job_id, known_revision, _LONG_POLL_S)
         with self._changed:
-            # Looked at again under the lock: the other thread may have been faster.
+            # Compared again under the lock: the other thread may have received a newer
+            # one.
             is_new = self.desired is None or desired.revision > self.desired.revision
             self._accept(desired)
             self._changed.notify_all()

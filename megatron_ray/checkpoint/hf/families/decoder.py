@@ -1,4 +1,4 @@
-"""Reads and writes what Llama and its relatives have in common: config.json and names.
+"""Reads and writes config fields and names that Llama-like families share.
 
 Pure. Must not know: any family.
 """
@@ -61,7 +61,7 @@ def read_decoder(
 
 
 def write_sizes(model: ModelConfig) -> dict[str, Any]:
-    """Writes what `read_sizes` and `read_rope` read."""
+    """Writes the fields that `read_sizes` and `read_rope` read."""
     return {
         "num_hidden_layers": model.num_layers,
         "hidden_size": model.hidden_size,
@@ -80,7 +80,7 @@ def write_sizes(model: ModelConfig) -> dict[str, Any]:
 
 
 def write_decoder(model: ModelConfig) -> dict[str, Any]:
-    """Writes what `read_decoder` reads."""
+    """Writes the fields that `read_decoder` reads."""
     return {**write_sizes(model), "head_dim": model.head_width, "hidden_act": "silu"}
 
 
@@ -113,13 +113,13 @@ def _full_attention_layers(config: HfConfig, num_layers: int) -> list[bool]:
     layer_types = config.get("layer_types")
     if layer_types is not None:
         return [kind == "full_attention" for kind in layer_types]
-    # The older key: layers from this one on have the window.
+    # The older key: layers from this index on have the window.
     first_with_window = config.number("max_window_layers", 28)
     return [layer < first_with_window for layer in range(num_layers)]
 
 
 def write_windows(model: ModelConfig) -> dict[str, Any]:
-    """Writes what `read_windows` reads."""
+    """Writes the fields that `read_windows` reads."""
     layer_types = []
     for layer in range(model.num_layers):
         kind = "sliding_attention"
@@ -149,7 +149,7 @@ def weight_rules(
     """Returns the rules of weights that share two prefixes.
 
     `names` map the rest of a logical name to the rest of the stored name. `first_layer`
-    is the number of the layer that logical names count as 0.
+    is the stored number of logical layer 0.
     """
     rules = []
     for logical_name, stored_name in names.items():

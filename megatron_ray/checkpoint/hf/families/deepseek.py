@@ -1,8 +1,8 @@
 """Describes DeepSeek-V3.
 
-It has latent attention whose rotated parts are stored in pairs, a balancing bias, shared
-experts, and multi-token prediction (MTP) layers, which are stored as layers behind the
-last one. Pure. Must not know: files, torch.
+It has latent attention with rotated parts stored in pairs, a balancing bias, shared
+experts, and multi-token prediction (MTP) layers, which are stored after the last layer.
+Pure. Must not know: files, torch.
 """
 
 from collections.abc import Collection, Mapping
@@ -49,11 +49,11 @@ _MTP_WEIGHTS = {
 _FFNS = {"mlp.": "mlp.", "moe.shared.": "mlp.shared_experts."}
 _EPS = 1e-6
 _SCORES_PER_GROUP = 2
-"""Groups of experts are ranked by the sum of this many scores."""
+"""Number of best scores whose sum ranks a group of experts."""
 
 
 def _read(config: HfConfig) -> dict[str, Any]:
-    # Variants that ModelConfig does not have are refused unless they are switched off.
+    # Variants that ModelConfig does not support must be switched off.
     config.one_of("attention_bias", (False,), False)
     config.one_of("rope_interleave", (True,), True)
     config.one_of("norm_topk_prob", (True,), True)
@@ -74,7 +74,7 @@ def _read(config: HfConfig) -> dict[str, Any]:
             "num_key_value_heads differs from num_attention_heads: latent attention has no "
             "query groups"
         )
-    # A missing key is the default rank, null is no latent of queries.
+    # A missing key means the default rank, null means no query latent.
     mla = {"q_lora_rank": config.values.get("q_lora_rank", 1536)}
     for name, size in _LATENT_SIZES.items():
         mla[name] = config.number(name, size)
@@ -88,12 +88,12 @@ def _read(config: HfConfig) -> dict[str, Any]:
 def _read_moe(config: HfConfig, num_layers: int) -> dict[str, Any]:
     dense = min(config.number("first_k_dense_replace", 3), num_layers)
     width = config.number("moe_intermediate_size", 2048)
-    # 0 shared experts are none, which is null here.
+    # 0 shared experts become null.
     shared_width = width * config.number("n_shared_experts", 1) or None
     top_k = config.number("num_experts_per_tok", 8)
     groups = config.number("n_group", 1)
     group_top_k = config.number("topk_group", 1)
-    # A choice among all groups, or with one group, is not limited.
+    # Routing is not group-limited with one group, or with a choice among all groups.
     is_limited = groups > 1 and group_top_k < groups
     if is_limited and top_k // group_top_k != _SCORES_PER_GROUP:
         raise config.error(
@@ -132,7 +132,7 @@ def _write(model: ModelConfig) -> dict[str, Any]:
         "n_routed_experts": moe.num_experts,
         "num_experts_per_tok": moe.top_k,
         "moe_intermediate_size": width,
-        # Shared experts are written as so many of the width of the others.
+        # Shared experts are written as a multiple of the routed experts' width.
         "n_shared_experts": (moe.shared_expert_ffn_hidden_size or 0) // width,
         # The number of layers before the first with experts.
         "first_k_dense_replace": [*layers_with_experts(model), 1].index(1),
@@ -178,8 +178,8 @@ def _layer_rules(model: ModelConfig, logical: str, first: int) -> list[Rule]:
 
 def _attention_rules(mla: LatentAttentionConfig, logical: str, first: int) -> list[Rule]:
     stored = STORED_LAYER + "self_attn."
-    # The rotated part is the last of each head of queries, and of the rows that project
-    # to the latent of keys and values.
+    # The rotated part comes last in each query head, and last in the rows that project to
+    # the key-value latent.
     query_order = InterleavedRotary(
         mla.qk_head_dim, mla.qk_nope_head_dim, mla.qk_rope_head_dim
     )
@@ -214,7 +214,7 @@ def _attention_rules(mla: LatentAttentionConfig, logical: str, first: int) -> li
 
 
 def _copies(model: ModelConfig) -> Mapping[str, str]:
-    """Returns the embeddings and heads that MTP layers repeat in published files."""
+    """Returns the copies of embeddings and heads in the MTP layers of published files."""
     embedding = "model.embed_tokens.weight"
     head = embedding if model.tie_embeddings else "lm_head.weight"
     copies = {}
@@ -227,7 +227,7 @@ def _copies(model: ModelConfig) -> Mapping[str, str]:
 def _present(model: ModelConfig, names: Collection[str]) -> ModelConfig:
     """Returns the model without MTP layers where they are not stored.
 
-    Transformers lists them in config.json and does not save them.
+    Transformers lists them in config.json but does not save them.
     """
     prefix = f"model.layers.{model.num_layers}."
     if any(name.startswith(prefix) for name in names):

@@ -1,6 +1,6 @@
 """Describes Llama, Mistral, Qwen2, Qwen3 and Gemma.
 
-Owns: what differs between them. Pure. Must not know: files, torch.
+Owns: their differences. Pure. Must not know: files, torch.
 """
 
 import json
@@ -42,7 +42,7 @@ def _write_llama(model: ModelConfig) -> dict[str, Any]:
 
 
 def _read_mistral(config: HfConfig) -> dict[str, Any]:
-    # A missing key is the default window, null is no window.
+    # A missing key means the default window, null means no window.
     window = config.values.get("sliding_window", 4096)
     # The default number of key/value heads is that of the published 7B model.
     return read_decoder(config) | {
@@ -82,7 +82,7 @@ def _read_gemma(config: HfConfig) -> dict[str, Any]:
     # The newer key takes precedence.
     key = "hidden_activation" if config.get("hidden_activation") else "hidden_act"
     config.one_of(key, _GELU, _GELU[0])
-    # Everything else is read as of a Llama, which accepts its own activation only.
+    # All other fields are read as for Llama, which accepts only its own activation.
     as_llama = HfConfig({**config.values, "hidden_act": "silu"}, config.where)
     fields = {
         "activation": "geglu_tanh",

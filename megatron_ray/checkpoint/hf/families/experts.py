@@ -1,4 +1,4 @@
-"""Describes Mixtral and Qwen3-MoE, whose files have a tensor per expert and matrix.
+"""Describes Mixtral and Qwen3-MoE, which store a tensor per expert and matrix.
 
 Pure. Must not know: files, torch.
 """

@@ -1,4 +1,4 @@
-"""Defines how a family of published models is described.
+"""Defines the description of a family of published models.
 
 Pure. Must not know: any family, files, torch.
 """
@@ -18,7 +18,7 @@ def no_copies(model: ModelConfig) -> dict[str, str]:
 
 
 def all_present(model: ModelConfig, names: Collection[str]) -> ModelConfig:
-    """Returns the model as it is, for families whose files match config.json."""
+    """Returns the model unchanged, for families with files that match config.json."""
     return model
 
 
@@ -30,16 +30,16 @@ class Family:
     architecture: str
     """Name of its class in transformers."""
     read: Callable[[HfConfig], dict[str, Any]]
-    """Reads config.json into fields of ModelConfig. Raises ConfigError for what ModelConfig
-    does not support."""
+    """Reads config.json into fields of ModelConfig. Raises ConfigError for unsupported
+    values."""
     write: Callable[[ModelConfig], dict[str, Any]]
     """Writes a ModelConfig as values of config.json. Fields that the family does not have
     are left out; `registry.family_for` finds them by reading the values again."""
     rules: Callable[[ModelConfig], Sequence[Rule]]
     """Returns where logical tensors are stored."""
     prefix: str = "model."
-    """Prefix of the names of all tensors but the head's; some published checkpoints leave
-    it out."""
+    """Prefix of all tensor names except the head's; some published checkpoints omit
+    it."""
     ignored: Sequence[str] = ("*.rotary_emb.inv_freq",)
     """Patterns of stored tensors that are computed, not learned."""
     copies: Callable[[ModelConfig], Mapping[str, str]] = no_copies

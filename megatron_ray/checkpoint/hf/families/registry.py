@@ -85,8 +85,7 @@ def family_for(model: ModelConfig) -> Family:
     Raises ConfigError with the field that its nearest family does not support.
     """
     family = _nearest(model)
-    # What a family supports is not listed anywhere: it is what remains of the model
-    # after its config.json is written and read again.
+    # A family supports a model if writing and reading its config.json preserves the model.
     try:
         read_back = read_model(family, family.write(model), family.model_type)
     except ConfigError as error:
@@ -105,8 +104,8 @@ def family_for(model: ModelConfig) -> Family:
 
 
 def _nearest(model: ModelConfig) -> Family:
-    # From the rarest feature to the most common: the first family that has it is the only
-    # one that may express the model.
+    # Features from the rarest to the most common: only the first matching family can
+    # express the model.
     if model.position_embedding == "learned" or model.norm == "layernorm":
         return GPT2
     if model.mla is not None:

@@ -21,7 +21,7 @@ _FACTORS = {
 def read_rope(config: HfConfig, theta: float = 10000.0) -> dict[str, Any]:
     """Reads rope_theta and rope_scaling; `theta` is the family's default base."""
     values = config.get("rope_parameters", {}) or config.get("rope_scaling", {})
-    # Models with several kinds of layers have one group of parameters for each kind.
+    # Models with several kinds of layers have a group of parameters for each kind.
     is_flat = isinstance(values, dict) and not _has_groups(values)
     if not is_flat:
         raise config.error(
@@ -45,7 +45,7 @@ def read_rope(config: HfConfig, theta: float = 10000.0) -> dict[str, Any]:
     for name in _FACTORS[kind]:
         if rope.get(name) is not None:
             scaling[name] = float(rope.number(name))
-    # The original length may be beside the parameters, or be the length of the model.
+    # The original length is next to the parameters, or is the length of the model.
     if kind != "linear":
         length = config.number(
             "original_max_position_embeddings",
@@ -74,8 +74,8 @@ def _read_yarn(rope: HfConfig) -> dict[str, Any]:
     # Transformers uses the two numbers only where neither is zero.
     if not mscale_all_dim:
         mscale = 1.0
-    # A given attention_factor replaces the one that the two numbers imply, which
-    # RopeScaling cannot express.
+    # An explicit attention_factor would override the implied one, which RopeScaling cannot
+    # express.
     implied = _multiplier(factor, mscale) / _multiplier(factor, mscale_all_dim)
     attention_factor = rope.number("attention_factor", implied)
     if not isclose(attention_factor, implied, rel_tol=1e-6):

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from service.cli.commands.demo import closing_lines
-from service.cli.commands.watch import Watcher, ended_badly, watch_job
+from service.cli.commands.watch import Watcher, failure_of, watch_job
 from service.cli.failure import CommandError
 from service.client import Client, StreamEvent
 from service.local_stack.record import StackRecord
@@ -164,7 +164,7 @@ def test_a_job_that_does_not_succeed_is_an_error_with_its_cause() -> None:
         "detail": "bad data",
         "errors": [{"pointer": "/data/train/0/path", "detail": "empty; add text"}],
     }
-    failure = ended_badly({**JOB, "status": "failed", "problem": problem})
+    failure = failure_of({**JOB, "status": "failed", "problem": problem})
     assert str(failure) == "job-abc failed: bad data\n  /data/train/0/path: empty; add text"
 
 

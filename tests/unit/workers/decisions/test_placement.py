@@ -86,7 +86,7 @@ def test_nodes_that_do_not_see_the_storage_are_refused_by_name() -> None:
     plan = plan_placement(spec(1, 1), [node("1", storage_ok=False), node("2", alive=False)])
     assert plan.avoid_nodes == ("1",)
     assert plan.explanation.endswith(
-        "the cluster could hold 0: node 10.0.0.1 refused: it does not see the job storage"
+        "the cluster could hold 0: node 10.0.0.1 is excluded: it cannot read the job storage"
     )
     assert plan_placement(spec(1, 1), []).explanation.endswith("it has no nodes")
 

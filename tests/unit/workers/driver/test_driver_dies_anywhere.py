@@ -17,7 +17,7 @@ from tests.support.fake_cluster import (
     FaultInjector,
     fake_ports,
 )
-from workers.driver.attempt.spares import EVERY_S
+from workers.driver.attempt.spares import CHECK_INTERVAL_S
 from workers.driver.context import JobContext
 from workers.driver.journal import Journal
 from workers.driver.lifecycle import JobLifecycle
@@ -142,7 +142,7 @@ def test_a_job_with_a_failure_in_it(tmp_path: Path, has_spares: bool) -> None:
     promoted: list[int] = []
     step_s = 0.0
     if has_spares:
-        step_s = EVERY_S
+        step_s = CHECK_INTERVAL_S
     for die_at, job in jobs(tmp_path, step_s=step_s):
         where = f"died at act {die_at}"
         job.assert_nothing_left()

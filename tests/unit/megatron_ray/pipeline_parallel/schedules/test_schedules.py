@@ -272,7 +272,7 @@ def test_a_deadlock_is_found_and_named() -> None:
     late = [action for action in lists[1] if action.op is not Op.SEND_BACKWARD]
     with pytest.raises(
         ScheduleError,
-        match=r"the schedule never ends: rank 0 before BACKWARD of chunk 0, microbatch 0",
+        match=r"the schedule deadlocks: rank 0 before BACKWARD of chunk 0, microbatch 0",
     ):
         simulate([lists[0], late], stages)
     backwards_first = [

@@ -1,6 +1,6 @@
-"""Judges a running attempt: which command the ranks get, and whether it is over.
+"""Decides which command the ranks of a running attempt get, and whether it is over.
 
-Pure. Must not know: clocks, Ray, how anything is observed or done.
+Pure. Must not know: clocks, Ray, how observations and commands are transported.
 """
 
 from collections.abc import Collection, Sequence
@@ -30,24 +30,25 @@ class StopDecision:
 
     command: Command
     stopping: DesiredState | None
-    """Reason of a stop to journal; None: it is there already, or not needed."""
+    """Reason of the stop to journal; None: already journaled, or not needed."""
 
 
 def decide_stop(plan: AttemptPlan, desired: DesiredJob | None) -> StopDecision | None:
-    """Returns how ranks without a stop command are to stop; None: they go on.
+    """Returns how ranks without a stop command are to stop; None: they continue.
 
-    `desired` is None until the service has been reached; then an earlier incarnation's
-    stop holds.
+    `desired` is None until the service has been reached; until then an earlier
+    incarnation's stop applies.
     """
-    # Adopted ranks get the stop command of an earlier incarnation again: it may have died
-    # before it was sent, and a second one changes nothing.
+    # Adopted ranks get the earlier incarnation's stop command again: it may not have
+    # been sent, and a second one changes nothing.
     state = plan.stopping
     if desired is not None:
         state = desired.desired
     is_stopping = state in STOPPING
     if not is_stopping and not plan.renew:
         return None
-    # Ranks that are only renewed always save: they go on from that checkpoint.
+    # Ranks that stop for a new version always save, because they resume from that
+    # checkpoint.
     saves = not is_stopping or desired is None or desired.final_checkpoint
     command = Command.STOP
     if saves:
@@ -58,12 +59,12 @@ def decide_stop(plan: AttemptPlan, desired: DesiredJob | None) -> StopDecision |
     return StopDecision(command, stopping)
 
 
-def judge_end(states: Collection[RankState]) -> AttemptFinished | RanksStopped | None:
+def attempt_end(states: Collection[RankState]) -> AttemptFinished | RanksStopped | None:
     """Returns how an attempt without a failure has ended; None while it runs."""
     if not is_over(states):
         return None
-    # The ranks agree on the step after which they stop, so either all of them have done
-    # the last step or none has.
+    # The ranks agree on the step after which they stop, so either all of them have
+    # completed the last step or none has.
     if set(states) == {RankState.FINISHED}:
         return AttemptFinished()
     return RanksStopped()
@@ -74,15 +75,15 @@ def is_over(states: Collection[RankState]) -> bool:
     return all(state.is_over for state in states)
 
 
-def judge_failure(
+def attempt_failure(
     failures: Sequence[Failure], dead: Collection[int], ranks: Collection[int]
 ) -> AttemptFailed:
-    """Returns the root cause, and the ranks whose process is gone or must go.
+    """Returns the root cause, and the ranks whose process has died or must be ended.
 
     Raises ValueError when there is no failure.
     """
     cause = root_cause(failures)
-    # A hung rank does not leave its collectives, so its process cannot be used again.
+    # A hung rank cannot leave its collectives, so its process cannot be reused.
     if cause.kind is FailureKind.HANG:
         dead = ranks
     return AttemptFailed(cause, tuple(sorted(dead)))

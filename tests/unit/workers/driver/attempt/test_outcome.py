@@ -8,12 +8,12 @@ import pytest
 from megatron_ray.commands import Command
 from workers.decisions.failures import Failure, FailureKind
 from workers.decisions.job_phases import AttemptFailed, AttemptFinished
-from workers.driver.attempt.judgement import (
+from workers.driver.attempt.outcome import (
     RanksStopped,
     StopDecision,
+    attempt_end,
+    attempt_failure,
     decide_stop,
-    judge_end,
-    judge_failure,
 )
 from workers.driver.attempt.plan import AttemptPlan
 from workers.protocol.states import DesiredState
@@ -90,12 +90,12 @@ def test_ranks_of_another_version_always_save_before_they_stop() -> None:
 def test_an_attempt_is_over_when_every_rank_is(
     states: set[RankState], end: AttemptFinished | RanksStopped | None
 ) -> None:
-    assert judge_end(states) == end
+    assert attempt_end(states) == end
 
 
 def test_a_failure_names_its_cause_and_the_ranks_that_must_go() -> None:
     echo = Failure(FailureKind.COLLATERAL, "connection closed", rank=0, order=0)
     died = Failure(FailureKind.PROCESS_DIED, "died", rank=2, order=1)
-    assert judge_failure([echo, died], {2}, range(4)) == AttemptFailed(died, (2,))
+    assert attempt_failure([echo, died], {2}, range(4)) == AttemptFailed(died, (2,))
     hung = Failure(FailureKind.HANG, "no rank reported anything")
-    assert judge_failure([hung], set(), range(4)) == AttemptFailed(hung, (0, 1, 2, 3))
+    assert attempt_failure([hung], set(), range(4)) == AttemptFailed(hung, (0, 1, 2, 3))
