@@ -26,6 +26,8 @@ optimizer: {lr: 0.003}
 checkpoint: {every_steps: 6}
 """
 
+ONE_RANK = ("--set", "parallel.tp=1", "--set", "parallel.sequence_parallel=false")
+
 
 class CommandLine:
     """`megatron-ray` in one folder, with one data dir."""
@@ -114,7 +116,7 @@ def test_the_road(cli: CommandLine) -> None:
 
 def test_cancel_ends_a_job(cli: CommandLine) -> None:
     job = json.loads(
-        cli.ok("submit", "spec.yaml", "--set", "training.steps=100000", "--json")
+        cli.ok("submit", "spec.yaml", *ONE_RANK, "--set", "training.steps=100000", "--json")
     )
     deadline = time.monotonic() + 60
     while json.loads(cli.ok("show", job["id"], "--json"))["status"] != "running":
@@ -139,7 +141,7 @@ def test_mistakes_are_one_message(cli: CommandLine) -> None:
 
 
 def test_down_cancels_what_runs_and_leaves_nothing(cli: CommandLine) -> None:
-    cli.ok("submit", "spec.yaml", "--set", "training.steps=100000")
+    cli.ok("submit", "spec.yaml", *ONE_RANK, "--set", "training.steps=100000")
     record = read_record(cli.data_dir)
     assert record is not None
     cli.ok("down")

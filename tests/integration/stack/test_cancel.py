@@ -58,7 +58,7 @@ def preparing(road: Road, observer: Observer) -> Iterator[str]:
     path.write_text(
         " ".join(
             "".join(words.choices("abcdefghij", k=words.randint(3, 9)))
-            for _ in range(700_000)
+            for _ in range(400_000)
         )
     )
     job_id = road.client.submit(
@@ -186,6 +186,7 @@ def test_from_each_state(road: Road, observer: Observer, state: str) -> None:
         end(road, observer, job_id)
 
 
+@pytest.mark.chaos
 def test_without_a_last_checkpoint(road: Road, observer: Observer) -> None:
     with running(road, observer) as job_id:
         end(road, observer, job_id, checkpoint=False)

@@ -32,14 +32,14 @@ from tests.support.running_stack import ENDS, Road
 
 pytestmark = pytest.mark.ray
 
-STEPS = 200
-EVERY = 60
+STEPS = 120
+EVERY = 40
 MOMENT_STEPS = 120
 MOMENT_EVERY = 40
 """Of the jobs that are hit at random moments."""
 AWAY_S = 3.0
 LONG_AWAY_S = 30.0
-AWAY_STEPS = 80
+AWAY_STEPS = 40
 LONG_AWAY_STEPS = 200
 RUNS_AGAIN_S = 15.0
 MOST_GAP = 3.0

@@ -134,7 +134,7 @@ OPTIONS: dict[str, Any] = {
 }
 
 
-@settings(max_examples=12, derandomize=True, **OPTIONS)
+@settings(max_examples=6, derandomize=True, **OPTIONS)
 @given(mutated())
 def test_a_few_mutations(road: Road, mutation: tuple[str, dict[str, Any]]) -> None:
     check(road, *mutation)

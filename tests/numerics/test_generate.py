@@ -156,8 +156,8 @@ def test_the_cache_changes_no_token(
         prompt = torch.randint(
             0, 256, (1 + 5 * seed,), generator=torch.Generator().manual_seed(seed)
         ).tolist()
-        cached = generate_tokens(model, prompt, 30, sampling, seed, stop=-1, vocabulary=257)
-        assert cached == uncached(model, prompt, 30, sampling, seed)
+        cached = generate_tokens(model, prompt, 20, sampling, seed, stop=-1, vocabulary=257)
+        assert cached == uncached(model, prompt, 20, sampling, seed)
 
 
 def test_the_same_seed_gives_the_same_text_and_another_one_another(

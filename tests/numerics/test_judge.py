@@ -266,9 +266,22 @@ def test_two_ranks_find_the_same(
 
 
 CPUS = [DeviceKind("cpu", bf16_products=True), DeviceKind("cpu", bf16_products=False)]
+IN_FP32 = ("llama2", "gemma", "mixtral", "qwen2-pattern")
+"""Families whose fused attention in fp32 every check looks at; the way is the same for all."""
 by_either_attention = pytest.mark.parametrize(
     "device", CPUS, ids=["blocks", "fused-in-fp32"]
 )
+
+
+def bf16_cases() -> list[Any]:
+    """(family, device) of every family with either attention."""
+    blocks, in_fp32 = CPUS
+    cases = []
+    for name in FAMILIES:
+        cases.append(pytest.param(name, blocks, id=f"{name}-blocks"))
+        marks = [] if name in IN_FP32 else [pytest.mark.parity]
+        cases.append(pytest.param(name, in_fp32, id=f"{name}-fused-in-fp32", marks=marks))
+    return cases
 
 
 def bf16_distances(
@@ -361,8 +374,7 @@ def test_bf16_is_as_close_to_float64_as_autocast(
     no_farther(distances, kinds)
 
 
-@by_either_attention
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(("name", "device"), bf16_cases())
 def test_bf16_is_as_close_to_float64_as_transformers_in_bf16(
     name: str, device: DeviceKind
 ) -> None:
