@@ -45,7 +45,7 @@ docs: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q -f docs/mkdocs.yml
 
 coverage: setup
-	$(BIN)/pytest $(SHARED) --cov --cov-report=term:skip-covered tests/unit tests/parallel
+	$(BIN)/pytest $(SHARED) --cov --cov-report=term:skip-covered tests/unit tests/numerics tests/parallel
 
 bench: setup
 	@$(BIN)/python -m tests.bench $(BENCH)
