@@ -60,5 +60,7 @@ class FileScheduling(LoadScopeScheduling):
 @pytest.hookimpl(optionalhook=True)  # there is none when xdist is switched off
 def pytest_xdist_make_scheduler(
     config: pytest.Config, log: Producer
-) -> LoadScopeScheduling:
+) -> LoadScopeScheduling | None:
+    if config.getvalue("dist") != "loadscope":
+        return None
     return FileScheduling(config, log)

@@ -251,7 +251,9 @@ def submit_url(submit: Submit, service: FakeService) -> None:
     registry.reconcile()
 
 
-@pytest.mark.parametrize("final_checkpoint", [True, False])
+@pytest.mark.parametrize(
+    "final_checkpoint", [True, pytest.param(False, marks=pytest.mark.chaos)]
+)
 def test_cancel_leaves_nothing(
     submit: Submit, fake_service: FakeService, final_checkpoint: bool
 ) -> None:
@@ -336,6 +338,7 @@ def test_native_crash_leaves_its_log_and_is_tried_again(
     assert_gap_free(fake_service, job_id)
 
 
+@pytest.mark.chaos
 def test_crash_loop_ends_with_no_progress(
     submit: Submit, fake_service: FakeService
 ) -> None:

@@ -224,6 +224,9 @@ def make(
         "steps": 1,
         "precision": "bf16",
     }
+    # Fewer layers are as good where no pipeline splits them, and take less time.
+    if "pp" not in parallel:
+        shape = shape | {"num_layers": 2}
     fields = {
         "model": shape,
         "parallel": parallel | {"dp": dp},

@@ -25,7 +25,7 @@ from tests.support.ranks import run_ranks
 STEPS = 10
 """At most so many steps for each of so many entries."""
 MATRIX = draw(int(os.environ.get("MATRIX_SEED", SEED)))
-SHORT = (4, 8)
+SHORT = (4, 6)
 """At most so many ranks, and so many entries: what every check runs."""
 
 

@@ -137,7 +137,7 @@ def step(
 @pytest.mark.parametrize(
     "entry",
     [
-        pytest.param(entry, id=entry.name, marks=[pytest.mark.parity] if index % 3 else [])
+        pytest.param(entry, id=entry.name, marks=[pytest.mark.parity] if index % 5 else [])
         for index, entry in enumerate(MATRIX)
     ],
 )
