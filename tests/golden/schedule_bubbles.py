@@ -10,6 +10,7 @@ from megatron_ray.pipeline_parallel.schedules.simulation import simulate_computi
 from tests.unit.megatron_ray.pipeline_parallel.schedules.test_schedules import (
     GOLDEN,
     LARGE,
+    MEDIUM,
     SMALL,
     formula,
     key,
@@ -18,7 +19,7 @@ from tests.unit.megatron_ray.pipeline_parallel.schedules.test_schedules import (
 
 def main() -> None:
     bubbles = {}
-    for case in [*SMALL, *LARGE]:
+    for case in [*SMALL, *MEDIUM, *LARGE]:
         if formula(case) is None:
             name, pp, vpp, count = case
             bubbles[key(case)] = round(

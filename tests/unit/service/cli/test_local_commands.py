@@ -80,10 +80,10 @@ def test_convert_imports_and_exports(
     )
     assert code == 0, err
     assert len(json.loads(out)["files"]) > 1
-    code, out, _ = run("convert", "import", "hf", "ours", "--json")
+    code, out, err = run("convert", "import", "hf", "ours", "--json")
     assert code == 1
     assert out == ""
-    assert "it is there already" in run("convert", "import", "hf", "ours")[2]
+    assert "it is there already" in err
     assert run("convert", "export", "ours", "x", "--dtype", "int4")[0] == 2
     assert (
         "use a number and a unit"
