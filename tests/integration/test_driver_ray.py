@@ -223,7 +223,6 @@ def test_killed_driver_adopts_the_same_processes(
     assert_nothing_left(fake_service, job_id, before)
 
 
-@pytest.mark.chaos
 def test_service_away_loses_nothing(submit: Submit, fake_service: FakeService) -> None:
     job_id = submit(spec(steps=60, ranks=1, step_s="0.03"))
     fake_service.wait("steps", lambda: len(fake_service.steps(job_id, 1)) > 5)

@@ -32,14 +32,14 @@ from tests.support.running_stack import ENDS, Road
 
 pytestmark = pytest.mark.ray
 
-STEPS = 120
-EVERY = 40
+STEPS = 150
+EVERY = 50
 MOMENT_STEPS = 120
 MOMENT_EVERY = 40
 """Of the jobs that are hit at random moments."""
 AWAY_S = 3.0
 LONG_AWAY_S = 30.0
-AWAY_STEPS = 40
+AWAY_STEPS = 50
 LONG_AWAY_STEPS = 200
 RUNS_AGAIN_S = 15.0
 MOST_GAP = 3.0
@@ -208,21 +208,29 @@ def away_once(
     return file, driver_died
 
 
-def test_agent_service_driver_and_rank_die_in_turn(
+def test_agent_driver_rank_and_service_die_at_once(
     road: Road, observer: Observer, undisturbed: Rows
 ) -> None:
     job_id = road.client.submit(quick(road))["id"]
+    folder = road.client.show(job_id)["storage_path"]
     with RankFile(road, job_id) as file:
         file.reached(5)
-        before = living(observer, job_id, "w0"), living(observer, job_id, "w1")
-        kill_agent(road)
-        stay_away(road, observer, job_id, file, AWAY_S, AWAY_STEPS)
-        after = observer.actors(job_id)
-        assert (after["w0"], after["w1"]) == before
-        assert {row["attempt"] for row in file.steps()} == {1}
-        # The rank that serves the store.
-        kill(before[0])
+        agent = session(road, "agent")
+        driver = living(observer, job_id, "driver")
+        rank = living(observer, job_id, "w0")
+        file.reached(EVERY)
+        until("a commit", lambda: latest_committed(folder), 30)
+        # The rank serves the store. Without a driver none notices its death.
+        kill_session(agent)
+        kill(driver)
+        kill(rank)
+        with service_away(road):
+            time.sleep(AWAY_S)
+            newest = latest_committed(folder)
         job = road.finish(job_id)
+        assert newest is not None
+        assert file.steps(2)[0]["step"] == newest.step + 1
+    assert session(road, "agent") != agent
     assert job["attempt"] == 2
     assert job["failures"] == 1
     assert_as_undisturbed(road, job, undisturbed)
