@@ -125,7 +125,7 @@ def wait_in_queue(road: Road, folder: str) -> str:
     road.wait(
         job_id,
         lambda queued: (
-            queued["status"] == "queued" and "nodes" in (queued["message"] or "")
+            queued["status"] == "queued" and queued["status_reason"] == "waiting_quota"
         ),
     )
     return job_id
