@@ -24,6 +24,7 @@ from megatron_ray.inference.generate import (
 )
 from megatron_ray.models.gpt import GPT
 from megatron_ray.training.session import build
+from tests.support.parity import GPT2_FIELDS
 
 LLAMA: dict[str, Any] = {
     "num_layers": 2,
@@ -36,14 +37,7 @@ LLAMA: dict[str, Any] = {
     "vocab_multiple": 64,
     "init_std": 0.3,
 }
-GPT2 = LLAMA | {
-    "num_query_groups": 4,
-    "activation": "gelu_tanh",
-    "norm": "layernorm",
-    "position_embedding": "learned",
-    "linear_bias": True,
-    "tie_embeddings": True,
-}
+GPT2 = LLAMA | GPT2_FIELDS
 
 
 # A prompt longer than the window, and a text longer than what positions were made for.

@@ -3,7 +3,6 @@ same logits and gradients, on one rank and on two.
 """
 
 import copy
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -42,15 +41,6 @@ JUDGED_CUT = [
         for family in ("mistral", "qwen2-pattern", "llama-yarn", "qwen3-moe")
     ),
 ]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads that wait for each other make tiny products slow where cores are shared."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@ gradient.
 """
 
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -114,15 +113,6 @@ def gradients(config: TrainConfig) -> tuple[Tensor, Tensor]:
     )
     loss = forward_backward(model, mesh, loader.step(0))
     return loss, torch.cat([family.buffers.gradients for family in model.parameter_groups])
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads that wait for each other make tiny products slow where cores are shared."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize(

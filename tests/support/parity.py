@@ -38,7 +38,7 @@ LLAMA: dict[str, Any] = {
     "max_sequence_length": 32,
     "vocab_multiple": 32,
 }
-GPT2 = LLAMA | {
+GPT2_FIELDS: dict[str, Any] = {
     "num_query_groups": 4,
     "activation": "gelu_tanh",
     "norm": "layernorm",
@@ -46,6 +46,8 @@ GPT2 = LLAMA | {
     "linear_bias": True,
     "tie_embeddings": True,
 }
+"""What makes a Llama of four heads a GPT-2."""
+GPT2 = LLAMA | GPT2_FIELDS
 
 
 class RandomDataset:

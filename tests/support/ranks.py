@@ -31,8 +31,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-# pytest is here because a child re-imports the program that started its parent. The first
-# step of any torch optimizer imports torch._dynamo, which costs more than most tests.
+# pytest is here because a child re-imports the program that started its parent; the rest
+# because ranks would import it one by one. torch.compile needs torch._dynamo, two seconds.
 _PRELOAD = [
     "pytest",
     "pyarrow.fs",

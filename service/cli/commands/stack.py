@@ -187,7 +187,7 @@ def down(
         console().print(f"nothing is up (data dir {escape(str(folder))})")
     elif teardown.ended_by_up:
         # The counts are on the terminal of `up`.
-        console().print("stopped; all processes were stopped")
+        console().print("stopped; no process is left")
     else:
         console().print(escape(describe(teardown)))
 
