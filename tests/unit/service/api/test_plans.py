@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 
 from megatron_ray.parallel_dims import ParallelDims
+from megatron_ray.planning.answers import estimates as planning
 from megatron_ray.planning.suggest import nearest
 from megatron_ray.sharding.parameters import local_parameters
-from service.jobs import estimates as planning
 from workers.protocol.job import JobSpec
 
 
