@@ -9,6 +9,7 @@ from megatron_ray.config.problem import Problem
 from megatron_ray.planning.answers import without_cluster
 from megatron_ray.planning.answers.bodies import plan_body, suggestions_body
 from megatron_ray.planning.hardware import HARDWARE, Hardware, hardware_named
+from megatron_ray.validation import check
 from service.api.models import (
     Plan,
     PlanRank,
@@ -75,6 +76,7 @@ async def make_plan(
             without_cluster.device_plan,
             resolved.spec,
             device,
+            ranks,
             problems=path_problems or (),
             notes=["the cluster was not looked at", *_path_notes(path_problems)],
         )
@@ -149,13 +151,14 @@ async def _check_spec(
 ) -> ClusterCapacity:
     """Returns the capacity of the spec's cluster.
 
-    Raises SpecInvalidError for a spec that is wrong wherever it runs, or that cannot
-    run on exactly `ranks`.
+    Raises SpecInvalidError for a spec that is wrong wherever it runs, or that
+    needs more than `ranks`.
     """
     capacity, taken = await run_in_threadpool(_submitter(context).read_cluster, spec)
     problems = [*spec_checks.check_rules(spec, context.settings), *taken]
     if not problems:
-        problems = without_cluster.world_size_problems(spec, ranks)
+        # Only the rule that needs the number of ranks can be violated now.
+        problems = check.find_problems(spec, ranks)
     if problems:
         raise SpecInvalidError(problems)
     return capacity

@@ -14,6 +14,7 @@ from megatron_ray.config.errors.spec_problems import problems_from_pydantic
 from megatron_ray.config.problem import Problem
 from megatron_ray.planning.answers import without_cluster
 from megatron_ray.planning.hardware import Hardware, hardware_named
+from megatron_ray.validation import check
 from service.cli.failure import CommandError, with_field_lines
 from workers.protocol.job import JobSpec
 
@@ -80,7 +81,7 @@ def _checked(
     values: Mapping[str, Any], device: Hardware | None, ranks: int | None
 ) -> JobSpec:
     spec = parse_spec(values)
-    problems = without_cluster.find_problems(spec, ranks)
+    problems = check.find_problems(spec, ranks)
     if problems:
         raise problems_failure("the job spec is invalid", problems)
     resources = spec.resources

@@ -12,7 +12,7 @@ from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.planning.answers import estimates
 from megatron_ray.planning.answers.bodies import plan_body, suggestions_body
 from megatron_ray.planning.hardware import HARDWARE, Hardware
-from megatron_ray.validation import check, resolution
+from megatron_ray.validation import resolution
 
 
 def unknown_hardware(name: str) -> str:
@@ -27,28 +27,6 @@ def fewest_ranks(config: TrainConfig) -> int:
     if dp == "auto":
         dp = resolution.least_dp(config)
     return parallel.tp * parallel.pp * parallel.cp * dp
-
-
-def find_problems(config: TrainConfig, ranks: int | None) -> list[Problem]:
-    """Returns why the config cannot run in a world of `ranks`, whatever its device."""
-    return check.find_problems(config) or world_size_problems(config, ranks)
-
-
-def world_size_problems(config: TrainConfig, ranks: int | None) -> list[Problem]:
-    """Returns why a config without other problems has not exactly `ranks` ranks.
-
-    None stands for any number.
-    """
-    if ranks is None:
-        return []
-    num_ranks = resolution.world_size(resolution.resolve(config, ranks))
-    if num_ranks == ranks:
-        return []
-    detail = (
-        f"the layout has {num_ranks} ranks, not {ranks}; set degrees with a product of "
-        f"{ranks}, or plan for {num_ranks}"
-    )
-    return [Problem("/parallel", "world_size", detail)]
 
 
 def misfits(resolved: TrainConfig, hardware: Hardware) -> list[Problem]:
@@ -74,19 +52,26 @@ def make_plan(
         notes.append(
             f"dp: auto counts as {resolved.parallel.dp}, the least; set --ranks for more"
         )
-    return device_plan(resolved, hardware, notes=notes)
+    return device_plan(resolved, hardware, ranks, notes=notes)
 
 
 def device_plan(
     resolved: TrainConfig,
     hardware: Hardware | None,
+    ranks: int | None,
     *,
     problems: Sequence[Problem] = (),
     notes: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Returns the plan of a resolved config for any number of devices of one kind."""
+    """Returns the plan of a resolved config for devices of one kind.
+
+    `ranks` is their number; None stands for as many as are needed.
+    """
     problems = list(problems)
     notes = list(notes)
+    num_ranks = resolution.world_size(resolved)
+    if ranks is not None and num_ranks < ranks:
+        notes.append(f"the layout and the batch use {num_ranks} of {ranks} ranks")
     if hardware is not None:
         problems += misfits(resolved, hardware)
     # Whether a cluster has room for the ranks is unknown.

@@ -147,7 +147,9 @@ def _check_fits(answer: dict[str, Any], suggest: bool, as_json: bool) -> None:
     if as_json:
         body = answer
     if suggest and not answer.get("data"):
-        raise CommandError("no layout can be suggested", body=body)
+        raise CommandError(
+            "no layout can be suggested", remedy="see the notes above", body=body
+        )
     problems = answer.get("problems") or ()
     if problems or answer.get("fits") is False:
         fields: list[tuple[str, str]] = []
@@ -253,7 +255,7 @@ def _print_suggestions(answer: Json) -> None:
     rows: list[list[str]] = []
     for suggestion in suggestions:
         rows.append(_suggestion_row(suggestion))
-    print_table(columns, rows, empty="no layout fits")
+    print_table(columns, rows, empty="no layouts")
     _print_notes(answer)
 
 
