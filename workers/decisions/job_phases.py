@@ -27,6 +27,7 @@ it. Must not know: how anything is done, clocks, Ray, torch, HTTP.
     PREPARING ──DataRejected, PreparationFailed──> ENDING
     RUNNING ──AttemptFinished, AttemptStopped(cancel)──> ENDING
     RECOVERING ──RestartDecided(give up)──> ENDING
+    ENDING ──ResumeRequested──> PREPARING, or READY when the data are prepared
 
 The driver works in a phase until it observes something, calls `next_phase`, sends the
 records of the transition and writes the journal. If it dies anywhere in between, its
@@ -97,6 +98,17 @@ class StopRequested:
 
 
 @dataclass(frozen=True)
+class ResumeRequested:
+    """The user has resumed the job after its end."""
+
+    resumes: int
+    """Number of the request."""
+    spec: Mapping[str, Any]
+    """Resolved spec of the job from now on, as JSON."""
+    revision: int
+
+
+@dataclass(frozen=True)
 class Placed:
     """The placement group is ready; the next attempt can start."""
 
@@ -160,6 +172,7 @@ Observation = (
     | PreparationFailed
     | RunRequested
     | StopRequested
+    | ResumeRequested
     | Placed
     | PlacementTimedOut
     | RanksStarted
@@ -254,6 +267,34 @@ def _stop_requested(entry: JournalEntry, observed: StopRequested) -> Transition:
 def _start_cancelled(entry: JournalEntry, observed: StopRequested) -> Transition:
     # Unlike in the other phases, the end of an attempt must be recorded.
     return _stop(observed.desired, observed.revision, AttemptStatus(AttemptState.STOPPED))
+
+
+def _resume_requested(entry: JournalEntry, observed: ResumeRequested) -> Transition:
+    # Attempt, epoch and the newest commit stay: the job continues where it ended.
+    journal = {
+        "resumes": observed.resumes,
+        "spec": dict(observed.spec),
+        "ending": None,
+        "stopping": None,
+        "failed": None,
+        "dead": (),
+        # A new budget: the user has decided that the job is worth further attempts.
+        "failures": 0,
+        "preemptions": 0,
+        "commits_at_failure": (),
+        "given_back": None,
+    }
+    if entry.prepared is None:
+        return Transition(Phase.PREPARING, journal)
+    # The same prepared data, so that the order of samples continues. The state is recorded
+    # on entry into READY, like that of a job that has released its resources.
+    journal["given_back"] = ResourcesReleased(
+        state=JobState.QUEUED.value,
+        reason=None,
+        message="ready to run",
+        revision=observed.revision,
+    )
+    return Transition(Phase.READY, journal)
 
 
 def _placed(entry: JournalEntry, observed: Placed) -> Transition:
@@ -411,5 +452,7 @@ TRANSITIONS: dict[tuple[Phase, type], Rule] = {
     (Phase.RECOVERING, Placed): _placed,
     (Phase.RECOVERING, PlacementTimedOut): _placement_timed_out,
     (Phase.RECOVERING, StopRequested): _stop_requested,
+    # The end, which only the user's request reverses.
+    (Phase.ENDING, ResumeRequested): _resume_requested,
 }
-"""All transitions; ENDING is final and has none."""
+"""All transitions."""

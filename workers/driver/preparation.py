@@ -69,4 +69,8 @@ class DataPreparation:
             if job.desired is None:
                 job.ports.outbox.wait(1.0)
             else:
-                job.write(spec=job.desired.spec, code_version=job.ports.code_version)
+                job.write(
+                    spec=job.desired.spec,
+                    resumes=job.desired.resumes,
+                    code_version=job.ports.code_version,
+                )
