@@ -23,7 +23,7 @@ from service.api.models import (
 from service.exceptions import JobActiveError, RequestInvalidError
 from service.http.dependencies import Context, ContextDep, CurrentCaller
 from service.http.idempotency import IdempotentRequest, StoredResponse
-from service.jobs import lifecycle, queue
+from service.jobs import lifecycle, pausing, queue
 from service.jobs.submit import Submitter
 from service.store.schema import JobRow, LabelRow
 from workers.protocol.job import JobSpec
@@ -158,7 +158,7 @@ def pause_job(
     options = body or PauseRequest()
     path = f"/v1/jobs/{job_id}/pause"
     repeatable = IdempotentRequest.of(key, caller.token_id, path, options.model_dump())
-    pause = partial(lifecycle.pause, reason=StatusReason(options.reason))
+    pause = partial(pausing.pause, reason=StatusReason(options.reason))
     return _change(context, job_id, repeatable, pause)
 
 
@@ -188,7 +188,7 @@ def resume_job(
                 f"the job is {job.status}; a spec can only be changed after the job's end"
             )
         else:
-            lifecycle.resume(session, job)
+            pausing.resume(session, job)
         session.flush()
         queue.admit_jobs(session, lifecycle.lock_cluster(session, job.cluster))
 

@@ -1,12 +1,12 @@
-"""Changes jobs. Only this module and `service.jobs.queue` do so.
+"""Changes jobs. Only this module, `queue` and `pausing` do so.
 
-Owns: creation, transitions, requests (cancel, pause, resume, ...) and events. Works
+Owns: creation, transitions, requests (cancel, checkpoint, delete) and events. Works
 inside the caller's transaction. Must not know: HTTP, waiting, how records arrive.
 """
 
 import time
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import sqlalchemy as sa
@@ -41,11 +41,6 @@ from workers.protocol.states import (
 
 SERVICE = "service"
 """The source of the events that the service itself produces."""
-_END_WORDS = {
-    JobState.SUCCEEDED: "succeeded",
-    JobState.FAILED: "failed",
-    JobState.CANCELLED: "been cancelled",
-}
 TERMINAL = tuple([state.value for state in JobState if state.is_terminal])
 
 
@@ -66,18 +61,6 @@ class NewEvent:
     at: float | None = None
     """Seconds since the epoch by the source's clock; None: now."""
     actor: str = "system"
-
-
-@dataclass(frozen=True)
-class ChangedSpec:
-    """The spec of a job that is resumed, with the user's changes."""
-
-    submitted: dict[str, Any]
-    """Without defaults, as the user would have submitted it."""
-    resolved: dict[str, Any]
-    world_size: int | None
-    changes: dict[str, Any]
-    """The changed fields only, nested as in the spec."""
 
 
 def job_topic(job_id: str) -> str:
@@ -192,7 +175,7 @@ def create(
 
     `is_agent_ready`: whether a live agent can start preparing it now.
     """
-    _enter_preparing(job, is_agent_ready=is_agent_ready)
+    enter_preparing(job, is_agent_ready=is_agent_ready)
     job.progress = {}
     job.last_seq = 0
     job.epoch = 0
@@ -206,6 +189,22 @@ def create(
     event = NewEvent("job.created", f"job {job.name!r} created", actor="user")
     add_event(session, job, event)
     desired_changed(session, job)
+
+
+def enter_preparing(job: JobRow, *, is_agent_ready: bool) -> None:
+    """Sets a new or resumed job to preparing.
+
+    `is_agent_ready`: whether a live agent can start preparing it now.
+    """
+    job.status = JobState.PREPARING
+    job.desired = DesiredState.PREPARE
+    job.pause_reason = None
+    if is_agent_ready:
+        job.status_reason = StatusReason.PREPARING_DATA
+        job.message = ""
+    else:
+        job.status_reason = StatusReason.WAITING_AGENT
+        job.message = f"waiting for the agent of cluster {job.cluster!r}"
 
 
 def transition(
@@ -280,78 +279,6 @@ def cancel(session: Session, job: JobRow, *, final_checkpoint: bool) -> None:
         transition(session, job, JobState.CANCELLED, StatusReason.USER_CANCELLED, event)
 
 
-def pause(session: Session, job: JobRow, reason: StatusReason) -> None:
-    """Requests a pause: a final checkpoint, and no resources until the job is resumed.
-
-    Does nothing for a job that is paused or being paused. Raises JobEndedError, and
-    JobNotRunningError for a job that is being cancelled.
-    """
-    state = JobState(job.status)
-    if state.is_terminal:
-        raise JobEndedError(f"the job has ended ({state.value}); nothing is left to pause")
-    if state is JobState.CANCELLING:
-        raise JobNotRunningError("the job is being cancelled; it cannot be paused any more")
-    if job.pause_reason is not None:
-        return
-    job.desired = DesiredState.PAUSE
-    job.pause_reason = reason
-    job.final_checkpoint = True
-    event = NewEvent("job.pausing", "pause requested", data={"reason": reason})
-    if reason is StatusReason.USER_PAUSED:
-        event = replace(event, actor="user")
-    add_event(session, job, event)
-    desired_changed(session, job)
-
-
-def resume(session: Session, job: JobRow) -> None:
-    """Takes back a pause: a paused job returns to its place in the queue.
-
-    Raises JobActiveError for a job that is neither paused nor being paused.
-    """
-    state = JobState(job.status)
-    if job.pause_reason is None:
-        raise JobActiveError(
-            f"the job is {state.value}; only a paused or ended job can be resumed"
-        )
-    job.pause_reason = None
-    job.desired = DesiredState.PREPARE
-    if state.holds_resources:
-        # Its driver has not released them yet, and continues where the ranks stopped.
-        job.desired = DesiredState.RUN
-    event = NewEvent("job.resumed", "resumed", actor="user")
-    if state is JobState.PAUSED:
-        transition(session, job, JobState.QUEUED, None, event)
-    else:
-        add_event(session, job, event)
-        desired_changed(session, job)
-
-
-def resume_ended(
-    session: Session, job: JobRow, spec: ChangedSpec, *, is_agent_ready: bool
-) -> None:
-    """Resumes an ended job from its newest checkpoint, with a new restart budget.
-
-    `is_agent_ready`: whether a live agent can start preparing it now.
-    """
-    previous = job.status
-    job.spec = spec.submitted
-    job.resolved_spec = spec.resolved
-    job.world_size = spec.world_size
-    job.resumes += 1
-    job.failures = 0
-    job.preemptions = 0
-    job.problem = None
-    job.ended_at = None
-    job.final_checkpoint = True
-    # Not by `transition`: no driver may leave a final state, only the user.
-    _enter_preparing(job, is_agent_ready=is_agent_ready)
-    data = {"previous": previous, "changes": spec.changes}
-    message = f"resumed after it had {_END_WORDS[JobState(previous)]}"
-    event = NewEvent("job.resumed", message, data=data, actor="user")
-    add_event(session, job, event)
-    desired_changed(session, job)
-
-
 def request_checkpoint(session: Session, job: JobRow) -> None:
     """Requests one checkpoint now.
 
@@ -407,18 +334,6 @@ def stored_problem(
     """Returns a job's failure in the format of its row."""
     errors = [asdict(problem) for problem in problems]
     return {"code": code, "detail": detail, "errors": errors, **extra}
-
-
-def _enter_preparing(job: JobRow, *, is_agent_ready: bool) -> None:
-    job.status = JobState.PREPARING
-    job.desired = DesiredState.PREPARE
-    job.pause_reason = None
-    if is_agent_ready:
-        job.status_reason = StatusReason.PREPARING_DATA
-        job.message = ""
-    else:
-        job.status_reason = StatusReason.WAITING_AGENT
-        job.message = f"waiting for the agent of cluster {job.cluster!r}"
 
 
 def _ignore_state(session: Session, job: JobRow, new: JobState, event: NewEvent) -> None:

@@ -7,8 +7,9 @@ Shared by all phases. Must not know: Ray, HTTP, which phase follows.
 from typing import Any
 
 from megatron_ray.parallel_dims import ParallelDims
-from workers.decisions.job_phases import ResumeRequested, StopRequested, Transition
+from workers.decisions.job_phases import Transition
 from workers.decisions.journal_entry import JournalEntry, Phase
+from workers.decisions.observations import ResumeRequested, StopRequested
 from workers.decisions.slot_assignment import num_slots
 from workers.driver.commit import contained_records
 from workers.driver.journal import ForeignJournalError, Journal

@@ -8,17 +8,16 @@ creation is get-or-create, and nothing is recorded twice, so a restarted driver 
 in the journaled phase.
 """
 
-from workers.decisions.job_phases import (
+from workers.decisions.job_phases import Transition, next_phase
+from workers.decisions.journal_entry import Ending, Phase
+from workers.decisions.observations import (
     AttemptFailed,
     AttemptFinished,
     AttemptStopped,
     Observation,
     RanksStarted,
     StopRequested,
-    Transition,
-    next_phase,
 )
-from workers.decisions.journal_entry import Ending, Phase
 from workers.driver.attempt.outcome import RanksStopped
 from workers.driver.attempt.plan import AttemptPlan
 from workers.driver.attempt.progress import JobProgress

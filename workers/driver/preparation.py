@@ -5,7 +5,7 @@ Owns: the phase PREPARING. Must not know: Ray, how data are prepared.
 
 from megatron_ray.data.prepared import PreparedData
 from workers.data_tasks import prepare_task
-from workers.decisions.job_phases import (
+from workers.decisions.observations import (
     DataPrepared,
     DataRejected,
     PreparationFailed,

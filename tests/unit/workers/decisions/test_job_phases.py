@@ -8,24 +8,9 @@ import pytest
 from workers.decisions.failures import Failure, FailureKind
 from workers.decisions.job_phases import (
     TRANSITIONS,
-    AttemptAbandoned,
-    AttemptFailed,
-    AttemptFinished,
     AttemptStatus,
-    AttemptStopped,
-    DataPrepared,
-    DataRejected,
     InvalidTransitionError,
     JobStatus,
-    Observation,
-    Placed,
-    PlacementTimedOut,
-    PreparationFailed,
-    RanksStarted,
-    RestartDecided,
-    ResumeRequested,
-    RunRequested,
-    StopRequested,
     Transition,
     next_phase,
 )
@@ -36,6 +21,23 @@ from workers.decisions.journal_entry import (
     JournalEntry,
     Phase,
     ResourcesReleased,
+)
+from workers.decisions.observations import (
+    AttemptAbandoned,
+    AttemptFailed,
+    AttemptFinished,
+    AttemptStopped,
+    DataPrepared,
+    DataRejected,
+    Observation,
+    Placed,
+    PlacementTimedOut,
+    PreparationFailed,
+    RanksStarted,
+    RestartDecided,
+    ResumeRequested,
+    RunRequested,
+    StopRequested,
 )
 from workers.decisions.placement import RankPlace
 from workers.decisions.restart_policy import RestartDecision, RestartHistory
