@@ -141,6 +141,6 @@ def _unfinished_jobs(client: Client) -> list[dict[str, Any]]:
     while True:
         page = client.jobs(limit=_PAGE, status=_UNFINISHED, after=after)
         jobs += page["data"]
-        if not page["has_more"]:
+        if not page.get("has_more"):
             return jobs
         after = page["last_id"]
