@@ -62,16 +62,19 @@ def walk(folder: Location) -> Iterator[FileStat]:
             yield _file_stat(info)
 
 
-def open_stream(location: Location) -> IO[bytes]:
+def open_stream(location: Location, compression: str | None = None) -> IO[bytes]:
     """Opens a file for sequential reads.
 
-    Raises StorageError; reading raises OSError.
+    `compression` is Arrow's name of the file's compression, such as `gzip`; None reads
+    the bytes as they are. Raises StorageError; reading raises OSError.
     """
     with storage_errors("read", location.path):
-        if location.is_local:
+        if location.is_local and compression is None:
             return Path(location.path).open("rb")
         # By default Arrow decompresses according to the file's suffix.
-        stream = location.filesystem.open_input_stream(location.path, compression=None)
+        stream = location.filesystem.open_input_stream(
+            location.path, compression=compression
+        )
         # Arrow's streams cannot read lines, so Python's buffer wraps them.
         return io.BufferedReader(stream, _BUFFER_BYTES)
 

@@ -6,12 +6,14 @@ Owns: the checks that take at most a second. Must not know: tokenizing, caches, 
 from megatron_ray.config.data import DataConfig
 from megatron_ray.config.problem import Problem
 from megatron_ray.data.indexed import IndexedDataset
-from megatron_ray.data.preparation.documents import read_file_chunks
+from megatron_ray.data.preparation.data_files import SourceAt, find_data
+from megatron_ray.data.preparation.documents import new_tally, read_file_chunks
 from megatron_ray.data.preparation.errors import DataError, UnusableDataError
-from megatron_ray.data.preparation.sources import SourceAt, SourceFiles, find_data
+from megatron_ray.data.preparation.formats.suffixes import file_format
+from megatron_ray.data.preparation.sources import SourceFiles
 from megatron_ray.data.preparation.tokenizer_choice import read_tokenizer
 from megatron_ray.storage.errors import StorageError
-from megatron_ray.storage.files import check_writable
+from megatron_ray.storage.files import FileStat, check_writable
 from megatron_ray.storage.location import parse_location
 
 
@@ -29,7 +31,7 @@ def check_data(data: DataConfig, seq_length: int, storage_path: str) -> list[Pro
     required_for_training = required
     # Held-out documents are taken from the same text, so a single source must be long
     # enough for both.
-    if len(data.train) == 1 and not data.validation and data.validation_fraction:
+    if len(data.train) == 1 and not data_files.validation and data.validation_fraction:
         required_for_training = 2 * required
     for source_at in data_files.train:
         problems += _source_problems(source_at, data, required_for_training)
@@ -71,18 +73,26 @@ def _max_tokens(source_files: SourceFiles, data: DataConfig) -> int | None:
     if source_files.kind == "prepared":
         return _num_prepared_tokens(source_files)
     files = source_files.files
-    first_chunk = next(read_file_chunks(source_files, files[0]), None)
+    tally = new_tally(source_files)
+    first_chunk = next(read_file_chunks(source_files, files[0], tally), None)
+    tally.require_few_bad()
     if first_chunk is None and len(files) == 1:
         detail = f"{source_files.source.path} holds no text; give files with text in them"
         raise DataError("empty", detail)
     # Compressed text is longer than its file, and a user's tokenizer may normalize text to
     # longer text.
-    is_compressed = any(file.path.lower().endswith(".parquet") for file in files)
+    is_compressed = any(_is_compressed(file) for file in files)
     if is_compressed or data.tokenizer.kind == "file":
         return None
     # A byte-level token has at least one byte, and each file's last document adds an end
     # token. In jsonl the syntax has more bytes than there are end tokens.
     return source_files.num_bytes + len(files)
+
+
+def _is_compressed(file: FileStat) -> bool:
+    form = file_format(file.path)
+    # Files of the builtin corpus have no format.
+    return form is not None and (form.kind == "parquet" or form.compression is not None)
 
 
 def _num_prepared_tokens(source_files: SourceFiles) -> int | None:

@@ -20,6 +20,7 @@ from megatron_ray.data.datasets import build_dataset
 from megatron_ray.data.indexed import IndexedDataset
 from megatron_ray.data.preparation import prepare as prepare_module
 from megatron_ray.data.preparation import sources, tokenizer_choice
+from megatron_ray.data.preparation.data_files import find_data
 from megatron_ray.data.preparation.prepare import prepare, unigram_nats
 from megatron_ray.data.tokenizer import Tokenizer
 from megatron_ray.storage import files, location
@@ -336,7 +337,7 @@ def test_the_tokenizer_sees_a_bounded_sample_by_weight(
     data = DataConfig(
         train=(DataSource(path=str(corpus), weight=3.0), DataSource(path=str(other)))
     )
-    sample = "".join(tokenizer_choice.sample_text(sources.find_data(data).train))
+    sample = "".join(tokenizer_choice.sample_text(find_data(data).train))
     assert (len(sample), sample.count("z")) == (400, 100)
 
 
