@@ -53,8 +53,12 @@ def read_file_chunks(
     """
     if tally is None:
         tally = new_tally(source_files)
+    remedy = "check the path and the credentials"
+    form = file_format(file.path)
+    if form is not None and form.compression is not None:
+        remedy = "check that the file is complete, or unpack it"
     # Covers reading as well as opening, because disks may fail at any time.
-    with read_errors(file.path):
+    with read_errors(file.path, remedy):
         if source_files.kind == "builtin":
             yield from _read_python(Path(file.path))
         else:

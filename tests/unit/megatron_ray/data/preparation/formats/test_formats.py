@@ -59,7 +59,9 @@ def test_compressed_files_are_read_as_the_files_in_them(
     assert read(tmp_path)[0] == ["one", "two"] * 2 + ["three"] + ["one", "two"] * 2
     damaged = tmp_path / f"a.jsonl{suffix}"
     damaged.write_bytes(compress(rows * 1000)[:-12])
-    assert f"a.jsonl{suffix} cannot be read: " in refusal(damaged).detail
+    detail = refusal(damaged).detail
+    assert f"a.jsonl{suffix} cannot be read: " in detail
+    assert detail.endswith("; check that the file is complete, or unpack it")
 
 
 def test_json_files_hold_lines(tmp_path: Path) -> None:
