@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import ValidationError
@@ -21,6 +22,7 @@ from pydantic import ValidationError
 from megatron_ray.checkpoint.directory import latest_committed, list_checkpoints
 from megatron_ray.commands import Command
 from megatron_ray.config.checkpoint import StorageConfig
+from megatron_ray.config.parsing.field_errors import problems_in_spec
 from megatron_ray.config.problem import ConfigError, Problem
 from megatron_ray.config.train_config import apply_overrides, read_mapping
 from megatron_ray.data.preparation.errors import UnusableDataError
@@ -176,18 +178,17 @@ def read_spec(job: Path, overrides: Sequence[str], world_size: int) -> JobSpec:
 
 
 def _parse_spec(job: Path, overrides: Sequence[str]) -> JobSpec:
+    values: dict[str, Any] = {}
     try:
-        return JobSpec.from_mapping(apply_overrides(read_mapping(job), overrides))
+        values = apply_overrides(read_mapping(job), overrides)
+        return JobSpec.from_mapping(values)
     except OSError as error:
         raise UserError(f"cannot read {job}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"cannot read {job}: it is not a text file") from error
     except ValidationError as error:
-        lines = [f"{job} is not a valid job spec:"]
-        for item in error.errors():
-            pointer = "/" + "/".join(map(str, item["loc"]))
-            lines.append(f"{pointer}: {item['msg']}")
-        raise UserError("\n  ".join(lines)) from error
+        problems = problems_in_spec(error, values, JobSpec)
+        raise UserError(f"{job} is not a valid job spec:{_listed(problems)}") from error
     except ValueError as error:
         raise UserError(str(error)) from error
 

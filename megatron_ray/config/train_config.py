@@ -3,6 +3,7 @@
 Owns: reading, overriding and writing it. Must not know: jobs, clusters, Ray.
 """
 
+import codecs
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -17,6 +18,7 @@ from megatron_ray.config.data import DataConfig
 from megatron_ray.config.model import ModelConfig
 from megatron_ray.config.optimizer import OptimizerConfig, ScheduleConfig
 from megatron_ray.config.parallelism import ParallelismConfig
+from megatron_ray.config.parsing.yaml_values import read_yaml
 from megatron_ray.config.training import TrainingConfig
 
 
@@ -68,11 +70,14 @@ class TrainConfig(Config):
 def read_mapping(path: Path) -> dict[str, Any]:
     """Reads a YAML or JSON file.
 
-    Raises ValueError with the file's name when it is not a mapping.
+    Raises OSError, and ValueError with the file's name when it is not a mapping.
     """
-    content = path.read_text()
+    content = _decoded(path.read_bytes())
     try:
-        values = json.loads(content) if path.suffix == ".json" else yaml.safe_load(content)
+        if path.suffix == ".json":
+            values = json.loads(content)
+        else:
+            values = read_yaml(content)
     except (yaml.YAMLError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is not valid YAML or JSON: {error}") from error
     if not isinstance(values, dict):
@@ -82,10 +87,19 @@ def read_mapping(path: Path) -> dict[str, Any]:
     return values
 
 
+def _decoded(content: bytes) -> str:
+    """Returns the text of a file, whose encoding a byte order mark may name."""
+    # Windows PowerShell writes UTF-16.
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return content.decode("utf-16")
+    return content.decode("utf-8-sig")
+
+
 def apply_overrides(values: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
     """Returns a copy of a mapping with `path.to.field=value` overrides applied.
 
-    Each value is read as YAML. Raises ValueError when an override is malformed.
+    Each value is read as it is in a YAML file. Raises ValueError when an override is
+    malformed.
     """
     # A round trip through JSON copies deeply and leaves only plain types.
     result: dict[str, Any] = json.loads(json.dumps(values))
@@ -102,7 +116,7 @@ def apply_overrides(values: Mapping[str, Any], overrides: Iterable[str]) -> dict
                     f"--set {override!r}: {key!r} is a value, not a group of fields"
                 )
         try:
-            node[leaf] = yaml.safe_load(raw_value)
+            node[leaf] = read_yaml(raw_value)
         except yaml.YAMLError as error:
             raise ValueError(
                 f"--set {override!r}: the value is not valid YAML; put it in quotes"

@@ -18,10 +18,11 @@ from sqlalchemy.exc import OperationalError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
+from megatron_ray.config.parsing.field_errors import pointer_to, problems_from_pydantic
+from megatron_ray.config.parsing.wording import refusal
 from megatron_ray.config.problem import Problem
 from service.exceptions import RequestInvalidError, ServiceProblemError, SpecInvalidError
-from service.jobs.spec_errors import pointer_to, problems_from_pydantic
-from service.pydantic_messages import plain_message, short_value
+from workers.protocol.job import JobSpec
 
 MEDIA_TYPE = "application/problem+json"
 logger = logging.getLogger("service")
@@ -161,7 +162,7 @@ async def _on_validation(request: Request, error: Exception) -> Response:
         return _respond(request, _invalid_parameters(details))
     # `skip`: each location starts with "body".
     if _takes_job_spec(request):
-        problems = problems_from_pydantic(in_body, error.body, skip=1)
+        problems = problems_from_pydantic(in_body, error.body, model=JobSpec, skip=1)
         return _respond(request, SpecInvalidError(problems))
     problems = problems_from_pydantic(in_body, error.body, skip=1, model=None)
     return _respond(request, RequestInvalidError.of_problems(problems))
@@ -188,7 +189,7 @@ def _invalid_parameters(details: Sequence[Mapping[str, Any]]) -> RequestInvalidE
         name = item["loc"][-1]
         sentence = f"{name} is required; add it"
         if item["type"] != "missing":
-            sentence = f"{name} {plain_message(item)}, got {short_value(item.get('input'))}"
+            sentence = f"{name} {refusal(item, item.get('input'))}"
         sentences.append(sentence)
         problems.append(Problem(pointer_to(item["loc"]), item["type"], sentence))
     return RequestInvalidError("; ".join(sentences), problems)

@@ -7,10 +7,10 @@ import typer
 from pydantic import ValidationError
 from rich.markup import escape
 
+from megatron_ray.config.parsing.field_errors import problems_in_spec
 from service.cli.failure import CommandError, with_field_lines
 from service.cli.output import AsJson, console, print_json
 from service.cli.spec_file import Overrides, SpecFile, read_spec
-from service.pydantic_messages import plain_message
 from workers.protocol.job import JobSpec
 
 data_app = typer.Typer(
@@ -86,9 +86,8 @@ def validated(values: dict[str, Any]) -> JobSpec:
         return JobSpec.model_validate(values)
     except ValidationError as error:
         problems: list[tuple[str, str]] = []
-        for item in error.errors():
-            pointer = "/" + "/".join(map(str, item["loc"]))
-            problems.append((pointer, plain_message(item)))
+        for problem in problems_in_spec(error, values, JobSpec):
+            problems.append((problem.pointer, problem.detail))
         raise problems_failure("the job spec is invalid", problems) from error
 
 

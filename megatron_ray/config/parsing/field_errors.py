@@ -8,11 +8,11 @@ import typing
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
+from megatron_ray.config.parsing.wording import plain_message, refusal, short_value
 from megatron_ray.config.problem import Problem
-from service.pydantic_messages import plain_message, short_value
-from workers.protocol.job import JobSpec
+from megatron_ray.config.train_config import TrainConfig
 
 Location = Sequence[str | int]
 NAME_RULE = "must be lower-case letters, digits and dashes, at most 63 characters"
@@ -23,19 +23,20 @@ def problems_from_pydantic(
     errors: Iterable[Mapping[str, Any]],
     body: Any,
     *,
+    model: type[BaseModel] | None,
     skip: int = 0,
-    model: type[BaseModel] | None = JobSpec,
+    body_name: str = "the request body",
 ) -> list[Problem]:
     """Returns one Problem per wrong field of a body.
 
-    `skip` leading parts of each location belong to the framework and not to the body.
-    `model` is the body's model, whose fields are suggested for unknown ones.
+    `model` is the body's model, whose fields are suggested for unknown ones. `skip`
+    leading parts of each location belong to the framework and not to the body.
     """
     problems: dict[str, Problem] = {}
     for error in errors:
         location = tuple(error["loc"])[skip:]
         pointer, value = _locate(location, body, missing=error["type"] == "missing")
-        detail = _detail(error, location, value, model)
+        detail = _detail(error, location, value, model, body_name)
         earlier = problems.get(pointer)
         if earlier is not None:
             # Members of a union complain one by one about the same field.
@@ -44,6 +45,15 @@ def problems_from_pydantic(
         else:
             problems[pointer] = Problem(pointer, _code(error), detail)
     return list(problems.values())
+
+
+def problems_in_spec(
+    error: ValidationError, values: Any, model: type[BaseModel]
+) -> list[Problem]:
+    """Returns one Problem per wrong field of a spec that did not come as a request."""
+    return problems_from_pydantic(
+        error.errors(), values, model=model, body_name="the job spec"
+    )
 
 
 def pointer_to(parts: Iterable[str | int]) -> str:
@@ -89,14 +99,18 @@ def _contains(node: Any, part: str | int) -> bool:
 
 
 def _detail(
-    error: Mapping[str, Any], location: Location, value: Any, model: type[BaseModel] | None
+    error: Mapping[str, Any],
+    location: Location,
+    value: Any,
+    model: type[BaseModel] | None,
+    body_name: str,
 ) -> str:
     kind = error["type"]
     if kind == "missing":
-        if not location and model is JobSpec:
-            return "the request body is empty; send a job spec"
+        if not location and model is not None and issubclass(model, TrainConfig):
+            return f"{body_name} is empty; send a job spec"
         if not location:
-            return "the request body is empty; send a JSON object"
+            return f"{body_name} is empty; send a JSON object"
         return f"{location[-1]} is required; add it"
     if kind == "extra_forbidden":
         return _unknown_field(str(location[-1]), _fields_at(location[:-1], model))
@@ -108,8 +122,8 @@ def _detail(
         # Our own validators of whole objects name the values that matter by themselves.
         return message
     if not location:
-        message = f"the request body {message}"
-    return f"{message}, got {short_value(value)}"
+        message = f"{body_name} {message}"
+    return refusal(error, value, message)
 
 
 def _unknown_field(name: str, known: Sequence[str]) -> str:
