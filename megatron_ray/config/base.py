@@ -31,23 +31,30 @@ class Config(BaseModel):
     @classmethod
     def _read_numbers(cls, value: Any, info: ValidationInfo) -> Any:
         """Reads `1e3` as a whole number, and true as none."""
-        if not isinstance(value, str | bool) or info.field_name is None:
+        # Most values are right as they are.
+        if not isinstance(value, str | bool | list) or info.field_name is None:
             return value
         kinds = _scalar_kinds(cls.model_fields[info.field_name].annotation)
         if not kinds & {int, float} or kinds & {str, bool}:
             return value
-        if isinstance(value, str):
-            # Texts that are no number are left to the field, which may allow some.
-            number = None
-            if int in kinds:
-                number = whole_number(value)
-            if number is None:
-                return value
+        return _number(value, is_whole=int in kinds)
+
+
+def _number(value: Any, *, is_whole: bool) -> Any:
+    """Returns the number that a value stands for, or else the value itself."""
+    if isinstance(value, list):
+        return [_number(item, is_whole=is_whole) for item in value]
+    if isinstance(value, str) and is_whole:
+        number = whole_number(value)
+        # Other texts are left to the field, which may allow some.
+        if number is not None:
             return number
-        # Python counts True as 1.
-        if int in kinds:
+    # Python counts True as 1.
+    if isinstance(value, bool):
+        if is_whole:
             raise PydanticCustomError("int_type", "Input should be a whole number")
         raise PydanticCustomError("float_type", "Input should be a number")
+    return value
 
 
 def _scalar_kinds(annotation: Any) -> set[Any]:

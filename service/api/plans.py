@@ -22,6 +22,7 @@ from service.api.models import (
 from service.exceptions import RequestInvalidError, SpecInvalidError
 from service.http.dependencies import Context, ContextDep
 from service.jobs import cluster_fit, estimates, spec_checks
+from service.jobs.agents import CheckedPaths
 from service.jobs.capacity import ClusterCapacity, resource_request
 from service.jobs.cluster_fit import ResolvedSpec
 from service.jobs.estimates import Estimates
@@ -68,10 +69,13 @@ async def make_plan(
     # In threads: they count every weight, and may search for a layout that fits.
     unfit = await run_in_threadpool(_unfit, spec, resolved.spec, capacity, requested)
     # The agent looks at the spec's paths, as it does for a submission.
-    path_problems = await submitter.check_paths(spec, capacity, job_dir)
+    checked = await submitter.check_paths(spec, capacity, job_dir)
+    problems = list(unfit)
+    if checked is not None:
+        problems.extend(checked.problems)
     estimate = await run_in_threadpool(estimates.estimates, resolved.spec, device)
     notes = [
-        *_cluster_notes(spec, capacity, are_paths_checked=path_problems is not None),
+        *_cluster_notes(spec, capacity, checked),
         *_estimate_notes(spec, device, estimate),
     ]
     # model_construct: thousands of ranks that were just made need no validation.
@@ -83,7 +87,7 @@ async def make_plan(
         hardware=device and device.name,
         fits=_fits(capacity, unfit),
         room=_room(capacity, resolved),
-        problems=[*unfit, *(path_problems or ())],
+        problems=problems,
         notes=notes,
         **_estimated(estimate),
     )
@@ -277,7 +281,7 @@ def _suggestion(layout: Suggestion) -> PlanSuggestion:
 
 
 def _cluster_notes(
-    spec: JobSpec, capacity: ClusterCapacity, *, are_paths_checked: bool
+    spec: JobSpec, capacity: ClusterCapacity, checked: CheckedPaths | None
 ) -> list[str]:
     notes = []
     if not capacity.is_known:
@@ -285,9 +289,10 @@ def _cluster_notes(
             f"cluster {spec.cluster!r} has not been reported yet: it is unknown whether the "
             "job fits; dp: auto counts as 1, and no GPUs are assumed"
         )
-    if not are_paths_checked:
+    if checked is None:
         notes.append("paths were not checked: no agent answered")
-    return notes
+        return notes
+    return [*notes, *checked.notes]
 
 
 def _estimate_notes(

@@ -3,6 +3,8 @@
 Owns: the checks that take at most a second. Must not know: tokenizing, caches, jobs.
 """
 
+from typing import NamedTuple
+
 from megatron_ray.config.data import DataConfig
 from megatron_ray.config.problem import Problem
 from megatron_ray.data.indexed import IndexedDataset
@@ -17,8 +19,16 @@ from megatron_ray.storage.files import FileStat, check_writable
 from megatron_ray.storage.location import parse_location
 
 
-def check_data(data: DataConfig, seq_length: int, storage_path: str) -> list[Problem]:
-    """Returns the definite problems of the data.
+class DataCheck(NamedTuple):
+    """What is known of the data without preparing them."""
+
+    problems: list[Problem]
+    notes: list[str]
+    """Sentences about files that are left out."""
+
+
+def check_data(data: DataConfig, seq_length: int, storage_path: str) -> DataCheck:
+    """Returns the definite problems of the data, and what is left out of them.
 
     Checks paths, the first document of each source, the tokenizer, the amount of text,
     and write access to storage. Reads a few kilobytes and tokenizes nothing, so
@@ -46,7 +56,7 @@ def check_data(data: DataConfig, seq_length: int, storage_path: str) -> list[Pro
     problems += _storage_problems("/storage/path", storage_path)
     if data.cache is not None:
         problems += _storage_problems("/data/cache", data.cache)
-    return problems
+    return DataCheck(problems, data_files.notes)
 
 
 def _source_problems(source_at: SourceAt, data: DataConfig, required: int) -> list[Problem]:

@@ -172,3 +172,8 @@ def test_a_byte_order_mark_changes_nothing_in_a_spec(
         (codecs.BOM_UTF8, codecs.BOM_UTF16)
     ) == (encoding != "utf-8")
     assert read_mapping(tmp_path / name) == spec
+
+
+def test_numbers_of_a_list_are_read_alike() -> None:
+    spec = spec_with("parallel.hierarchical_cp_sizes", ["2e0", 2])
+    assert JobSpec.from_mapping(spec).parallel.hierarchical_cp_sizes == (2, 2)
