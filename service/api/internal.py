@@ -12,8 +12,8 @@ from pydantic import BaseModel, ValidationError
 from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 
-from megatron_ray.config.parsing.field_errors import pointer_to
-from megatron_ray.config.parsing.wording import plain_message
+from megatron_ray.config.errors.messages import plain_message
+from megatron_ray.config.errors.spec_problems import pointer_to
 from megatron_ray.config.problem import Problem
 from service.exceptions import RequestInvalidError
 from service.http.dependencies import Context, ContextDep

@@ -12,8 +12,8 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from sqlalchemy.orm import Session
 
-from megatron_ray.config.parsing.field_errors import pointer_to
-from megatron_ray.config.parsing.wording import plain_message
+from megatron_ray.config.errors.messages import plain_message
+from megatron_ray.config.errors.spec_problems import pointer_to
 from megatron_ray.config.problem import Problem
 from service.exceptions import RequestInvalidError
 from service.jobs import lifecycle, queue

@@ -11,7 +11,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
-from megatron_ray.config.parsing.field_errors import pointer_to
+from megatron_ray.config.errors.spec_problems import pointer_to
 from megatron_ray.config.problem import Problem
 from megatron_ray.validation import check
 from service.jobs import lifecycle

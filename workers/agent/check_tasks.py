@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from megatron_ray.checkpoint.initial_model import resolve_initial_model
-from megatron_ray.config.parsing.field_errors import problems_in_spec
+from megatron_ray.config.errors.spec_problems import problems_from_pydantic
 from megatron_ray.config.problem import Problem
 from megatron_ray.data.preparation.check import check_data
 from megatron_ray.storage.errors import StorageError
@@ -30,7 +30,7 @@ def check_task(spec: dict[str, Any], storage_path: str) -> dict[str, Any]:
     try:
         job = JobSpec.from_mapping(spec)
     except ValidationError as error:
-        problems = problems_in_spec(error, spec, JobSpec)
+        problems = problems_from_pydantic(error.errors(), spec, model=JobSpec)
         return {"problems": problem_rows(problems), "notes": []}
     _, model_problems = resolve_initial_model(job.checkpoint, job.model)
     checked = check_data(job.data, job.training.seq_length, storage_path)

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from megatron_ray.config.parsing.field_errors import problems_in_spec
+from megatron_ray.config.errors.spec_problems import problems_from_pydantic
 from megatron_ray.config.parsing.numbers import whole_number
 from megatron_ray.config.parsing.yaml_values import read_yaml
 from megatron_ray.config.train_config import apply_overrides, read_mapping
@@ -124,7 +124,7 @@ def test_a_refusal_shows_the_value_and_what_to_write(
     spec = spec_with(path, value)
     with pytest.raises(ValidationError) as caught:
         JobSpec.from_mapping(spec)
-    (problem,) = problems_in_spec(caught.value, spec, JobSpec)
+    (problem,) = problems_from_pydantic(caught.value.errors(), spec, model=JobSpec)
     assert problem.pointer == "/" + path.replace(".", "/")
     assert refusal in problem.detail
 

@@ -3,16 +3,19 @@
 Owns: JSON pointers and hints for wrong fields. Pure. Must not know: HTTP.
 """
 
-import difflib
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
-from megatron_ray.config.parsing.wording import plain_message, refusal, short_value
+from megatron_ray.config.errors.messages import (
+    plain_message,
+    refusal,
+    short_value,
+    suggestion,
+)
 from megatron_ray.config.problem import Problem
-from megatron_ray.config.train_config import TrainConfig
 
 Location = Sequence[str | int]
 NAME_RULE = "must be lower-case letters, digits and dashes, at most 63 characters"
@@ -23,20 +26,26 @@ def problems_from_pydantic(
     errors: Iterable[Mapping[str, Any]],
     body: Any,
     *,
-    model: type[BaseModel] | None,
     skip: int = 0,
-    body_name: str = "the request body",
+    model: type[BaseModel] | None = None,
+    expected: str = "a JSON object",
 ) -> list[Problem]:
     """Returns one Problem per wrong field of a body.
 
-    `model` is the body's model, whose fields are suggested for unknown ones. `skip`
-    leading parts of each location belong to the framework and not to the body.
+    `skip` leading parts of each location belong to the framework and not to the body.
+    `model` is the body's model, whose fields are suggested for unknown ones; `expected`
+    is what to send instead of nothing.
     """
     problems: dict[str, Problem] = {}
     for error in errors:
         location = tuple(error["loc"])[skip:]
         pointer, value = _locate(location, body, missing=error["type"] == "missing")
-        detail = _detail(error, location, value, model, body_name)
+        if _is_repetition(error, value):
+            continue
+        if error["type"] == "missing" and not location:
+            detail = f"the request body is empty; send {expected}"
+        else:
+            detail = _detail(error, location, value, model)
         earlier = problems.get(pointer)
         if earlier is not None:
             # Members of a union complain one by one about the same field.
@@ -45,15 +54,6 @@ def problems_from_pydantic(
         else:
             problems[pointer] = Problem(pointer, _code(error), detail)
     return list(problems.values())
-
-
-def problems_in_spec(
-    error: ValidationError, values: Any, model: type[BaseModel]
-) -> list[Problem]:
-    """Returns one Problem per wrong field of a spec that did not come as a request."""
-    return problems_from_pydantic(
-        error.errors(), values, model=model, body_name="the job spec"
-    )
 
 
 def pointer_to(parts: Iterable[str | int]) -> str:
@@ -69,6 +69,13 @@ def _code(error: Mapping[str, Any]) -> str:
     if error["type"] in _NOT_AN_OBJECT:
         return "model_type"
     return str(error["type"])
+
+
+def _is_repetition(error: Mapping[str, Any], value: Any) -> bool:
+    """Returns whether a list is called too short because its items are wrong."""
+    if error["type"] != "too_short" or not isinstance(value, list | tuple):
+        return False
+    return len(value) >= int(error["ctx"]["min_length"])
 
 
 def _locate(location: Location, body: Any, *, missing: bool) -> tuple[str, Any]:
@@ -99,18 +106,10 @@ def _contains(node: Any, part: str | int) -> bool:
 
 
 def _detail(
-    error: Mapping[str, Any],
-    location: Location,
-    value: Any,
-    model: type[BaseModel] | None,
-    body_name: str,
+    error: Mapping[str, Any], location: Location, value: Any, model: type[BaseModel] | None
 ) -> str:
     kind = error["type"]
     if kind == "missing":
-        if not location and model is not None and issubclass(model, TrainConfig):
-            return f"{body_name} is empty; send a job spec"
-        if not location:
-            return f"{body_name} is empty; send a JSON object"
         return f"{location[-1]} is required; add it"
     if kind == "extra_forbidden":
         return _unknown_field(str(location[-1]), _fields_at(location[:-1], model))
@@ -118,23 +117,21 @@ def _detail(
     if kind == "string_pattern_mismatch" and tuple(location) == ("name",):
         # The only pattern that users meet; a regular expression would not help them.
         message = NAME_RULE
+    if kind == "unknown_preset":
+        return message
     if kind == "value_error" and isinstance(value, dict | list):
         # Our own validators of whole objects name the values that matter by themselves.
         return message
     if not location:
-        message = f"{body_name} {message}"
+        message = f"the request body {message}"
     return refusal(error, value, message)
 
 
 def _unknown_field(name: str, known: Sequence[str]) -> str:
-    # Most unknown fields are misspelt ones.
-    close = difflib.get_close_matches(name, known, n=1)
-    if close:
-        hint = f"did you mean {close[0]!r}?"
-    elif known:
-        hint = f"known here: {', '.join(known)}"
-    else:
-        hint = "leave it out"
+    hint = "leave it out"
+    if known:
+        # Most unknown fields are misspelt ones.
+        hint = suggestion(name, known) or f"known here: {', '.join(known)}"
     return f"unknown field {short_value(name)}; {hint}"
 
 

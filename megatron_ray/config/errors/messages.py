@@ -3,7 +3,8 @@
 Owns: the wording of each kind of error. Must not know: HTTP, job specs.
 """
 
-from collections.abc import Mapping
+import difflib
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 MAX_VALUE_CHARS = 80
@@ -46,6 +47,7 @@ _EXAMPLES = {
     "float_parsing": "write it as 0.001 or 1e-3",
     "float_type": "write it as 0.001 or 1e-3",
 }
+"""How to write a value that is right."""
 
 
 def plain_message(error: Mapping[str, Any]) -> str:
@@ -64,6 +66,15 @@ def plain_message(error: Mapping[str, Any]) -> str:
         if isinstance(limit, float):
             limits[name] = f"{limit:g}"
     return template.format(**limits)
+
+
+def suggestion(name: str, known: Iterable[str]) -> str | None:
+    """Returns a question that names the closest known name; None without a close one."""
+    # Only the beginning is compared: no name is long, and the cost grows with the length.
+    close = difflib.get_close_matches(name[:MAX_VALUE_CHARS], known, n=1)
+    if not close:
+        return None
+    return f"did you mean {close[0]!r}?"
 
 
 def refusal(error: Mapping[str, Any], value: Any, message: str | None = None) -> str:
