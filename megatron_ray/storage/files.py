@@ -5,6 +5,7 @@ job below one root. Must not know: the contents of files.
 """
 
 import io
+import os
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -60,6 +61,22 @@ def walk(folder: Location) -> Iterator[FileStat]:
     for info in infos:
         if info.type == arrow_fs.FileType.File:
             yield _file_stat(info)
+
+
+def broken_links(folder: Location) -> list[FileStat]:
+    """Returns the symbolic links below a local folder whose targets do not exist.
+
+    Listings leave them out. Empty for folders that are not local.
+    """
+    links: list[FileStat] = []
+    if not folder.is_local:
+        return links
+    for parent, _, names in os.walk(folder.path):
+        for name in names:
+            path = os.path.join(parent, name)
+            if os.path.islink(path) and not os.path.exists(path):
+                links.append(FileStat(path, 0, 0))
+    return links
 
 
 def open_stream(location: Location, compression: str | None = None) -> IO[bytes]:

@@ -14,10 +14,15 @@ from typing import Literal
 
 from megatron_ray.config.data import DataSource
 from megatron_ray.data.preparation.errors import DataError, read_errors, short_cause
-from megatron_ray.data.preparation.file_selection import Role, Selection, select_files
+from megatron_ray.data.preparation.file_selection import (
+    Role,
+    Selection,
+    named_files,
+    select_files,
+)
 from megatron_ray.data.preparation.formats.suffixes import TYPES, file_format, remedy_of
 from megatron_ray.storage.errors import InvalidLocationError
-from megatron_ray.storage.files import FileStat, file_stat, is_folder, walk
+from megatron_ray.storage.files import FileStat, broken_links, file_stat, is_folder, walk
 from megatron_ray.storage.location import Location, parse_location
 
 STDLIB = "builtin://python-stdlib"
@@ -115,11 +120,23 @@ def _unknown_type(file: FileStat) -> DataError:
 
 def _find_in_folder(source: DataSource, folder: Location, role: Role) -> SourceFiles:
     files = list(walk(folder))
+    _require_targets(source, folder)
     selection = select_files(source.path, folder.path, files, role, is_folder=True)
     if not selection.files:
         detail = f"the folder {source.path} holds no {TYPES} file; {_REMEDY}"
         raise DataError("no_files", detail)
     return _text_files(source, folder, selection)
+
+
+def _require_targets(source: DataSource, folder: Location) -> None:
+    """Raises DataError when a link to data leads nowhere."""
+    broken = [file for file in broken_links(folder) if file_format(file.path) is not None]
+    if broken:
+        detail = (
+            f"{source.path} has links to data that do not exist: "
+            f"{named_files(broken, folder.path)}; restore the data or remove the links"
+        )
+        raise DataError("not_found", detail)
 
 
 def _find_matching(source: DataSource, root: Location, role: Role) -> SourceFiles:

@@ -186,3 +186,14 @@ def test_a_description_is_read_when_it_is_named(tmp_path: Path) -> None:
     (folder / "licensed.txt").unlink()
     with pytest.raises(DataError, match=r"holds no .txt, .jsonl, .parquet file"):
         find(folder)
+
+
+def test_links_to_missing_data_are_named(tmp_path: Path) -> None:
+    folder = write_files(tmp_path / "set", "a.jsonl")
+    (folder / "notes").symlink_to("nowhere")
+    assert names_of(find(folder), folder) == ["a.jsonl"]
+    (folder / "b.jsonl").symlink_to("nowhere.jsonl")
+    with pytest.raises(
+        DataError, match=r"links to data that do not exist: 1 file \(b.jsonl\);"
+    ):
+        find(folder)
