@@ -98,8 +98,8 @@ def _decoded(content: bytes) -> str:
 def apply_overrides(values: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
     """Returns a copy of a mapping with `path.to.field=value` overrides applied.
 
-    Each value is read as it is in a YAML file. Raises ValueError when an override is
-    malformed.
+    Items of lists have numbers from 0, as in `data.train.0.path`. Each value is read as
+    it is in a YAML file. Raises ValueError when an override is malformed.
     """
     # A round trip through JSON copies deeply and leaves only plain types.
     result: dict[str, Any] = json.loads(json.dumps(values))
@@ -107,18 +107,40 @@ def apply_overrides(values: Mapping[str, Any], overrides: Iterable[str]) -> dict
         path, equals, raw_value = override.partition("=")
         if not equals or not path:
             raise ValueError(f"--set {override!r}: expected path.to.field=value")
-        node = result
-        *parents, leaf = path.split(".")
-        for key in parents:
-            node = node.setdefault(key, {})
-            if not isinstance(node, dict):
-                raise ValueError(
-                    f"--set {override!r}: {key!r} is a value, not a group of fields"
-                )
         try:
-            node[leaf] = read_yaml(raw_value)
+            value = read_yaml(raw_value)
         except yaml.YAMLError as error:
             raise ValueError(
                 f"--set {override!r}: the value is not valid YAML; put it in quotes"
             ) from error
+        try:
+            _set(result, path.strip().split("."), value)
+        except _PathError as error:
+            raise ValueError(f"--set {override!r}: {error}") from error
     return result
+
+
+class _PathError(ValueError):
+    """A path leads to nothing that can be set."""
+
+
+def _set(node: Any, path: list[str], value: Any) -> None:
+    """Sets a field of nested mappings and lists; mappings on the way are made."""
+    name, *rest = path
+    key: str | int = name
+    if isinstance(node, list):
+        key = _index(node, name)
+    if not rest:
+        node[key] = value
+        return
+    if isinstance(node, dict):
+        node.setdefault(name, {})
+    if not isinstance(node[key], dict | list):
+        raise _PathError(f"{name!r} is a value, not a group of fields")
+    _set(node[key], rest, value)
+
+
+def _index(items: list[Any], name: str) -> int:
+    if name.isdecimal() and int(name) < len(items):
+        return int(name)
+    raise _PathError(f"{name!r} is no item of a list with {len(items)}, numbered from 0")

@@ -1,6 +1,6 @@
 """Counts the records of a source and describes the bad ones.
 
-Owns: what is said of records without text and of bad records. Must not know: formats.
+Owns: the words about records without text and about bad ones. Must not know: formats.
 """
 
 from dataclasses import asdict, dataclass, field

@@ -177,3 +177,18 @@ def test_a_byte_order_mark_changes_nothing_in_a_spec(
 def test_numbers_of_a_list_are_read_alike() -> None:
     spec = spec_with("parallel.hierarchical_cp_sizes", ["2e0", 2])
     assert JobSpec.from_mapping(spec).parallel.hierarchical_cp_sizes == (2, 2)
+
+
+def test_overrides_reach_items_of_lists() -> None:
+    override = "data.train.0.path"
+    changed = apply_overrides(SPEC, [f"{override}=b.txt", "data.train.0.weight=2e0"])
+    assert JobSpec.from_mapping(changed).data.train[0].weight == 2.0
+    assert changed["data"]["train"][0]["path"] == "b.txt"
+    assert SPEC["data"]["train"] == [{"path": "corpus.txt"}]
+    for path in ("data.train.1.path", "data.train.x", "data.train.-1.path"):
+        with pytest.raises(
+            ValueError, match="is no item of a list with 1, numbered from 0"
+        ):
+            apply_overrides(SPEC, [f"{path}=b.txt"])
+    with pytest.raises(ValueError, match="'path' is a value, not a group of fields"):
+        apply_overrides(SPEC, ["data.train.0.path.x=1"])
