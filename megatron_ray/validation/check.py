@@ -44,6 +44,7 @@ _RULES = (
 _WARNINGS = (
     schedule.schedule_warnings,
     intervals.decay_warnings,
+    intervals.clipping_warnings,
     intervals.interval_warnings,
     intervals.skipping_warnings,
     intervals.source_warnings,

@@ -6,7 +6,7 @@ from fastapi import APIRouter, Query
 from starlette.concurrency import run_in_threadpool
 
 from megatron_ray.config.problem import Problem
-from megatron_ray.planning.answers import without_cluster
+from megatron_ray.planning.answers import estimates, without_cluster
 from megatron_ray.planning.answers.bodies import plan_body, suggestions_body
 from megatron_ray.planning.hardware import HARDWARE, Hardware, hardware_named
 from megatron_ray.validation import check
@@ -24,7 +24,6 @@ from service.jobs.cluster_fit import ResolvedSpec
 from service.jobs.submit import Submitter
 from workers.protocol.job import JobSpec
 
-MAX_RANKS = 65536
 EXAMPLE_JOB_ID = "job-example"
 """Names the default folder of a job that does not exist."""
 router = APIRouter(prefix="/v1", tags=["plans"])
@@ -39,7 +38,7 @@ NumRanks = Annotated[
     int | None,
     Query(
         ge=1,
-        le=MAX_RANKS,
+        le=estimates.MAX_RANKS,
         description="Number of ranks. Default: as many as the job would get.",
     ),
 ]
@@ -63,7 +62,9 @@ async def make_plan(
     submitter = _submitter(context)
     job_dir = submitter.job_dir(spec, EXAMPLE_JOB_ID)
     resolved = cluster_fit.resolve(spec, capacity, job_dir, hardware=requested, ranks=ranks)
-    _check_num_ranks(resolved.world_size)
+    too_large = estimates.size_problems(resolved.world_size)
+    if too_large:
+        raise SpecInvalidError(too_large)
     # The agent looks at the spec's paths, as it does for a submission.
     checked = await submitter.check_paths(spec, capacity, job_dir)
     # In a thread: it counts every weight, and may search for a layout that fits.
@@ -161,15 +162,6 @@ async def _check_spec(
     if problems:
         raise SpecInvalidError(problems)
     return capacity
-
-
-def _check_num_ranks(num_ranks: int) -> None:
-    if num_ranks > MAX_RANKS:
-        detail = (
-            f"a plan lists at most {MAX_RANKS} ranks, and this one has {num_ranks}; lower a "
-            "degree"
-        )
-        raise SpecInvalidError([Problem("/parallel", "too_many_ranks", detail)])
 
 
 # ---- devices

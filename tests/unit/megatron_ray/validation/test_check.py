@@ -808,8 +808,18 @@ def test_good_experts_have_no_problem() -> None:
         (
             {"schedule": {"warmup_steps": 100}},
             "/schedule/warmup_steps",
-            "warmup_steps=100 is longer than training.steps=10: the rate ends at 0.0001 and "
-            "never reaches optimizer.lr=0.001",
+            "warmup_steps=100 is not shorter than training.steps=10: the rate only climbs, to "
+            "0.0001 in the last step (optimizer.lr=0.001)",
+        ),
+        (
+            {"schedule": {"min_lr": 1e-3}},
+            "/schedule/min_lr",
+            "min_lr=0.001 equals optimizer.lr, so the rate does not decay",
+        ),
+        (
+            {"optimizer": {"clip_grad_norm": 1e-9}},
+            "/optimizer/clip_grad_norm",
+            "clip_grad_norm=1e-09 is not above eps=1e-08",
         ),
         (
             {"schedule": {"decay_steps": 100}},
