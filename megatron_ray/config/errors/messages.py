@@ -78,7 +78,7 @@ def suggestion(name: str, known: Iterable[str]) -> str | None:
 
 
 def refusal(error: Mapping[str, Any], value: Any, message: str | None = None) -> str:
-    """Returns what must hold, the wrong value, and how to write one that is right.
+    """Returns what must hold, the wrong value, and how to write one in a spec.
 
     `message` replaces that of `plain_message`.
     """

@@ -36,7 +36,7 @@ def read_chunks(
         tally = new_tally(source_files)
     for file in source_files.files:
         yield from read_file_chunks(source_files, file, tally)
-    tally.require_few_bad()
+    tally.require_few_bad(of_all=True)
 
 
 def new_tally(source_files: SourceFiles) -> RecordTally:

@@ -60,19 +60,26 @@ class RecordTally:
         if len(self.first_bad) < _MAX_SHOWN:
             self.first_bad.append(record)
         if self.num_bad > self.max_bad_records + _MAX_COUNTED:
-            self.require_few_bad()
+            self.require_few_bad(of_all=False)
 
-    def require_few_bad(self) -> None:
-        """Raises DataError when there are more bad records than the source allows."""
+    def require_few_bad(self, *, of_all: bool) -> None:
+        """Raises DataError when there are more bad records than the source allows.
+
+        `of_all` is whether all records were read, so that their number is known.
+        """
         if not self.has_too_many_bad:
             return
         first = self.first_bad[0]
         share = self._bad_share()
+        if not of_all:
+            share = f"{self.num_bad} of the first {self.num_records} rows cannot be read"
         if self.max_bad_records:
             share += f", more than max_bad_records ({self.max_bad_records})"
         detail = f"{share}: {self._examples()}; {first.remedy}"
         # Without a good record nothing would be left.
-        if self.num_bad < self.num_records:
+        if not of_all:
+            detail += ", or set max_bad_records to the number of bad rows to leave out"
+        elif self.num_bad < self.num_records:
             detail += f", or set max_bad_records to {self.num_bad} to leave them out"
         raise DataError(first.code, detail, first.field)
 

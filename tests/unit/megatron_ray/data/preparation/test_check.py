@@ -122,3 +122,19 @@ def test_storage_that_cannot_be_written(tmp_path: Path) -> None:
     assert problem.pointer == "/storage/path"
     assert "nowhere://x/y cannot be written where the job runs: " in problem.detail
     assert problem.detail.endswith("give a folder or URI that it may write")
+
+
+def test_the_first_rows_are_checked_and_what_is_left_out_is_noted(tmp_path: Path) -> None:
+    folder = tmp_path / "set"
+    folder.mkdir()
+    rows = [json.dumps({"text": "word " * 9})] * 20
+    rows[10] = "no json"
+    (folder / "train.jsonl").write_text("\n".join(rows))
+    (folder / "test.jsonl").write_text(rows[0])
+    (problem,) = check_data(config(folder), 8, str(tmp_path)).problems
+    assert "1 of the first 20 rows cannot be read: " in problem.detail
+    assert "train.jsonl:11 is not JSON" in problem.detail
+    source = DataSource(path=str(folder), max_bad_records=1)
+    checked = check_data(DataConfig(train=(source,)), 8, str(tmp_path))
+    assert checked.problems == []
+    assert checked.notes == [f"{folder}: 1 file (test.jsonl) of test data: not trained on"]

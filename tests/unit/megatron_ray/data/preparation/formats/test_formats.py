@@ -141,7 +141,7 @@ def test_reading_ends_after_many_bad_lines(
 ) -> None:
     monkeypatch.setattr(records, "_MAX_COUNTED", 10)
     (tmp_path / "d.jsonl").write_bytes(b"no\n" * 100)
-    assert "11 of 11 rows cannot be read" in refusal(tmp_path / "d.jsonl").detail
+    assert "11 of the first 11 rows cannot be read" in refusal(tmp_path / "d.jsonl").detail
 
 
 def test_text_that_is_not_utf8_is_a_bad_record_in_every_format(tmp_path: Path) -> None:
