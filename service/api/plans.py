@@ -18,6 +18,7 @@ from service.api.models import (
 from service.exceptions import RequestInvalidError, SpecInvalidError
 from service.http.dependencies import Context, ContextDep
 from service.jobs import cluster_fit, spec_checks
+from service.jobs.agents import CheckedPaths
 from service.jobs.capacity import ClusterCapacity, resource_request
 from service.jobs.cluster_fit import ResolvedSpec
 from service.jobs.submit import Submitter
@@ -65,12 +66,10 @@ async def make_plan(
     if too_large:
         raise SpecInvalidError(too_large)
     # The agent looks at the spec's paths, as it does for a submission.
-    path_problems = await submitter.check_paths(spec, capacity, job_dir)
+    checked = await submitter.check_paths(spec, capacity, job_dir)
     # In a thread: it counts every weight, and may search for a layout that fits.
     if requested is None and ranks is None:
-        body = await run_in_threadpool(
-            _cluster_plan, spec, resolved, capacity, path_problems
-        )
+        body = await run_in_threadpool(_cluster_plan, spec, resolved, capacity, checked)
     else:
         device = requested or _device_of(spec, resolved.spec, capacity)
         body = await run_in_threadpool(
@@ -78,8 +77,8 @@ async def make_plan(
             resolved.spec,
             device,
             ranks,
-            problems=path_problems or (),
-            notes=["the cluster was not looked at", *_path_notes(path_problems)],
+            problems=_path_problems(checked),
+            notes=["the cluster was not looked at", *_path_notes(checked)],
         )
     # model_construct: thousands of ranks that were just made need no validation.
     rank_rows = [PlanRank.model_construct(**rank) for rank in body["ranks"]]
@@ -123,9 +122,9 @@ def _cluster_plan(
     spec: JobSpec,
     resolved: ResolvedSpec,
     capacity: ClusterCapacity,
-    path_problems: list[Problem] | None,
+    checked: CheckedPaths | None,
 ) -> dict[str, Any]:
-    """Returns the plan for the spec's cluster; `path_problems` is None if not checked."""
+    """Returns the plan for the spec's cluster; `checked` is None if paths were not checked."""
     unfit = cluster_fit.check_fit(spec, capacity)
     fits: bool | None = False
     if not unfit:
@@ -135,8 +134,8 @@ def _cluster_plan(
         _device_of(spec, resolved.spec, capacity),
         fits=fits,
         room=_room(capacity, resolved),
-        problems=[*unfit, *(path_problems or ())],
-        notes=[*_cluster_notes(spec, capacity), *_path_notes(path_problems)],
+        problems=[*unfit, *_path_problems(checked)],
+        notes=[*_cluster_notes(spec, capacity), *_path_notes(checked)],
     )
 
 
@@ -213,7 +212,13 @@ def _cluster_notes(spec: JobSpec, capacity: ClusterCapacity) -> list[str]:
     ]
 
 
-def _path_notes(path_problems: list[Problem] | None) -> list[str]:
-    if path_problems is None:
-        return ["paths were not checked: no agent answered"]
-    return []
+def _path_problems(checked: CheckedPaths | None) -> tuple[Problem, ...]:
+    if checked is None:
+        return ()
+    return checked.problems
+
+
+def _path_notes(checked: CheckedPaths | None) -> tuple[str, ...]:
+    if checked is None:
+        return ("paths were not checked: no agent answered",)
+    return checked.notes

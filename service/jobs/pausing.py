@@ -127,8 +127,9 @@ def changed_spec(job: JobRow, changes: Mapping[str, Any]) -> ChangedSpec:
     try:
         spec = JobSpec.from_mapping(resolved)
     except ValidationError as error:
-        errors = error.errors(include_url=False)
-        problems = problems_from_pydantic(errors, resolved, model=JobSpec)
+        problems = problems_from_pydantic(
+            error.errors(include_url=False), resolved, model=JobSpec
+        )
         raise SpecInvalidError(problems) from error
     _check_steps(job, spec)
     world_size = None

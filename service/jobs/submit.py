@@ -17,7 +17,7 @@ from megatron_ray.config.problem import Problem
 from megatron_ray.validation import check
 from service.exceptions import SpecInvalidError
 from service.jobs import cluster_fit, lifecycle, pausing, spec_checks
-from service.jobs.agents import Agents
+from service.jobs.agents import Agents, CheckedPaths
 from service.jobs.capacity import ClusterCapacity
 from service.settings import Settings
 from service.store.database import Store
@@ -54,9 +54,9 @@ class Submitter:
         job_id = new_job_id()
         job_dir = self.job_dir(spec, job_id)
         # The agent's check of paths comes last, because it takes longest.
-        path_problems = await self.check_paths(spec, capacity, job_dir)
-        if path_problems:
-            raise SpecInvalidError(path_problems)
+        checked = await self.check_paths(spec, capacity, job_dir)
+        if checked is not None and checked.problems:
+            raise SpecInvalidError(checked.problems)
         job = JobRow(id=job_id, name=spec.name, cluster=spec.cluster)
         job.priority = spec.priority
         job.created_at = time.time()
@@ -111,8 +111,8 @@ class Submitter:
 
     async def check_paths(
         self, spec: JobSpec, capacity: ClusterCapacity, job_dir: str
-    ) -> list[Problem] | None:
-        """Returns the problems that the agent finds in the spec's paths.
+    ) -> CheckedPaths | None:
+        """Returns what the agent finds in the spec's paths.
 
         The service itself cannot see the cluster's files. Returns None when no agent
         answers in time.
@@ -124,10 +124,7 @@ class Submitter:
         path_check = self.agents.start_check(spec.cluster, resolved, job_dir)
         # The check is added before the agent's long poll is woken to fetch it.
         await run_sync(self._wake_agent, spec.cluster)
-        problems = await path_check.result(self.settings.check_wait_s)
-        if problems is None:
-            return None
-        return list(problems)
+        return await path_check.result(self.settings.check_wait_s)
 
     def job_dir(self, spec: JobSpec, job_id: str) -> str:
         """Returns the folder or URI of everything that the job writes."""

@@ -21,8 +21,8 @@ from workers.protocol.job import JobSpec
 NONCE_FOLDER = ".megatron-ray"
 
 
-def check_task(spec: dict[str, Any], storage_path: str) -> list[dict[str, str]]:
-    """Returns the problems of a spec's paths as seen from the cluster, as JSON.
+def check_task(spec: dict[str, Any], storage_path: str) -> dict[str, Any]:
+    """Returns problems of a spec's paths as seen from the cluster, and notes, as JSON.
 
     Quick: nothing is tokenized.
     """
@@ -30,12 +30,12 @@ def check_task(spec: dict[str, Any], storage_path: str) -> list[dict[str, str]]:
     try:
         job = JobSpec.from_mapping(spec)
     except ValidationError as error:
-        return problem_rows(problems_from_pydantic(error.errors(), spec, model=JobSpec))
+        problems = problems_from_pydantic(error.errors(), spec, model=JobSpec)
+        return {"problems": problem_rows(problems), "notes": []}
     _, model_problems = resolve_initial_model(job.checkpoint, job.model)
-    problems = list(check_data(job.data, job.training.seq_length, storage_path))
-    problems += model_problems
-    problems += _find_other_job(storage_path)
-    return problem_rows(problems)
+    checked = check_data(job.data, job.training.seq_length, storage_path)
+    problems = [*checked.problems, *model_problems, *_find_other_job(storage_path)]
+    return {"problems": problem_rows(problems), "notes": checked.notes}
 
 
 def _find_other_job(storage_path: str) -> list[Problem]:
