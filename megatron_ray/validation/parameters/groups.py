@@ -7,7 +7,7 @@ from megatron_ray.config.optimizer import ParameterGroupConfig
 from megatron_ray.config.problem import Problem
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.sharding.parameters import freeze, matches
-from megatron_ray.validation.parameter_patterns import (
+from megatron_ray.validation.parameters.patterns import (
     names_of,
     unmatched_patterns,
     whole_table,
