@@ -21,6 +21,7 @@ from megatron_ray.data.preparation.errors import UnusableDataError
 from megatron_ray.data.preparation.prepare import prepare
 from megatron_ray.data.prepared import PreparedData
 from megatron_ray.validation.resolution import with_vocabulary
+from megatron_ray.validation.training import sample_problems
 from workers.protocol.job import JobSpec
 from workers.rank.spool import Line, SpoolReader
 
@@ -35,8 +36,8 @@ def prepare_data(
     """Prepares the data of a spec, under its storage path or in data.cache.
 
     The storage path must be resolved; `progress` receives messages. Raises
-    UnusableDataError, also if the tokens do not fit the model or the model does not fit
-    the weights it starts from, and StorageError.
+    UnusableDataError, also if the tokens do not fit the model, the model does not fit the
+    weights it starts from or the epochs have too many samples, and StorageError.
     """
     cache = spec.data_cache
     if cache is None:
@@ -54,6 +55,11 @@ def prepare_data(
     except ValueError as error:
         problem = Problem("/model/vocab_size", "vocab_fits", str(error))
         raise UnusableDataError([problem]) from error
+    # Nor the number of steps of a number of epochs.
+    num_steps = spec.training.steps_over(prepared.num_train_tokens)
+    problems = sample_problems(spec.training, num_steps)
+    if problems:
+        raise UnusableDataError(problems)
     return prepared
 
 

@@ -18,6 +18,8 @@ class PreparedCorpus(Config):
     """Tokens in the .bin file, end-of-document tokens included."""
     num_documents: int
     """Number of documents."""
+    name: str = ""
+    """Name of the source in reports and metrics; empty in earlier manifests."""
 
 
 class PreparedData(Config):
@@ -36,3 +38,10 @@ class PreparedData(Config):
     unigram_nats: float | None = None
     """Cross entropy, nats per token, of the validation tokens under their own unigram
     frequencies: the baseline to beat."""
+    notes: tuple[str, ...] = ()
+    """What differs from what the config asked for, one sentence each."""
+
+    @property
+    def num_train_tokens(self) -> int:
+        """Tokens of all corpora to train on."""
+        return sum(corpus.num_tokens for corpus in self.train)

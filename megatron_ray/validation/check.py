@@ -25,7 +25,7 @@ _RULES = (
     layout.pipeline_problems,
     model_rules.model_problems,
     training_rules.length_problems,
-    training_rules.sample_problems,
+    training_rules.known_sample_problems,
     training_rules.schedule_problems,
     training_rules.dropout_problems,
     recompute.recompute_problems,

@@ -76,10 +76,22 @@ class _ProblemData(_Data):
 
 
 class _EvalData(_Data):
-    step: int
-    split: str
+    step: int = Field(ge=0, lt=1 << 62)
+    split: str = Field(max_length=64)
     loss: Finite = None
     num_tokens: int | None = None
+    source_losses: dict[str, Finite] = Field(default_factory=dict)
+
+
+class _CorpusData(_Data):
+    num_tokens: int
+    num_documents: int
+
+
+class _ManifestData(_Data):
+    train: tuple[_CorpusData, ...]
+    validation: tuple[_CorpusData, ...]
+    vocab_size: int
 
 
 class RecordApplier:
@@ -204,7 +216,10 @@ class RecordApplier:
         unigram_nats = record.data.get("unigram_nats", manifest.get("unigram_nats"))
         job.prepared = finite(record.data)
         job.progress = {**job.progress, "unigram_nats": finite(unigram_nats)}
-        message = _prepared_message(record.data.get("num_train_tokens"), manifest)
+        num_steps = record.data.get("steps")
+        if isinstance(num_steps, int):
+            job.resolved_spec = _with_steps(job.resolved_spec, num_steps)
+        message = _prepared_message(manifest)
         self._add(self._event(record, "job.prepared", message))
         # A restarted driver reports it again: only the first time does it queue the job.
         if job.status == JobState.PREPARING:
@@ -367,11 +382,24 @@ def _smoothed(past: float | None, newest: float | None) -> float | None:
     return past * _SMOOTHING + newest * (1 - _SMOOTHING)
 
 
-def _prepared_message(num_tokens: Any, manifest: dict[str, Any]) -> str:
-    vocab_size = manifest.get("vocab_size")
-    if not isinstance(num_tokens, int) or not isinstance(vocab_size, int):
+def _with_steps(spec: dict[str, Any], num_steps: int) -> dict[str, Any]:
+    """Returns a resolved spec with the steps of its number of epochs."""
+    length = {"steps": num_steps, "epochs": None, "tokens": None}
+    return {**spec, "training": {**spec["training"], **length}}
+
+
+def _prepared_message(manifest: dict[str, Any]) -> str:
+    try:
+        data = _ManifestData.model_validate(manifest)
+    except ValidationError:
+        # A driver of another version may send other fields.
         return "data ready"
-    return f"data ready: {num_tokens:,} tokens, vocabulary {vocab_size:,}"
+    parts = []
+    for split, corpora in (("training", data.train), ("validation", data.validation)):
+        num_tokens = sum(corpus.num_tokens for corpus in corpora)
+        num_documents = sum(corpus.num_documents for corpus in corpora)
+        parts.append(f"{num_tokens:,} {split} tokens in {num_documents:,} documents")
+    return f"data ready: {', '.join(parts)}, vocabulary {data.vocab_size:,}"
 
 
 def _count(number: int, noun: str) -> str:

@@ -18,14 +18,20 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from megatron_ray.config.data import DataConfig, DataSource
+from megatron_ray.config.data import DataConfig, DataSource, source_names
 from megatron_ray.config.problem import Problem
 from megatron_ray.data.preparation.build_cache import get_or_build
 from megatron_ray.data.preparation.cache_keys import digest
-from megatron_ray.data.preparation.corpora import COUNTS, ProgressCallback, build_corpus
+from megatron_ray.data.preparation.corpora import (
+    COUNTS,
+    Borders,
+    ProgressCallback,
+    build_corpus,
+)
 from megatron_ray.data.preparation.documents import fingerprint
 from megatron_ray.data.preparation.errors import UnusableDataError, cause, errors_at
-from megatron_ray.data.preparation.sources import SourceAt, find_data
+from megatron_ray.data.preparation.sources import SourceAt, SourceFiles, find_data
+from megatron_ray.data.preparation.split import is_near_share
 from megatron_ray.data.preparation.tokenizer_choice import make_tokenizer
 from megatron_ray.data.prepared import PreparedCorpus, PreparedData
 from megatron_ray.data.tokenizer import Tokenizer
@@ -71,8 +77,15 @@ def prepare(
     required = seq_length + 1
     _require_length(train, "train", required)
     _require_length(validation, "validation", required)
+    notes = _border_notes([*train, *validation], tokenizer.end_of_document)
+    if data.separate_documents:
+        _require_borders(train, tokenizer.end_of_document)
     if held_out_fraction and not validation:
-        validation = _long_enough(train, required, progress)
+        notes += _share_notes(train, held_out_fraction)
+        validation, omissions = _long_enough(train, required)
+        notes += omissions
+    for note in notes:
+        progress(note)
     return PreparedData(
         train=_manifests(train, "train"),
         validation=_manifests(validation, "validation"),
@@ -80,6 +93,7 @@ def prepare(
         vocab_size=tokenizer.vocab_size,
         end_of_document=tokenizer.end_of_document,
         unigram_nats=unigram_nats(_counts_by_weight(validation)),
+        notes=tuple(notes),
     )
 
 
@@ -112,15 +126,24 @@ class _BuiltCorpus:
         self,
         pointer: str,
         source: DataSource,
+        name: str,
         entry: Location,
         entry_uri: str,
         description: dict[str, Any],
     ) -> None:
         self.pointer = pointer
         self.source = source
+        self._name = name
         self._entry = entry
         self._entry_uri = entry_uri
         self._description = description
+
+    @property
+    def borders(self) -> Borders | None:
+        """The ends of documents in prepared tokens; None for text."""
+        # Earlier entries of text have none either.
+        borders = self._description.get("borders")
+        return borders and Borders(**borders)
 
     def num_tokens(self, split: str) -> int:
         return int(self._description[split]["num_tokens"])
@@ -137,6 +160,7 @@ class _BuiltCorpus:
             weight=self.source.weight,
             num_tokens=part["num_tokens"],
             num_documents=part["num_documents"],
+            name=self._name,
         )
 
     def read_counts(self) -> npt.NDArray[np.int64]:
@@ -170,9 +194,15 @@ class _CorpusBuilder:
         self, sources: Sequence[SourceAt], held_out_fraction: float | None
     ) -> list[_BuiltCorpus]:
         """Builds each source. Raises UnusableDataError at its JSON pointer."""
-        return [self._build(source_at, held_out_fraction) for source_at in sources]
+        names = source_names([source_files.source for _, source_files in sources])
+        corpora = []
+        for source_at, name in zip(sources, names, strict=True):
+            corpora.append(self._build(source_at, name, held_out_fraction))
+        return corpora
 
-    def _build(self, source_at: SourceAt, held_out_fraction: float | None) -> _BuiltCorpus:
+    def _build(
+        self, source_at: SourceAt, name: str, held_out_fraction: float | None
+    ) -> _BuiltCorpus:
         pointer, source_files = source_at
 
         def build(work: Path) -> dict[str, Any]:
@@ -188,17 +218,31 @@ class _CorpusBuilder:
         with errors_at(pointer):
             # The inputs that determine the token files; weight and seq_length do not.
             key = digest(
-                fingerprint(source_files), self._tokenizer_digest, held_out_fraction
+                fingerprint(source_files),
+                self._tokenizer_digest,
+                held_out_fraction,
+                *_formats(source_files, held_out_fraction),
             )
-            name = f"corpora/{key}"
-            description = get_or_build(self._cache, name, build)
+            entry = f"corpora/{key}"
+            description = get_or_build(self._cache, entry, build)
         return _BuiltCorpus(
             pointer,
             source_files.source,
-            self._cache / name,
-            f"{self.cache_uri}/{name}",
+            name,
+            self._cache / entry,
+            f"{self.cache_uri}/{entry}",
             description,
         )
+
+
+def _formats(source_files: SourceFiles, held_out_fraction: float | None) -> list[str]:
+    """Returns what changed since earlier entries, which have no such part in their key."""
+    formats = []
+    if held_out_fraction:
+        formats.append("split 2")
+    if source_files.kind == "prepared":
+        formats.append("borders")
+    return formats
 
 
 def _manifests(corpora: Sequence[_BuiltCorpus], split: str) -> tuple[PreparedCorpus, ...]:
@@ -229,15 +273,67 @@ def _require_length(corpora: Sequence[_BuiltCorpus], split: str, required: int) 
         raise UnusableDataError(problems)
 
 
+def _border_notes(corpora: Sequence[_BuiltCorpus], end_of_document: int) -> list[str]:
+    """Returns notes on prepared tokens without the tokenizer's end token."""
+    notes = []
+    for built in corpora:
+        borders = built.borders
+        if borders is None or borders.num_end_tokens:
+            continue
+        note = (
+            f"{built.source.path} holds no end token {end_of_document}, so a model that is "
+            "trained on it does not learn where documents end"
+        )
+        if borders.last_token is not None and borders.num_documents > 1:
+            note += (
+                f"; its documents end with token {borders.last_token}: if that is their end "
+                "token, set data.tokenizer.end_of_document"
+            )
+        notes.append(note)
+    return notes
+
+
+def _require_borders(corpora: Sequence[_BuiltCorpus], end_of_document: int) -> None:
+    """Raises UnusableDataError when no source shows where documents begin or end."""
+    paths = []
+    for built in corpora:
+        if built.borders is None or built.borders.can_be_separated:
+            return
+        paths.append(built.source.path)
+    detail = (
+        f"{', '.join(paths)} holds no end token {end_of_document}, and its index is of a "
+        "single document, so separate_documents cannot see where documents end; name the "
+        "end token of the data as data.tokenizer.end_of_document, prepare the data with an "
+        "index of every document, or set separate_documents to false"
+    )
+    raise UnusableDataError([Problem("/data/separate_documents", "no_borders", detail)])
+
+
+def _share_notes(train: Sequence[_BuiltCorpus], fraction: float) -> list[str]:
+    """Returns notes on sources of which another share is held out than was asked for."""
+    notes = []
+    for built in train:
+        held_out = built.num_tokens("validation")
+        share = held_out / (held_out + built.num_tokens("train"))
+        if not is_near_share(share, fraction):
+            notes.append(
+                f"{built.source.path}: {share:.1%} of the tokens are held out instead of "
+                f"{fraction:.1%}, because no choice of texts, with all copies of each on "
+                "one side, is nearer"
+            )
+    return notes
+
+
 def _long_enough(
-    train: Sequence[_BuiltCorpus], required: int, progress: ProgressCallback
-) -> list[_BuiltCorpus]:
-    """Returns the corpora with enough held-out tokens for a sample.
+    train: Sequence[_BuiltCorpus], required: int
+) -> tuple[list[_BuiltCorpus], list[str]]:
+    """Returns the corpora with enough held-out tokens for a sample, and notes on others.
 
     Small corpora are left out of the evaluation, unless all are too small. Raises
     UnusableDataError.
     """
     long_enough = []
+    notes = []
     most_tokens = 0
     for built in train:
         num_tokens = built.num_tokens("validation")
@@ -245,7 +341,7 @@ def _long_enough(
         if num_tokens >= required:
             long_enough.append(built)
         else:
-            progress(
+            notes.append(
                 f"{built.source.path}: {num_tokens} held-out tokens are too few to evaluate "
                 "on"
             )
@@ -256,7 +352,7 @@ def _long_enough(
             "training.seq_length, name data.validation sources, or set 0 to evaluate nothing"
         )
         raise UnusableDataError([Problem("/data/validation_fraction", "too_short", detail)])
-    return long_enough
+    return long_enough, notes
 
 
 @contextmanager
