@@ -19,6 +19,8 @@ from megatron_ray.config.optimizer import OptimizerConfig, ScheduleConfig
 from megatron_ray.config.parallelism import ParallelismConfig
 from megatron_ray.config.training import TrainingConfig
 
+_LENGTHS = ("training.steps", "training.epochs", "training.tokens")
+
 
 class TrainConfig(Config):
     """All parameters of a training run."""
@@ -82,13 +84,24 @@ def read_mapping(path: Path) -> dict[str, Any]:
     return values
 
 
+def _remove_lengths(values: dict[str, Any]) -> None:
+    training = values.get("training")
+    if isinstance(training, dict):
+        for length in _LENGTHS:
+            training.pop(length.removeprefix("training."), None)
+
+
 def apply_overrides(values: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
     """Returns a copy of a mapping with `path.to.field=value` overrides applied.
 
-    Each value is read as YAML. Raises ValueError when an override is malformed.
+    Each value is read as YAML. A length of the training replaces one that is given in
+    another unit. Raises ValueError when an override is malformed.
     """
     # A round trip through JSON copies deeply and leaves only plain types.
     result: dict[str, Any] = json.loads(json.dumps(values))
+    overrides = tuple(overrides)
+    if any(override.partition("=")[0] in _LENGTHS for override in overrides):
+        _remove_lengths(result)
     for override in overrides:
         path, equals, raw_value = override.partition("=")
         if not equals or not path:

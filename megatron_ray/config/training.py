@@ -5,7 +5,8 @@ Must not know: the model, the layout over ranks.
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
 
 from megatron_ray.config.base import Config
 
@@ -56,9 +57,6 @@ class TrainingConfig(Config):
     the GPU better and need more memory."""
     global_batch_size: int = Field(ge=1, le=1 << 24)
     """Samples per optimizer step over all ranks; a multiple of micro_batch_size x dp."""
-    steps: int | None = Field(default=None, ge=1, le=1 << 40)
-    """Number of optimizer steps of the whole job. Exactly one of `steps`, `epochs` and
-    `tokens` is given."""
     epochs: float | None = Field(default=None, gt=0, le=1 << 20)
     """Instead of `steps`: passes over the training documents. As many whole steps as fit
     into them, at least one; a plan cannot know the number, so it is reported once the
@@ -67,6 +65,9 @@ class TrainingConfig(Config):
     tokens: int | None = Field(default=None, ge=1, le=1 << 62)
     """Instead of `steps`: tokens to train on, rounded up to whole steps of
     global_batch_size x seq_length tokens."""
+    steps: int | None = Field(default=None, ge=1, le=1 << 40)
+    """Number of optimizer steps of the whole job. Exactly one of `steps`, `epochs` and
+    `tokens` is given."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Type of weights and activations in the forward and backward pass. bf16 keeps
     master weights, gradients and optimizer state in fp32."""
@@ -88,14 +89,25 @@ class TrainingConfig(Config):
     eval_samples: int = Field(default=64, ge=1, le=1 << 24)
     """Validation samples per evaluation, or fewer when the validation data has fewer."""
 
-    @model_validator(mode="after")
-    def _one_length(self) -> "TrainingConfig":
-        given = [self.steps, self.epochs, self.tokens]
-        if given.count(None) != 2:
-            raise ValueError(
-                "training needs exactly one of steps, epochs and tokens; leave the others out"
+    @field_validator("steps")
+    @classmethod
+    def _one_length(cls, steps: int | None, info: ValidationInfo) -> int | None:
+        # A field that is wrong itself is not in the data, and has its own error.
+        lengths = [steps, info.data.get("epochs", 1), info.data.get("tokens", 1)]
+        num_given = len(lengths) - lengths.count(None)
+        if num_given == 0:
+            raise PydanticCustomError(
+                "int_or_other_length",
+                "must be a whole number, got null; or give training.epochs or "
+                "training.tokens instead",
             )
-        return self
+        if num_given > 1 and info.data.keys() >= {"epochs", "tokens"}:
+            raise PydanticCustomError(
+                "one_length",
+                "only one of training.steps, training.epochs and training.tokens may be "
+                "given; leave the others out",
+            )
+        return steps
 
     @property
     def known_steps(self) -> int | None:

@@ -135,24 +135,21 @@ def build_indices(
     tokens = int(lengths.sum(dtype=np.int64))
     plan = plan_epochs(tokens, num_samples, seq_length)
     total = (plan.epochs * tokens - 1) // seq_length
-    if not shuffle:
-        documents = np.tile(np.arange(len(lengths), dtype=np.int32), plan.epochs)
-        samples = build_sample_index(lengths, documents, total, seq_length)
-        in_order = np.arange(total, dtype=_shuffle_dtype(total))
-        return {
-            "document_index": documents,
-            "sample_index": samples,
-            "shuffle_index": in_order,
-        }
     random = np.random.RandomState(seed)
     # In Megatron's order: both shuffles draw from one generator.
-    documents = build_document_index(len(lengths), plan, random)
+    if shuffle:
+        documents = build_document_index(len(lengths), plan, random)
+    else:
+        documents = np.tile(np.arange(len(lengths), dtype=np.int32), plan.epochs)
     samples = build_sample_index(lengths, documents, total, seq_length)
     shuffled_together = total
     if plan.separate_last:
         shuffled_together = plan.samples_before_last
-    shuffle = build_shuffle_index(shuffled_together, total, random)
-    return {"document_index": documents, "sample_index": samples, "shuffle_index": shuffle}
+    if shuffle:
+        order = build_shuffle_index(shuffled_together, total, random)
+    else:
+        order = np.arange(total, dtype=_shuffle_dtype(total))
+    return {"document_index": documents, "sample_index": samples, "shuffle_index": order}
 
 
 class GPTDataset:
@@ -177,7 +174,7 @@ class GPTDataset:
         self._seq_length = seq_length
         # Exactly the values that determine the order, see the module's docstring.
         lengths = np.ascontiguousarray(corpus.lengths)
-        fields = {
+        fields: dict[str, object] = {
             "format": 1,
             "lengths": hashlib.sha256(lengths.data).hexdigest(),
             "num_samples": num_samples,

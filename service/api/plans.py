@@ -71,6 +71,7 @@ async def make_plan(
     path_problems = await submitter.check_paths(spec, capacity, job_dir)
     estimate = await run_in_threadpool(estimates.estimates, resolved.spec, device)
     notes = [
+        *_length_notes(resolved.spec),
         *_cluster_notes(spec, capacity, are_paths_checked=path_problems is not None),
         *_estimate_notes(spec, device, estimate),
     ]
@@ -274,6 +275,15 @@ def _suggestion(layout: Suggestion) -> PlanSuggestion:
 
 
 # ---- notes
+
+
+def _length_notes(resolved: JobSpec) -> list[str]:
+    if resolved.training.epochs is None:
+        return []
+    return [
+        "the number of steps of training.epochs follows from the data: `data prepare` shows "
+        "it, and so does the job once its data are prepared"
+    ]
 
 
 def _cluster_notes(

@@ -18,8 +18,9 @@ from service.jobs import lifecycle, queue
 from service.jobs.lifecycle import NewEvent
 from service.jobs.spec_errors import pointer_to
 from service.pydantic_messages import plain_message
-from service.store import metrics
+from service.store import evaluations, metrics
 from service.store.database import Store, wake
+from service.store.evaluations import Evaluation, parse_evaluation
 from service.store.metrics import Finite, StepRow
 from service.store.schema import AttemptRow, CheckpointRow, JobRow
 from workers.protocol.states import AttemptState, JobState, StatusReason
@@ -73,14 +74,6 @@ class _CheckpointData(_Data):
 
 class _ProblemData(_Data):
     problems: tuple[Problem, ...] = Field(min_length=1)
-
-
-class _EvalData(_Data):
-    step: int = Field(ge=0, lt=1 << 62)
-    split: str = Field(max_length=64)
-    loss: Finite = None
-    num_tokens: int | None = None
-    source_losses: dict[str, Finite] = Field(default_factory=dict)
 
 
 class _CorpusData(_Data):
@@ -280,16 +273,20 @@ class RecordApplier:
         }
 
     def _apply_eval(self, record: Record) -> None:
-        data = _EvalData.model_validate(record.data)
+        evaluation = parse_evaluation(record.data)
+        self._raise_attempt(record.attempt)
+        evaluations.insert(
+            self._store, self._session, self._job, record.attempt, evaluation
+        )
         # Other splits are in the history and not in the progress.
-        if data.split == "validation":
-            result = {"val_loss": data.loss, "val_step": data.step}
+        if evaluation.split == evaluations.VALIDATION:
+            result = {
+                "val_loss": evaluation.loss,
+                "val_step": evaluation.step,
+                "source_val_losses": evaluation.source_losses,
+            }
             self._job.progress = {**self._job.progress, **result}
-        loss = "not finite"
-        if data.loss is not None:
-            loss = f"{data.loss:.4f}"
-        message = f"{data.split} loss at step {data.step}: {loss}"
-        self._add(self._event(record, "eval.completed", message))
+        self._add(self._event(record, "eval.completed", _evaluation_message(evaluation)))
 
     def _keep_unknown(self, record: Record) -> None:
         """Stores a record of an unknown kind, sent by a newer driver."""
@@ -400,6 +397,24 @@ def _prepared_message(manifest: dict[str, Any]) -> str:
         num_documents = sum(corpus.num_documents for corpus in corpora)
         parts.append(f"{num_tokens:,} {split} tokens in {num_documents:,} documents")
     return f"data ready: {', '.join(parts)}, vocabulary {data.vocab_size:,}"
+
+
+def _evaluation_message(evaluation: Evaluation) -> str:
+    loss = _loss(evaluation.loss)
+    message = f"{evaluation.split} loss at step {evaluation.step}: {loss}"
+    # A single source has the loss of the blend.
+    if len(evaluation.source_losses) > 1:
+        parts = []
+        for name, source_loss in evaluation.source_losses.items():
+            parts.append(f"{name} {_loss(source_loss)}")
+        message += f" ({', '.join(parts)})"
+    return message
+
+
+def _loss(loss: float | None) -> str:
+    if loss is None:
+        return "not finite"
+    return f"{loss:.4f}"
 
 
 def _count(number: int, noun: str) -> str:

@@ -98,10 +98,8 @@ def build_corpus(
     elif use_links and source_files.root.is_local:
         link_target = source_files.root.path + ".bin"
     train, validation = split_documents(corpus.table, hashes, held_out_fraction)
-    parts = [
-        _write_part(work, "train", corpus, train, link_target),
-        _write_part(work, "validation", corpus, validation, link_target),
-    ]
+    train_part = _write_part(work, "train", corpus, train, link_target)
+    validation_part = _write_part(work, "validation", corpus, validation, link_target)
     if link_target is None and not is_prepared:
         # Both parts have copies of their tokens. (With links, this file is the target.)
         (work / "tokens.bin").unlink()
@@ -109,7 +107,7 @@ def build_corpus(
     # Counted for the unigram baseline while the tokens are in the page cache.
     held_out = IndexedDataset(str(work / "validation"))
     np.save(work / COUNTS, _count_tokens(held_out, tokenizer.vocab_size))
-    return _description(*parts, borders)
+    return _description(train_part, validation_part, borders)
 
 
 def _description(
