@@ -17,9 +17,7 @@ from megatron_ray.config.data import DataConfig
 from megatron_ray.config.model import ModelConfig
 from megatron_ray.config.optimizer import OptimizerConfig, ScheduleConfig
 from megatron_ray.config.parallelism import ParallelismConfig
-from megatron_ray.config.training import TrainingConfig
-
-_LENGTHS = ("training.steps", "training.epochs", "training.tokens")
+from megatron_ray.config.training import LENGTHS, TrainingConfig
 
 
 class TrainConfig(Config):
@@ -84,11 +82,13 @@ def read_mapping(path: Path) -> dict[str, Any]:
     return values
 
 
-def _remove_lengths(values: dict[str, Any]) -> None:
+def without_lengths(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a mapping without the length of the training, which another replaces."""
     training = values.get("training")
-    if isinstance(training, dict):
-        for length in _LENGTHS:
-            training.pop(length.removeprefix("training."), None)
+    if not isinstance(training, Mapping):
+        return dict(values)
+    kept = {name: value for name, value in training.items() if name not in LENGTHS}
+    return {**values, "training": kept}
 
 
 def apply_overrides(values: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
@@ -100,8 +100,9 @@ def apply_overrides(values: Mapping[str, Any], overrides: Iterable[str]) -> dict
     # A round trip through JSON copies deeply and leaves only plain types.
     result: dict[str, Any] = json.loads(json.dumps(values))
     overrides = tuple(overrides)
-    if any(override.partition("=")[0] in _LENGTHS for override in overrides):
-        _remove_lengths(result)
+    overridden = {override.partition("=")[0] for override in overrides}
+    if overridden.intersection(f"training.{length}" for length in LENGTHS):
+        result = without_lengths(result)
     for override in overrides:
         path, equals, raw_value = override.partition("=")
         if not equals or not path:

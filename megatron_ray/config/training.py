@@ -10,6 +10,9 @@ from pydantic_core import PydanticCustomError
 
 from megatron_ray.config.base import Config
 
+LENGTHS = ("steps", "epochs", "tokens")
+"""Fields of TrainingConfig of which exactly one is given."""
+
 
 class RecomputeConfig(Config):
     """Activation recomputation: less memory for more arithmetic.

@@ -68,7 +68,7 @@ class TrainingSession:
         resume_from: str | None = None,
     ) -> None:
         resolved = resolution.resolve(config, mesh.world_size)
-        resolved = resolution.with_epochs(resolved, data.num_train_tokens)
+        resolved = resolution.with_length(resolved, data.num_train_tokens)
         _check(resolved, mesh)
         resolved = _with_initial_vocabulary(resolved, resume_from)
         # Checked after preparation, because a BPE trained on little text may have fewer

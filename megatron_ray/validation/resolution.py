@@ -55,7 +55,10 @@ def _replica_dp_multiple(config: TrainConfig) -> int:
 
 
 def resolve(config: TrainConfig, max_world: int) -> TrainConfig:
-    """Fills in dp and the steps of a number of tokens; tp=1 has no sequence parallelism."""
+    """Fills in dp and the steps of a number of tokens.
+
+    Turns sequence parallelism off at tp=1.
+    """
     parallel = config.parallel
     # Sequence parallelism over one rank splits nothing; the layers rely on it being off.
     resolved = parallel.model_copy(
@@ -65,15 +68,14 @@ def resolve(config: TrainConfig, max_world: int) -> TrainConfig:
         }
     )
     resolved_config = config.model_copy(update={"parallel": resolved})
-    if config.training.tokens is None:
+    steps = config.training.known_steps
+    if steps is None:
         return resolved_config
-    return _with_steps(resolved_config, config.training.num_steps)
+    return _with_steps(resolved_config, steps)
 
 
-def with_epochs(config: TrainConfig, num_tokens: int) -> TrainConfig:
+def with_length(config: TrainConfig, num_tokens: int) -> TrainConfig:
     """Fills in the steps of a number of epochs over training data of `num_tokens`."""
-    if config.training.epochs is None:
-        return config
     return _with_steps(config, config.training.steps_over(num_tokens))
 
 
