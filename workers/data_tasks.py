@@ -20,7 +20,8 @@ from megatron_ray.config.problem import Problem
 from megatron_ray.data.preparation.errors import UnusableDataError
 from megatron_ray.data.preparation.prepare import prepare
 from megatron_ray.data.prepared import PreparedData
-from megatron_ray.validation.resolution import with_vocabulary
+from megatron_ray.validation.check import find_problems
+from megatron_ray.validation.resolution import with_length, with_vocabulary
 from megatron_ray.validation.training import sample_problems
 from workers.protocol.job import JobSpec
 from workers.rank.spool import Line, SpoolReader
@@ -55,12 +56,20 @@ def prepare_data(
     except ValueError as error:
         problem = Problem("/model/vocab_size", "vocab_fits", str(error))
         raise UnusableDataError([problem]) from error
-    # Nor the number of steps of a number of epochs.
-    num_steps = spec.training.steps_over(prepared.num_train_tokens)
-    problems = sample_problems(spec.training, num_steps)
+    # Nor was the number of steps of a number of epochs.
+    if spec.training.epochs is not None:
+        _check_epochs(spec, prepared.num_train_tokens)
+    return prepared
+
+
+def _check_epochs(spec: JobSpec, num_tokens: int) -> None:
+    """Raises UnusableDataError for problems of the number of steps."""
+    resolved = with_length(spec, num_tokens)
+    problems = sample_problems(spec.training, resolved.training.num_steps)
+    if not problems:
+        problems = find_problems(resolved)
     if problems:
         raise UnusableDataError(problems)
-    return prepared
 
 
 def _model_with_initial_vocabulary(spec: JobSpec) -> ModelConfig:
@@ -76,7 +85,9 @@ def _model_with_initial_vocabulary(spec: JobSpec) -> ModelConfig:
     )
     if has_checkpoint:
         return spec.model
-    model, problems = resolve_initial_model(spec.checkpoint, spec.model)
+    model, problems = resolve_initial_model(
+        spec.checkpoint, spec.model, compare_copies=True
+    )
     if problems:
         raise UnusableDataError(problems)
     return model

@@ -9,6 +9,7 @@ only.
 """
 
 import io
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,13 +25,16 @@ from megatron_ray.data.preparation.build_cache import get_or_build
 from megatron_ray.data.preparation.cache_keys import digest
 from megatron_ray.data.preparation.corpora import (
     COUNTS,
+    RECORDS,
     Borders,
     ProgressCallback,
     build_corpus,
 )
+from megatron_ray.data.preparation.data_files import SourceAt, find_data
 from megatron_ray.data.preparation.documents import fingerprint
 from megatron_ray.data.preparation.errors import UnusableDataError, cause, errors_at
-from megatron_ray.data.preparation.sources import SourceAt, SourceFiles, find_data
+from megatron_ray.data.preparation.formats.records import tally_of_json
+from megatron_ray.data.preparation.sources import SourceFiles
 from megatron_ray.data.preparation.split import is_near_share
 from megatron_ray.data.preparation.tokenizer_choice import make_tokenizer
 from megatron_ray.data.prepared import PreparedCorpus, PreparedData
@@ -76,14 +80,21 @@ def prepare(
     # seq_length use the same tokens.
     required = seq_length + 1
     _require_length(train, "train", required)
-    _require_length(validation, "validation", required)
-    notes = _border_notes([*train, *validation], tokenizer.end_of_document)
+    notes = data_files.notes
+    for built in [*train, *validation]:
+        notes.extend(built.record_notes())
+    notes += _border_notes([*train, *validation], tokenizer.end_of_document)
     if data.separate_documents:
         _require_borders(train, tokenizer.end_of_document)
-    if held_out_fraction and not validation:
-        notes += _share_notes(train, held_out_fraction)
-        validation, omissions = _long_enough(train, required)
+    if data.validation:
+        _require_length(validation, "validation", required)
+    elif held_out_fraction:
+        held_out = [built for built in train if built.has("validation")]
+        notes += _share_notes(held_out, held_out_fraction)
+        validation, omissions = _long_enough([*validation, *held_out], required)
         notes += omissions
+    # A source may be both trained and evaluated on.
+    notes = list(dict.fromkeys(notes))
     for note in notes:
         progress(note)
     return PreparedData(
@@ -126,14 +137,12 @@ class _BuiltCorpus:
         self,
         pointer: str,
         source: DataSource,
-        name: str,
         entry: Location,
         entry_uri: str,
         description: dict[str, Any],
     ) -> None:
         self.pointer = pointer
         self.source = source
-        self._name = name
         self._entry = entry
         self._entry_uri = entry_uri
         self._description = description
@@ -145,10 +154,13 @@ class _BuiltCorpus:
         borders = self._description.get("borders")
         return borders and Borders(**borders)
 
+    def has(self, split: str) -> bool:
+        return self._description[split] is not None
+
     def num_tokens(self, split: str) -> int:
         return int(self._description[split]["num_tokens"])
 
-    def manifest(self, split: str) -> PreparedCorpus:
+    def manifest(self, split: str, name: str) -> PreparedCorpus:
         part = self._description[split]
         prefix = part["prefix"]
         # A bare name is a file of the entry; a path belongs to a prepared source, which is
@@ -160,8 +172,16 @@ class _BuiltCorpus:
             weight=self.source.weight,
             num_tokens=part["num_tokens"],
             num_documents=part["num_documents"],
-            name=self._name,
+            name=name,
         )
+
+    def record_notes(self) -> list[str]:
+        """Returns sentences about records that are left out."""
+        # Only sources of text have records.
+        if RECORDS not in self._description["files"]:
+            return []
+        tally = tally_of_json(json.loads(read_bytes(self._entry / RECORDS)))
+        return tally.notes(self.source.path)
 
     def read_counts(self) -> npt.NDArray[np.int64]:
         content = read_bytes(self._entry / COUNTS)
@@ -194,16 +214,13 @@ class _CorpusBuilder:
         self, sources: Sequence[SourceAt], held_out_fraction: float | None
     ) -> list[_BuiltCorpus]:
         """Builds each source. Raises UnusableDataError at its JSON pointer."""
-        names = source_names([source_files.source for _, source_files in sources])
-        corpora = []
-        for source_at, name in zip(sources, names, strict=True):
-            corpora.append(self._build(source_at, name, held_out_fraction))
-        return corpora
+        return [self._build(source_at, held_out_fraction) for source_at in sources]
 
-    def _build(
-        self, source_at: SourceAt, name: str, held_out_fraction: float | None
-    ) -> _BuiltCorpus:
+    def _build(self, source_at: SourceAt, held_out_fraction: float | None) -> _BuiltCorpus:
         pointer, source_files = source_at
+        # Files of validation data replace a share of the documents.
+        if held_out_fraction and source_files.validation_files:
+            held_out_fraction = 0.0
 
         def build(work: Path) -> dict[str, Any]:
             return build_corpus(
@@ -228,7 +245,6 @@ class _CorpusBuilder:
         return _BuiltCorpus(
             pointer,
             source_files.source,
-            name,
             self._cache / entry,
             f"{self.cache_uri}/{entry}",
             description,
@@ -246,9 +262,10 @@ def _formats(source_files: SourceFiles, held_out_fraction: float | None) -> list
 
 
 def _manifests(corpora: Sequence[_BuiltCorpus], split: str) -> tuple[PreparedCorpus, ...]:
+    names = source_names([built.source for built in corpora])
     manifests = []
-    for built in corpora:
-        manifests.append(built.manifest(split))
+    for built, name in zip(corpora, names, strict=True):
+        manifests.append(built.manifest(split, name))
     return tuple(manifests)
 
 

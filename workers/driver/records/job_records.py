@@ -114,12 +114,9 @@ class JobRecords:
         self._append("ranks", {"ranks": rows})
 
     def prepared(self, data: PreparedData, num_steps: int) -> None:
-        """Records that the data are ready, and what the user should know of them."""
+        """Records that the data are ready."""
         if self._has_prepared:
             return
-        # Before the data, so that a driver that dies in between does not lose them.
-        for note in data.notes:
-            self.event("data.note", note, level="warn")
         record = {
             "manifest": data.model_dump(mode="json"),
             "num_train_tokens": data.num_train_tokens,
