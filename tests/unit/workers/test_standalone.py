@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_ray.validation.check import find_warnings
+from workers.data_tasks import prepare_data
 from workers.rank.messages import UserError
 from workers.standalone import read_spec, run_standalone
 
@@ -48,6 +50,7 @@ def test_the_first_report_has_the_data_and_the_steps_of_a_number_of_epochs(
 ) -> None:
     reports = job.parent / "reports.jsonl"
     overrides = ["training.epochs=0.2", "training.skip_steps=[]", "data.shuffle=false"]
+    overrides.append("schedule.warmup_steps=2")
     run_standalone(job, overrides, reports, False)
     lines = [json.loads(line) for line in reports.read_text().splitlines()]
     assert lines[0]["data"]["phase"] == "prepare"
@@ -73,3 +76,14 @@ def test_a_misspelt_field_has_a_suggestion(job: Path) -> None:
         read_spec(job, ["trainig.steps=3"], 1)
     with pytest.raises(UserError, match=r"/model/preset: unknown preset 'gpt2-125m'; did"):
         read_spec(job, ["model.preset=gpt2-125m"], 1)
+
+
+def test_numbers_without_effect_are_noted_once_epochs_are_steps(job: Path) -> None:
+    overrides = ["training.steps=null", "training.epochs=1", "schedule.warmup_steps=1000"]
+    spec = read_spec(job, [*overrides, "training.skip_steps=[]"], 1)
+    assert find_warnings(spec) == []
+    notes = prepare_data(spec).notes
+    assert any(
+        "/schedule/warmup_steps: warmup_steps=1000 is not shorter than" in note
+        for note in notes
+    )
