@@ -148,6 +148,9 @@ def test_a_bad_step_changes_nothing_on_any_rank(
         assert not same(after, result["states"][BAD + 1])
         assert [report.step for report in result["skipped"]] == [BAD]
         assert not np.isfinite(result["steps"][BAD - 1].loss)
+        assert result["skipped"][0].message.startswith(
+            f"step {BAD} skipped, weights unchanged: its loss is "
+        )
         counts = [report.skipped_steps for report in result["steps"]]
         assert counts == [0, 0, 1, 1, 1]
         assert result["saved"][-1].num_updates == 4
