@@ -180,6 +180,7 @@ def test_a_plan_from_the_spec_alone_names_what_to_change(run: Run) -> None:
             "/model/preset: unknown preset 'gpt-tyni'; ",
         ),
         (["--set", "schedule.min_lr=1"], 2, "/schedule/min_lr: min_lr=1 is above"),
+        (["--hardware", "h1000"], 2, "unknown hardware 'h1000'; did you mean 'H100'?"),
         (["--hardware", "abacus"], 2, "unknown hardware 'abacus'; known: A100"),
         (
             ["--hardware", "H100", "--ranks", "3", "--set", "parallel.dp=4"],
