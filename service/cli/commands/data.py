@@ -10,9 +10,9 @@ from rich.markup import escape
 from megatron_ray.config.training import TrainingConfig
 from megatron_ray.data.prepared import PreparedCorpus
 from service.cli.failure import CommandError
-from service.cli.offline_plan import parse_spec, problems_failure
 from service.cli.output import AsJson, console, print_json
 from service.cli.spec_file import Overrides, SpecFile, read_spec
+from service.cli.spec_parsing import parse_spec, problems_failure
 
 data_app = typer.Typer(
     name="data", help="Tokenize and index corpora ahead of a job.", no_args_is_help=True

@@ -195,6 +195,11 @@ def test_a_plan_from_the_spec_alone_names_what_to_change(run: Run) -> None:
             2,
             "/parallel: a plan lists at most 65536 ranks, and this one has 100000; lower",
         ),
+        (
+            ["--suggest", "--hardware", "H100", "--ranks", "100000"],
+            2,
+            "--ranks 100000: at most 65536",
+        ),
         (["--suggest"], 1, "no device to suggest layouts for"),
         (
             [
