@@ -8,6 +8,7 @@ Ray, HTTP.
 """
 
 import queue
+import sys
 import threading
 import time
 from collections.abc import Iterable, Sequence
@@ -221,6 +222,10 @@ def _share_prepared(spec: JobSpec, env: RankEnv, store: Store) -> PreparedData:
     if env.rank == 0:
         try:
             data = prepare_data(spec)
+            for note in data.notes:
+                sys.stderr.write(f"warning: {note}\n")
+            if data.first_document:
+                sys.stdout.write(f"{data.first_document}\n")
         except UnusableDataError as error:
             # The other ranks read it and end too, instead of waiting until torchrun kills
             # them.

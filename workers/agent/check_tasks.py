@@ -8,12 +8,12 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from megatron_ray.checkpoint.initial_model import resolve_initial_model
 from megatron_ray.config.problem import Problem
 from megatron_ray.data.preparation.check import check_data
+from megatron_ray.data.preparation.errors import UnusableDataError
 from megatron_ray.storage.errors import StorageError
 from megatron_ray.storage.storage import open_storage
-from workers.data_tasks import problem_rows
+from workers.data_tasks import problem_rows, resolve_initial_weights
 from workers.driver.journal import Journal, JournalError
 from workers.protocol.job import JobSpec
 
@@ -30,9 +30,18 @@ def check_task(spec: dict[str, Any], storage_path: str) -> list[dict[str, str]]:
         job = JobSpec.from_mapping(spec)
     except ValidationError as error:
         return _validation_rows(error)
-    _, model_problems = resolve_initial_model(job.checkpoint, job.model)
-    problems = list(check_data(job.data, job.training.seq_length, storage_path))
-    problems += model_problems
+    rows = None
+    weights = None
+    weights_problems = list[Problem]()
+    try:
+        model, weights = resolve_initial_weights(job)
+        rows = model.vocab_size
+    except UnusableDataError as error:
+        weights_problems = error.problems
+    problems = check_data(
+        job.data, job.training.seq_length, storage_path, weights=weights, rows=rows
+    )
+    problems += weights_problems
     problems += _find_other_job(storage_path)
     return problem_rows(problems)
 

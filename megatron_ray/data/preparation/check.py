@@ -4,26 +4,37 @@ Owns: the checks that take at most a second. Must not know: tokenizing, caches, 
 """
 
 from megatron_ray.config.data import DataConfig
+from megatron_ray.config.model_tokenizer import ModelTokenizer
 from megatron_ray.config.problem import Problem
 from megatron_ray.data.indexed import IndexedDataset
 from megatron_ray.data.preparation.documents import read_file_chunks
 from megatron_ray.data.preparation.errors import DataError, UnusableDataError
+from megatron_ray.data.preparation.given_tokenizer import check_rows, given_tokenizer
 from megatron_ray.data.preparation.sources import SourceAt, SourceFiles, find_data
-from megatron_ray.data.preparation.tokenizer_choice import read_tokenizer
 from megatron_ray.storage.errors import StorageError
 from megatron_ray.storage.files import check_writable
 from megatron_ray.storage.location import parse_location
 
 
-def check_data(data: DataConfig, seq_length: int, storage_path: str) -> list[Problem]:
+def check_data(
+    data: DataConfig,
+    seq_length: int,
+    storage_path: str,
+    *,
+    weights: ModelTokenizer | None = None,
+    rows: int | None = None,
+) -> list[Problem]:
     """Returns the definite problems of the data.
 
     Checks paths, the first document of each source, the tokenizer, the amount of text,
-    and write access to storage. Reads a few kilobytes and tokenizes nothing, so
-    `prepare` may find more problems. Writes and deletes one small file below
-    `storage_path` (and data.cache), and creates no folder on a local disk.
+    and write access to storage. `weights` is the tokenizer of the weights that the run
+    begins with, `rows` the model's vocabulary, where they are known.
+
+    Reads a few kilobytes and tokenizes nothing, so `prepare` may find more problems.
+    Writes and deletes one small file below `storage_path` (and data.cache), and creates
+    no folder on a local disk.
     """
-    data_files = find_data(data)
+    data_files = find_data(data, weights)
     problems = list(data_files.problems)
     required = seq_length + 1
     required_for_training = required
@@ -35,12 +46,12 @@ def check_data(data: DataConfig, seq_length: int, storage_path: str) -> list[Pro
         problems += _source_problems(source_at, data, required_for_training)
     for source_at in data_files.validation:
         problems += _source_problems(source_at, data, required)
-    # The other kinds are not read from a file, so they need no check.
-    if data.tokenizer.kind == "file":
-        try:
-            read_tokenizer(data.tokenizer)
-        except UnusableDataError as error:
-            problems += error.problems
+    try:
+        given = given_tokenizer(data.tokenizer, weights)
+        if given is not None and rows is not None:
+            check_rows(given.tokenizer, rows, weights)
+    except UnusableDataError as error:
+        problems += error.problems
     problems += _storage_problems("/storage/path", storage_path)
     if data.cache is not None:
         problems += _storage_problems("/data/cache", data.cache)

@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Literal
 
 from megatron_ray.config.data import DataConfig, DataSource
+from megatron_ray.config.model_tokenizer import ModelTokenizer
 from megatron_ray.config.problem import Problem
 from megatron_ray.data.preparation.errors import DataError, read_errors, short_cause
 from megatron_ray.storage.errors import InvalidLocationError
@@ -66,14 +67,18 @@ class DataFiles:
     problems: list[Problem]
 
 
-def find_data(data: DataConfig) -> DataFiles:
-    """Finds the files of every source; a source without files is a problem."""
+def find_data(data: DataConfig, weights: ModelTokenizer | None = None) -> DataFiles:
+    """Finds the files of every source; a source without files is a problem.
+
+    `weights` is the tokenizer of the weights that the run begins with, if any.
+    """
     problems: list[Problem] = []
     train = _find_each(data.train, "/data/train", problems)
     validation = _find_each(data.validation, "/data/validation", problems)
     # Prepared tokens determine the vocabulary.
     prepared_at = _first_prepared(train + validation)
-    if prepared_at is not None and data.tokenizer.kind == "bpe":
+    is_trained = data.tokenizer.kind == "bpe" and weights is None
+    if prepared_at is not None and is_trained:
         detail = (
             f"{prepared_at}/path is already tokenized and a tokenizer trained now would not "
             "fit; use kind `file` with the one it was made with"

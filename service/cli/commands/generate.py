@@ -27,6 +27,14 @@ def generate(
         ),
     ],
     prompt: Annotated[str, typer.Option(help="Prompt text.")] = "",
+    special_tokens: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Special tokens recognised in the prompt: all, none, or a name; repeatable. "
+            "Default: those of the training data.",
+            show_default=False,
+        ),
+    ] = None,
     max_new_tokens: Annotated[
         int, typer.Option(min=1, help="Maximum number of generated tokens.")
     ] = 100,
@@ -59,6 +67,7 @@ def generate(
         "--top-k": top_k,
         "--top-p": top_p,
         "--seed": seed,
+        "--special-tokens": special_tokens,
     }
     answer = run_generation(path, prompt, options)
     if as_json:

@@ -77,7 +77,7 @@ def settings_of(path: str) -> TrainConfig:
 def logits_here(path: str, tokens: Tensor) -> Tensor:
     """Of a folder of either kind, as a run that begins with it has them."""
     model, optimizer = build(settings_of(path), ParallelMesh.single(), initialise=False)
-    start_from_weights(path, model, optimizer)
+    start_from_weights(path, model, optimizer, 0)
     positions = torch.arange(tokens.shape[1])[None].expand(len(tokens), -1)
     with torch.no_grad():
         return model.module.eval().logits(tokens, positions)
