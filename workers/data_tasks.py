@@ -74,25 +74,29 @@ def _resolve_weights(spec: JobSpec) -> tuple[ModelConfig, ModelTokenizer | None]
     # A job that has a checkpoint of its own no longer needs the weights it started from.
     if newest is not None:
         return spec.model, initial_tokenizer(newest.path)
-    return resolve_initial_weights(spec)
-
-
-def resolve_initial_weights(spec: JobSpec) -> tuple[ModelConfig, ModelTokenizer | None]:
-    """Returns a new job's model with its vocabulary, and the tokenizer of its weights.
-
-    Without checkpoint.start_from there is no such tokenizer. Raises UnusableDataError
-    when the weights do not fit the model.
-    """
-    model, problems = resolve_initial_model(spec.checkpoint, spec.model)
+    model, weights, problems = resolve_initial_weights(spec)
     if problems:
         raise UnusableDataError(problems)
-    if spec.checkpoint.start_from is None:
-        return model, None
+    return model, weights
+
+
+def resolve_initial_weights(
+    spec: JobSpec,
+) -> tuple[ModelConfig, ModelTokenizer | None, list[Problem]]:
+    """Returns a new job's model with its vocabulary, and the tokenizer of its weights.
+
+    Also a problem for each field of the model that contradicts checkpoint.start_from.
+    Without it, or when it cannot be read, there is no such tokenizer.
+    """
+    model, problems = resolve_initial_model(spec.checkpoint, spec.model)
+    start_from = spec.checkpoint.start_from
+    if start_from is None or any(problem.code == "start_from" for problem in problems):
+        return model, None, problems
     try:
-        return model, initial_tokenizer(spec.checkpoint.start_from)
+        return model, initial_tokenizer(start_from), problems
     except CheckpointError as error:
         problem = Problem("/checkpoint/start_from", "start_from", str(error))
-        raise UnusableDataError([problem]) from error
+        return model, None, [*problems, problem]
 
 
 def prepare_task(spec: dict[str, Any]) -> dict[str, Any]:

@@ -162,16 +162,15 @@ def _end_tokens(values: JsonObject) -> list[Token]:
 def declared_begin(tokenizer: JsonObject, files: Mapping[str, JsonObject]) -> str | None:
     """Returns the token that a published tokenizer puts before every text, if any.
 
-    As in transformers, `add_bos_token` of tokenizer_config.json counts more than the
-    template in tokenizer.json.
+    It is in the template of tokenizer.json. Some files lack the template and have
+    `add_bos_token` in tokenizer_config.json, from which it was made when they were loaded.
     """
+    begin = _template_begin(tokenizer.get("post_processor") or {})
     settings = files.get(TOKENIZER_CONFIG) or {}
-    if "add_bos_token" not in settings and "add_eos_token" not in settings:
-        return _template_begin(tokenizer.get("post_processor") or {})
-    if not settings.get("add_bos_token"):
-        return None
-    named = settings.get("bos_token") or (files.get(SPECIAL_TOKENS) or {}).get("bos_token")
-    return _content(named)
+    if begin is None and settings.get("add_bos_token"):
+        special_tokens = files.get(SPECIAL_TOKENS) or {}
+        begin = _content(settings.get("bos_token") or special_tokens.get("bos_token"))
+    return begin
 
 
 def _template_begin(processor: JsonObject) -> str | None:

@@ -10,7 +10,6 @@ from pydantic import ValidationError
 
 from megatron_ray.config.problem import Problem
 from megatron_ray.data.preparation.check import check_data
-from megatron_ray.data.preparation.errors import UnusableDataError
 from megatron_ray.storage.errors import StorageError
 from megatron_ray.storage.storage import open_storage
 from workers.data_tasks import problem_rows, resolve_initial_weights
@@ -30,16 +29,13 @@ def check_task(spec: dict[str, Any], storage_path: str) -> list[dict[str, str]]:
         job = JobSpec.from_mapping(spec)
     except ValidationError as error:
         return _validation_rows(error)
-    rows = None
-    weights = None
-    weights_problems = list[Problem]()
-    try:
-        model, weights = resolve_initial_weights(job)
-        rows = model.vocab_size
-    except UnusableDataError as error:
-        weights_problems = error.problems
+    model, weights, weights_problems = resolve_initial_weights(job)
     problems = check_data(
-        job.data, job.training.seq_length, storage_path, weights=weights, rows=rows
+        job.data,
+        job.training.seq_length,
+        storage_path,
+        weights=weights,
+        rows=model.vocab_size,
     )
     problems += weights_problems
     problems += _find_other_job(storage_path)

@@ -173,9 +173,11 @@ def _declared_end(
         return _end_beside(config, ids)
     name = _name_in(weights, weights.end_of_document, ids)
     if name is None and weights.content is not None:
+        original = token_ids(json.loads(weights.content))
+        lost = _name_in(weights, weights.end_of_document, original)
         detail = (
-            f"the tokenizer lacks the token that ended the documents of {weights.source} "
-            f"({weights.end_of_document}); name the token that ends a document"
+            f"the tokenizer lacks {lost!r}, which ended the documents of {weights.source}; "
+            f"{weights.remedy}, or name the token that ends a document"
         )
         raise _problem("end_of_document", "no_end_token", detail)
     return name or _end_beside(config, ids)
