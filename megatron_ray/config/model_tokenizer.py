@@ -80,8 +80,8 @@ class ModelTokenizer:
         if last < rows:
             return None
         return (
-            f"the tokenizer has tokens up to {last} ({names[last]!r}), the model {rows} rows; "
-            "that does no harm while no text contains the others, and "
+            f"the tokenizer has tokens up to {last} ({names[last]!r}) and the model {rows} "
+            "rows: tokens without a row do no harm while no text contains them, and "
             f"model.vocab_size={last + 1} adds rows for them"
         )
 

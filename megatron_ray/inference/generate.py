@@ -184,6 +184,7 @@ def generate(
     Raises ValueError for wrong sampling values and for more tokens than learned positions.
     """
     start = tokenizer.encode_prompt(prompt)
+    _check_rows(model, tokenizer, start)
     tokens = generate_tokens(
         model,
         start,
@@ -269,6 +270,16 @@ def choose(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> 
     index = int(torch.searchsorted(cumulative, drawn, right=True))
     # Rounding may place the drawn number at the end.
     return int(ids[min(index, len(cumulative) - 1)])
+
+
+def _check_rows(model: GPT, tokenizer: Tokenizer, prompt: Sequence[int]) -> None:
+    """Raises ValueError for a special token that the model was never trained on."""
+    largest = max(prompt)
+    if largest >= model.config.vocabulary:
+        raise ValueError(
+            f"the prompt has token {largest} ({tokenizer.name_of(largest)!r}), the model rows "
+            f"for {model.config.vocabulary}; leave that token out"
+        )
 
 
 def _check_positions(model: GPT, prompt_tokens: int, max_new_tokens: int) -> None:

@@ -49,9 +49,10 @@ def test_the_end_token_is_the_one_that_a_file_declares(
 def test_the_model_counts_more_than_its_tokenizer_and_unknown_tokens_count_nothing() -> (
     None
 ):
-    tokenizer = {"eos_token": "</s>"}
-    config = {"eos_token_id": 3}
-    files = {"tokenizer_config.json": tokenizer, "config.json": config}
+    files: dict[str, dict[str, Any]] = {
+        "tokenizer_config.json": {"eos_token": "</s>"},
+        "config.json": {"eos_token_id": 3},
+    }
     assert declared_end(files, IDS) == "<eos>"
     assert declared_end(files | {"config.json": {"eos_token_id": 99}}, IDS) == "</s>"
 
@@ -100,5 +101,5 @@ def test_tokens_without_a_row_are_noted() -> None:
     assert tokenizer.rows_note(6) is None
     note = tokenizer.rows_note(5)
     assert note is not None
-    assert "tokens up to 5 ('<x>'), the model 5 rows" in note
+    assert "tokens up to 5 ('<x>') and the model 5 rows" in note
     assert "model.vocab_size=6 adds rows" in note

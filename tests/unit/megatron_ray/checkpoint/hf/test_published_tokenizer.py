@@ -83,7 +83,9 @@ def test_an_import_notes_what_its_runs_will_need(published: Path, tmp_path: Path
     more = [f"<more-{number}>" for number in range(VOCABULARY - 255)]
     add_tokenizer(published, byte_tokenizer(*more), None)
     (note,) = import_folder(str(published), str(tmp_path / "larger")).notes
-    assert f"tokens up to {VOCABULARY} ('{more[-1]}'), the model {VOCABULARY} rows" in note
+    assert (
+        f"tokens up to {VOCABULARY} ('{more[-1]}') and the model {VOCABULARY} rows" in note
+    )
     (published / "tokenizer.json").unlink()
     (published / "tokenizer.model").write_bytes(b"pieces")
     imported = import_folder(str(published), str(tmp_path / "none"))
