@@ -34,6 +34,9 @@ _USUAL_END_TOKENS = (
     "[EOS]",
 )
 _MAX_PIECES_SHOWN = 16
+_LOOK_UP_MODELS = ("Unigram", "WordLevel", "WordPiece")
+"""Models that find words or pieces by name, unlike BPE, which merges characters."""
+_UNUSED_CHARACTER = "\U0010ffff"
 
 
 class TokenizerError(InputError, ValueError):
@@ -267,19 +270,51 @@ def _with_recognised(
     inner: tokenizers.Tokenizer, recognised: dict[str, int]
 ) -> tokenizers.Tokenizer:
     """Returns a tokenizer that recognises exactly these added tokens in text."""
+    # The library skips special tokens in text, so that flag alone decides.
     is_same = True
     for token in inner.get_added_tokens_decoder().values():
-        # The library skips special tokens in text, so that flag alone decides.
         if token.special == (token.content in recognised):
             is_same = False
-    if is_same:
+    # The most common case by far, in which a large file need not be parsed again.
+    if is_same and isinstance(inner.model, models.BPE):
         return inner
     values: dict[str, Any] = json.loads(inner.to_str())
+    hidden = _hide(values["model"], recognised, values["added_tokens"])
+    if is_same and not hidden:
+        return inner
+    kept = []
     for added in values["added_tokens"]:
-        added["special"] = added["content"] not in recognised
+        if added["content"] not in hidden:
+            kept.append(added | {"special": added["content"] not in recognised})
+    values["added_tokens"] = kept
     changed = tokenizers.Tokenizer.from_str(json.dumps(values))
     changed.encode_special_tokens = True
     return changed
+
+
+def _hide(
+    model: dict[str, Any], recognised: dict[str, int], added_tokens: list[dict[str, Any]]
+) -> set[str]:
+    """Renames special tokens that a model of whole words or pieces would make of text.
+
+    Those models look words up by name, `</s>` as any other. Ids stay. Returns the names.
+    """
+    if model["type"] not in _LOOK_UP_MODELS:
+        return set()
+    unrecognised = {added["content"] for added in added_tokens} - recognised.keys()
+    # What stands for unknown words is no word of its own.
+    unrecognised.discard(model.get("unk_token"))
+    vocabulary = model["vocab"]
+    if isinstance(vocabulary, list):
+        hidden = {piece for piece, _ in vocabulary if piece in unrecognised}
+        for pair in vocabulary:
+            if pair[0] in hidden:
+                pair[0] += _UNUSED_CHARACTER
+        return hidden
+    hidden = unrecognised & vocabulary.keys()
+    for name in hidden:
+        vocabulary[name + _UNUSED_CHARACTER] = vocabulary.pop(name)
+    return hidden
 
 
 def _byte_level(model: models.Model) -> tokenizers.Tokenizer:

@@ -78,6 +78,11 @@ def _notes(
 ) -> Iterator[str]:
     if config.kind == "bpe" and weights is not None:
         yield f"using the tokenizer that the weights of {weights.source} were made with"
+    if config.kind == "file" and weights is not None and weights.content is None:
+        yield (
+            f"the weights of {weights.source} come without a tokenizer.json, so nothing shows "
+            f"whether they were made with {config.path}"
+        )
     if end is None:
         name = tokenizer.name_of(tokenizer.end_of_document)
         yield (

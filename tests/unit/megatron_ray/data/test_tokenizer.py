@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Inner
-from tokenizers import models
+from tokenizers import models, pre_tokenizers
 
 from megatron_ray.config.data import SpecialTokens
 from megatron_ray.data.tokenizer import END_OF_DOCUMENT, Tokenizer, TokenizerError
@@ -164,6 +164,39 @@ def test_an_end_token_is_not_recognised_even_where_it_is_an_ordinary_token() -> 
     tokenizer = Tokenizer.from_json(CHAT, "<b>", special_tokens_in_text="all")
     assert 259 not in tokenizer.encode("a<b>")
     assert Tokenizer.from_json(CHAT, "<b>").encode("<b>") == spelled("<b>")
+
+
+def unigram() -> Inner:
+    pieces = [("<unk>", 0.0), ("</s>", 0.0), *((letter, -2.0) for letter in "abs</>")]
+    return Inner(models.Unigram(pieces, unk_id=0))
+
+
+def word_level() -> Inner:
+    ids = {"<unk>": 0, "</s>": 1, "a": 2, "b": 3}
+    inner = Inner(models.WordLevel(ids, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return inner
+
+
+@pytest.mark.parametrize(
+    ("inner", "text", "ids", "marked"),
+    [
+        (unigram(), "ab</s>", [2, 3, 5, 6, 4, 7], [2, 3, 1]),
+        (word_level(), "a b </s>", [2, 3, 0], [2, 3, 1]),
+    ],
+    ids=["unigram", "words"],
+)
+def test_text_holds_no_end_token_where_a_model_looks_words_up(
+    inner: Inner, text: str, ids: list[int], marked: list[int]
+) -> None:
+    inner.add_special_tokens(["<unk>", "</s>", "<more>"])
+    content = str(inner.to_str())
+    plain = Tokenizer.from_json(content)
+    assert plain.encode(text) == ids
+    assert plain.to_json() == content
+    named = Tokenizer.from_json(content, special_tokens_in_text=("</s>", "<more>"))
+    assert named.encode(text) == marked
+    assert named.encode("<more>") == [named.vocab_size - 1]
 
 
 def test_prompts_begin_as_documents_do() -> None:

@@ -146,6 +146,13 @@ def test_weights_without_any_tokenizer_can_be_trained_with_a_chosen_one_only() -
     assert around(BYTES, weights(None, end_of_document=2)) == [None, "<|endoftext|>"]
 
 
+def test_a_tokenizer_that_nothing_confirms_is_noted(tmp_path: Path) -> None:
+    given = given_tokenizer(file(tmp_path, CHAT), weights(None, end_of_document=256))
+    assert given is not None
+    (note,) = given.notes
+    assert note.startswith("the weights of models/a come without a tokenizer.json, so ")
+
+
 @pytest.mark.parametrize("kind", ["bpe", "bytes"])
 @pytest.mark.parametrize(
     ("field", "value"),
