@@ -167,20 +167,26 @@ class LocalStack:
                 return TeardownReport(was_up=False)
             # Cleared first, so that a second call does not repeat the teardown.
             self._processes = None
-            jobs = StoppedJobs()
-            if processes.record.phase == "ready":
-                jobs = stop_jobs(
-                    processes.record,
-                    self.report,
-                    self.options.job_grace_s,
-                    is_urgent=lambda: self.interruption.is_urgent,
-                )
-            teardown = end_recorded(processes.record)
+            try:
+                jobs = self._stop_jobs(processes.record)
+            # Whatever happens to the jobs, no process outlives this one.
+            finally:
+                teardown = end_recorded(processes.record)
             processes.wait()
             return replace(teardown, jobs=jobs)
         finally:
             if self._lock is not None:
                 self._lock.close()
+
+    def _stop_jobs(self, record: StackRecord) -> StoppedJobs:
+        if record.phase != "ready":
+            return StoppedJobs()
+        return stop_jobs(
+            record,
+            self.report,
+            self.options.job_grace_s,
+            is_urgent=lambda: self.interruption.is_urgent,
+        )
 
 
 def _new_record(data_dir: Path) -> StackRecord:
