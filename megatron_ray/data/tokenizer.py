@@ -311,7 +311,7 @@ def _hide(
             if pair[0] in hidden:
                 pair[0] += _UNUSED_CHARACTER
         return hidden
-    hidden = unrecognised & vocabulary.keys()
+    hidden = {name for name in vocabulary if name in unrecognised}
     for name in hidden:
         vocabulary[name + _UNUSED_CHARACTER] = vocabulary.pop(name)
     return hidden

@@ -221,8 +221,8 @@ def test_added_rows_are_those_of_a_new_model_and_the_others_those_of_the_weights
     fresh, started = states
     assert torch.equal(started[VOCABULARY:], fresh[VOCABULARY:])
     assert fresh[VOCABULARY:].std() > 0
-    embedding = model.get_input_embeddings().weight
-    assert torch.equal(started[:VOCABULARY], embedding.detach())
+    embedding = model.state_dict()["model.embed_tokens.weight"]
+    assert torch.equal(started[:VOCABULARY], embedding)
 
 
 def refusal(settings: TrainConfig, data: PreparedData) -> str:
@@ -251,10 +251,11 @@ def test_what_does_not_fit_is_refused_before_training(
         rf"model.vocab_size={VOCABULARY} is smaller than the tokenizer's",
         refusal(config(tmp_path, tmp_path / "hf"), too_many),
     )
-    (tmp_path / "hf" / "tokenizer.json").write_text(byte_tokenizer("<s>", "</s>"))
+    other = byte_tokenizer("<|endoftext|>", ordinary=("<b>",))
+    (tmp_path / "hf" / "tokenizer.json").write_text(other)
     assert refusal(config(tmp_path, tmp_path / "hf"), corpus) == (
         f"/data/tokenizer: the data were not made with the tokenizer of {tmp_path / 'hf'}: "
-        "token '<s>' is missing instead of 256; set data.tokenizer to {kind: file, path: "
+        "token '<b>' is missing instead of 257; set data.tokenizer to {kind: file, path: "
         f"{tmp_path / 'hf'}/tokenizer.json}}"
     )
     edit_config(tmp_path / "hf", hidden_act="relu")
