@@ -74,21 +74,24 @@ def _resolve_weights(spec: JobSpec) -> tuple[ModelConfig, ModelTokenizer | None]
     # A job that has a checkpoint of its own no longer needs the weights it started from.
     if newest is not None:
         return spec.model, initial_tokenizer(newest.path)
-    model, weights, problems = resolve_initial_weights(spec)
+    model, weights, problems = resolve_initial_weights(spec, compare_copies=True)
     if problems:
         raise UnusableDataError(problems)
     return model, weights
 
 
 def resolve_initial_weights(
-    spec: JobSpec,
+    spec: JobSpec, *, compare_copies: bool = False
 ) -> tuple[ModelConfig, ModelTokenizer | None, list[Problem]]:
     """Returns a new job's model with its vocabulary, and the tokenizer of its weights.
 
     Also a problem for each field of the model that contradicts checkpoint.start_from.
-    Without it, or when it cannot be read, there is no such tokenizer.
+    Without it, or when it cannot be read, there is no such tokenizer. `compare_copies`
+    is that of resolve_initial_model.
     """
-    model, problems = resolve_initial_model(spec.checkpoint, spec.model)
+    model, problems = resolve_initial_model(
+        spec.checkpoint, spec.model, compare_copies=compare_copies
+    )
     start_from = spec.checkpoint.start_from
     if start_from is None or any(problem.code == "start_from" for problem in problems):
         return model, None, problems

@@ -6,7 +6,7 @@ how text becomes tokens.
 
 from contextlib import suppress
 
-from megatron_ray.checkpoint.hf.published_tokenizer import read_published_tokenizer
+from megatron_ray.checkpoint.hf.published.tokenizer import read_published_tokenizer
 from megatron_ray.checkpoint.initial_model import is_native_checkpoint
 from megatron_ray.checkpoint.train_state import TOKENIZER, read_train_state
 from megatron_ray.config.model_tokenizer import ModelTokenizer

@@ -193,6 +193,36 @@ def _template_begin(processor: JsonObject) -> str | None:
     return before[0]
 
 
+def with_begin(content: str, begin: int | None) -> str:
+    """Returns a tokenizer.json that puts the token `begin` before every text, or none.
+
+    `content` is returned as it is where it does so already.
+    """
+    tokenizer = json.loads(content)
+    name = None
+    for known, token_id in token_ids(tokenizer).items():
+        if token_id == begin:
+            name = known
+    if _template_begin(tokenizer.get("post_processor") or {}) == name:
+        return content
+    tokenizer["post_processor"] = None
+    if name is not None:
+        tokenizer["post_processor"] = {
+            "type": "TemplateProcessing",
+            "single": _begun(name, "A", 0),
+            "pair": [*_begun(name, "A", 0), *_begun(name, "B", 1)],
+            "special_tokens": {name: {"id": name, "ids": [begin], "tokens": [name]}},
+        }
+    return json.dumps(tokenizer, ensure_ascii=False)
+
+
+def _begun(begin: str, sequence: str, type_id: int) -> list[dict[str, Any]]:
+    return [
+        {"SpecialToken": {"id": begin, "type_id": type_id}},
+        {"Sequence": {"id": sequence, "type_id": type_id}},
+    ]
+
+
 def _content(token: object) -> str | None:
     """Returns the name of a token that is given as text or as an object."""
     if isinstance(token, Mapping):

@@ -15,7 +15,8 @@ import yaml
 
 from megatron_ray.checkpoint.directory import FORMAT_VERSION, INDEX, CheckpointError, commit
 from megatron_ray.checkpoint.hf.output_folder import new_folder
-from megatron_ray.checkpoint.hf.published_tokenizer import read_published_tokenizer
+from megatron_ray.checkpoint.hf.published.files import inside_checkpoint, read_published
+from megatron_ray.checkpoint.hf.published.tokenizer import read_published_tokenizer
 from megatron_ray.checkpoint.hf.weights import HfWeights, load_whole
 from megatron_ray.checkpoint.index import BoxSpec, RankPlan, data_file, plan_all
 from megatron_ray.checkpoint.load import bytes_of
@@ -27,7 +28,6 @@ from megatron_ray.sharding.boxes import Box
 from megatron_ray.storage.storage import Storage, Writable, open_storage
 
 SPEC = "spec.yaml"
-TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _MAX_SEQ_LENGTH = 4096
 """Maximum sequence length in the spec, which users may change."""
 
@@ -55,8 +55,8 @@ def import_folder(source: str, out: str) -> Imported:
     model is not supported.
     """
     weights = HfWeights(source)
-    # Files may contain tied weights twice, the checkpoint contains them once, so both must
-    # be equal.
+    # Files may contain weights twice, the checkpoint contains them once, so both must be
+    # equal.
     weights.check_copies()
     tokenizer = read_published_tokenizer(weights.storage, source)
     with new_folder(out) as folder:
@@ -66,8 +66,10 @@ def import_folder(source: str, out: str) -> Imported:
         final = str(Path(out).absolute())
         if tokenizer.content is not None:
             storage.write_bytes_atomic(TOKENIZER, tokenizer.content.encode())
+        for name, content in inside_checkpoint(read_published(source)).items():
+            storage.write_bytes_atomic(name, content)
         config = _train_config(weights.model, tokenizer, final)
-        train_state = json.dumps(_train_state(weights, config, tokenizer))
+        train_state = json.dumps(_train_state(config, tokenizer))
         storage.write_bytes_atomic(TRAIN_STATE, train_state.encode())
         storage.write_bytes_atomic(SPEC, _spec(config, final).encode())
         # The marker is written last, so that a committed checkpoint is complete.
@@ -78,7 +80,7 @@ def import_folder(source: str, out: str) -> Imported:
         tensors=len(weights.shapes),
         bytes=num_bytes,
         spec=f"{out}/{SPEC}",
-        notes=_tokenizer_notes(weights.model, tokenizer),
+        notes=(*weights.notes, *_tokenizer_notes(weights.model, tokenizer)),
     )
 
 
@@ -144,10 +146,7 @@ def _train_config(model: ModelConfig, tokenizer: ModelTokenizer, out: str) -> Tr
     )
 
 
-def _train_state(
-    weights: HfWeights, config: TrainConfig, tokenizer: ModelTokenizer
-) -> dict[str, Any]:
-    token_ids = {name: weights.config.get(name) for name in TOKEN_IDS}
+def _train_state(config: TrainConfig, tokenizer: ModelTokenizer) -> dict[str, Any]:
     return {
         "format_version": FORMAT_VERSION,
         "step": 0,
@@ -156,8 +155,6 @@ def _train_state(
         "end_of_document": tokenizer.id_of(tokenizer.end_of_document),
         "begin_of_document": tokenizer.id_of(tokenizer.begin_of_document),
         "tokenizer_file": tokenizer.other_form,
-        "family": weights.family.model_type,
-        "token_ids": token_ids,
     }
 
 

@@ -11,6 +11,7 @@ import yaml
 from megatron_ray.checkpoint.directory import CheckpointError
 from megatron_ray.checkpoint.hf.importing import import_folder
 from megatron_ray.checkpoint.initial_tokenizer import initial_tokenizer
+from megatron_ray.config.model_tokenizer import with_begin
 from megatron_ray.data.tokenizer import Tokenizer
 from tests.support.hf_folders import VOCABULARY, edit_config, publish
 from tests.support.tokenizer_files import byte_tokenizer
@@ -55,8 +56,8 @@ def test_prompts_are_what_transformers_makes_of_them(
     tokenizer = Tokenizer.from_json(
         made.content, made.end_of_document, made.begin_of_document
     )
-    theirs = transformers.AutoTokenizer.from_pretrained(published)
-    assert tokenizer.encode_prompt("a line") == theirs("a line")["input_ids"]
+    judge = transformers.AutoTokenizer.from_pretrained(published)
+    assert tokenizer.encode_prompt("a line") == judge("a line")["input_ids"]
 
 
 def test_an_import_writes_the_tokens_around_a_document_into_the_spec(
@@ -105,3 +106,16 @@ def test_a_damaged_tokenizer_is_one_message(published: Path, content: str) -> No
         CheckpointError, match=r"tokenizer.json: it is not a tokenizer.json"
     ):
         initial_tokenizer(str(published))
+
+
+@pytest.mark.parametrize("of_run", [256, None], ids=["begun", "plain"])
+@pytest.mark.parametrize("in_file", ["<s>", None], ids=["template", "none"])
+def test_an_exported_tokenizer_begins_texts_as_the_run_did(
+    tmp_path: Path, of_run: int | None, in_file: str | None
+) -> None:
+    content = with_begin(byte_tokenizer("<s>", "</s>", begin=in_file), of_run)
+    add_tokenizer(tmp_path, content, {})
+    judge = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    ours = Tokenizer.from_json(content, "</s>", of_run)
+    assert judge("a line")["input_ids"] == ours.encode_prompt("a line")
+    assert with_begin(content, of_run) == content
