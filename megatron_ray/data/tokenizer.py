@@ -52,7 +52,8 @@ class TokenizerError(InputError, ValueError):
 def parse_tokenizer(text: str) -> tokenizers.Tokenizer:
     """Returns the library's tokenizer of a tokenizer.json. Raises TokenizerError."""
     try:
-        inner = tokenizers.Tokenizer.from_str(text)
+        # Editors may put a byte order mark before it.
+        inner = tokenizers.Tokenizer.from_str(text.removeprefix("\ufeff"))
     # The library raises plain Exception.
     except Exception as error:
         detail = (

@@ -16,7 +16,8 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Decod
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.data.loader import BatchMaker
 from megatron_ray.distributed.mesh import ParallelMesh
-from megatron_ray.inference.generate import Sampling, generate_tokens
+from megatron_ray.inference.generate import generate_tokens
+from megatron_ray.inference.sampling import Sampling
 from megatron_ray.optimizer.finalize_grads import scale_and_clip
 from megatron_ray.optimizer.sharded import ShardedOptimizer
 from megatron_ray.parallelize.parallelize import ParallelModel

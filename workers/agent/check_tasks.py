@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from megatron_ray.config.errors.spec_problems import problems_from_pydantic
 from megatron_ray.config.problem import Problem
 from megatron_ray.data.preparation.check import check_data
 from megatron_ray.storage.errors import StorageError
@@ -19,8 +20,8 @@ from workers.protocol.job import JobSpec
 NONCE_FOLDER = ".megatron-ray"
 
 
-def check_task(spec: dict[str, Any], storage_path: str) -> list[dict[str, str]]:
-    """Returns the problems of a spec's paths as seen from the cluster, as JSON.
+def check_task(spec: dict[str, Any], storage_path: str) -> dict[str, Any]:
+    """Returns problems of a spec's paths as seen from the cluster, and notes, as JSON.
 
     Quick: nothing is tokenized.
     """
@@ -28,26 +29,18 @@ def check_task(spec: dict[str, Any], storage_path: str) -> list[dict[str, str]]:
     try:
         job = JobSpec.from_mapping(spec)
     except ValidationError as error:
-        return _validation_rows(error)
+        problems = problems_from_pydantic(error.errors(), spec, model=JobSpec)
+        return {"problems": problem_rows(problems), "notes": []}
     model, weights, weights_problems = resolve_initial_weights(job)
-    problems = check_data(
+    checked = check_data(
         job.data,
         job.training.seq_length,
         storage_path,
         weights=weights,
         rows=model.vocab_size,
     )
-    problems += weights_problems
-    problems += _find_other_job(storage_path)
-    return problem_rows(problems)
-
-
-def _validation_rows(error: ValidationError) -> list[dict[str, str]]:
-    rows = []
-    for item in error.errors():
-        pointer = "/" + "/".join(map(str, item["loc"]))
-        rows.append({"pointer": pointer, "code": str(item["type"]), "detail": item["msg"]})
-    return rows
+    problems = [*checked.problems, *weights_problems, *_find_other_job(storage_path)]
+    return {"problems": problem_rows(problems), "notes": checked.notes}
 
 
 def _find_other_job(storage_path: str) -> list[Problem]:

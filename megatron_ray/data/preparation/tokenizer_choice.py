@@ -15,6 +15,7 @@ from megatron_ray.config.model_tokenizer import ModelTokenizer
 from megatron_ray.data.preparation.build_cache import get_or_build
 from megatron_ray.data.preparation.cache_keys import digest
 from megatron_ray.data.preparation.corpora import ProgressCallback
+from megatron_ray.data.preparation.data_files import SourceAt
 from megatron_ray.data.preparation.documents import fingerprint, read_file_chunks
 from megatron_ray.data.preparation.errors import errors_at
 from megatron_ray.data.preparation.given_tokenizer import (
@@ -22,7 +23,7 @@ from megatron_ray.data.preparation.given_tokenizer import (
     given_tokenizer,
     trained_tokenizer,
 )
-from megatron_ray.data.preparation.sources import SourceAt, SourceFiles, in_sampling_order
+from megatron_ray.data.preparation.sources import SourceFiles, in_sampling_order
 from megatron_ray.data.tokenizer import Tokenizer
 from megatron_ray.storage.files import read_bytes
 from megatron_ray.storage.location import Location

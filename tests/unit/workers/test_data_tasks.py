@@ -82,7 +82,7 @@ def spec(tmp_path: Path) -> dict[str, Any]:
 
 
 def test_weights_that_fit_are_no_problem(spec: dict[str, Any]) -> None:
-    assert check_task(spec, spec["storage"]["path"]) == []
+    assert check_task(spec, spec["storage"]["path"])["problems"] == []
     assert prepare_data(JobSpec.from_mapping(spec)).vocab_size == 257
 
 
@@ -90,7 +90,7 @@ def test_weights_of_another_model_are_found_before_the_data_are_prepared(
     spec: dict[str, Any], tmp_path: Path
 ) -> None:
     spec["model"]["ffn_hidden_size"] = 32
-    (problem,) = check_task(spec, spec["storage"]["path"])
+    (problem,) = check_task(spec, spec["storage"]["path"])["problems"]
     assert (problem["pointer"], problem["code"]) == (
         "/model/ffn_hidden_size",
         "start_from_model",
@@ -113,9 +113,15 @@ def test_weights_that_are_not_there_or_too_few_for_the_tokenizer(
     ):
         prepare_data(JobSpec.from_mapping(spec))
     (tmp_path / "hf" / "model.safetensors").unlink()
-    (problem,) = check_task(spec, spec["storage"]["path"])
+    (problem,) = check_task(spec, spec["storage"]["path"])["problems"]
     assert problem["pointer"] == "/checkpoint/start_from"
     assert "holds neither model.safetensors nor" in problem["detail"]
+
+
+def submitted(spec: dict[str, Any]) -> list[dict[str, str]]:
+    """The problems that a submit answers."""
+    problems: list[dict[str, str]] = check_task(spec, spec["storage"]["path"])["problems"]
+    return problems
 
 
 def add_tokenizer(folder: Path, content: str, **config: Any) -> None:
@@ -126,7 +132,7 @@ def add_tokenizer(folder: Path, content: str, **config: Any) -> None:
 
 def both(spec: dict[str, Any]) -> tuple[str, str]:
     """The pointer of a job's one problem, as submit and the job itself see it."""
-    (problem,) = check_task(spec, spec["storage"]["path"])
+    (problem,) = submitted(spec)
     with pytest.raises(UnusableDataError) as caught:
         prepare_data(JobSpec.from_mapping(spec))
     (other,) = caught.value.problems
@@ -142,7 +148,7 @@ def test_the_tokenizer_of_published_weights_is_taken_with_the_tokens_around_docu
         tmp_path / "hf", byte_tokenizer("<s>", "</s>", begin="<s>"), eos_token_id=257
     )
     spec["data"]["tokenizer"] = {}
-    assert check_task(spec, spec["storage"]["path"]) == []
+    assert submitted(spec) == []
     prepared = prepare_data(JobSpec.from_mapping(spec))
     assert (prepared.begin_of_document, prepared.end_of_document) == (256, 257)
     assert f"{tmp_path / 'corpus.txt'}: 256 '<s>', 115 's', " in prepared.first_document
@@ -161,7 +167,7 @@ def test_weights_with_an_unread_tokenizer_are_refused_and_the_remedy_leads_to_a_
     path = tmp_path / "hf" / "tokenizer.json"
     path.write_text(byte_tokenizer("<|endoftext|>"))
     spec["data"]["tokenizer"] = {"kind": "file", "path": str(path)}
-    assert check_task(spec, spec["storage"]["path"]) == []
+    assert submitted(spec) == []
     assert prepare_data(JobSpec.from_mapping(spec)).vocab_size == 257
 
 
@@ -177,13 +183,13 @@ def test_another_tokenizer_than_the_weights_is_refused_and_the_remedy_leads_to_a
     path = re.search(r"set data.tokenizer to {kind: file, path: (\S+)}", detail)
     assert path is not None
     spec["data"]["tokenizer"]["path"] = path[1]
-    assert check_task(spec, spec["storage"]["path"]) == []
+    assert submitted(spec) == []
     assert prepare_data(JobSpec.from_mapping(spec)).end_of_document == 257
     # The same content at another path is the same tokenizer.
     copy = tmp_path / "copy.json"
     copy.write_text(json.dumps(json.loads(Path(path[1]).read_text()), indent=2))
     spec["data"]["tokenizer"]["path"] = str(copy)
-    assert check_task(spec, spec["storage"]["path"]) == []
+    assert submitted(spec) == []
 
 
 def test_a_tokenizer_with_more_tokens_than_rows_is_told_at_once_and_rows_can_be_added(
@@ -193,7 +199,7 @@ def test_a_tokenizer_with_more_tokens_than_rows_is_told_at_once_and_rows_can_be_
     add_tokenizer(tmp_path / "hf", byte_tokenizer("<|endoftext|>", "<pad>"))
     spec["data"]["tokenizer"] = {}
     # A token that never occurs does no harm.
-    assert check_task(spec, spec["storage"]["path"]) == []
+    assert submitted(spec) == []
     prepared = prepare_data(JobSpec.from_mapping(spec))
     assert (prepared.vocab_size, prepared.rows) == (258, 257)
     spec["data"]["tokenizer"] = {"special_tokens_in_text": ["<pad>"]}
@@ -205,9 +211,9 @@ def test_a_tokenizer_with_more_tokens_than_rows_is_told_at_once_and_rows_can_be_
         "'<pad>'; set it to 258, which adds rows to the weights"
     )
     spec["model"]["vocab_size"] = 258
-    assert check_task(spec, spec["storage"]["path"]) == []
+    assert submitted(spec) == []
     assert prepare_data(JobSpec.from_mapping(spec)).rows == 258
     spec["model"]["vocab_size"] = 256
-    first, second = check_task(spec, spec["storage"]["path"])
+    first, second = submitted(spec)
     assert "model.vocab_size=256 is smaller than the tokenizer's 258" in first["detail"]
     assert "vocab_size=256 contradicts the weights" in second["detail"]

@@ -231,10 +231,10 @@ def test_a_model_with_too_few_rows_is_found_without_tokenizing(tmp_path: Path) -
     corpus = write(tmp_path / "c.jsonl", [f"words {number}" for number in range(60)])
     larger = byte_tokenizer("<|endoftext|>", "<pad>")
     data = config(corpus, tokenizer=file(tmp_path, larger))
-    assert check_data(data, 4, str(tmp_path), rows=257) == []
+    assert check_data(data, 4, str(tmp_path), rows=257).problems == []
     assert prepare(data, str(tmp_path / "cache"), seq_length=4, rows=257).rows == 257
     data = config(corpus, tokenizer=file(tmp_path, larger, special_tokens_in_text="all"))
-    (problem,) = check_data(data, 4, str(tmp_path), rows=257)
+    (problem,) = check_data(data, 4, str(tmp_path), rows=257).problems
     assert (problem.pointer, problem.code) == ("/model/vocab_size", "vocab_fits")
     assert problem.detail == (
         "model.vocab_size=257 is smaller than the tokenizer's 258, whose last token is "
