@@ -115,12 +115,9 @@ class JobRecords:
     def prepared(
         self, manifest: dict[str, Any], num_train_tokens: int, unigram_nats: float | None
     ) -> None:
-        """Records that the data are ready, and how the first document was tokenized."""
+        """Records that the data are ready."""
         if self._has_prepared:
             return
-        # Before the data, so that a driver that dies in between does not lose it.
-        if manifest.get("first_document"):
-            self.event("data.first_document", manifest["first_document"])
         data = {
             "manifest": manifest,
             "num_train_tokens": num_train_tokens,
