@@ -10,6 +10,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,7 @@ def _resolve_weights(spec: JobSpec) -> tuple[ModelConfig, ModelTokenizer | None]
         newest = latest_committed(spec.storage.path)
     # A job that has a checkpoint of its own no longer needs the weights it started from.
     if newest is not None:
-        return spec.model, initial_tokenizer(newest.path)
+        return spec.model, replace(initial_tokenizer(newest.path), is_of_run=True)
     model, weights, problems = resolve_initial_weights(spec, compare_copies=True)
     if problems:
         raise UnusableDataError(problems)

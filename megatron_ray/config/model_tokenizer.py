@@ -55,6 +55,8 @@ class ModelTokenizer:
     other_form: str | None = None
     """Name of a file with the tokenizer in another form, where tokenizer.json is
     missing."""
+    is_of_run: bool = False
+    """Whether the weights are a checkpoint of the run itself."""
 
     @property
     def path(self) -> str:

@@ -76,7 +76,7 @@ def _notes(
     tokenizer: Tokenizer,
     end: str | None,
 ) -> Iterator[str]:
-    if config.kind == "bpe" and weights is not None:
+    if config.kind == "bpe" and weights is not None and not weights.is_of_run:
         yield f"using the tokenizer that the weights of {weights.source} were made with"
     if config.kind == "file" and weights is not None and weights.content is None:
         yield (

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from megatron_ray.checkpoint.directory import commit
 from megatron_ray.data.preparation.errors import UnusableDataError
 from tests.support.tokenizer_files import byte_tokenizer
 from workers.agent.check_tasks import check_task
@@ -217,3 +218,25 @@ def test_a_tokenizer_with_more_tokens_than_rows_is_told_at_once_and_rows_can_be_
     first, second = submitted(spec)
     assert "model.vocab_size=256 is smaller than the tokenizer's 258" in first["detail"]
     assert "vocab_size=256 contradicts the weights" in second["detail"]
+
+
+def test_a_job_that_goes_on_keeps_the_tokenizer_of_its_checkpoint(
+    spec: dict[str, Any], tmp_path: Path
+) -> None:
+    content = byte_tokenizer("<s>", "</s>")
+    add_tokenizer(tmp_path / "hf", content, eos_token_id=257)
+    checkpoint = tmp_path / "storage" / "checkpoints" / "step-00000001-a0001"
+    checkpoint.mkdir(parents=True)
+    state = {"format_version": 1, "end_of_document": 256, "begin_of_document": 257}
+    (checkpoint / "train_state.json").write_text(json.dumps(state))
+    (checkpoint / "tokenizer.json").write_text(content)
+    (checkpoint / "index.json").write_text('{"files": {}}')
+    commit(str(checkpoint), {}, [])
+    spec["data"]["tokenizer"] = {"vocab_size": 300}
+    prepared = prepare_data(JobSpec.from_mapping(spec))
+    assert (prepared.begin_of_document, prepared.end_of_document) == (257, 256)
+    assert Path(prepared.tokenizer_path).read_text() == content
+    assert prepared.notes == ()
+    spec["data"]["tokenizer"] = {"kind": "bytes"}
+    with pytest.raises(UnusableDataError, match=f"{checkpoint.name}/tokenizer.json"):
+        prepare_data(JobSpec.from_mapping(spec))
