@@ -64,7 +64,7 @@ def given_tokenizer(
     end = config.end_of_document or _declared_end(config, weights, ids)
     begin = config.begin_of_document
     if begin is None and weights is not None:
-        begin = _name_in(weights, weights.begin_of_document, ids)
+        begin = _token_of_weights(weights, weights.begin_of_document, ids, "begin")
     with _tokenizer_errors(config):
         tokenizer = Tokenizer.of(inner, end, begin, config.special_tokens_in_text)
     return GivenTokenizer(tokenizer, tuple(_notes(config, weights, tokenizer, end)))
@@ -176,16 +176,27 @@ def _declared_end(
         return END_OF_DOCUMENT
     if weights is None or weights.end_of_document is None:
         return _end_beside(config, ids)
-    name = _name_in(weights, weights.end_of_document, ids)
-    if name is None and weights.content is not None:
-        original = token_ids(json.loads(weights.content))
-        lost = _name_in(weights, weights.end_of_document, original)
-        detail = (
-            f"the tokenizer lacks {lost!r}, which ended the documents of {weights.source}; "
-            f"{weights.remedy}, or name the token that ends a document"
-        )
-        raise _problem("end_of_document", "no_end_token", detail)
+    name = _token_of_weights(weights, weights.end_of_document, ids, "end")
     return name or _end_beside(config, ids)
+
+
+def _token_of_weights(
+    weights: ModelTokenizer, token: Token | None, ids: Mapping[str, int], position: str
+) -> str | None:
+    """Returns the name of the token that began or ended (`position`) their documents.
+
+    Raises UnusableDataError when the job's tokenizer lacks it.
+    """
+    name = _name_in(weights, token, ids)
+    if token is None or name is not None or weights.content is None:
+        return name
+    original = token_ids(json.loads(weights.content))
+    lost = _name_in(weights, token, original)
+    detail = (
+        f"the tokenizer lacks {lost!r}, the {position} of documents of {weights.source}; "
+        f"{weights.remedy}, or name the token that {position}s a document"
+    )
+    raise _problem(f"{position}_of_document", f"no_{position}_token", detail)
 
 
 def _name_in(

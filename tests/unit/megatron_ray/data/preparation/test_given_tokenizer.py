@@ -118,14 +118,23 @@ def test_another_tokenizer_than_that_of_the_weights_is_refused_with_the_remedy(
     assert problem_of(BYTES, weights(trained)).pointer == "/data/tokenizer/kind"
 
 
-def test_a_tokenizer_without_the_end_token_of_the_weights_is_refused() -> None:
-    of = weights(byte_tokenizer("<pad>", "<eos>"), end_of_document=257)
-    problem = problem_of(BYTES, of)
-    assert problem.pointer == "/data/tokenizer/end_of_document"
+@pytest.mark.parametrize("position", ["begin", "end"])
+def test_a_tokenizer_without_a_token_around_the_weights_documents_is_refused(
+    tmp_path: Path, position: str
+) -> None:
+    tokens = {"end_of_document": 256, f"{position}_of_document": 257}
+    of = weights(byte_tokenizer("<|endoftext|>", "<old>"), **tokens)
+    problem = problem_of(file(tmp_path, byte_tokenizer("<|endoftext|>", "<new>")), of)
+    assert problem.pointer == f"/data/tokenizer/{position}_of_document"
     assert problem.detail.startswith(
-        "the tokenizer lacks '<eos>', which ended the documents of models/a; set "
+        f"the tokenizer lacks '<old>', the {position} of documents of models/a; set "
         "data.tokenizer to"
     )
+    named = {f"{position}_of_document": "<new>"}
+    around_new = around(
+        file(tmp_path, byte_tokenizer("<|endoftext|>", "<new>"), **named), of
+    )
+    assert "<new>" in around_new
 
 
 @pytest.mark.parametrize("chosen", [BPE, BYTES], ids=["bpe", "bytes"])
