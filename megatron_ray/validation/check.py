@@ -34,23 +34,26 @@ _RULES = (
     layout.pipeline_problems,
     model_rules.model_problems,
     training_rules.length_problems,
-    training_rules.sample_problems,
+    training_rules.known_sample_problems,
     schedule.schedule_problems,
     training_rules.dropout_problems,
     intervals.skipping_problems,
     recompute.recompute_problems,
 )
 """Rules in the order in which their problems are listed."""
-_WARNINGS = (
+_STEP_WARNINGS = (
     schedule.schedule_warnings,
-    intervals.decay_warnings,
-    intervals.clipping_warnings,
     intervals.interval_warnings,
     intervals.skipping_warnings,
     intervals.source_warnings,
+)
+"""Rules of what is legal but without effect, for a known number of steps."""
+_WARNINGS = (
+    intervals.decay_warnings,
+    intervals.clipping_warnings,
     intervals.model_warnings,
 )
-"""Rules of what is legal but without effect, likewise."""
+"""Such rules for any number of steps."""
 
 
 def find_problems(config: TrainConfig, world_size: int | None = None) -> list[Problem]:
@@ -77,8 +80,12 @@ def find_warnings(config: TrainConfig) -> list[Problem]:
 
     Such a config runs; its warnings are shown before it starts.
     """
+    rules = _WARNINGS
+    # The steps of a number of epochs are not known before the data are prepared.
+    if config.training.known_steps is not None:
+        rules = _STEP_WARNINGS + _WARNINGS
     warnings = list[Problem]()
-    for rule in _WARNINGS:
+    for rule in rules:
         warnings += rule(config)
     return warnings
 

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from megatron_ray.config.data import DataConfig, DataSource
+from megatron_ray.config.data import DataConfig, DataSource, source_names
 from megatron_ray.config.model_tokenizer import ModelTokenizer
 from megatron_ray.config.problem import Problem
 from megatron_ray.data.preparation.build_cache import get_or_build
@@ -27,6 +27,7 @@ from megatron_ray.data.preparation.cache_keys import digest
 from megatron_ray.data.preparation.corpora import (
     COUNTS,
     RECORDS,
+    Borders,
     ProgressCallback,
     build_corpus,
 )
@@ -35,6 +36,8 @@ from megatron_ray.data.preparation.documents import fingerprint
 from megatron_ray.data.preparation.errors import UnusableDataError, cause, errors_at
 from megatron_ray.data.preparation.formats.records import tally_of_json
 from megatron_ray.data.preparation.given_tokenizer import check_rows
+from megatron_ray.data.preparation.sources import SourceFiles
+from megatron_ray.data.preparation.split import is_near_share
 from megatron_ray.data.preparation.tokenizer_choice import make_tokenizer
 from megatron_ray.data.prepared import PreparedCorpus, PreparedData
 from megatron_ray.data.tokenizer import Tokenizer
@@ -73,10 +76,9 @@ def prepare(
         made, tokenizer_file = make_tokenizer(
             data.tokenizer, weights, data_files.train, location, progress
         )
-        tokenizer = made.tokenizer
         # Tokenizing may take hours, so a model that is too small is refused before.
-        if rows is not None:
-            check_rows(tokenizer, rows, weights)
+        check_rows(made.tokenizer, rows, weights)
+        tokenizer = made.tokenizer
         builder = _CorpusBuilder(location, cache, tokenizer, rows, progress)
         # Explicit validation sources replace the split.
         held_out_fraction = data.validation_fraction
@@ -88,14 +90,17 @@ def prepare(
     # seq_length use the same tokens.
     required = seq_length + 1
     _require_length(train, "train", required)
+    notes = [*made.notes, *data_files.notes]
+    notes += _corpus_notes([*train, *validation], tokenizer.end_of_document)
+    if data.separate_documents:
+        _require_borders(train, tokenizer.end_of_document)
     if data.validation:
         _require_length(validation, "validation", required)
     elif held_out_fraction:
-        held_out = [built for built in train if built.has("validation")]
-        validation = _long_enough([*validation, *held_out], required, progress)
-    notes = [*made.notes, *data_files.notes]
-    for built in [*train, *validation]:
-        notes.extend(built.record_notes())
+        validation, held_out_notes = _with_held_out(
+            validation, train, held_out_fraction, required
+        )
+        notes += held_out_notes
     # A source may be both trained and evaluated on.
     notes = list(dict.fromkeys(notes))
     for note in notes:
@@ -153,6 +158,13 @@ class _BuiltCorpus:
         self._entry_uri = entry_uri
         self._description = description
 
+    @property
+    def borders(self) -> Borders | None:
+        """The ends of documents in prepared tokens; None for text."""
+        # Earlier entries of text have none either.
+        borders = self._description.get("borders")
+        return borders and Borders(**borders)
+
     def has(self, split: str) -> bool:
         return self._description[split] is not None
 
@@ -163,7 +175,7 @@ class _BuiltCorpus:
         """Returns the beginning of the split's first document, if it was kept."""
         return list(self._description[split].get("first_tokens", ()))
 
-    def manifest(self, split: str) -> PreparedCorpus:
+    def manifest(self, split: str, name: str) -> PreparedCorpus:
         part = self._description[split]
         prefix = part["prefix"]
         # A bare name is a file of the entry; a path belongs to a prepared source, which is
@@ -175,6 +187,7 @@ class _BuiltCorpus:
             weight=self.source.weight,
             num_tokens=part["num_tokens"],
             num_documents=part["num_documents"],
+            name=name,
         )
 
     def record_notes(self) -> list[str]:
@@ -242,21 +255,34 @@ class _CorpusBuilder:
 
         with errors_at(pointer):
             # The inputs that determine the token files; weight and seq_length do not.
-            inputs = [fingerprint(source_files), self._tokenizer_digest, held_out_fraction]
-            if (
-                source_files.kind == "prepared"
-                and self._vocab_size < self._tokenizer.vocab_size
-            ):
-                inputs.append(self._vocab_size)
-            name = f"corpora/{digest(*inputs)}"
-            description = get_or_build(self._cache, name, build)
+            key = digest(
+                fingerprint(source_files),
+                self._tokenizer_digest,
+                held_out_fraction,
+                *self._formats(source_files, held_out_fraction),
+            )
+            entry = f"corpora/{key}"
+            description = get_or_build(self._cache, entry, build)
         return _BuiltCorpus(
             pointer,
             source_files.source,
-            self._cache / name,
-            f"{self.cache_uri}/{name}",
+            self._cache / entry,
+            f"{self.cache_uri}/{entry}",
             description,
         )
+
+    def _formats(
+        self, source_files: SourceFiles, held_out_fraction: float | None
+    ) -> list[str]:
+        """Returns what earlier entries lack, which have no such part in their key."""
+        formats = []
+        if held_out_fraction:
+            formats.append("split 2")
+        if source_files.kind == "prepared":
+            formats.append("borders")
+            if self._vocab_size < self._tokenizer.vocab_size:
+                formats.append(f"below {self._vocab_size}")
+        return formats
 
 
 def _first_document(train: Sequence[_BuiltCorpus], tokenizer: Tokenizer) -> str:
@@ -269,9 +295,10 @@ def _first_document(train: Sequence[_BuiltCorpus], tokenizer: Tokenizer) -> str:
 
 
 def _manifests(corpora: Sequence[_BuiltCorpus], split: str) -> tuple[PreparedCorpus, ...]:
+    names = source_names([built.source for built in corpora])
     manifests = []
-    for built in corpora:
-        manifests.append(built.manifest(split))
+    for built, name in zip(corpora, names, strict=True):
+        manifests.append(built.manifest(split, name))
     return tuple(manifests)
 
 
@@ -296,15 +323,91 @@ def _require_length(corpora: Sequence[_BuiltCorpus], split: str, required: int) 
         raise UnusableDataError(problems)
 
 
+def _corpus_notes(corpora: Sequence[_BuiltCorpus], end_of_document: int) -> list[str]:
+    """Returns notes on what was read and on the borders of documents."""
+    notes: list[str] = []
+    for built in corpora:
+        notes.extend(built.record_notes())
+    return notes + _border_notes(corpora, end_of_document)
+
+
+def _border_notes(corpora: Sequence[_BuiltCorpus], end_of_document: int) -> list[str]:
+    """Returns notes on prepared tokens without the tokenizer's end token."""
+    notes = []
+    for built in corpora:
+        borders = built.borders
+        if borders is None or borders.num_end_tokens:
+            continue
+        note = (
+            f"{built.source.path} holds no end token {end_of_document}, so a model that is "
+            "trained on it does not learn where documents end"
+        )
+        if borders.last_token is not None and borders.num_documents > 1:
+            note += (
+                f"; its documents end with token {borders.last_token}: if that is their end "
+                "token, set data.tokenizer.end_of_document"
+            )
+        notes.append(note)
+    return notes
+
+
+def _require_borders(corpora: Sequence[_BuiltCorpus], end_of_document: int) -> None:
+    """Raises UnusableDataError when no source shows where documents begin or end."""
+    paths = []
+    for built in corpora:
+        if built.borders is None or built.borders.can_be_separated:
+            return
+        paths.append(built.source.path)
+    detail = (
+        f"{', '.join(paths)} holds no end token {end_of_document}, and its index is of a "
+        "single document, so separate_documents cannot see where documents end; name the "
+        "end token of the data as data.tokenizer.end_of_document, prepare the data with an "
+        "index of every document, or set separate_documents to false"
+    )
+    raise UnusableDataError([Problem("/data/separate_documents", "no_borders", detail)])
+
+
+def _share_notes(train: Sequence[_BuiltCorpus], fraction: float) -> list[str]:
+    """Returns notes on sources of which another share is held out than was asked for."""
+    notes = []
+    for built in train:
+        held_out = built.num_tokens("validation")
+        share = held_out / (held_out + built.num_tokens("train"))
+        if not is_near_share(share, fraction):
+            notes.append(
+                f"{built.source.path}: {share:.1%} of the tokens are held out instead of "
+                f"{fraction:.1%}, because no choice of texts, with all copies of each on "
+                "one side, is nearer"
+            )
+    return notes
+
+
+def _with_held_out(
+    validation: Sequence[_BuiltCorpus],
+    train: Sequence[_BuiltCorpus],
+    fraction: float,
+    required: int,
+) -> tuple[list[_BuiltCorpus], list[str]]:
+    """Returns the corpora to evaluate on with those held out of `train`, and notes.
+
+    Raises UnusableDataError.
+    """
+    held_out = [built for built in train if built.has("validation")]
+    notes = _share_notes(held_out, fraction)
+    long_enough, omissions = _long_enough([*validation, *held_out], required)
+    return long_enough, notes + omissions
+
+
 def _long_enough(
-    train: Sequence[_BuiltCorpus], required: int, progress: ProgressCallback
-) -> list[_BuiltCorpus]:
-    """Returns the corpora with enough held-out tokens for a sample.
+    train: Sequence[_BuiltCorpus], required: int
+) -> tuple[list[_BuiltCorpus], list[str]]:
+    """Returns the corpora with enough held-out tokens for a sample, and notes on others.
 
     Small corpora are left out of the evaluation, unless all are too small. Raises
     UnusableDataError.
     """
     long_enough = []
+    notes = []
     most_tokens = 0
     for built in train:
         num_tokens = built.num_tokens("validation")
@@ -312,7 +415,7 @@ def _long_enough(
         if num_tokens >= required:
             long_enough.append(built)
         else:
-            progress(
+            notes.append(
                 f"{built.source.path}: {num_tokens} held-out tokens are too few to evaluate "
                 "on"
             )
@@ -323,7 +426,7 @@ def _long_enough(
             "training.seq_length, name data.validation sources, or set 0 to evaluate nothing"
         )
         raise UnusableDataError([Problem("/data/validation_fraction", "too_short", detail)])
-    return long_enough
+    return long_enough, notes
 
 
 @contextmanager
