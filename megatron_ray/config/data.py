@@ -107,7 +107,8 @@ class TokenizerConfig(Config):
     special_tokens_in_text: SpecialTokens = "none"
     """Special tokens that are recognised when text contains their names, as in rendered
     chats: `none` (the names are ordinary text), `all`, or a list of names. Prompts of a
-    model trained so are read alike. `all` leaves out the end token, so that text cannot
+    model trained so are read alike. A `bpe` tokenizer is trained to have the tokens that
+    are named here and around documents. `all` leaves out the end token, so that text cannot
     end its own document; name it to recognise it."""
 
     @model_validator(mode="after")

@@ -147,16 +147,19 @@ class Tokenizer:
         return recognised
 
     @classmethod
-    def train_bpe(cls, texts: Iterable[str], vocab_size: int) -> Self:
+    def train_bpe(
+        cls, texts: Iterable[str], vocab_size: int, special_tokens: Sequence[str] = ()
+    ) -> Self:
         """Trains byte-level BPE of at most `vocab_size` tokens.
 
-        Deterministic in the texts and their order.
+        `special_tokens` are added to the end token. Deterministic in the texts and their
+        order.
         """
         inner = _byte_level(models.BPE())
         alphabet = pre_tokenizers.ByteLevel.alphabet()
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size,
-            special_tokens=[END_OF_DOCUMENT],
+            special_tokens=[END_OF_DOCUMENT, *special_tokens],
             # Sorted, because the library returns the alphabet in arbitrary order.
             initial_alphabet=sorted(alphabet),
             show_progress=False,

@@ -52,8 +52,6 @@ def given_tokenizer(
     UnusableDataError below /data/tokenizer.
     """
     if config.kind == "bpe" and weights is None:
-        # What is known of a trained tokenizer: its special token.
-        trained_tokenizer(config, Tokenizer.of_bytes().to_json())
         return None
     content = _content(config, weights)
     with _tokenizer_errors(config):
@@ -89,6 +87,17 @@ def _notes(
             f"the end token {name!r} is a guess, as no file declares one; set "
             "data.tokenizer.end_of_document if documents end with another one"
         )
+
+
+def special_tokens_to_train(config: TokenizerConfig) -> list[str]:
+    """Returns the special tokens that a tokenizer trained here needs beside its own."""
+    named = [config.end_of_document, config.begin_of_document]
+    if not isinstance(config.special_tokens_in_text, str):
+        named += config.special_tokens_in_text
+    # Each once, in their order.
+    distinct = dict.fromkeys(name for name in named if name)
+    distinct.pop(END_OF_DOCUMENT, None)
+    return list(distinct)
 
 
 def trained_tokenizer(config: TokenizerConfig, content: str) -> Tokenizer:

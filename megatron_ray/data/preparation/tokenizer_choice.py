@@ -21,6 +21,7 @@ from megatron_ray.data.preparation.errors import errors_at
 from megatron_ray.data.preparation.given_tokenizer import (
     GivenTokenizer,
     given_tokenizer,
+    special_tokens_to_train,
     trained_tokenizer,
 )
 from megatron_ray.data.preparation.sources import SourceFiles, in_sampling_order
@@ -48,25 +49,30 @@ def make_tokenizer(
     if given is not None:
         name = _keep(given.tokenizer, config.kind, cache)
         return given, f"{name}/{_FILE_NAME}"
-    file_name = f"{_train(config.vocab_size, train, cache, progress)}/{_FILE_NAME}"
+    file_name = f"{_train(config, train, cache, progress)}/{_FILE_NAME}"
     # Read from the cache, because another process may have trained it first.
     content = read_bytes(cache / file_name).decode()
     return GivenTokenizer(trained_tokenizer(config, content)), file_name
 
 
 def _train(
-    vocab_size: int,
+    config: TokenizerConfig,
     train: Sequence[SourceAt],
     cache: Location,
     progress: ProgressCallback,
 ) -> str:
     # The trainer's version is part of the key, because it may affect the merges.
     parts = [(fingerprint(source), source.source.weight) for _, source in train]
-    name = f"tokenizers/bpe-{digest(parts, vocab_size, tokenizers.__version__)}"
+    inputs: list[Any] = [parts, config.vocab_size, tokenizers.__version__]
+    special_tokens = special_tokens_to_train(config)
+    if special_tokens:
+        inputs.append(special_tokens)
+    name = f"tokenizers/bpe-{digest(*inputs)}"
 
     def build(work: Path) -> dict[str, Any]:
-        progress(f"training a tokenizer of {vocab_size} tokens")
-        _write(work, Tokenizer.train_bpe(sample_text(train), vocab_size))
+        progress(f"training a tokenizer of {config.vocab_size} tokens")
+        texts = sample_text(train)
+        _write(work, Tokenizer.train_bpe(texts, config.vocab_size, special_tokens))
         return {}
 
     get_or_build(cache, name, build)

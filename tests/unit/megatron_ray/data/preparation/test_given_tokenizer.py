@@ -162,7 +162,6 @@ def test_a_tokenizer_that_nothing_confirms_is_noted(tmp_path: Path) -> None:
     assert note.startswith("the weights of models/a come without a tokenizer.json, so ")
 
 
-@pytest.mark.parametrize("kind", ["bpe", "bytes"])
 @pytest.mark.parametrize(
     ("field", "value"),
     [
@@ -171,13 +170,32 @@ def test_a_tokenizer_that_nothing_confirms_is_noted(tmp_path: Path) -> None:
         ("special_tokens_in_text", ("<|im_start|>",)),
     ],
 )
-def test_names_that_a_tokenizer_made_here_lacks_are_refused_at_their_field(
-    kind: str, field: str, value: Any
+def test_names_that_the_tokenizer_of_bytes_lacks_are_refused_at_their_field(
+    field: str, value: Any
 ) -> None:
-    changed = TokenizerConfig.model_validate({"kind": kind, field: value})
+    changed = TokenizerConfig.model_validate({"kind": "bytes", field: value})
     problem = problem_of(changed)
     assert problem.pointer == f"/data/tokenizer/{field}"
-    assert problem.detail.startswith(f"kind {kind}: the tokenizer has no ")
+    assert problem.detail.startswith("kind bytes: the tokenizer has no ")
+
+
+def test_a_tokenizer_is_trained_with_the_tokens_that_are_named(tmp_path: Path) -> None:
+    texts = [f"<|im_start|>question {number}<|im_end|>" for number in range(60)]
+    corpus = write(tmp_path / "c.jsonl", texts)
+    tokenizers = []
+    for names in (("<|im_start|>", "<|im_end|>"), ()):
+        tokenizer = TokenizerConfig(
+            vocab_size=300, begin_of_document="<s>", special_tokens_in_text=names
+        )
+        data = config(corpus, tokenizer=tokenizer)
+        prepared = prepare(data, str(tmp_path / "cache"), seq_length=4)
+        tokenizers.append(prepared.tokenizer_path)
+        if names:
+            assert prepared.vocab_size <= 300
+            first = IndexedDataset(prepared.train[0].prefix)[0].tolist()
+            assert first[:2] == [prepared.begin_of_document, 2]
+            assert first[-2:] == [3, prepared.end_of_document]
+    assert tokenizers[0] != tokenizers[1]
 
 
 def first_tokens(tmp_path: Path, texts: list[str], **changes: Any) -> list[list[int]]:
