@@ -2,7 +2,8 @@
 
 `HfFolder` is what the rest of the library uses: `model` is the model as a ModelConfig,
 `shapes` lists its logical tensors, `locations` maps each to where it is stored. Missing
-or unknown tensors and wrong shapes are errors. Only headers are read.
+or unknown tensors and wrong shapes are errors. Only headers are read, and tensors that
+are stored twice.
 
 Torch-free. Must not know: what is done with the tensors (`weights` reads them).
 """
@@ -122,7 +123,8 @@ class HfFolder:
             return model
         self.notes.append(
             f"{self.path}: {HEAD} differs from {embedding.name}, so it is used as a head of "
-            f"its own, although {CONFIG} has tie_word_embeddings=true"
+            f"its own, although tie_word_embeddings is true in {CONFIG} (the default of some "
+            "families)"
         )
         return model.model_copy(update={"tie_embeddings": False})
 
