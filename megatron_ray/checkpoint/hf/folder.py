@@ -51,7 +51,7 @@ _FIELDS = {
     "*.moe.router.*": "moe.num_experts",
     "*.moe.expert_bias": "moe.num_experts",
     "*.moe.shared.*": "moe.shared_expert_ffn_hidden_size",
-    "*.moe.experts.*": "moe.ffn_hidden_size",
+    "*.moe.experts.*": "moe.num_experts or model.moe.ffn_hidden_size",
 }
 """Fields that a tensor's shape depends on besides hidden_size, for errors. The first
 pattern that matches its name counts."""
