@@ -238,6 +238,10 @@ def _share_prepared(spec: JobSpec, env: RankEnv, store: Store) -> PreparedData:
     if env.rank == 0:
         try:
             data = prepare_data(spec)
+            for note in data.notes:
+                sys.stderr.write(f"warning: {note}\n")
+            if data.first_document:
+                sys.stdout.write(f"{data.first_document}\n")
         except UnusableDataError as error:
             # The other ranks read it and end too, instead of waiting until torchrun kills
             # them.

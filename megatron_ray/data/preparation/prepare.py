@@ -20,6 +20,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from megatron_ray.config.data import DataConfig, DataSource
+from megatron_ray.config.model_tokenizer import ModelTokenizer
 from megatron_ray.config.problem import Problem
 from megatron_ray.data.preparation.build_cache import get_or_build
 from megatron_ray.data.preparation.cache_keys import digest
@@ -33,6 +34,7 @@ from megatron_ray.data.preparation.data_files import SourceAt, find_data
 from megatron_ray.data.preparation.documents import fingerprint
 from megatron_ray.data.preparation.errors import UnusableDataError, cause, errors_at
 from megatron_ray.data.preparation.formats.records import tally_of_json
+from megatron_ray.data.preparation.given_tokenizer import check_rows
 from megatron_ray.data.preparation.tokenizer_choice import make_tokenizer
 from megatron_ray.data.prepared import PreparedCorpus, PreparedData
 from megatron_ray.data.tokenizer import Tokenizer
@@ -50,23 +52,32 @@ def prepare(
     *,
     seq_length: int,
     progress: ProgressCallback = no_progress,
+    weights: ModelTokenizer | None = None,
+    rows: int | None = None,
 ) -> PreparedData:
     """Tokenizes data that `cache` (path or URI) lacks and returns the manifest.
 
-    `progress` receives short messages for users. Safe to run concurrently and to kill.
+    `weights` is the tokenizer of the weights that the run begins with, and `rows` the
+    model's vocabulary, where they are known. `progress` receives short messages for
+    users. Safe to run concurrently and to kill.
+
     Raises UnusableDataError for errors that the user can fix, at JSON pointers below
     /data (or /storage/path when the default cache cannot be written).
     """
     with _cache_errors(data, cache):
         location = parse_location(cache)
-        data_files = find_data(data)
+        data_files = find_data(data, weights)
         # All problems are reported at once, before anything is built.
         if data_files.problems:
             raise UnusableDataError(data_files.problems)
-        tokenizer, tokenizer_file = make_tokenizer(
-            data.tokenizer, data_files.train, location, progress
+        made, tokenizer_file = make_tokenizer(
+            data.tokenizer, weights, data_files.train, location, progress
         )
-        builder = _CorpusBuilder(location, cache, tokenizer, progress)
+        tokenizer = made.tokenizer
+        # Tokenizing may take hours, so a model that is too small is refused before.
+        if rows is not None:
+            check_rows(tokenizer, rows, weights)
+        builder = _CorpusBuilder(location, cache, tokenizer, rows, progress)
         # Explicit validation sources replace the split.
         held_out_fraction = data.validation_fraction
         if data.validation:
@@ -82,7 +93,7 @@ def prepare(
     elif held_out_fraction:
         held_out = [built for built in train if built.has("validation")]
         validation = _long_enough([*validation, *held_out], required, progress)
-    notes = data_files.notes
+    notes = [*made.notes, *data_files.notes]
     for built in [*train, *validation]:
         notes.extend(built.record_notes())
     # A source may be both trained and evaluated on.
@@ -95,8 +106,11 @@ def prepare(
         tokenizer_path=f"{builder.cache_uri}/{tokenizer_file}",
         vocab_size=tokenizer.vocab_size,
         end_of_document=tokenizer.end_of_document,
+        begin_of_document=tokenizer.begin_of_document,
+        rows_needed=tokenizer.rows_needed,
         unigram_nats=unigram_nats(_counts_by_weight(validation)),
         notes=tuple(notes),
+        first_document=_first_document(train, tokenizer),
     )
 
 
@@ -145,6 +159,10 @@ class _BuiltCorpus:
     def num_tokens(self, split: str) -> int:
         return int(self._description[split]["num_tokens"])
 
+    def first_tokens(self, split: str) -> list[int]:
+        """Returns the beginning of the split's first document, if it was kept."""
+        return list(self._description[split].get("first_tokens", ()))
+
     def manifest(self, split: str) -> PreparedCorpus:
         part = self._description[split]
         prefix = part["prefix"]
@@ -181,6 +199,7 @@ class _CorpusBuilder:
         cache: Location,
         cache_path: str,
         tokenizer: Tokenizer,
+        rows: int | None,
         progress: ProgressCallback,
     ) -> None:
         self.cache_uri = cache_path.rstrip("/")
@@ -191,8 +210,12 @@ class _CorpusBuilder:
         self._cache = cache
         self._tokenizer = tokenizer
         self._progress = progress
-        # The end token is part of the key, because it is appended to every document.
-        self._tokenizer_digest = digest(tokenizer.to_json(), tokenizer.end_of_document)
+        # Includes the tokens around a document, because they are part of the corpus.
+        self._tokenizer_digest = digest(*tokenizer.identity)
+        # Prepared tokens may be among those that no text becomes and the model lacks.
+        self._vocab_size = tokenizer.vocab_size
+        if rows is not None:
+            self._vocab_size = min(rows, tokenizer.vocab_size)
 
     def build_all(
         self, sources: Sequence[SourceAt], held_out_fraction: float | None
@@ -211,6 +234,7 @@ class _CorpusBuilder:
                 work,
                 source_files,
                 self._tokenizer,
+                self._vocab_size,
                 held_out_fraction,
                 self._cache.is_local,
                 self._progress,
@@ -218,10 +242,13 @@ class _CorpusBuilder:
 
         with errors_at(pointer):
             # The inputs that determine the token files; weight and seq_length do not.
-            key = digest(
-                fingerprint(source_files), self._tokenizer_digest, held_out_fraction
-            )
-            name = f"corpora/{key}"
+            inputs = [fingerprint(source_files), self._tokenizer_digest, held_out_fraction]
+            if (
+                source_files.kind == "prepared"
+                and self._vocab_size < self._tokenizer.vocab_size
+            ):
+                inputs.append(self._vocab_size)
+            name = f"corpora/{digest(*inputs)}"
             description = get_or_build(self._cache, name, build)
         return _BuiltCorpus(
             pointer,
@@ -230,6 +257,15 @@ class _CorpusBuilder:
             f"{self.cache_uri}/{name}",
             description,
         )
+
+
+def _first_document(train: Sequence[_BuiltCorpus], tokenizer: Tokenizer) -> str:
+    """Returns the beginning of the first training document with its tokens."""
+    # Entries of earlier versions of this code have no such tokens.
+    ids = train[0].first_tokens("train")
+    if not ids:
+        return ""
+    return f"first document of {train[0].source.path}: {tokenizer.describe(ids)}"
 
 
 def _manifests(corpora: Sequence[_BuiltCorpus], split: str) -> tuple[PreparedCorpus, ...]:
