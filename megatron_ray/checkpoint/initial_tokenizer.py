@@ -6,6 +6,7 @@ how text becomes tokens.
 
 from contextlib import suppress
 
+from megatron_ray.checkpoint.hf.files import read_text_file
 from megatron_ray.checkpoint.hf.published.tokenizer import read_published_tokenizer
 from megatron_ray.checkpoint.initial_model import is_native_checkpoint
 from megatron_ray.checkpoint.train_state import TOKENIZER, read_train_state
@@ -26,7 +27,7 @@ def initial_tokenizer(path: str) -> ModelTokenizer:
     content = None
     # A checkpoint that was imported without one has none.
     with suppress(MissingFileError):
-        content = storage.read_bytes(TOKENIZER).decode()
+        content = read_text_file(storage, TOKENIZER).decode()
     return ModelTokenizer(
         path,
         content,

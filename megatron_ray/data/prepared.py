@@ -18,6 +18,8 @@ class PreparedCorpus(Config):
     """Tokens in the .bin file, end-of-document tokens included."""
     num_documents: int
     """Number of documents."""
+    name: str = ""
+    """Name of the source in reports and metrics; empty in earlier manifests."""
 
 
 class PreparedData(Config):
@@ -51,3 +53,8 @@ class PreparedData(Config):
     def rows(self) -> int:
         """Smallest vocabulary of a model for these tokens."""
         return self.rows_needed or self.vocab_size
+
+    @property
+    def num_train_tokens(self) -> int:
+        """Tokens of all corpora to train on."""
+        return sum(corpus.num_tokens for corpus in self.train)

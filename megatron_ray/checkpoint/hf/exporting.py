@@ -19,7 +19,7 @@ from torch import Tensor
 from megatron_ray.checkpoint.directory import CheckpointError
 from megatron_ray.checkpoint.hf.families.family import Family
 from megatron_ray.checkpoint.hf.families.registry import family_for, find_family
-from megatron_ray.checkpoint.hf.files import CONFIG, SHARDS, SINGLE
+from megatron_ray.checkpoint.hf.files import CONFIG, SHARDS, SINGLE, read_text_file
 from megatron_ray.checkpoint.hf.files import TOKENIZER as HF_TOKENIZER
 from megatron_ray.checkpoint.hf.folder import logical_shapes
 from megatron_ray.checkpoint.hf.output_folder import new_folder
@@ -288,7 +288,7 @@ def _tokenizer_of(checkpoint: str, train_state: Mapping[str, Any]) -> bytes | No
     It puts the token before every text that began every document of the run.
     """
     try:
-        content = open_storage(checkpoint).read_bytes(TOKENIZER)
+        content = read_text_file(open_storage(checkpoint), TOKENIZER)
     except MissingFileError:
         return None
     # Earlier versions of this code did not know of such a token.

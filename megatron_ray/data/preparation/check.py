@@ -82,8 +82,7 @@ def _tokenizer_notes(
     given = given_tokenizer(data.tokenizer, weights)
     if given is None:
         return ()
-    if rows is not None:
-        check_rows(given.tokenizer, rows, weights)
+    check_rows(given.tokenizer, rows, weights)
     return given.notes
 
 

@@ -103,10 +103,15 @@ def trained_tokenizer(config: TokenizerConfig, content: str) -> Tokenizer:
         )
 
 
-def check_rows(tokenizer: Tokenizer, rows: int, weights: ModelTokenizer | None) -> None:
-    """Raises UnusableDataError when a model of `rows` tokens lacks one that may occur."""
+def check_rows(
+    tokenizer: Tokenizer, rows: int | None, weights: ModelTokenizer | None
+) -> None:
+    """Raises UnusableDataError when a model of `rows` tokens lacks one that may occur.
+
+    None stands for a model whose vocabulary will be that of the tokenizer.
+    """
     needed = tokenizer.rows_needed
-    if needed <= rows:
+    if rows is None or needed <= rows:
         return
     remedy = "raise it, or leave it out"
     if weights is not None:

@@ -8,38 +8,29 @@ same content reads a few small files, and a change of one source rebuilds that s
 only.
 """
 
-import io
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from megatron_ray.config.data import DataConfig, DataSource
+from megatron_ray.config.data import DataConfig, DataSource, source_names
 from megatron_ray.config.model_tokenizer import ModelTokenizer
 from megatron_ray.config.problem import Problem
-from megatron_ray.data.preparation.build_cache import get_or_build
-from megatron_ray.data.preparation.cache_keys import digest
-from megatron_ray.data.preparation.corpora import (
-    COUNTS,
-    RECORDS,
-    ProgressCallback,
-    build_corpus,
-)
+from megatron_ray.data.preparation.built_corpora import BuiltCorpus, CorpusBuilder
+from megatron_ray.data.preparation.corpora import ProgressCallback
 from megatron_ray.data.preparation.data_files import SourceAt, find_data
-from megatron_ray.data.preparation.documents import fingerprint
-from megatron_ray.data.preparation.errors import UnusableDataError, cause, errors_at
-from megatron_ray.data.preparation.formats.records import tally_of_json
+from megatron_ray.data.preparation.errors import UnusableDataError, cause
+from megatron_ray.data.preparation.formats.suffixes import file_format
 from megatron_ray.data.preparation.given_tokenizer import check_rows
+from megatron_ray.data.preparation.split import is_near_share
 from megatron_ray.data.preparation.tokenizer_choice import make_tokenizer
 from megatron_ray.data.prepared import PreparedCorpus, PreparedData
 from megatron_ray.data.tokenizer import Tokenizer
-from megatron_ray.storage.files import read_bytes
-from megatron_ray.storage.location import Location, parse_location
+from megatron_ray.storage.location import parse_location
+
+_DEFAULT_TEXT_KEY = DataSource.model_fields["text_key"].default
 
 
 def no_progress(message: str) -> None:
@@ -73,11 +64,10 @@ def prepare(
         made, tokenizer_file = make_tokenizer(
             data.tokenizer, weights, data_files.train, location, progress
         )
-        tokenizer = made.tokenizer
         # Tokenizing may take hours, so a model that is too small is refused before.
-        if rows is not None:
-            check_rows(tokenizer, rows, weights)
-        builder = _CorpusBuilder(location, cache, tokenizer, rows, progress)
+        check_rows(made.tokenizer, rows, weights)
+        tokenizer = made.tokenizer
+        builder = CorpusBuilder(location, cache, tokenizer, rows, progress)
         # Explicit validation sources replace the split.
         held_out_fraction = data.validation_fraction
         if data.validation:
@@ -88,14 +78,18 @@ def prepare(
     # seq_length use the same tokens.
     required = seq_length + 1
     _require_length(train, "train", required)
+    notes = [*made.notes, *data_files.notes]
+    notes += _key_notes([*data_files.train, *data_files.validation])
+    notes += _corpus_notes([*train, *validation], tokenizer.end_of_document)
+    if data.separate_documents:
+        _require_borders(train, tokenizer.end_of_document)
     if data.validation:
         _require_length(validation, "validation", required)
     elif held_out_fraction:
-        held_out = [built for built in train if built.has("validation")]
-        validation = _long_enough([*validation, *held_out], required, progress)
-    notes = [*made.notes, *data_files.notes]
-    for built in [*train, *validation]:
-        notes.extend(built.record_notes())
+        validation, held_out_notes = _with_held_out(
+            validation, train, held_out_fraction, required
+        )
+        notes += held_out_notes
     # A source may be both trained and evaluated on.
     notes = list(dict.fromkeys(notes))
     for note in notes:
@@ -136,130 +130,7 @@ def unigram_nats(blend: Sequence[tuple[float, npt.NDArray[np.int64]]]) -> float 
     return float(-(used * np.log(used)).sum()) + 0.0
 
 
-class _BuiltCorpus:
-    """A source's entry in the cache."""
-
-    def __init__(
-        self,
-        pointer: str,
-        source: DataSource,
-        entry: Location,
-        entry_uri: str,
-        description: dict[str, Any],
-    ) -> None:
-        self.pointer = pointer
-        self.source = source
-        self._entry = entry
-        self._entry_uri = entry_uri
-        self._description = description
-
-    def has(self, split: str) -> bool:
-        return self._description[split] is not None
-
-    def num_tokens(self, split: str) -> int:
-        return int(self._description[split]["num_tokens"])
-
-    def first_tokens(self, split: str) -> list[int]:
-        """Returns the beginning of the split's first document, if it was kept."""
-        return list(self._description[split].get("first_tokens", ()))
-
-    def manifest(self, split: str) -> PreparedCorpus:
-        part = self._description[split]
-        prefix = part["prefix"]
-        # A bare name is a file of the entry; a path belongs to a prepared source, which is
-        # used in place.
-        if "/" not in prefix:
-            prefix = f"{self._entry_uri}/{prefix}"
-        return PreparedCorpus(
-            prefix=prefix,
-            weight=self.source.weight,
-            num_tokens=part["num_tokens"],
-            num_documents=part["num_documents"],
-        )
-
-    def record_notes(self) -> list[str]:
-        """Returns sentences about records that are left out."""
-        # Only sources of text have records.
-        if RECORDS not in self._description["files"]:
-            return []
-        tally = tally_of_json(json.loads(read_bytes(self._entry / RECORDS)))
-        return tally.notes(self.source.path)
-
-    def read_counts(self) -> npt.NDArray[np.int64]:
-        content = read_bytes(self._entry / COUNTS)
-        counts: npt.NDArray[np.int64] = np.load(io.BytesIO(content))
-        return counts
-
-
-class _CorpusBuilder:
-    """Builds the entries of one cache with one tokenizer."""
-
-    def __init__(
-        self,
-        cache: Location,
-        cache_path: str,
-        tokenizer: Tokenizer,
-        rows: int | None,
-        progress: ProgressCallback,
-    ) -> None:
-        self.cache_uri = cache_path.rstrip("/")
-        if cache.is_local:
-            # An absolute path and no file:// URI, because ranks may run in another working
-            # directory.
-            self.cache_uri = cache.path
-        self._cache = cache
-        self._tokenizer = tokenizer
-        self._progress = progress
-        # Includes the tokens around a document, because they are part of the corpus.
-        self._tokenizer_digest = digest(*tokenizer.identity)
-        # Prepared tokens may be among those that no text becomes and the model lacks.
-        self._vocab_size = tokenizer.vocab_size
-        if rows is not None:
-            self._vocab_size = min(rows, tokenizer.vocab_size)
-
-    def build_all(
-        self, sources: Sequence[SourceAt], held_out_fraction: float | None
-    ) -> list[_BuiltCorpus]:
-        """Builds each source. Raises UnusableDataError at its JSON pointer."""
-        return [self._build(source_at, held_out_fraction) for source_at in sources]
-
-    def _build(self, source_at: SourceAt, held_out_fraction: float | None) -> _BuiltCorpus:
-        pointer, source_files = source_at
-        # Files of validation data replace a share of the documents.
-        if held_out_fraction and source_files.validation_files:
-            held_out_fraction = 0.0
-
-        def build(work: Path) -> dict[str, Any]:
-            return build_corpus(
-                work,
-                source_files,
-                self._tokenizer,
-                self._vocab_size,
-                held_out_fraction,
-                self._cache.is_local,
-                self._progress,
-            )
-
-        with errors_at(pointer):
-            # The inputs that determine the token files; weight and seq_length do not.
-            inputs = [fingerprint(source_files), self._tokenizer_digest, held_out_fraction]
-            if (
-                source_files.kind == "prepared"
-                and self._vocab_size < self._tokenizer.vocab_size
-            ):
-                inputs.append(self._vocab_size)
-            name = f"corpora/{digest(*inputs)}"
-            description = get_or_build(self._cache, name, build)
-        return _BuiltCorpus(
-            pointer,
-            source_files.source,
-            self._cache / name,
-            f"{self.cache_uri}/{name}",
-            description,
-        )
-
-
-def _first_document(train: Sequence[_BuiltCorpus], tokenizer: Tokenizer) -> str:
+def _first_document(train: Sequence[BuiltCorpus], tokenizer: Tokenizer) -> str:
     """Returns the beginning of the first training document with its tokens."""
     # Entries of earlier versions of this code have no such tokens.
     ids = train[0].first_tokens("train")
@@ -268,20 +139,21 @@ def _first_document(train: Sequence[_BuiltCorpus], tokenizer: Tokenizer) -> str:
     return f"first document of {train[0].source.path}: {tokenizer.describe(ids)}"
 
 
-def _manifests(corpora: Sequence[_BuiltCorpus], split: str) -> tuple[PreparedCorpus, ...]:
+def _manifests(corpora: Sequence[BuiltCorpus], split: str) -> tuple[PreparedCorpus, ...]:
+    names = source_names([built.source for built in corpora])
     manifests = []
-    for built in corpora:
-        manifests.append(built.manifest(split))
+    for built, name in zip(corpora, names, strict=True):
+        manifests.append(built.manifest(split, name))
     return tuple(manifests)
 
 
 def _counts_by_weight(
-    corpora: Sequence[_BuiltCorpus],
+    corpora: Sequence[BuiltCorpus],
 ) -> list[tuple[float, npt.NDArray[np.int64]]]:
     return [(built.source.weight, built.read_counts()) for built in corpora]
 
 
-def _require_length(corpora: Sequence[_BuiltCorpus], split: str, required: int) -> None:
+def _require_length(corpora: Sequence[BuiltCorpus], split: str, required: int) -> None:
     problems = []
     for built in corpora:
         num_tokens = built.num_tokens(split)
@@ -296,15 +168,105 @@ def _require_length(corpora: Sequence[_BuiltCorpus], split: str, required: int) 
         raise UnusableDataError(problems)
 
 
+def _corpus_notes(corpora: Sequence[BuiltCorpus], end_of_document: int) -> list[str]:
+    """Returns notes on what was read and on the borders of documents."""
+    notes: list[str] = []
+    for built in corpora:
+        notes.extend(built.record_notes())
+    return notes + _border_notes(corpora, end_of_document)
+
+
+def _key_notes(sources: Sequence[SourceAt]) -> list[str]:
+    """Returns notes on sources that have no fields and name one."""
+    notes = []
+    for _, source_files in sources:
+        source = source_files.source
+        formats = {file_format(file.path) for file in source_files.files}
+        kinds = {form.kind for form in formats if form is not None}
+        if source.text_key != _DEFAULT_TEXT_KEY and not kinds & {"json_lines", "parquet"}:
+            notes.append(
+                f"{source.path} has no fields, so text_key={source.text_key!r} has no effect"
+            )
+    return notes
+
+
+def _border_notes(corpora: Sequence[BuiltCorpus], end_of_document: int) -> list[str]:
+    """Returns notes on prepared tokens without the tokenizer's end token."""
+    notes = []
+    for built in corpora:
+        borders = built.borders
+        if borders is None or borders.num_end_tokens:
+            continue
+        note = (
+            f"{built.source.path} holds no end token {end_of_document}, so a model that is "
+            "trained on it does not learn where documents end"
+        )
+        if borders.last_token is not None and borders.num_documents > 1:
+            note += (
+                f"; its documents end with token {borders.last_token}: if that is their end "
+                "token, set data.tokenizer.end_of_document"
+            )
+        notes.append(note)
+    return notes
+
+
+def _require_borders(corpora: Sequence[BuiltCorpus], end_of_document: int) -> None:
+    """Raises UnusableDataError when no source shows where documents begin or end."""
+    paths = []
+    for built in corpora:
+        if built.borders is None or built.borders.can_be_separated:
+            return
+        paths.append(built.source.path)
+    detail = (
+        f"{', '.join(paths)} holds no end token {end_of_document}, and its index is of a "
+        "single document, so separate_documents cannot see where documents end; name the "
+        "end token of the data as data.tokenizer.end_of_document, prepare the data with an "
+        "index of every document, or set separate_documents to false"
+    )
+    raise UnusableDataError([Problem("/data/separate_documents", "no_borders", detail)])
+
+
+def _share_notes(train: Sequence[BuiltCorpus], fraction: float) -> list[str]:
+    """Returns notes on sources of which another share is held out than was asked for."""
+    notes = []
+    for built in train:
+        held_out = built.num_tokens("validation")
+        share = held_out / (held_out + built.num_tokens("train"))
+        if not is_near_share(share, fraction):
+            notes.append(
+                f"{built.source.path}: {share:.1%} of the tokens are held out instead of "
+                f"{fraction:.1%}, because no choice of texts, with all copies of each on "
+                "one side, is nearer"
+            )
+    return notes
+
+
+def _with_held_out(
+    validation: Sequence[BuiltCorpus],
+    train: Sequence[BuiltCorpus],
+    fraction: float,
+    required: int,
+) -> tuple[list[BuiltCorpus], list[str]]:
+    """Returns the corpora to evaluate on with those held out of `train`, and notes.
+
+    Raises UnusableDataError.
+    """
+    held_out = [built for built in train if built.has("validation")]
+    notes = _share_notes(held_out, fraction)
+    long_enough, omissions = _long_enough([*validation, *held_out], required)
+    return long_enough, notes + omissions
+
+
 def _long_enough(
-    train: Sequence[_BuiltCorpus], required: int, progress: ProgressCallback
-) -> list[_BuiltCorpus]:
-    """Returns the corpora with enough held-out tokens for a sample.
+    train: Sequence[BuiltCorpus], required: int
+) -> tuple[list[BuiltCorpus], list[str]]:
+    """Returns the corpora with enough held-out tokens for a sample, and notes on others.
 
     Small corpora are left out of the evaluation, unless all are too small. Raises
     UnusableDataError.
     """
     long_enough = []
+    notes = []
     most_tokens = 0
     for built in train:
         num_tokens = built.num_tokens("validation")
@@ -312,7 +274,7 @@ def _long_enough(
         if num_tokens >= required:
             long_enough.append(built)
         else:
-            progress(
+            notes.append(
                 f"{built.source.path}: {num_tokens} held-out tokens are too few to evaluate "
                 "on"
             )
@@ -323,7 +285,7 @@ def _long_enough(
             "training.seq_length, name data.validation sources, or set 0 to evaluate nothing"
         )
         raise UnusableDataError([Problem("/data/validation_fraction", "too_short", detail)])
-    return long_enough
+    return long_enough, notes
 
 
 @contextmanager

@@ -6,7 +6,7 @@ Owns: which files are read. Torch-free. Must not know: how text becomes tokens.
 import json
 
 from megatron_ray.checkpoint.directory import CheckpointError
-from megatron_ray.checkpoint.hf.files import TOKENIZER, read_objects
+from megatron_ray.checkpoint.hf.files import TOKENIZER, read_objects, read_text_file
 from megatron_ray.config.model_tokenizer import (
     END_FILES,
     ModelTokenizer,
@@ -47,7 +47,7 @@ def read_published_tokenizer(storage: Storage, source: str) -> ModelTokenizer:
 
 def _read_text(storage: Storage) -> str | None:
     try:
-        return storage.read_bytes(TOKENIZER).decode()
+        return read_text_file(storage, TOKENIZER).decode()
     except MissingFileError:
         return None
     except UnicodeDecodeError as error:
