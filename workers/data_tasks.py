@@ -15,7 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ray.checkpoint.directory import CheckpointError, latest_committed
-from megatron_ray.checkpoint.initial_model import resolve_initial_model
+from megatron_ray.checkpoint.initial_model import (
+    resolve_initial_model,
+    weights_left_out,
+)
 from megatron_ray.checkpoint.initial_tokenizer import initial_tokenizer
 from megatron_ray.config.model import ModelConfig
 from megatron_ray.config.model_tokenizer import ModelTokenizer
@@ -47,7 +50,7 @@ def prepare_data(
     if cache is None:
         raise ValueError("storage.path is not resolved")
     # The cheap checks come first, because tokenizing may take hours.
-    model, weights = _resolve_weights(spec)
+    model, weights, notes = _resolve_weights(spec)
     prepared = prepare(
         spec.data,
         cache,
@@ -66,7 +69,7 @@ def prepare_data(
     # Nor was the number of steps of a number of epochs.
     if spec.training.epochs is not None:
         _check_epochs(spec, prepared.num_train_tokens)
-    return prepared
+    return prepared.model_copy(update={"notes": (*notes, *prepared.notes)})
 
 
 def _check_epochs(spec: JobSpec, num_tokens: int) -> None:
@@ -79,21 +82,28 @@ def _check_epochs(spec: JobSpec, num_tokens: int) -> None:
         raise UnusableDataError(problems)
 
 
-def _resolve_weights(spec: JobSpec) -> tuple[ModelConfig, ModelTokenizer | None]:
+def _resolve_weights(
+    spec: JobSpec,
+) -> tuple[ModelConfig, ModelTokenizer | None, list[str]]:
     """Returns the job's model with its vocabulary, and the tokenizer of its weights.
 
-    Raises UnusableDataError.
+    Also notes about weights that the job leaves out. Raises UnusableDataError.
     """
     newest = None
     if spec.storage is not None:
         newest = latest_committed(spec.storage.path)
     # A job that has a checkpoint of its own no longer needs the weights it started from.
     if newest is not None:
-        return spec.model, replace(initial_tokenizer(newest.path), is_of_run=True)
+        return spec.model, replace(initial_tokenizer(newest.path), is_of_run=True), []
     model, weights, problems = resolve_initial_weights(spec, compare_copies=True)
     if problems:
         raise UnusableDataError(problems)
-    return model, weights
+    return model, weights, left_out_notes(spec)
+
+
+def left_out_notes(spec: JobSpec) -> list[str]:
+    """Returns notes about initial weights that a job leaves out; they must be readable."""
+    return weights_left_out(spec.checkpoint, spec.model)
 
 
 def resolve_initial_weights(

@@ -8,6 +8,7 @@ random stream) is stored in its own part.
 
 import base64
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
@@ -28,6 +29,7 @@ from megatron_ray.optimizer.sharded import ShardedOptimizer
 from megatron_ray.parallelize.parallelize import ParallelModel
 from megatron_ray.reports import CheckpointReport
 from megatron_ray.sharding.sharded_state import ShardedState, whole_tensor
+from megatron_ray.storage.errors import StorageError
 from megatron_ray.storage.storage import open_storage
 from megatron_ray.training.progress import Progress, SkippedSteps
 
@@ -67,7 +69,8 @@ class TrainingSaver:
             self._files[TOKENIZER] = read_file(data.tokenizer_path)
             # Makes an export behave as the published model, after any number of runs.
             if weights is not None:
-                self._files |= inside_checkpoint(read_published(weights))
+                published = _published_files(weights, config.checkpoint.start_from)
+                self._files |= inside_checkpoint(published)
         self._writer = CheckpointWriter(mesh, config.checkpoint.mode, on_written)
         # Plans collectively which rank writes which box, so that a save needs no
         # collective.
@@ -119,6 +122,17 @@ class TrainingSaver:
                 "cpu": base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode()
             },
         }
+
+
+def _published_files(weights: str, start_from: str | None) -> dict[str, bytes]:
+    """Returns the published files of the weights that a run begins with."""
+    files = read_published(weights)
+    # Checkpoints of earlier versions have none. What the run started from may have been
+    # deleted since.
+    if not files and start_from not in (None, weights):
+        with suppress(StorageError):
+            files = read_published(str(start_from))
+    return files
 
 
 def read_file(path: str) -> bytes:

@@ -38,7 +38,10 @@ from megatron_ray.training.saving import (
     start_from_weights,
 )
 from megatron_ray.validation import check, resolution
-from megatron_ray.validation.initial_weights import with_vocabulary_of
+from megatron_ray.validation.initial_weights import (
+    with_latent_eps_of,
+    with_vocabulary_of,
+)
 
 
 def discard_report(_: Report) -> None:
@@ -236,14 +239,17 @@ def build(
 def _with_initial_vocabulary(config: TrainConfig, resume_from: str | None) -> TrainConfig:
     """Returns the config with the vocabulary of the run's initial weights.
 
-    They may come from its own checkpoint. Raises ConfigError when the config's model
-    differs from theirs.
+    They may come from its own checkpoint, which also has the eps of the latents' norms.
+    Raises ConfigError when the config's model differs from theirs.
     """
+    if resume_from is not None:
+        saved = initial_model(resume_from)
+        model = with_latent_eps_of(config.model, saved)
+        if config.checkpoint.start_from is not None:
+            model = with_vocabulary_of(model, saved)
+        return config.model_copy(update={"model": model})
     if config.checkpoint.start_from is None:
         return config
-    if resume_from is not None:
-        model = with_vocabulary_of(config.model, initial_model(resume_from))
-        return config.model_copy(update={"model": model})
     model, problems = resolve_initial_model(config.checkpoint, config.model)
     _raise_for(problems)
     return config.model_copy(update={"model": model})

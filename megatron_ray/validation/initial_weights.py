@@ -8,6 +8,7 @@ Pure. Must not know: files, formats.
 from math import isclose
 from typing import Any
 
+from megatron_ray.config.latent import LatentAttentionConfig
 from megatron_ray.config.model import ModelConfig
 from megatron_ray.config.problem import Problem
 
@@ -160,6 +161,20 @@ def _is_same(value: Any, other: Any) -> bool:
         # Numbers may have been rounded when stored in a file.
         return isclose(value, other, rel_tol=1e-6)
     return bool(value == other)
+
+
+def with_latent_eps_of(model: ModelConfig, checkpoint: ModelConfig) -> ModelConfig:
+    """Returns the model of a resumed run with the latents' eps of its checkpoint.
+
+    Runs of earlier versions had that of all norms, which their spec does not name. An eps
+    that is not the default was chosen.
+    """
+    if model.mla is None or checkpoint.mla is None:
+        return model
+    if model.mla.norm_eps != LatentAttentionConfig().norm_eps:
+        return model
+    mla = model.mla.model_copy(update={"norm_eps": checkpoint.mla.norm_eps})
+    return model.model_copy(update={"mla": mla})
 
 
 def with_vocabulary_of(model: ModelConfig, weights: ModelConfig) -> ModelConfig:

@@ -13,7 +13,7 @@ from megatron_ray.config.problem import Problem
 from megatron_ray.data.preparation.check import check_data
 from megatron_ray.storage.errors import StorageError
 from megatron_ray.storage.storage import open_storage
-from workers.data_tasks import problem_rows, resolve_initial_weights
+from workers.data_tasks import left_out_notes, problem_rows, resolve_initial_weights
 from workers.driver.journal import Journal, JournalError
 from workers.protocol.job import JobSpec
 
@@ -40,7 +40,10 @@ def check_task(spec: dict[str, Any], storage_path: str) -> dict[str, Any]:
         rows=model.vocab_size,
     )
     problems = [*checked.problems, *weights_problems, *_find_other_job(storage_path)]
-    return {"problems": problem_rows(problems), "notes": checked.notes}
+    notes = list(checked.notes)
+    if not weights_problems:
+        notes += left_out_notes(job)
+    return {"problems": problem_rows(problems), "notes": notes}
 
 
 def _find_other_job(storage_path: str) -> list[Problem]:

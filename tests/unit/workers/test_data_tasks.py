@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 
 from megatron_ray.checkpoint.directory import commit
+from megatron_ray.checkpoint.hf.folder import HfFolder
 from megatron_ray.data.preparation.errors import UnusableDataError
+from tests.support.hf_folders import publish
 from tests.support.tokenizer_files import byte_tokenizer
 from workers.agent.check_tasks import check_task
 from workers.data_tasks import prepare_data
@@ -117,6 +119,21 @@ def test_weights_that_are_not_there_or_too_few_for_the_tokenizer(
     (problem,) = check_task(spec, spec["storage"]["path"])["problems"]
     assert problem["pointer"] == "/checkpoint/start_from"
     assert "holds neither model.safetensors nor" in problem["detail"]
+
+
+def test_layers_of_the_weights_that_a_job_leaves_out_are_noted(
+    spec: dict[str, Any], tmp_path: Path
+) -> None:
+    publish("deepseek_v3-mtp", tmp_path / "hf")
+    spec["model"] = HfFolder(str(tmp_path / "hf")).model.model_dump(mode="json")
+    assert check_task(spec, spec["storage"]["path"])["notes"] == []
+    spec["model"]["mtp"] = None
+    note = (
+        f"the multi-token prediction layers of {tmp_path}/hf are left out; set model.mtp to "
+        "train them too"
+    )
+    assert check_task(spec, spec["storage"]["path"]) == {"problems": [], "notes": [note]}
+    assert prepare_data(JobSpec.from_mapping(spec)).notes[0] == note
 
 
 def submitted(spec: dict[str, Any]) -> list[dict[str, str]]:
