@@ -128,7 +128,7 @@ class DataConfig(Config):
     """Isolates documents that are packed into one sample: attention and positions start
     anew in each document, and the first token of a document is not a label
     (Megatron's reset_attention_mask, reset_position_ids and eod_mask_loss together).
-    A document ends where the .idx file says so, and after an end-of-document token."""
+    A document ends as in the .idx file, and after an end-of-document token."""
     cache: str | None = Field(default=None, max_length=4096)
     """Folder of prepared .bin/.idx files and sample indices, which jobs may share.
     Default: `<storage.path>/data`."""

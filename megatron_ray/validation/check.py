@@ -11,16 +11,16 @@ from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.parallel_dims import ParallelDims
 from megatron_ray.validation import (
     experts,
-    freezing,
     intervals,
     latent_attention,
     layout,
-    parameter_groups,
     recompute,
     schedule,
 )
 from megatron_ray.validation import model as model_rules
 from megatron_ray.validation import training as training_rules
+from megatron_ray.validation.parameters.freezing import freezing_problems
+from megatron_ray.validation.parameters.groups import group_problems
 from megatron_ray.validation.resolution import expert_dp_multiple, least_dp
 
 _RULES = (
@@ -69,8 +69,8 @@ def find_problems(config: TrainConfig, world_size: int | None = None) -> list[Pr
         return problems
     # The rules below enumerate parameters and ranks, which requires a consistent layout.
     return [
-        *freezing.freezing_problems(config),
-        *parameter_groups.group_problems(config),
+        *freezing_problems(config),
+        *group_problems(config),
         *_batch_problems(config, world_size),
     ]
 

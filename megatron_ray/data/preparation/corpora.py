@@ -49,7 +49,7 @@ _PROGRESS_EVERY_S = 2.0
 
 @dataclass(frozen=True)
 class Borders:
-    """How the documents of prepared tokens can be told apart."""
+    """What shows where the documents of prepared tokens begin and end."""
 
     num_documents: int
     """Documents of the index."""

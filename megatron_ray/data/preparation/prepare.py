@@ -34,6 +34,7 @@ from megatron_ray.data.preparation.data_files import SourceAt, find_data
 from megatron_ray.data.preparation.documents import fingerprint
 from megatron_ray.data.preparation.errors import UnusableDataError, cause, errors_at
 from megatron_ray.data.preparation.formats.records import tally_of_json
+from megatron_ray.data.preparation.formats.suffixes import file_format
 from megatron_ray.data.preparation.sources import SourceFiles
 from megatron_ray.data.preparation.split import is_near_share
 from megatron_ray.data.preparation.tokenizer_choice import make_tokenizer
@@ -41,6 +42,8 @@ from megatron_ray.data.prepared import PreparedCorpus, PreparedData
 from megatron_ray.data.tokenizer import Tokenizer
 from megatron_ray.storage.files import read_bytes
 from megatron_ray.storage.location import Location, parse_location
+
+_DEFAULT_TEXT_KEY = DataSource.model_fields["text_key"].default
 
 
 def no_progress(message: str) -> None:
@@ -83,6 +86,7 @@ def prepare(
     notes = data_files.notes
     for built in [*train, *validation]:
         notes.extend(built.record_notes())
+    notes += _key_notes([*data_files.train, *data_files.validation])
     notes += _border_notes([*train, *validation], tokenizer.end_of_document)
     if data.separate_documents:
         _require_borders(train, tokenizer.end_of_document)
@@ -288,6 +292,20 @@ def _require_length(corpora: Sequence[_BuiltCorpus], split: str, required: int) 
         problems.append(Problem(f"{built.pointer}/path", "too_short", detail))
     if problems:
         raise UnusableDataError(problems)
+
+
+def _key_notes(sources: Sequence[SourceAt]) -> list[str]:
+    """Returns notes on sources that have no fields and name one."""
+    notes = []
+    for _, source_files in sources:
+        source = source_files.source
+        formats = {file_format(file.path) for file in source_files.files}
+        kinds = {form.kind for form in formats if form is not None}
+        if source.text_key != _DEFAULT_TEXT_KEY and not kinds & {"json_lines", "parquet"}:
+            notes.append(
+                f"{source.path} has no fields, so text_key={source.text_key!r} has no effect"
+            )
+    return notes
 
 
 def _border_notes(corpora: Sequence[_BuiltCorpus], end_of_document: int) -> list[str]:

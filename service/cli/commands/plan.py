@@ -179,7 +179,7 @@ def _print_plan(answer: Json) -> None:
 
 def _print_length(training: Json) -> None:
     steps = training.get("steps")
-    # Of a number of epochs it follows from the data; a note says so.
+    # Of a number of epochs it follows from the data, as a note explains.
     if steps is None:
         return
     batch = training["global_batch_size"]

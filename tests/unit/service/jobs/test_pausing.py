@@ -240,3 +240,17 @@ def test_a_service_that_does_not_answer_does_not_keep_its_stack_alive(
     assert reports[0].startswith("could not pause jobs: ")
     resume_jobs(record, reports.append)
     assert reports[1].startswith("could not resume jobs: ")
+
+
+def test_a_failed_job_is_resumed_without_a_step_and_warnings_are_noted(
+    service: Any,
+) -> None:
+    job_id, driver = service.running_job()
+    driver.states("failed", attempt=1)
+    training = {"skip_steps": [4, 1000]}
+    job = changed(service, job_id, "resume", changes={"training": training})
+    assert job["resolved_spec"]["training"]["skip_steps"] == [4, 1000]
+    (warning,) = service.user.get(f"/v1/jobs/{job_id}/events?type=spec.warning").json()[
+        "data"
+    ]
+    assert "step 1000 is beyond training.steps=20" in warning["message"]

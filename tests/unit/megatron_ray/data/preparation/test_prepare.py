@@ -380,35 +380,6 @@ def test_a_small_corpus_of_a_blend_may_sit_out_the_evaluation(
     )
 
 
-def test_sources_are_named_in_the_manifest(tmp_path: Path, corpus: Path) -> None:
-    (tmp_path / "other").mkdir()
-    other = write(tmp_path / "other" / corpus.name, TEXTS)
-    data = DataConfig(
-        train=(
-            DataSource(path=str(corpus), name="mine"),
-            DataSource(path=str(other)),
-        ),
-        tokenizer=BYTES,
-        validation_fraction=0.1,
-    )
-    prepared = prepare(data, str(tmp_path / "cache"), seq_length=8)
-    names = ["mine", corpus.name]
-    assert [part.name for part in prepared.train] == names
-    assert [part.name for part in prepared.validation] == names
-
-
-def test_another_share_than_asked_for_is_noted(tmp_path: Path) -> None:
-    path = write(tmp_path / "a.jsonl", [letter * 20 for letter in "abcdefg"])
-    data = config(path, validation_fraction=0.05)
-    messages: list[str] = []
-    for _ in range(2):
-        cache = str(tmp_path / "cache")
-        (note,) = prepare(data, cache, seq_length=8, progress=messages.append).notes
-        assert messages[-1] == note
-        assert note.startswith(f"{path}: 14.3% of the tokens")
-    assert "of the tokens are held out instead of 5.0%" in note
-
-
 def test_what_is_left_out_is_in_the_manifest_of_every_run(tmp_path: Path) -> None:
     folder = tmp_path / "set"
     folder.mkdir()

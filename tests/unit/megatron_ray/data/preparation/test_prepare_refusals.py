@@ -237,32 +237,3 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path, corpus: Path) -> None:
         "not_writable",
         "the path is empty or holds a NUL character",
     )
-
-
-def test_documents_that_cannot_be_told_apart_are_not_separated(tmp_path: Path) -> None:
-    packed = write_prepared(tmp_path / "packed", [[list(range(50))]])
-    separated = {"separate_documents": True, "validation_fraction": 0}
-    assert_refused(
-        config(packed, **separated),
-        tmp_path / "cache",
-        "/data/separate_documents",
-        "no_borders",
-        "packed holds no end token 256, and its index is of a single document, .* set "
-        "separate_documents to false",
-    )
-    # A source that has borders is enough for a blend, and an end token for a source.
-    indexed = write_prepared(tmp_path / "indexed", [[[1, 2, 7]], [[3, 4, 5, 6, 7]]])
-    both = prepare(config(packed, indexed, **separated), str(tmp_path / "c"), seq_length=4)
-    assert len(both.notes) == 2
-    ended = write_prepared(tmp_path / "ended", [[[1, 2, 256, 3, 4, 5, 256]]])
-    assert not prepare(config(ended, **separated), str(tmp_path / "c"), seq_length=4).notes
-
-
-def test_data_with_another_end_token_are_noted(tmp_path: Path) -> None:
-    prefix = write_prepared(tmp_path / "ready", [[[n, 1, 7]] for n in range(20)])
-    (note,) = prepare(config(prefix), str(tmp_path / "cache"), seq_length=4).notes
-    assert "ready holds no end token 256, so a model" in note
-    assert "its documents end with token 7: if that is their end token, set data" in note
-    different = write_prepared(tmp_path / "other", [[[n, 1, n]] for n in range(20)])
-    (note,) = prepare(config(different), str(tmp_path / "cache"), seq_length=4).notes
-    assert "documents end with" not in note
