@@ -5,6 +5,8 @@ fields are functions `..._problems` of the modules beside this one, and only the
 Pure. Must not know: Ray, HTTP.
 """
 
+from collections.abc import Callable
+
 from megatron_ray.config.parallelism import ParallelismConfig
 from megatron_ray.config.problem import Problem
 from megatron_ray.config.train_config import TrainConfig
@@ -80,7 +82,7 @@ def find_warnings(config: TrainConfig) -> list[Problem]:
 
     Such a config runs; its warnings are shown before it starts.
     """
-    rules = _WARNINGS
+    rules: tuple[Callable[[TrainConfig], list[Problem]], ...] = _WARNINGS
     # The steps of a number of epochs are not known before the data are prepared.
     if config.training.known_steps is not None:
         rules = _STEP_WARNINGS + _WARNINGS
