@@ -255,6 +255,8 @@ def _share_prepared(spec: JobSpec, env: RankEnv, store: Store) -> PreparedData:
             data = prepare_data(spec)
             for note in data.notes:
                 sys.stderr.write(f"warning: {note}\n")
+            if data.first_document:
+                sys.stdout.write(f"{data.first_document}\n")
         except UnusableDataError as error:
             # The other ranks read it and end too, instead of waiting until torchrun kills
             # them.

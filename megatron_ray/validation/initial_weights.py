@@ -101,9 +101,9 @@ def _mla_signature(model: ModelConfig) -> dict[str, Any]:
 def contradictions(model: ModelConfig, weights: ModelConfig) -> list[Problem]:
     """Returns contradictions between a run's model and that of its initial weights.
 
-    The vocabulary must be equal; a run that leaves it out takes that of the weights
-    (`with_vocabulary_of`). A run may have longer sequences where positions are not
-    learned, and may set rotary frequencies and windows of its own.
+    The vocabulary may be larger, which adds rows; a run that leaves it out takes that of
+    the weights (`with_vocabulary_of`). A run may have longer sequences where positions
+    are not learned, and may set rotary frequencies and windows of its own.
     """
     own = model_signature(model)
     expected = model_signature(weights)
@@ -125,7 +125,7 @@ def contradictions(model: ModelConfig, weights: ModelConfig) -> list[Problem]:
         value = own.get(field)
         needed = expected.get(field)
         is_chosen = field in _LONG_CONTEXT_FIELDS and value != defaults[field]
-        if _is_same(value, needed) or is_chosen or _may_differ(model, field, value):
+        if _is_same(value, needed) or is_chosen or _may_differ(model, field, needed):
             continue
         detail = (
             f"{field}={value!r} contradicts the weights of checkpoint.start_from, which "
@@ -145,11 +145,14 @@ def _without_details(signature: dict[str, Any], group: str, first: str) -> dict[
     return kept
 
 
-def _may_differ(model: ModelConfig, field: str, value: Any) -> bool:
+def _may_differ(model: ModelConfig, field: str, needed: Any) -> bool:
     if field == "max_sequence_length":
         return model.position_embedding != "learned"
+    # Rows are added for further tokens.
+    if field == "vocab_size" and model.vocab_size is not None and needed is not None:
+        return bool(model.vocab_size > needed)
     # A run may leave out the MTP layers of its initial weights.
-    return field == "mtp" and value is None
+    return field == "mtp" and model.mtp is None
 
 
 def _is_same(value: Any, other: Any) -> bool:
