@@ -13,6 +13,7 @@ from megatron_ray.validation import check
 from service.cli.failure import CommandError
 from service.cli.spec_parsing import parse_spec, problems_failure
 from workers.protocol.job import JobSpec
+from workers.protocol.spec_warnings import export_notes
 
 
 def make_plan(
@@ -24,7 +25,7 @@ def make_plan(
     """
     device = _device(hardware)
     spec = _checked(values, device, ranks)
-    return without_cluster.make_plan(spec, device, ranks)
+    return without_cluster.make_plan(spec, device, ranks, export_notes(spec))
 
 
 def make_suggestions(
