@@ -6,6 +6,8 @@ Owns: the wording of each kind of error. Must not know: HTTP, job specs.
 from collections.abc import Mapping
 from typing import Any
 
+from megatron_ray.exceptions import redacted
+
 MAX_VALUE_CHARS = 80
 """Characters of a wrong value that a message repeats."""
 
@@ -69,7 +71,7 @@ def short_value(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     # Quotes show where a string ends, and that it is one.
-    text = repr(value)
+    text = redacted(repr(value))
     if len(text) > MAX_VALUE_CHARS:
         return text[:MAX_VALUE_CHARS] + "..."
     return text

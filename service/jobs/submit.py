@@ -7,7 +7,7 @@ Nothing is stored before all checks have passed, so a rejected spec leaves no tr
 
 import secrets
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from anyio.to_thread import run_sync
@@ -102,7 +102,8 @@ class Submitter:
         if not self.agents.is_live(spec.cluster) or not capacity.is_known:
             return None
         resolved = cluster_fit.resolve(spec, capacity, job_dir).spec.model_dump(mode="json")
-        path_check = self.agents.start_check(spec.cluster, resolved, job_dir)
+        rules = asdict(spec_checks.path_rules(self.settings))
+        path_check = self.agents.start_check(spec.cluster, resolved, job_dir, rules)
         # The check is added before the agent's long poll is woken to fetch it.
         await run_sync(self._wake_agent, spec.cluster)
         problems = await path_check.result(self.settings.check_wait_s)
@@ -114,7 +115,7 @@ class Submitter:
         """Returns the folder or URI of everything that the job writes."""
         if spec.storage is not None:
             return spec.storage.path
-        return str(self.settings.data_dir / "jobs" / job_id)
+        return str(self.settings.jobs_dir / job_id)
 
     def _check(self, spec: JobSpec, capacity: ClusterCapacity) -> list[Problem]:
         # The fit is checked only for a consistent spec.

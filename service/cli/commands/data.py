@@ -7,6 +7,7 @@ import typer
 from pydantic import ValidationError
 from rich.markup import escape
 
+from megatron_ray.validation.paths import path_problems
 from service.cli.failure import CommandError, with_field_lines
 from service.cli.output import AsJson, console, print_json
 from service.cli.spec_file import Overrides, SpecFile, read_spec
@@ -42,6 +43,9 @@ def prepare(
     """
     # Checked here, because no service takes part.
     job = validated(read_spec(spec, overrides))
+    wrong_paths = [(problem.pointer, problem.detail) for problem in path_problems(job)]
+    if wrong_paths:
+        raise problems_failure("the job spec is invalid", wrong_paths)
     folder = job.data.cache
     if cache is not None:
         folder = str(cache.expanduser().absolute())
