@@ -115,12 +115,18 @@ class Client:
         headers = {"Idempotency-Key": idempotency_key or _new_key()}
         return self._object("POST", "/v1/jobs", json=spec, headers=headers, repeat=True)
 
-    def plan(self, spec: Mapping[str, Any], *, hardware: str | None = None) -> Json:
+    def plan(
+        self,
+        spec: Mapping[str, Any],
+        *,
+        hardware: str | None = None,
+        ranks: int | None = None,
+    ) -> Json:
         """Returns how a job would run: resolved spec, ranks, memory, communication, time.
 
         Nothing is started. `hardware` is the name of a device.
         """
-        return self._plan("/v1/plans", spec, hardware=hardware)
+        return self._plan("/v1/plans", spec, hardware=hardware, ranks=ranks)
 
     def suggest(
         self,

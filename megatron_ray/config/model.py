@@ -5,9 +5,11 @@ Owns: architecture only. Must not know: parallelism, data, devices.
 
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from megatron_ray.config.base import Config
+from megatron_ray.config.errors.messages import short_value, suggestion
 from megatron_ray.config.latent import LatentAttentionConfig, MultiTokenPredictionConfig
 from megatron_ray.config.moe import MoEConfig
 from megatron_ray.config.positions import RopeScaling
@@ -107,9 +109,7 @@ class ModelConfig(Config):
             return values
         name = values["preset"]
         if name not in PRESETS:
-            raise ValueError(
-                f"unknown preset {name!r}; known: {', '.join(sorted(PRESETS))}"
-            )
+            raise _unknown_preset(name)
         preset = PRESETS[name]
         merged = {**preset, **values}
         # A group such as `moe` is merged too, so that changing one of its fields does not
@@ -243,3 +243,13 @@ class ModelConfig(Config):
         if self.vocab_size is None:
             raise ValueError("model.vocab_size is not known before the tokenizer is")
         return self.vocab_size
+
+
+def _unknown_preset(name: str) -> ValidationError:
+    """Returns the error of the field `preset`, which the whole model depends on."""
+    hint = suggestion(name, PRESETS) or f"known: {', '.join(sorted(PRESETS))}"
+    message = f"unknown preset {short_value(name)}; {hint}"
+    # A message template: braces in the name are no placeholders.
+    error = PydanticCustomError("unknown_preset", "{message}", {"message": message})
+    details = InitErrorDetails(type=error, loc=("preset",), input=name)
+    return ValidationError.from_exception_data("ModelConfig", [details])

@@ -27,6 +27,7 @@ from megatron_ray.config.parallelism import ParallelismConfig
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.data.tokenizer import Tokenizer
 from megatron_ray.data_parallel.buffers import FlatBuffers, bind_parameters
+from megatron_ray.distributed.device import free_memory_bytes
 from megatron_ray.distributed.mesh import ParallelMesh
 from megatron_ray.models.attention import KeyValueCache
 from megatron_ray.models.gpt import GPT
@@ -41,6 +42,11 @@ from megatron_ray.sharding.sharded_state import (
 )
 from megatron_ray.storage.errors import MissingFileError, StorageError
 from megatron_ray.storage.storage import open_storage
+
+_CACHE_SHARE = 0.9
+"""Share of the free memory that keys and values may take."""
+_SEEDS = (-(1 << 63), (1 << 64) - 1)
+"""Least and greatest seed of torch's generators."""
 
 
 @dataclass(frozen=True)
@@ -155,7 +161,8 @@ def generate(
     """Continues `prompt` until a document ends or there are `max_new_tokens`.
 
     An empty prompt begins a new document. The same seed gives the same text. Raises
-    ValueError for wrong sampling values and for more tokens than learned positions.
+    ValueError for wrong sampling values and for more tokens than learned positions or
+    than memory has room for.
     """
     start = tokenizer.encode(prompt) or [tokenizer.end_of_document]
     tokens = generate_tokens(
@@ -199,7 +206,9 @@ def generate_tokens(
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
-    _check_positions(model, len(prompt), max_new_tokens)
+    if not _SEEDS[0] <= seed <= _SEEDS[1]:
+        raise ValueError(f"seed={seed} must be between {_SEEDS[0]} and {_SEEDS[1]}")
+    _check_length(model, len(prompt), max_new_tokens)
     # Allocated once, for the longest possible continuation.
     caches = _empty_caches(model, len(prompt) + max_new_tokens)
     device = caches[0].keys.device
@@ -244,23 +253,41 @@ def choose(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> 
     return int(ids[min(index, len(cumulative) - 1)])
 
 
-def _check_positions(model: GPT, prompt_tokens: int, max_new_tokens: int) -> None:
-    """Raises ValueError for more tokens than learned positions."""
-    if model.config.position_embedding != "learned":
-        return
-    limit = model.config.max_sequence_length
-    if prompt_tokens + max_new_tokens <= limit:
+def _check_length(model: GPT, prompt_tokens: int, max_new_tokens: int) -> None:
+    """Raises ValueError for more tokens than learned positions or than fit into memory."""
+    limit = None
+    capacity = ""
+    rest = ""
+    if model.config.position_embedding == "learned":
+        limit = model.config.max_sequence_length
+        capacity = f"the model has learned {limit} positions"
+        rest = "positions that the model has learned"
+    fitting = _tokens_in_memory(model)
+    if fitting is not None and (limit is None or fitting < limit):
+        limit = fitting
+        capacity = f"the free memory has room for {limit}"
+        rest = "tokens that the free memory has room for"
+    if limit is None or prompt_tokens + max_new_tokens <= limit:
         return
     if prompt_tokens >= limit:
         raise ValueError(
-            f"the prompt has {prompt_tokens} tokens, the model has learned {limit} "
-            "positions; shorten the prompt"
+            f"the prompt has {prompt_tokens} tokens, {capacity}; shorten the prompt"
         )
     raise ValueError(
         f"{prompt_tokens} prompt tokens and {max_new_tokens} new ones need more than the "
-        f"{limit} positions that the model has "
-        f"learned; ask for at most {limit - prompt_tokens} new tokens"
+        f"{limit} {rest}; ask for at most {limit - prompt_tokens} new tokens"
     )
+
+
+def _tokens_in_memory(model: GPT) -> int | None:
+    """Returns how many tokens the caches can hold; None where free memory is unknown."""
+    like = next(model.parameters())
+    free_bytes = free_memory_bytes(like.device)
+    if free_bytes is None:
+        return None
+    config = model.config
+    width = 2 * config.num_layers * config.kv_heads * config.head_width
+    return int(free_bytes * _CACHE_SHARE) // (width * like.element_size())
 
 
 def _empty_caches(model: GPT, capacity: int) -> list[KeyValueCache]:

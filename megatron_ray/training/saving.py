@@ -8,6 +8,7 @@ random stream) is stored in its own part.
 
 import base64
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from megatron_ray.parallelize.parallelize import ParallelModel
 from megatron_ray.reports import CheckpointReport
 from megatron_ray.sharding.sharded_state import ShardedState, whole_tensor
 from megatron_ray.storage.storage import open_storage
-from megatron_ray.training.progress import Progress
+from megatron_ray.training.progress import Progress, SkippedSteps
 
 
 class TrainingSaver:
@@ -98,6 +99,7 @@ class TrainingSaver:
             "format_version": FORMAT_VERSION,
             "step": progress.step,
             "consumed_samples": progress.consumed_samples,
+            "skipped": asdict(progress.skipped),
             # Only fields of TrainConfig: a subclass (a job spec) may have fields that
             # readers of checkpoints do not know.
             "config": self._config.model_dump(
@@ -135,13 +137,16 @@ def resume(
     """
     load_into(path, training_state(model, optimizer))
     state = read_train_state(path, rank)
-    optimizer.set_steps_taken(state["step"])
+    # Checkpoints of earlier versions have no skipped steps.
+    skipped = SkippedSteps(**state.get("skipped", {}))
+    progress = Progress(state["step"], state["consumed_samples"], skipped)
+    optimizer.set_steps_taken(progress.num_updates)
     optimizer.publish()
     # A rank that did not exist in the saving layout keeps the stream of its seed.
     if "rng" in state:
         raw = bytearray(base64.b64decode(state["rng"]["cpu"]))
         torch.set_rng_state(torch.frombuffer(raw, dtype=torch.uint8).clone())
-    return Progress(state["step"], state["consumed_samples"])
+    return progress
 
 
 def start_from_weights(

@@ -12,12 +12,12 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from sqlalchemy.orm import Session
 
+from megatron_ray.config.errors.messages import plain_message
+from megatron_ray.config.errors.spec_problems import pointer_to
 from megatron_ray.config.problem import Problem
 from service.exceptions import RequestInvalidError
 from service.jobs import lifecycle, queue
 from service.jobs.lifecycle import NewEvent
-from service.jobs.spec_errors import pointer_to
-from service.pydantic_messages import plain_message
 from service.store import metrics
 from service.store.database import Store, wake
 from service.store.metrics import Finite, StepRow

@@ -14,6 +14,7 @@ from anyio.to_thread import run_sync
 from sqlalchemy.orm import Session
 
 from megatron_ray.config.problem import Problem
+from megatron_ray.validation import check
 from service.exceptions import SpecInvalidError
 from service.jobs import cluster_fit, lifecycle, spec_checks
 from service.jobs.agents import Agents
@@ -82,6 +83,11 @@ class Submitter:
             raise SpecInvalidError(problems)
         is_agent_ready = job.world_size is not None and self.agents.is_live(job.cluster)
         lifecycle.create(session, job, spec.metadata, is_agent_ready=is_agent_ready)
+        for warning in check.find_warnings(spec):
+            data = {"pointer": warning.pointer, "code": warning.code}
+            message = f"{warning.pointer}: {warning.detail}"
+            event = lifecycle.NewEvent("spec.warning", message, "warn", data)
+            lifecycle.add_event(session, job, event)
         session.flush()
 
     def read_cluster(self, spec: JobSpec) -> tuple[ClusterCapacity, list[Problem]]:

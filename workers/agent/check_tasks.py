@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from megatron_ray.checkpoint.initial_model import resolve_initial_model
+from megatron_ray.config.errors.spec_problems import problems_from_pydantic
 from megatron_ray.config.problem import Problem
 from megatron_ray.data.preparation.check import check_data
 from megatron_ray.storage.errors import StorageError
@@ -34,7 +35,7 @@ def check_task(
     try:
         job = JobSpec.from_mapping(spec)
     except ValidationError as error:
-        return _validation_rows(error)
+        return problem_rows(problems_from_pydantic(error.errors(), spec, model=JobSpec))
     if path_rules is not None:
         # Links are followed here, because the service does not see the cluster's files.
         rules = PathRules.from_mapping(path_rules)
@@ -46,14 +47,6 @@ def check_task(
     problems += model_problems
     problems += _find_other_job(storage_path)
     return problem_rows(problems)
-
-
-def _validation_rows(error: ValidationError) -> list[dict[str, str]]:
-    rows = []
-    for item in error.errors():
-        pointer = "/" + "/".join(map(str, item["loc"]))
-        rows.append({"pointer": pointer, "code": str(item["type"]), "detail": item["msg"]})
-    return rows
 
 
 def _find_other_job(storage_path: str) -> list[Problem]:

@@ -372,6 +372,79 @@ def test_a_good_config_has_no_problem() -> None:
             "min_lr=0.1 is above optimizer.lr=0.001; lower it",
         ),
         (
+            {"schedule": {"warmup_steps": 10, "decay_steps": 5}},
+            None,
+            "/schedule/decay_steps",
+            "decay_steps=5 is not after warmup_steps=10, so the rate would drop from "
+            "optimizer.lr=0.001 to min_lr=0 at once; decay_steps counts from step 0 with the "
+            "warm-up included: leave it out to decay until the last step",
+        ),
+        (
+            {"schedule": {"warmup_steps": 5, "decay_steps": 5, "min_lr": 1e-4}},
+            None,
+            "/schedule/decay_steps",
+            "decay_steps=5 is not after warmup_steps=5",
+        ),
+        (
+            {"schedule": {"kind": "linear", "decay_steps": 8}},
+            None,
+            "/schedule/decay_steps",
+            "decay_steps=8 with min_lr=0 leaves a rate of 0 for 3 of training.steps=10; set "
+            "min_lr above 0, leave decay_steps out, or lower steps to 8",
+        ),
+        (
+            {"training": {"steps": 2, "skip_steps": [2, 1]}},
+            None,
+            "/training/skip_steps",
+            "all of training.steps=2 are left out; keep one",
+        ),
+        (
+            {"optimizer": {"groups": [{"parameters": ["*.bias"], "weight_decay": 0}]}},
+            None,
+            "/optimizer/groups/0/parameters",
+            "no parameter matches '*.bias'; names are such as 'embedding.weight'",
+        ),
+        (
+            {"optimizer": {"groups": [{"parameters": ["embeding.*"], "lr_scale": 2}]}},
+            None,
+            "/optimizer/groups/0/parameters",
+            "no parameter matches 'embeding.*'; did you mean 'embedding.*'?",
+        ),
+        (
+            {"optimizer": {"freeze": ["layers.1.attn.q.weight"]}},
+            None,
+            "/optimizer/freeze",
+            "no parameter matches 'layers.1.attn.q.weight'; did you mean "
+            "'layers.*.attention.q.weight'?",
+        ),
+        (
+            {
+                "model": {"tie_embeddings": True},
+                "optimizer": {"groups": [{"parameters": ["head.*"], "lr_scale": 2}]},
+            },
+            None,
+            "/optimizer/groups/0/parameters",
+            "no parameter matches 'head.*'; the head is tied to 'embedding.weight', so name "
+            "that",
+        ),
+        (
+            {"optimizer": {"groups": [{"parameters": ["embedding.*"]}]}},
+            None,
+            "/optimizer/groups/0",
+            "the group sets nothing; give weight_decay, lr_scale, beta1, beta2 or eps",
+        ),
+        (
+            {
+                "optimizer": {
+                    "freeze": ["embedding.*"],
+                    "groups": [{"parameters": ["embedding.*"], "weight_decay": 0}],
+                }
+            },
+            None,
+            "/optimizer/groups/0/parameters",
+            "all parameters of the group are frozen by optimizer.freeze",
+        ),
+        (
             {"optimizer": {"freeze": ["layers.0.*", "layers.4.*"]}},
             None,
             "/optimizer/freeze",
@@ -727,3 +800,116 @@ def test_good_experts_have_no_problem() -> None:
         )
         == []
     )
+
+
+@pytest.mark.parametrize(
+    ("groups", "pointer", "words"),
+    [
+        (
+            {"schedule": {"warmup_steps": 100}},
+            "/schedule/warmup_steps",
+            "warmup_steps=100 is longer than training.steps=10: the rate ends at 0.0001 and "
+            "never reaches optimizer.lr=0.001",
+        ),
+        (
+            {"schedule": {"decay_steps": 100}},
+            "/schedule/decay_steps",
+            "decay_steps=100 is beyond training.steps=10: the rate does not come down to "
+            "min_lr=0",
+        ),
+        (
+            {"training": {"steps": 100}, "schedule": {"decay_steps": 95}},
+            "/schedule/min_lr",
+            "the rate is 0 in 6 of 100 steps, since the decay ends at min_lr=0 in step 95",
+        ),
+        ({"training": {"steps": 1}}, "/schedule/min_lr", "the rate is 0 in 1 of 1 steps"),
+        (
+            {"schedule": {"kind": "constant", "min_lr": 1e-4}},
+            "/schedule/min_lr",
+            "min_lr=0.0001 has no effect with kind=constant",
+        ),
+        (
+            {"schedule": {"kind": "constant", "decay_steps": 5}},
+            "/schedule/decay_steps",
+            "decay_steps=5 has no effect with kind=constant",
+        ),
+        ({"optimizer": {"lr": 1e-30}}, "/optimizer/lr", "lr=1e-30 is too small"),
+        (
+            {"optimizer": {"lr": 2.0, "weight_decay": 0.5}},
+            "/optimizer/weight_decay",
+            "lr x weight_decay = 2 x 0.5 = 1: a step subtracts at least the whole weight",
+        ),
+        (
+            {
+                "optimizer": {
+                    "lr": 0.1,
+                    "weight_decay": 1.0,
+                    "groups": [{"parameters": ["head.*"], "lr_scale": 20}],
+                }
+            },
+            "/optimizer/groups/0",
+            "lr x weight_decay = 2 x 1 = 2",
+        ),
+        (
+            {"training": {"eval_every_steps": 11}},
+            "/training/eval_every_steps",
+            "eval_every_steps=11 is beyond training.steps=10: the run is evaluated after its "
+            "last step only",
+        ),
+        (
+            {"training": {"eval_every_steps": 5}, "data": {"validation_fraction": 0}},
+            "/training/eval_every_steps",
+            "eval_every_steps=5, but there is no validation data",
+        ),
+        (
+            {"checkpoint": {"every_steps": 11}},
+            "/checkpoint/every_steps",
+            "every_steps=11 is beyond training.steps=10: the only checkpoint is that of the "
+            "last step",
+        ),
+        (
+            {"data": {"train": [{"path": "a"}, {"path": "b", "weight": 1e-6}]}},
+            "/data/train/1/weight",
+            "less than one of the run's 160 samples, so b is hardly used",
+        ),
+        (
+            {"training": {"skip_steps": [3, 11]}},
+            "/training/skip_steps",
+            "step 11 is beyond training.steps=10; steps count from 1",
+        ),
+        (
+            {"training": {"max_skipped_steps": 10}},
+            "/training/max_skipped_steps",
+            "max_skipped_steps=10 allows all of training.steps=10 to be skipped",
+        ),
+        (
+            {"model": {"mtp": {"loss_coeff": 0}}},
+            "/model/mtp/loss_coeff",
+            "loss_coeff=0 computes the MTP layers in every step and never trains them",
+        ),
+        (
+            {"model": {"sliding_window": 8, "full_attention_every": 5}},
+            "/model/full_attention_every",
+            "full_attention_every=5 is beyond num_layers=4",
+        ),
+    ],
+)
+def test_what_is_legal_and_without_effect_is_noted(
+    groups: dict[str, Any], pointer: str, words: str
+) -> None:
+    noted = config(**groups)
+    assert check.find_problems(noted) == []
+    warnings = check.find_warnings(noted)
+    assert [warning.pointer for warning in warnings] == [pointer]
+    assert words in warnings[0].detail
+
+
+def test_a_usual_config_has_no_warning() -> None:
+    usual = config(
+        training={"eval_every_steps": 5},
+        schedule={"warmup_steps": 2, "min_lr": 1e-4, "decay_steps": 8},
+        checkpoint={"every_steps": 5},
+    )
+    assert check.find_problems(usual) == []
+    assert check.find_warnings(usual) == []
+    assert check.find_warnings(config()) == []

@@ -78,6 +78,16 @@ def test_refused_spec_names_field_and_remedy(run: Run, service: FakeService) -> 
     assert json.loads(err) == problem
 
 
+def test_submit_shows_what_was_noted_about_the_spec(run: Run, service: FakeService) -> None:
+    service.routes["POST /v1/jobs"] = (201, JOB)
+    warning = {"type": "spec.warning", "message": "/schedule/warmup_steps: too long [b]"}
+    service.routes["GET /v1/jobs/job-abc/events"] = (200, {"data": [warning]})
+    code, out, err = run("submit", "spec.yaml", "--url", service.url)
+    assert code == 0
+    assert "submitted job-abc" in out
+    assert err == "warning: /schedule/warmup_steps: too long [b]\n"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -9,6 +9,7 @@ import pytest
 from service.cli.commands import generate as generate_module
 from service.cli.failure import CommandError
 from tests.support.fake_rest_service import FakeService, Run
+from workers.protocol.version import code_version
 
 
 def test_generate_takes_the_newest_checkpoint_of_a_job(
@@ -165,3 +166,16 @@ def test_commands_without_a_service_refuse_credentials_in_a_uri(run: Run) -> Non
         assert code == 2, arguments
         assert "the URI contains credentials" in err
         assert "pa/ss" not in out + err
+
+
+def test_the_version_is_printed_without_a_command(run: Run) -> None:
+    code, out, _ = run("--version")
+    assert (code, out) == (0, f"megatron-ray {code_version()}\n")
+
+
+def test_a_shell_completes_commands(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("_MEGATRON_RAY_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", "megatron-ray ch")
+    monkeypatch.setenv("COMP_CWORD", "1")
+    code, out, _ = run()
+    assert (code, out.split()) == (0, ["checkpoints"])

@@ -3,7 +3,8 @@
 Owns: the wording of each kind of error. Must not know: HTTP, job specs.
 """
 
-from collections.abc import Mapping
+import difflib
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from megatron_ray.exceptions import redacted
@@ -58,6 +59,15 @@ def plain_message(error: Mapping[str, Any]) -> str:
         if isinstance(limit, float):
             limits[name] = f"{limit:g}"
     return template.format(**limits)
+
+
+def suggestion(name: str, known: Iterable[str]) -> str | None:
+    """Returns a question that names the closest known name; None without a close one."""
+    # Only the beginning is compared: no name is long, and the cost grows with the length.
+    close = difflib.get_close_matches(name[:MAX_VALUE_CHARS], known, n=1)
+    if not close:
+        return None
+    return f"did you mean {close[0]!r}?"
 
 
 def short_value(value: Any) -> str:
