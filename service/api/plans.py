@@ -3,14 +3,14 @@
 from dataclasses import asdict
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Query
+from fastapi import APIRouter, Depends, Query
 from starlette.concurrency import run_in_threadpool
 
 from megatron_ray.config.problem import Problem
 from megatron_ray.planning.hardware import HARDWARE, Hardware, hardware_named
 from megatron_ray.planning.suggest import Suggestion, suggest
 from megatron_ray.planning.tally import Tally
-from service.api.models import (
+from service.api.plan_models import (
     Plan,
     PlanMemory,
     PlanRank,
@@ -21,6 +21,7 @@ from service.api.models import (
 )
 from service.exceptions import RequestInvalidError, SpecInvalidError
 from service.http.dependencies import Context, ContextDep
+from service.http.parameters import check_query
 from service.jobs import cluster_fit, estimates, spec_checks
 from service.jobs.capacity import ClusterCapacity, resource_request
 from service.jobs.cluster_fit import ResolvedSpec
@@ -31,7 +32,7 @@ from workers.protocol.job import JobSpec
 MAX_RANKS = 65536
 EXAMPLE_JOB_ID = "job-example"
 """Names the default folder of a job that does not exist."""
-router = APIRouter(prefix="/v1", tags=["plans"])
+router = APIRouter(prefix="/v1", tags=["plans"], dependencies=[Depends(check_query)])
 HardwareName = Annotated[
     str | None,
     Query(
@@ -50,7 +51,7 @@ NumRanks = Annotated[
 
 
 @router.post("/plans")
-async def make_plan(
+async def create_plan(
     spec: JobSpec, context: ContextDep, hardware: HardwareName = None
 ) -> Plan:
     """Returns the plan of a job: resolved spec, ranks, memory, communication, step time.
@@ -90,7 +91,7 @@ async def make_plan(
 
 
 @router.post("/plans/suggest")
-async def make_suggestions(
+async def suggest_layouts(
     spec: JobSpec,
     context: ContextDep,
     hardware: HardwareName = None,
