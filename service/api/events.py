@@ -30,17 +30,27 @@ ROWS_PER_MESSAGE = 50
 """Small enough for progress on connections that break often, because an interrupted
 message is sent again as a whole."""
 _STREAM_ID = re.compile(r"(?P<job>[^.]{1,64})\.(?P<seq>\d{1,18})(\.(?P<cursor>\d{1,18}))?")
-_REFERENCE = "#/components/schemas/"
-_STREAM = {
-    "type": "string",
-    "description": "Server-sent events. `x-event-data` has the schema of each message's data "
-    "by the message's name; `*` is every other name.",
-    "x-event-data": {
-        "metrics": {"$ref": f"{_REFERENCE}StreamMetrics"},
-        "state": {"$ref": f"{_REFERENCE}JobSummary"},
-        "end": {"$ref": f"{_REFERENCE}StreamEnd"},
-        "*": {"$ref": f"{_REFERENCE}Event"},
-    },
+
+
+def _message_schema(event: Any, model: str) -> dict[str, Any]:
+    """Returns the schema of one kind of server-sent events."""
+    data = {
+        "type": "string",
+        "contentMediaType": "application/json",
+        "contentSchema": {"$ref": f"#/components/schemas/{model}"},
+    }
+    properties = {"event": event, "id": {"type": "string"}, "data": data}
+    return {"type": "object", "properties": properties, "required": ["event", "data"]}
+
+
+_OWN_MESSAGES = {"metrics": "StreamMetrics", "state": "JobSummary", "end": "StreamEnd"}
+"""Names of messages that are no events of the job's history -> schema of their data."""
+_MESSAGE = {
+    "description": "One message. `data` is JSON.",
+    "oneOf": [
+        *[_message_schema({"const": name}, model) for name, model in _OWN_MESSAGES.items()],
+        _message_schema({"type": "string", "not": {"enum": list(_OWN_MESSAGES)}}, "Event"),
+    ],
 }
 router = APIRouter(prefix="/v1", tags=["history"], dependencies=[Depends(check_query)])
 
@@ -200,7 +210,7 @@ def _position(job: JobRow, stream_id: str, pointer: str) -> Position:
 @router.get(
     "/jobs/{job_id}/stream",
     response_class=EventSourceResponse,
-    responses={200: {"content": {"text/event-stream": {"schema": _STREAM}}}, 429: {}},
+    responses={200: {"content": {"text/event-stream": {"schema": _MESSAGE}}}, 429: {}},
 )
 async def stream_job(
     job_id: JobId,

@@ -102,18 +102,11 @@ PROBLEM: Json = {
     "instance": "/v1/jobs",
     "request_id": "req-5f0c1d2e3a4b5c6d",
 }
-STREAM = (
-    "event: checkpoint.committed\n"
-    f"id: {_JOB_ID}.12.40\n"
-    'data: {"object":"job.event","seq":12,"message":"checkpoint of step 40 committed"}\n'
-    "\n"
-    "event: metrics\n"
-    f"id: {_JOB_ID}.12.41\n"
-    'data: {"rows":[{"step":41,"attempt":1,"loss":5.2556}]}\n'
-    "\n"
-    ": ping\n"
-    "\n"
-)
+_MESSAGE: Json = {
+    "event": "metrics",
+    "id": f"{_JOB_ID}.12.41",
+    "data": '{"rows":[{"step":41,"attempt":1,"loss":5.2556}]}',
+}
 
 
 def _page(*entries: Json, id_of: str = "id") -> Json:
@@ -149,7 +142,7 @@ RESPONSES: dict[str, Any] = {
         "has_more": False,
     },
     "list_events": _page(_EVENT),
-    "stream_job": STREAM,
+    "stream_job": _MESSAGE,
     "list_metrics": _page({"step": 41, "attempt": 1, **_STEP}, id_of="step"),
     "read_log": {
         "object": "log",

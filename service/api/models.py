@@ -8,7 +8,7 @@ from datetime import datetime
 from typing import Annotated, Any, Generic, Literal, Self, TypeVar
 
 from fastapi import Path
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, model_validator
 
 from megatron_ray.config.problem import Problem
 from workers.protocol.events import EventLevel
@@ -338,7 +338,7 @@ class StreamEnd(Body):
 class CancelRequest(Body):
     """Options of a cancellation."""
 
-    checkpoint: bool = True
+    checkpoint: StrictBool = True
     """Whether to write a final checkpoint first."""
 
 
