@@ -82,6 +82,11 @@ class NotFoundError(ServiceProblemError):
 
     code = "not_found"
 
+    @classmethod
+    def of_field(cls, pointer: str, code: str, detail: str) -> "NotFoundError":
+        """Returns the error for the parameter that names what does not exist."""
+        return cls(detail, [Problem(pointer, code, detail)])
+
 
 # ---- conflicts with a job's state
 

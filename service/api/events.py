@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 import sqlalchemy as sa
 from fastapi import APIRouter, Depends, Header, Query
 from fastapi.sse import EventSourceResponse, ServerSentEvent
+from pydantic import BeforeValidator
 from starlette.concurrency import run_in_threadpool
 
 from service.api import render
@@ -15,9 +16,11 @@ from service.api.models import Event, JobId, JobSummary, Page
 from service.exceptions import RequestInvalidError
 from service.http.dependencies import Context, ContextDep
 from service.http.errors import ProblemError
+from service.http.parameters import check_query, split_commas
 from service.jobs import lifecycle
 from service.store import metrics
 from service.store.schema import EventRow, JobRow
+from workers.protocol.events import EventLevel, EventType
 
 MAX_ROWS = 1000
 """Rows of metrics read at once."""
@@ -26,9 +29,30 @@ MAX_EVENTS = 500
 ROWS_PER_MESSAGE = 50
 """Small enough for progress on connections that break often, because an interrupted
 message is sent again as a whole."""
-_STREAM_ID = re.compile(r"(\d{1,18})(?:\.(\d{1,18}))?")
-_MAX_SEQ_DIGITS = 18
-router = APIRouter(prefix="/v1", tags=["history"])
+_STREAM_ID = re.compile(r"(?P<job>[^.]{1,64})\.(?P<seq>\d{1,18})(\.(?P<cursor>\d{1,18}))?")
+
+
+def _message_schema(event: Any, model: str) -> dict[str, Any]:
+    """Returns the schema of one kind of server-sent events."""
+    data = {
+        "type": "string",
+        "contentMediaType": "application/json",
+        "contentSchema": {"$ref": f"#/components/schemas/{model}"},
+    }
+    properties = {"event": event, "id": {"type": "string"}, "data": data}
+    return {"type": "object", "properties": properties, "required": ["event", "data"]}
+
+
+_OWN_MESSAGES = {"metrics": "StreamMetrics", "state": "JobSummary", "end": "StreamEnd"}
+"""Names of messages that are no events of the job's history -> schema of their data."""
+_MESSAGE = {
+    "description": "One message. `data` is JSON.",
+    "oneOf": [
+        *[_message_schema({"const": name}, model) for name, model in _OWN_MESSAGES.items()],
+        _message_schema({"type": "string", "not": {"enum": list(_OWN_MESSAGES)}}, "Event"),
+    ],
+}
+router = APIRouter(prefix="/v1", tags=["history"], dependencies=[Depends(check_query)])
 
 
 @router.get("/jobs/{job_id}/events")
@@ -37,18 +61,22 @@ def list_events(
     context: ContextDep,
     limit: Annotated[int, Query(ge=1, le=1000, description="Events per page.")] = 100,
     after: Annotated[
-        str | None, Query(description="Id or seq of the last event of the previous page.")
-    ] = None,
-    type: Annotated[
-        str | None,
-        Query(description="Types, separated by commas. Default: all.", max_length=1000),
-    ] = None,
-    level: Annotated[
         str | None,
         Query(
-            description="Levels (info, warn, error), separated by commas. Default: all.",
+            min_length=1,
             max_length=100,
+            description="Id or seq of the last event of the previous page.",
         ),
+    ] = None,
+    type: Annotated[
+        list[EventType] | None,
+        BeforeValidator(split_commas),
+        Query(description="Types to list; may be repeated. Default: all."),
+    ] = None,
+    level: Annotated[
+        list[EventLevel] | None,
+        BeforeValidator(split_commas),
+        Query(description="Levels to list; may be repeated. Default: all."),
     ] = None,
     order: Annotated[
         Literal["asc", "desc"],
@@ -61,32 +89,38 @@ def list_events(
     """
     with context.store.read() as session:
         job = lifecycle.find(session, job_id)
-        if order == "desc":
-            statement = _newest_first(job, after)
-        else:
-            statement = _events_after(job, _seq(after, job_id))
         # Filters are applied before the limit, so that a page of errors is full.
+        chosen = sa.select(EventRow).where(EventRow.job == job.number)
         if level is not None:
-            statement = statement.where(EventRow.level.in_(level.split(",")))
+            chosen = chosen.where(EventRow.level.in_(level))
         if type is not None:
-            statement = statement.where(EventRow.type.in_(type.split(",")))
+            chosen = chosen.where(EventRow.type.in_(type))
+        statement = chosen.order_by(EventRow.seq)
+        if order == "desc":
+            statement = chosen.order_by(EventRow.seq.desc())
+        if after is not None:
+            statement = statement.where(_is_after(job, after, order))
         # One extra row shows whether there is another page.
         rows = list(session.scalars(statement.limit(limit + 1)))
+        numbers = chosen.with_only_columns(EventRow.seq).subquery()
+        total = session.scalar(sa.select(sa.func.count()).select_from(numbers))
     events = render.events(job_id, rows[:limit])
-    return render.page(events, lambda event: event.id, has_more=len(rows) > limit)
+    has_more = len(rows) > limit
+    return render.page(events, lambda event: event.id, has_more=has_more, total=total)
 
 
 @dataclass(frozen=True)
 class Position:
     """The position of a stream's reader."""
 
+    job_id: str
     seq: int = 0
     """Last event received."""
     cursor: int = 0
     """Last row of metrics received."""
 
     def __str__(self) -> str:
-        return f"{self.seq}.{self.cursor}"
+        return f"{self.job_id}.{self.seq}.{self.cursor}"
 
 
 @dataclass(frozen=True)
@@ -113,6 +147,8 @@ class _Update:
 
 
 def start_position(
+    job_id: JobId,
+    context: ContextDep,
     last_event_id: Annotated[
         str | None,
         Header(
@@ -127,29 +163,8 @@ def start_position(
 ) -> Position:
     """Returns the position after which a stream starts.
 
-    Raises RequestInvalidError.
-    """
-    stream_id = last_event_id or after
-    # On the first connection the id is missing or empty.
-    if not stream_id:
-        return Position()
-    match = _STREAM_ID.fullmatch(stream_id.strip())
-    if match is None:
-        detail = (
-            f"invalid Last-Event-ID {stream_id[:80]!r}; send the id of the last message "
-            "received, such as 12.340, or omit it to start from the beginning"
-        )
-        raise RequestInvalidError.of_field(
-            "/header/Last-Event-ID", "position_invalid", detail
-        )
-    return Position(int(match[1]), int(match[2] or 0))
-
-
-def check_stream(job_id: JobId, context: ContextDep) -> str:
-    """Returns the job's id when a stream of it may start.
-
     Runs before the first byte is sent, after which no error could be reported. Raises
-    ProblemError when too many streams are open, NotFoundError.
+    ProblemError when too many streams are open, NotFoundError, RequestInvalidError.
     """
     max_streams = context.settings.max_streams
     if context.telemetry.open_streams >= max_streams:
@@ -157,13 +172,48 @@ def check_stream(job_id: JobId, context: ContextDep) -> str:
         raise ProblemError("too_many_streams", detail, headers={"Retry-After": "5"})
     # Deleted jobs are not found either; a job deleted later ends its streams.
     with context.store.read() as session:
-        lifecycle.find(session, job_id)
-    return job_id
+        job = lifecycle.find(session, job_id)
+    # On the first connection the id is missing or empty.
+    if last_event_id:
+        return _position(job, last_event_id, "/header/Last-Event-ID")
+    if after:
+        return _position(job, after, "/query/after")
+    return Position(job_id)
 
 
-@router.get("/jobs/{job_id}/stream", response_class=EventSourceResponse)
+def _position(job: JobRow, stream_id: str, pointer: str) -> Position:
+    """Returns the position that a message's id stands for.
+
+    Raises RequestInvalidError for one that the job has not sent.
+    """
+    reason = ""
+    position = Position(job.id)
+    match = _STREAM_ID.fullmatch(stream_id.strip())
+    if match is None:
+        reason = "is no id of a message"
+    elif match["job"] != job.id:
+        reason = f"belongs to {match['job']}"
+    else:
+        position = Position(job.id, int(match["seq"]), int(match["cursor"] or 0))
+        # After such a position everything would be skipped without an error.
+        if position.seq > job.last_seq or position.cursor > job.metrics_cursor:
+            reason = "is ahead of the job"
+    if reason:
+        detail = (
+            f"{pointer.rpartition('/')[2]} {stream_id[:80]!r} {reason}; send the id of the last "
+            f"message received, such as {job.id}.12.340, or omit it to start from the beginning"
+        )
+        raise RequestInvalidError.of_field(pointer, "position_invalid", detail)
+    return position
+
+
+@router.get(
+    "/jobs/{job_id}/stream",
+    response_class=EventSourceResponse,
+    responses={200: {"content": {"text/event-stream": {"schema": _MESSAGE}}}, 429: {}},
+)
 async def stream_job(
-    job_id: Annotated[str, Depends(check_stream)],
+    job_id: JobId,
     context: ContextDep,
     start: Annotated[Position, Depends(start_position)],
 ) -> AsyncIterator[ServerSentEvent]:
@@ -251,21 +301,14 @@ def _events_after(job: JobRow, seq: int) -> sa.Select[EventRow]:
     )
 
 
-def _newest_first(job: JobRow, after: str | None) -> sa.Select[EventRow]:
-    statement = (
-        sa.select(EventRow).where(EventRow.job == job.number).order_by(EventRow.seq.desc())
-    )
-    if after is None:
-        return statement
-    return statement.where(EventRow.seq < _seq(after, job.id))
-
-
-def _seq(after: str | None, job_id: str) -> int:
-    """Returns the seq of an event that is named by its id or its seq; 0 for none."""
-    if after is None:
-        return 0
-    seq = after.removeprefix(f"{job_id}.")
-    if not seq.isascii() or not seq.isdigit() or len(seq) > _MAX_SEQ_DIGITS:
-        detail = f"after={after[:80]!r} is no event of {job_id}; use last_id of the previous page"
+def _is_after(
+    job: JobRow, after: str, order: Literal["asc", "desc"]
+) -> sa.ColumnElement[bool]:
+    """Returns the condition for the events after the one named by its id or seq."""
+    seq = after.removeprefix(f"{job.id}.")
+    if not seq.isascii() or not seq.isdigit() or not 0 <= int(seq) <= job.last_seq:
+        detail = f"after={after[:80]!r} is no event of {job.id}; use last_id of the previous page"
         raise RequestInvalidError.of_field("/query/after", "unknown_id", detail)
-    return int(seq)
+    if order == "desc":
+        return EventRow.seq < int(seq)
+    return EventRow.seq > int(seq)

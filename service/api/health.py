@@ -2,25 +2,28 @@
 
 from typing import Any
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Depends, Response
+from fastapi.responses import PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from sqlalchemy.exc import SQLAlchemyError
 
+from service.api.cluster_models import Health, Readiness
 from service.http.dependencies import Context, ContextDep
+from service.http.parameters import check_query
 from service.store.schema import ClusterRow
 from workers.protocol.wire import AgentReport
 
-router = APIRouter(tags=["health"])
+router = APIRouter(tags=["health"], dependencies=[Depends(check_query)])
 
 
-@router.get("/healthz")
-async def healthz() -> dict[str, str]:
+@router.get("/healthz", response_model=Health)
+async def check_health() -> dict[str, str]:
     """Answers 200 while the process runs."""
     return {"status": "ok"}
 
 
-@router.get("/readyz")
-def readyz(context: ContextDep, response: Response) -> dict[str, Any]:
+@router.get("/readyz", response_model=Readiness, responses={503: {"model": Readiness}})
+def check_readiness(context: ContextDep, response: Response) -> dict[str, Any]:
     """Answers 200 while requests can be served, 503 when the database does not answer.
 
     `status` is `ok` when every agent is connected and reaches Ray, else `degraded`.
@@ -41,8 +44,8 @@ def readyz(context: ContextDep, response: Response) -> dict[str, Any]:
     return {"status": status, "database": "ok", "agents": agents}
 
 
-@router.get("/metrics")
-def metrics(context: ContextDep) -> Response:
+@router.get("/metrics", response_class=PlainTextResponse)
+def get_service_metrics(context: ContextDep) -> Response:
     """Returns the service's metrics in Prometheus' text format."""
     silence_s: dict[str, float | None] = {}
     for name in context.settings.clusters:

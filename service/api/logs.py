@@ -2,16 +2,17 @@
 
 from typing import Annotated
 
-from fastapi import APIRouter, Query
+from fastapi import APIRouter, Depends, Query
 
 from service.api import render
 from service.api.models import JobId, Log
 from service.exceptions import NotFoundError
 from service.http.dependencies import ContextDep
+from service.http.parameters import check_query
 from service.jobs import lifecycle
 from service.store.schema import AttemptRow, JobRow
 
-router = APIRouter(prefix="/v1", tags=["history"])
+router = APIRouter(prefix="/v1", tags=["history"], dependencies=[Depends(check_query)])
 
 
 @router.get("/jobs/{job_id}/logs")
@@ -60,12 +61,14 @@ def _check_exists(job: JobRow, row: AttemptRow | None, attempt: int, rank: int) 
             f"job {job.id} has no attempt yet, so there are no logs; the job is {job.status}"
         )
     if attempt > job.attempt:
-        raise NotFoundError(render.no_attempt(attempt, job.attempt))
+        raise render.no_attempt(attempt, job.attempt)
     world_size = job.world_size
     # An attempt may have had another world size than the job was submitted with.
     if row is not None and row.world_size is not None:
         world_size = row.world_size
     if world_size is not None and rank >= world_size:
-        raise NotFoundError(
-            f"no rank {rank}; attempt {attempt} has ranks 0 to {world_size - 1}"
+        raise NotFoundError.of_field(
+            "/query/rank",
+            "no_rank",
+            f"no rank {rank}; attempt {attempt} has ranks 0 to {world_size - 1}",
         )

@@ -1,30 +1,46 @@
 """Serves /v1/jobs/{id}/metrics: the metrics of each step."""
 
-from typing import Annotated, Any
+from typing import Annotated
 
-from fastapi import APIRouter, Query
+from fastapi import APIRouter, Depends, Query
+from fastapi.responses import JSONResponse, Response
+from pydantic import AfterValidator, BeforeValidator, Field
 
-from service.api.models import JobId, Page
-from service.exceptions import RequestInvalidError
+from service.api import render
+from service.api.models import JobId, MetricsRow, Page
 from service.http.dependencies import ContextDep
+from service.http.parameters import check_query, split_commas
 from service.jobs import lifecycle
 from service.store import metrics
+from service.store.schema import AttemptRow
 
 MAX_ROWS = 10_000
 DEFAULT_KEYS = ("loss", "grad_norm", "lr", "tokens_per_s")
-_KNOWN_KEYS = ", ".join(metrics.KEYS)
-_ALWAYS_PRESENT = ("", "step", "attempt")
-router = APIRouter(prefix="/v1", tags=["history"])
+_ALWAYS_PRESENT = ("step", "attempt")
+_KNOWN_KEYS = (*metrics.KEYS, *_ALWAYS_PRESENT)
+router = APIRouter(prefix="/v1", tags=["history"], dependencies=[Depends(check_query)])
 
 
-@router.get("/jobs/{job_id}/metrics")
+def _known_key(name: str) -> str:
+    if name not in _KNOWN_KEYS:
+        raise ValueError(f"must be one of {', '.join(metrics.KEYS)}")
+    return name
+
+
+Key = Annotated[
+    str, AfterValidator(_known_key), Field(json_schema_extra={"enum": list(_KNOWN_KEYS)})
+]
+
+
+@router.get("/jobs/{job_id}/metrics", response_model=Page[MetricsRow])
 def list_metrics(
     job_id: JobId,
     context: ContextDep,
     keys: Annotated[
-        str | None,
+        list[Key] | None,
+        BeforeValidator(split_commas),
         Query(
-            description=f"Metrics, separated by commas: {_KNOWN_KEYS}. "
+            description="Metrics to return; may be repeated. "
             f"Default: {', '.join(DEFAULT_KEYS)}."
         ),
     ] = None,
@@ -49,19 +65,23 @@ def list_metrics(
             "attempt that has it.",
         ),
     ] = None,
-) -> Page[dict[str, Any]]:
-    """Lists rows {step, attempt, <keys>} in order of step.
+) -> Response:
+    """Lists the metrics of each step, in order of step.
 
     Without `max_points`, a long series comes in pages. For the next page, set `from_step`
-    to the last step plus 1.
+    to the last step plus 1. With `max_points` there is one page; `total` is the number of
+    rows that it was thinned from.
     """
     columns = _columns(keys)
     has_more = False
+    total = None
     with context.store.read() as session:
         job = lifecycle.find(session, job_id)
+        if attempt is not None and not session.get(AttemptRow, (job.number, attempt)):
+            raise render.no_attempt(attempt, job.attempt)
         # A thinned series has a single page, because thinning compares all points.
         if max_points is not None:
-            rows = metrics.read_thinned(
+            rows, total = metrics.read_thinned(
                 session, job, columns, max_points, from_step=from_step, attempt=attempt
             )
         else:
@@ -72,24 +92,12 @@ def list_metrics(
             )
             has_more = len(rows) > MAX_ROWS
             rows = rows[:MAX_ROWS]
-    if not rows:
-        return Page(data=[], has_more=False)
-    first_id = str(rows[0]["step"])
-    last_id = str(rows[-1]["step"])
-    return Page(data=rows, first_id=first_id, last_id=last_id, has_more=has_more)
+    # As stored: there may be thousands, which need no validation.
+    page = render.page(rows, lambda row: row["step"], has_more=has_more, total=total)
+    return JSONResponse(page.model_dump())
 
 
-def _columns(keys: str | None) -> tuple[str, ...]:
-    if keys is None:
-        return DEFAULT_KEYS
-    names: list[str] = []
-    for part in keys.split(","):
-        name = part.strip()
-        # Every row contains step and attempt.
-        if name in _ALWAYS_PRESENT or name in names:
-            continue
-        if name not in metrics.KEYS:
-            detail = f"unknown key {name[:80]!r}; known: {_KNOWN_KEYS}"
-            raise RequestInvalidError.of_field("/query/keys", "unknown_key", detail)
-        names.append(name)
-    return tuple(names)
+def _columns(keys: list[str] | None) -> tuple[str, ...]:
+    # Every row has its step and attempt, so they are no columns of their own.
+    names = dict.fromkeys(keys or DEFAULT_KEYS)
+    return tuple([name for name in names if name not in _ALWAYS_PRESENT])

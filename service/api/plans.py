@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Query
+from fastapi import APIRouter, Depends, Query
 from starlette.concurrency import run_in_threadpool
 
 from megatron_ray.config.problem import Problem
@@ -10,13 +10,14 @@ from megatron_ray.planning.answers import without_cluster
 from megatron_ray.planning.answers.bodies import plan_body, suggestions_body
 from megatron_ray.planning.hardware import HARDWARE, Hardware, hardware_named
 from megatron_ray.validation import check
-from service.api.models import (
+from service.api.plan_models import (
     Plan,
     PlanRank,
     Suggestions,
 )
 from service.exceptions import RequestInvalidError, SpecInvalidError
 from service.http.dependencies import Context, ContextDep
+from service.http.parameters import check_query
 from service.jobs import cluster_fit, spec_checks
 from service.jobs.capacity import ClusterCapacity, resource_request
 from service.jobs.cluster_fit import ResolvedSpec
@@ -26,7 +27,7 @@ from workers.protocol.job import JobSpec
 MAX_RANKS = 65536
 EXAMPLE_JOB_ID = "job-example"
 """Names the default folder of a job that does not exist."""
-router = APIRouter(prefix="/v1", tags=["plans"])
+router = APIRouter(prefix="/v1", tags=["plans"], dependencies=[Depends(check_query)])
 HardwareName = Annotated[
     str | None,
     Query(
@@ -45,7 +46,7 @@ NumRanks = Annotated[
 
 
 @router.post("/plans")
-async def make_plan(
+async def create_plan(
     spec: JobSpec,
     context: ContextDep,
     hardware: HardwareName = None,
@@ -86,7 +87,7 @@ async def make_plan(
 
 
 @router.post("/plans/suggest")
-async def make_suggestions(
+async def suggest_layouts(
     spec: JobSpec,
     context: ContextDep,
     hardware: HardwareName = None,

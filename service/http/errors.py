@@ -22,6 +22,7 @@ from megatron_ray.config.errors.messages import plain_message, short_value
 from megatron_ray.config.errors.spec_problems import pointer_to, problems_from_pydantic
 from megatron_ray.config.problem import Problem
 from service.exceptions import RequestInvalidError, ServiceProblemError, SpecInvalidError
+from service.http.methods import allowed_methods
 from workers.protocol.job import JobSpec
 
 MEDIA_TYPE = "application/problem+json"
@@ -45,11 +46,13 @@ PROBLEM_TYPES = {
     "job_active": ProblemType(409, "The job has not ended"),
     "job_ended": ProblemType(409, "The job has ended"),
     "job_not_running": ProblemType(409, "The job is not running"),
+    "job_deleted": ProblemType(409, "The job was deleted"),
     "job_failed": ProblemType(500, "The job failed"),
     "fenced": ProblemType(409, "A newer driver has taken over"),
     "gap": ProblemType(409, "Records are missing"),
     "protocol_unsupported": ProblemType(409, "Unsupported protocol version"),
     "body_too_large": ProblemType(413, "The body is too large"),
+    "unsupported_media_type": ProblemType(415, "The body is not JSON"),
     "spec_invalid": ProblemType(422, "The job spec cannot run"),
     "request_invalid": ProblemType(422, "The request has invalid values"),
     "idempotency_key_reused": ProblemType(422, "The Idempotency-Key was used before"),
@@ -135,13 +138,36 @@ async def _on_http(request: Request, error: Exception) -> Response:
     if error.status_code == 404:
         code = "not_found"
         detail = f"no route {path}; routes are listed in /openapi.json"
+        if path.endswith("/") and path != "/":
+            detail += "; leave out the slash at the end"
     elif error.status_code == 405:
-        code = "method_not_allowed"
-        detail = f"{path} does not support {request.method}; see /openapi.json"
+        return _on_other_method(request)
     else:
         code = "bad_request"
-        detail = f"{error.detail}; see /openapi.json for what is expected"
+        detail = _unreadable_body(error)
     return _respond(request, ProblemError(code, detail, headers=error.headers))
+
+
+def _on_other_method(request: Request) -> Response:
+    """Answers OPTIONS, and refuses every other method that a path does not know."""
+    methods = allowed_methods(request)
+    # The router's own header names the methods of one of several routes only.
+    headers = {"Allow": ", ".join(methods)}
+    if request.method == "OPTIONS":
+        return Response(status_code=204, headers=headers)
+    detail = f"{request.url.path} does not support {request.method}; it supports "
+    detail += ", ".join(methods)
+    return _respond(request, ProblemError("method_not_allowed", detail, headers=headers))
+
+
+def _unreadable_body(error: HTTPException) -> str:
+    """Returns why a body could not be read, which the framework gives as the cause only."""
+    cause = error.__cause__
+    if isinstance(cause, UnicodeDecodeError):
+        return f"the body is not UTF-8 at byte {cause.start}; send JSON in UTF-8"
+    if isinstance(cause, RecursionError):
+        return "the body is nested too deeply; no field needs more than a few levels"
+    return f"{error.detail}; see /openapi.json for what is expected"
 
 
 async def _on_service_problem(request: Request, error: Exception) -> Response:
@@ -188,12 +214,13 @@ def _invalid_parameters(details: Sequence[Mapping[str, Any]]) -> RequestInvalidE
     problems = []
     sentences = []
     for item in details:
-        name = item["loc"][-1]
+        # After the kind of parameter comes its name, and in lists the index of a value.
+        name = item["loc"][1]
         sentence = f"{name} is required; add it"
         if item["type"] != "missing":
             sentence = f"{name} {plain_message(item)}, got {short_value(item.get('input'))}"
         sentences.append(sentence)
-        problems.append(Problem(pointer_to(item["loc"]), item["type"], sentence))
+        problems.append(Problem(pointer_to(item["loc"][:2]), item["type"], sentence))
     return RequestInvalidError("; ".join(sentences), problems)
 
 

@@ -183,7 +183,7 @@ def test_position_may_come_in_the_query(service: Any) -> None:
     job_id = service.submit()["id"]
     service.user.post(f"/v1/jobs/{job_id}/cancel")
     with service.user.stream(
-        "GET", f"/v1/jobs/{job_id}/stream", params={"after": "2.0"}
+        "GET", f"/v1/jobs/{job_id}/stream", params={"after": f"{job_id}.2.0"}
     ) as response:
         later = list(messages(response))
     assert [message["event"] for message in later] == [
@@ -191,7 +191,7 @@ def test_position_may_come_in_the_query(service: Any) -> None:
         "state",
         "end",
     ]
-    assert later[0]["id"] == "3.0"
+    assert later[0]["id"] == f"{job_id}.3.0"
 
 
 def test_too_many_streams_are_refused_and_places_come_free(

@@ -186,6 +186,7 @@ def test_openapi_describes_the_public_routes_only(service: Any) -> None:
     assert paths == {
         *(
             "/v1/jobs",
+            "/v1/jobs:cancel",
             "/v1/plans",
             "/v1/plans/suggest",
             "/v1/cluster",
