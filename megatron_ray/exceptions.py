@@ -27,7 +27,8 @@ import re
 from enum import StrEnum
 from typing import ClassVar
 
-_URI = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*:/?/)([^\s'\"<>]*)")
+# A scheme is short: without a bound the cost of a long word would be its square.
+_URI = re.compile(r"([A-Za-z][A-Za-z0-9+.-]{0,30}:/?/)([^\s'\"<>]*)")
 _HOST = re.compile(r"[A-Za-z0-9._-]*(:[0-9]{1,5})?")
 
 

@@ -53,7 +53,7 @@ class DataConfig(Config):
 
     train: tuple[DataSource, ...] = Field(min_length=1, max_length=1024)
     """Corpora to train on, blended by their weights."""
-    validation: tuple[DataSource, ...] = ()
+    validation: tuple[DataSource, ...] = Field(default=(), max_length=1024)
     """Corpora to evaluate on. Default (empty): a share of the documents of `train` is
     held out, see `validation_fraction`."""
     validation_fraction: float = Field(default=0.05, ge=0, lt=1)

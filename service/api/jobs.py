@@ -24,6 +24,7 @@ from service.api.models import (
     Page,
 )
 from service.exceptions import RequestInvalidError
+from service.http.bodies import BoundedBodyRoute
 from service.http.dependencies import Context, ContextDep, CurrentCaller
 from service.http.errors import ProblemError
 from service.http.idempotency import MAX_KEY_CHARS, IdempotentRequest, StoredResponse
@@ -39,7 +40,12 @@ _METADATA = deep_object(
     "metadata",
     "Labels to list, as `metadata[<label>]=<value>`; with several, all must match.",
 )
-router = APIRouter(prefix="/v1", tags=["jobs"], dependencies=[Depends(check_query)])
+router = APIRouter(
+    prefix="/v1",
+    tags=["jobs"],
+    dependencies=[Depends(check_query)],
+    route_class=BoundedBodyRoute,
+)
 IdempotencyKey = Annotated[
     str | None,
     Header(
@@ -71,7 +77,7 @@ async def create_job(
     if earlier is not None:
         return _created(earlier, is_replay=True)
     # Stores `submitted` instead of `spec`: the user's input without defaults.
-    submitter = Submitter(context.settings, context.store, context.agents)
+    submitter = Submitter(context.settings, context.store, context.agents, context.compute)
     job = await submitter.prepare(spec, submitted)
     store = partial(_store_job, context, submitter, spec, job, repeatable)
     response, is_replay = await run_in_threadpool(store)

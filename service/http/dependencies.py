@@ -6,6 +6,7 @@ Owns: the parts of one running service. Must not know: routes.
 from dataclasses import dataclass
 from typing import Annotated
 
+from anyio import CapacityLimiter
 from fastapi import Depends, Request
 
 from service.http.auth import Authenticator, Caller
@@ -28,6 +29,11 @@ class Context:
     auth: Authenticator
     telemetry: Telemetry
     deployment: DeploymentRow
+    validation: CapacityLimiter
+    """Limits the threads that validate bodies."""
+    compute: CapacityLimiter
+    """Limits the threads that check specs and build plans. Both are few: each thread takes
+    turns with the event loop, which would come last among many."""
 
 
 def context_of(request: Request) -> Context:

@@ -8,14 +8,16 @@ Nothing is stored before all checks have passed, so a rejected spec leaves no tr
 import secrets
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
+from anyio import CapacityLimiter
 from anyio.to_thread import run_sync
 from sqlalchemy.orm import Session
 
 from megatron_ray.config.problem import Problem
 from megatron_ray.validation import check
-from service.exceptions import SpecInvalidError
+from service.exceptions import SpecInvalidError, bounded
 from service.jobs import cluster_fit, lifecycle, spec_checks
 from service.jobs.agents import Agents
 from service.jobs.capacity import ClusterCapacity
@@ -39,6 +41,8 @@ class Submitter:
     settings: Settings
     store: Store
     agents: Agents
+    compute: CapacityLimiter
+    """Limits the threads that compute."""
 
     async def prepare(self, spec: JobSpec, submitted: dict[str, Any]) -> JobRow:
         """Returns the row of a new job, to be stored by `create`.
@@ -48,7 +52,8 @@ class Submitter:
         """
         capacity, problems = await run_sync(self.read_cluster, spec)
         # Checked in a thread: a layout that fits may have to be searched for.
-        problems = [*await run_sync(self._check, spec, capacity), *problems]
+        unfit = await run_sync(self._check, spec, capacity, limiter=self.compute)
+        problems = [*unfit, *problems]
         if problems:
             raise SpecInvalidError(problems)
         job_id = new_job_id()
@@ -64,7 +69,8 @@ class Submitter:
         job.spec = submitted
         # Without a known cluster the first report resolves the spec.
         if capacity.is_known:
-            resolved = cluster_fit.resolve(spec, capacity, job_dir)
+            resolve = partial(cluster_fit.resolve, spec, capacity, job_dir)
+            resolved = await run_sync(resolve, limiter=self.compute)
             job.resolved_spec = resolved.spec.model_dump(mode="json")
             job.world_size = resolved.world_size
         else:
@@ -107,15 +113,17 @@ class Submitter:
         # Waiting for a lost agent would be useless.
         if not self.agents.is_live(spec.cluster) or not capacity.is_known:
             return None
-        resolved = cluster_fit.resolve(spec, capacity, job_dir).spec.model_dump(mode="json")
+        resolve = partial(cluster_fit.resolve, spec, capacity, job_dir)
+        resolved = await run_sync(resolve, limiter=self.compute)
+        values = resolved.spec.model_dump(mode="json")
         rules = asdict(spec_checks.path_rules(self.settings))
-        path_check = self.agents.start_check(spec.cluster, resolved, job_dir, rules)
+        path_check = self.agents.start_check(spec.cluster, values, job_dir, rules)
         # The check is added before the agent's long poll is woken to fetch it.
         await run_sync(self._wake_agent, spec.cluster)
         problems = await path_check.result(self.settings.check_wait_s)
         if problems is None:
             return None
-        return list(problems)
+        return list(bounded(problems))
 
     def job_dir(self, spec: JobSpec, job_id: str) -> str:
         """Returns the folder or URI of everything that the job writes."""

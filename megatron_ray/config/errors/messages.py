@@ -12,6 +12,7 @@ from megatron_ray.exceptions import redacted
 
 MAX_VALUE_CHARS = 80
 """Characters of a wrong value that a message repeats."""
+_MAX_READ_CHARS = 8192
 MAX_LISTED_NAMES = 20
 """Known values that a message lists; of more it names the nearest one."""
 
@@ -93,6 +94,9 @@ def short_value(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     # Quotes show where a string ends, and that it is one.
+    if isinstance(value, str):
+        value = value[:_MAX_READ_CHARS]
+    # Before it is cut, which could cut off what shows that a URI has a secret in it.
     text = redacted(repr(value))
     if len(text) > MAX_VALUE_CHARS:
         return text[:MAX_VALUE_CHARS] + "..."
