@@ -36,6 +36,7 @@ from service.http.middleware import RequestMiddleware
 from service.http.notifier import Notifier
 from service.http.telemetry import Telemetry
 from service.jobs.agents import Agents
+from service.jobs.storage_reads import StorageReads
 from service.settings import Settings
 from service.store.database import Store
 
@@ -147,6 +148,7 @@ def _open(
         auth=Authenticator.load(store, settings),
         telemetry=Telemetry(),
         deployment=store.deployment(),
+        storage_reads=StorageReads(settings.storage_timeout_s),
         validation=validation,
         compute=compute,
     )

@@ -24,6 +24,7 @@ from itertools import islice
 from typing import Any, ClassVar
 
 from megatron_ray.config.problem import Problem
+from megatron_ray.exceptions import redacted
 
 MAX_ERRORS = 100
 """Single errors that a response lists."""
@@ -43,10 +44,12 @@ class ServiceProblemError(Exception):
 
     code: ClassVar[str]
     """Stable name of the kind of error."""
+    retry_after_s: ClassVar[int | None] = None
+    """When to try again; None where that would not help."""
 
     def __init__(self, detail: str, errors: Iterable[Problem] = (), **extra: Any) -> None:
         # The detail is also the exception's text, for logs and tests.
-        detail = _shortened(detail, MAX_JOINED_CHARS)
+        detail = _shortened(redacted(detail), MAX_JOINED_CHARS)
         super().__init__(detail)
         self.detail = detail
         self.errors = bounded(errors)
@@ -158,6 +161,7 @@ class StorageUnavailableError(ServiceProblemError):
     """The job's storage cannot be read at the moment."""
 
     code = "unavailable"
+    retry_after_s = 5
 
 
 def joined(problems: Iterable[Problem]) -> str:

@@ -64,6 +64,8 @@ class Settings(BaseModel):
     """Largest number of event streams open at once."""
     check_wait_s: float = Field(default=10.0, ge=0)
     """How long a submission waits for the agent's check of its paths."""
+    storage_timeout_s: float = Field(default=5.0, gt=0)
+    """How long a request waits for a job's storage."""
     agent_lost_s: float = Field(default=30.0, gt=0)
     """Time without a request after which an agent counts as lost."""
     ping_s: float = Field(default=15.0, gt=0)

@@ -13,6 +13,7 @@ from service.http.auth import Authenticator, Caller
 from service.http.notifier import Notifier
 from service.http.telemetry import Telemetry
 from service.jobs.agents import Agents
+from service.jobs.storage_reads import StorageReads
 from service.settings import Settings
 from service.store.database import Store
 from service.store.schema import DeploymentRow
@@ -29,6 +30,7 @@ class Context:
     auth: Authenticator
     telemetry: Telemetry
     deployment: DeploymentRow
+    storage_reads: StorageReads
     validation: CapacityLimiter
     """Limits the threads that validate bodies."""
     compute: CapacityLimiter

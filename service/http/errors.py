@@ -117,6 +117,8 @@ def respond(
         headers = error.headers
     else:
         extra = error.extra
+        if error.retry_after_s is not None:
+            headers = {"Retry-After": str(error.retry_after_s)}
     # `instance` and `request_id` belong to this response, not to the kind of problem.
     entries = [asdict(problem) for problem in error.errors]
     document = problem_document(error.code, error.detail, entries, **extra)
