@@ -169,6 +169,22 @@ class Client:
         path = f"/v1/jobs/{job_id}/cancel"
         return self._object("POST", path, headers=headers, repeat=True)
 
+    def pause(self, job_id: str, reason: str = "user_paused") -> Json:
+        """Pauses a job and returns its current state; pausing again is harmless."""
+        return self._change(job_id, "pause", {"reason": reason})
+
+    def resume(self, job_id: str, changes: Mapping[str, Any] | None = None) -> Json:
+        """Resumes a paused or ended job and returns its current state.
+
+        `changes` are nested fields of an ended job's spec.
+        """
+        return self._change(job_id, "resume", {"changes": dict(changes or {})})
+
+    def _change(self, job_id: str, verb: str, body: Json) -> Json:
+        headers = {"Idempotency-Key": _new_key()}
+        path = f"/v1/jobs/{job_id}/{verb}"
+        return self._object("POST", path, json=body, headers=headers, repeat=True)
+
     def events(
         self,
         job_id: str,

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from megatron_ray.checkpoint.directory import FORMAT_VERSION, checkpoint_path
+from megatron_ray.checkpoint.hf.published.files import inside_checkpoint, read_published
 from megatron_ray.checkpoint.initial_weights import load_initial_weights
 from megatron_ray.checkpoint.load import load_into
 from megatron_ray.checkpoint.train_state import TOKENIZER, read_train_state
@@ -33,8 +34,9 @@ from megatron_ray.training.progress import Progress, SkippedSteps
 class TrainingSaver:
     """Writes checkpoints of one rank: its optimizer shard and the run's progress.
 
-    `on_written` is called when this rank's part is durable. Raises ConfigError without a
-    storage path.
+    `on_written` is called when this rank's part is durable. `weights` is the path of the
+    checkpoint or folder that the run begins with, whose published files its checkpoints
+    have too. Raises ConfigError without a storage path.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class TrainingSaver:
         *,
         attempt: int,
         on_written: Callable[[CheckpointReport], None],
+        weights: str | None = None,
     ) -> None:
         if config.storage is None:
             raise ConfigError("storage.path is not set; checkpoints have nowhere to go")
@@ -60,6 +63,9 @@ class TrainingSaver:
         if mesh.rank == 0:
             # Makes a copied checkpoint sufficient for generation.
             self._files[TOKENIZER] = _read_file(data.tokenizer_path)
+            # Makes an export behave as the published model, after any number of runs.
+            if weights is not None:
+                self._files |= inside_checkpoint(read_published(weights))
         self._writer = CheckpointWriter(mesh, config.checkpoint.mode, on_written)
         # Plans collectively which rank writes which box, so that a save needs no
         # collective.

@@ -45,6 +45,7 @@ _RULES = (
 _WARNINGS = (
     schedule.schedule_warnings,
     intervals.decay_warnings,
+    intervals.clipping_warnings,
     intervals.interval_warnings,
     intervals.skipping_warnings,
     intervals.source_warnings,

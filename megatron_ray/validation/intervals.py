@@ -104,6 +104,19 @@ def model_warnings(config: TrainConfig) -> list[Problem]:
     return warnings
 
 
+def clipping_warnings(config: TrainConfig) -> list[Problem]:
+    """Returns a limit of the gradient norm below which updates vanish."""
+    optimizer = config.optimizer
+    if not 0 < optimizer.clip_grad_norm <= optimizer.eps:
+        return []
+    detail = (
+        f"clip_grad_norm={optimizer.clip_grad_norm:g} is not above eps={optimizer.eps:g}, so "
+        "that gradients vanish beside it and hardly change a weight; raise it, or use 0 for "
+        "no clipping"
+    )
+    return [Problem("/optimizer/clip_grad_norm", "clip_too_small", detail)]
+
+
 def decay_warnings(config: TrainConfig) -> list[Problem]:
     """Returns weight decays that turn weights to 0 or beyond in one step."""
     optimizer = config.optimizer

@@ -69,15 +69,18 @@ def schedule_warnings(config: TrainConfig) -> list[Problem]:
     if lr < _SMALLEST_RATE:
         detail = f"lr={lr:g} is too small to change fp32 weights; raise it"
         warnings.append(Problem("/optimizer/lr", "rate_too_small", detail))
-    if schedule.warmup_steps > steps:
+    if schedule.warmup_steps >= steps:
         highest = lr * steps / schedule.warmup_steps
         detail = (
-            f"warmup_steps={schedule.warmup_steps} is longer than training.steps={steps}: the "
-            f"rate ends at {highest:g} and never reaches optimizer.lr={lr:g}"
+            f"warmup_steps={schedule.warmup_steps} is not shorter than training.steps={steps}: "
+            f"the rate only climbs, to {highest:g} in the last step (optimizer.lr={lr:g})"
         )
         warnings.append(Problem("/schedule/warmup_steps", "warmup_too_long", detail))
     if schedule.kind == "constant":
         return warnings + _constant_warnings(config)
+    if schedule.min_lr == lr:
+        detail = f"min_lr={lr:g} equals optimizer.lr, so the rate does not decay"
+        warnings.append(Problem("/schedule/min_lr", "no_effect", detail))
     decay_steps = schedule.decay_steps or steps
     if decay_steps > steps:
         detail = (

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Depends, Query, Response
 from starlette.concurrency import run_in_threadpool
 
 from megatron_ray.config.problem import Problem
-from megatron_ray.planning.answers import without_cluster
+from megatron_ray.planning.answers import estimates, without_cluster
 from megatron_ray.planning.answers.bodies import plan_body, suggestions_body
 from megatron_ray.planning.hardware import HARDWARE, Hardware, hardware_named
 from megatron_ray.validation import check
@@ -17,18 +17,18 @@ from service.api.plan_models import (
     Plan,
     Suggestions,
 )
-from service.exceptions import RequestInvalidError, SpecInvalidError
+from service.exceptions import RequestInvalidError, SpecInvalidError, bounded
 from service.http.bodies import BoundedBodyRoute
 from service.http.dependencies import Context, ContextDep
 from service.http.parameters import check_query
 from service.jobs import cluster_fit, spec_checks
+from service.jobs.agents import CheckedPaths
 from service.jobs.capacity import ClusterCapacity, resource_request
 from service.jobs.cluster_fit import ResolvedSpec
 from service.jobs.submit import Submitter
 from service.settings import Settings
 from workers.protocol.job import JobSpec
 
-MAX_RANKS = 65536
 RANKS_PER_PART = 2048
 """Ranks that are encoded at once."""
 EXAMPLE_JOB_ID = "job-example"
@@ -50,7 +50,7 @@ NumRanks = Annotated[
     int | None,
     Query(
         ge=1,
-        le=MAX_RANKS,
+        le=estimates.MAX_RANKS,
         description="Number of ranks. Default: as many as the job would get.",
     ),
 ]
@@ -78,19 +78,21 @@ async def create_plan(
         cluster_fit.resolve, spec, capacity, job_dir, hardware=requested, ranks=ranks
     )
     resolved = await run_sync(resolve, limiter=context.compute)
-    _check_num_ranks(resolved.world_size)
+    too_large = estimates.size_problems(resolved.world_size)
+    if too_large:
+        raise SpecInvalidError(too_large)
     # The agent looks at the spec's paths, as it does for a submission.
-    path_problems = await submitter.check_paths(spec, capacity, job_dir)
+    checked = await submitter.check_paths(spec, capacity, job_dir)
     if requested is None and ranks is None:
-        build = partial(_cluster_plan, spec, resolved, capacity, path_problems)
+        build = partial(_cluster_plan, spec, resolved, capacity, checked)
     else:
         build = partial(
             without_cluster.device_plan,
             resolved.spec,
             requested or _device_of(spec, resolved.spec, capacity),
             ranks,
-            problems=path_problems or (),
-            notes=["the cluster was not looked at", *_path_notes(path_problems)],
+            problems=_path_problems(checked),
+            notes=["the cluster was not looked at", *_path_notes(checked)],
         )
     text = await run_sync(lambda: _plan_json(build()), limiter=context.compute)
     return Response(text, media_type="application/json")
@@ -144,9 +146,9 @@ def _cluster_plan(
     spec: JobSpec,
     resolved: ResolvedSpec,
     capacity: ClusterCapacity,
-    path_problems: list[Problem] | None,
+    checked: CheckedPaths | None,
 ) -> dict[str, Any]:
-    """Returns the plan for the spec's cluster; `path_problems` is None if not checked."""
+    """Returns the plan for the spec's cluster; `checked` is None if paths were not checked."""
     unfit = cluster_fit.check_fit(spec, capacity)
     fits: bool | None = False
     if not unfit:
@@ -156,8 +158,8 @@ def _cluster_plan(
         _device_of(spec, resolved.spec, capacity),
         fits=fits,
         room=_room(capacity, resolved),
-        problems=[*unfit, *(path_problems or ())],
-        notes=[*_cluster_notes(spec, capacity), *_path_notes(path_problems)],
+        problems=[*unfit, *_path_problems(checked)],
+        notes=[*_cluster_notes(spec, capacity), *_path_notes(checked)],
     )
 
 
@@ -188,15 +190,6 @@ def _rule_problems(spec: JobSpec, settings: Settings, ranks: int | None) -> list
     problems = spec_checks.check_rules(spec, settings)
     # Only the rule that needs the number of ranks can be violated after the others.
     return problems or check.find_problems(spec, ranks)
-
-
-def _check_num_ranks(num_ranks: int) -> None:
-    if num_ranks > MAX_RANKS:
-        detail = (
-            f"a plan lists at most {MAX_RANKS} ranks, and this one has {num_ranks}; lower a "
-            "degree"
-        )
-        raise SpecInvalidError([Problem("/parallel", "too_many_ranks", detail)])
 
 
 # ---- devices
@@ -247,7 +240,13 @@ def _cluster_notes(spec: JobSpec, capacity: ClusterCapacity) -> list[str]:
     ]
 
 
-def _path_notes(path_problems: list[Problem] | None) -> list[str]:
-    if path_problems is None:
-        return ["paths were not checked: no agent answered"]
-    return []
+def _path_problems(checked: CheckedPaths | None) -> tuple[Problem, ...]:
+    if checked is None:
+        return ()
+    return bounded(checked.problems)
+
+
+def _path_notes(checked: CheckedPaths | None) -> tuple[str, ...]:
+    if checked is None:
+        return ("paths were not checked: no agent answered",)
+    return checked.notes

@@ -216,6 +216,8 @@ def _summary(row: JobRow, labels: dict[str, str]) -> JobSummary:
         status_reason=_reason(row.status_reason),
         message=row.message,
         desired_state=DesiredState(row.desired),
+        pause_reason=_pause_reason(row),
+        resumes=row.resumes,
         cluster=row.cluster,
         priority=row.priority,
         metadata=labels,
@@ -236,6 +238,12 @@ def _reason(stored: str | None) -> StatusReason | None:
     if stored is None:
         return None
     return StatusReason(stored)
+
+
+def _pause_reason(row: JobRow) -> StatusReason | None:
+    if row.pause_reason is None:
+        return None
+    return StatusReason(row.pause_reason)
 
 
 def _problem(row: JobRow) -> dict[str, Any] | None:

@@ -102,7 +102,7 @@ def _read_token(option: str | None) -> str | None:
     if option is None or not option.startswith("@"):
         return option
     try:
-        return Path(option[1:]).expanduser().read_text().strip()
+        return Path(option[1:]).expanduser().read_text("utf-8-sig").strip()
     except OSError as error:
         raise CommandError(
             f"--token {option}: {error.strerror}",

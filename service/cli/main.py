@@ -8,7 +8,17 @@ from typing import Annotated
 
 import typer
 
-from service.cli.commands import convert, data, demo, generate, inspect, jobs, plan, stack
+from service.cli.commands import (
+    convert,
+    data,
+    demo,
+    generate,
+    inspect,
+    jobs,
+    pausing,
+    plan,
+    stack,
+)
 from service.cli.failure import CommandError, from_service, show_failure
 from service.client import ServiceError
 from workers.protocol.version import code_version
@@ -20,7 +30,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 # The order in which `--help` lists them.
-for commands in (stack, plan, jobs, inspect, generate, convert, data, demo):
+for commands in (stack, plan, jobs, pausing, inspect, generate, convert, data, demo):
     commands.register(app)
 
 

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from megatron_ray.config.errors.spec_problems import problems_from_pydantic
 from megatron_ray.config.problem import Problem
-from megatron_ray.planning.answers import without_cluster
+from megatron_ray.planning.answers import estimates, without_cluster
 from megatron_ray.planning.hardware import Hardware, hardware_named
 from megatron_ray.validation import check
 from service.cli.failure import CommandError, with_field_lines
@@ -81,7 +81,9 @@ def _checked(
     values: Mapping[str, Any], device: Hardware | None, ranks: int | None
 ) -> JobSpec:
     spec = parse_spec(values)
-    problems = check.find_problems(spec, ranks)
+    problems = check.find_problems(spec, ranks) or estimates.size_problems(
+        without_cluster.fewest_ranks(spec)
+    )
     if problems:
         raise problems_failure("the job spec is invalid", problems)
     resources = spec.resources

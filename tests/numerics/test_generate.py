@@ -15,13 +15,12 @@ from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.data.tokenizer import Tokenizer
 from megatron_ray.distributed.mesh import ParallelMesh
 from megatron_ray.inference.generate import (
-    Sampling,
-    choose,
     generate,
     generate_tokens,
     load_model,
     main,
 )
+from megatron_ray.inference.sampling import Sampling, choose
 from megatron_ray.models.gpt import GPT
 from megatron_ray.training.session import build
 from tests.support.parity import GPT2_FIELDS
@@ -289,7 +288,7 @@ def test_memory_for_keys_and_values_ends_somewhere(
     config = model.config
     token_bytes = 2 * 4 * config.num_layers * config.kv_heads * config.head_width
     monkeypatch.setattr(
-        "megatron_ray.inference.generate.free_memory_bytes", lambda _: 10 * token_bytes
+        "megatron_ray.inference.caches.free_memory_bytes", lambda _: 10 * token_bytes
     )
     with pytest.raises(
         ValueError,
@@ -361,6 +360,11 @@ def test_the_command_prints_text_or_json(
     answer = json.loads(capsys.readouterr().out)
     assert answer["prompt"] == "import "
     assert len(answer["tokens"]) <= 12
+    assert main([*common, "--json", "--stream"]) == 0
+    *pieces, whole = map(json.loads, capsys.readouterr().out.splitlines())
+    assert whole == answer
+    assert "".join(pieces) == answer["text"]
+    assert len(pieces) > 1
     assert main(common) == 0
     assert capsys.readouterr().out == f"import {answer['text']}\n"
 

@@ -25,8 +25,8 @@ NONCE_FOLDER = ".megatron-ray"
 
 def check_task(
     spec: dict[str, Any], storage_path: str, path_rules: dict[str, Any] | None = None
-) -> list[dict[str, str]]:
-    """Returns the problems of a spec's paths as seen from the cluster, as JSON.
+) -> dict[str, Any]:
+    """Returns problems of a spec's paths as seen from the cluster, and notes, as JSON.
 
     `path_rules` are PathRules: what they refuse is not opened. Quick: nothing is
     tokenized.
@@ -35,18 +35,18 @@ def check_task(
     try:
         job = JobSpec.from_mapping(spec)
     except ValidationError as error:
-        return problem_rows(problems_from_pydantic(error.errors(), spec, model=JobSpec))
+        problems = problems_from_pydantic(error.errors(), spec, model=JobSpec)
+        return {"problems": problem_rows(problems), "notes": []}
     if path_rules is not None:
         # Links are followed here, because the service does not see the cluster's files.
         rules = PathRules.from_mapping(path_rules)
         problems = path_problems(job, rules, os.path.realpath)
         if problems:
-            return problem_rows(problems)
+            return {"problems": problem_rows(problems), "notes": []}
     _, model_problems = resolve_initial_model(job.checkpoint, job.model)
-    problems = list(check_data(job.data, job.training.seq_length, storage_path))
-    problems += model_problems
-    problems += _find_other_job(storage_path)
-    return problem_rows(problems)
+    checked = check_data(job.data, job.training.seq_length, storage_path)
+    problems = [*checked.problems, *model_problems, *_find_other_job(storage_path)]
+    return {"problems": problem_rows(problems), "notes": checked.notes}
 
 
 def _find_other_job(storage_path: str) -> list[Problem]:

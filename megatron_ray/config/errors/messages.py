@@ -44,6 +44,15 @@ _TEMPLATES = {
     "too_long": "must have {max_length} or fewer items",
 }
 
+_EXAMPLES = {
+    "int_parsing": "write it as 1000 or 1e3",
+    "int_type": "write it as 1000 or 1e3",
+    "int_from_float": "write it as 1000 or 1e3",
+    "float_parsing": "write it as 0.001 or 1e-3",
+    "float_type": "write it as 0.001 or 1e-3",
+}
+"""How to write a value that is right."""
+
 
 def plain_message(error: Mapping[str, Any]) -> str:
     """Returns what must hold for the value, without the name of the field.
@@ -81,6 +90,21 @@ def _one_of(expected: str, value: Any) -> str:
     if close and len(names) > MAX_LISTED_NAMES:
         return f"must be one of {len(names)} known values, such as {close[0]!r}"
     return f"must be {expected}"
+
+
+def refusal(error: Mapping[str, Any], value: Any, message: str | None = None) -> str:
+    """Returns what must hold, the wrong value, and how to write one in a spec.
+
+    `message` replaces that of `plain_message`.
+    """
+    text = f"{message or plain_message(error)}, got {short_value(value)}"
+    example = _EXAMPLES.get(error["type"])
+    if example is not None:
+        return f"{text}; {example}"
+    # Numbers and the like are text within quotes.
+    if error["type"] == "string_type" and isinstance(value, int | float):
+        return f'{text}; put it in quotes: "{short_value(value)}"'
+    return text
 
 
 def short_value(value: Any) -> str:

@@ -9,7 +9,12 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from megatron_ray.config.errors.messages import plain_message, short_value, suggestion
+from megatron_ray.config.errors.messages import (
+    plain_message,
+    refusal,
+    short_value,
+    suggestion,
+)
 from megatron_ray.config.problem import Problem
 
 Location = Sequence[str | int]
@@ -119,7 +124,7 @@ def _detail(
         return message
     if not location:
         message = f"the request body {message}"
-    return f"{message}, got {short_value(value)}"
+    return refusal(error, value, message)
 
 
 def _unknown_field(name: str, known: Sequence[str]) -> str:

@@ -78,9 +78,15 @@ def device_plan(
     fits = None
     if problems:
         fits = False
-    elif hardware is not None and hardware.memory_bytes is not None:
+    elif hardware is not None and _is_memory_known(resolved, hardware):
         notes.append(f"every rank fits into the memory of one {hardware.name}")
     return plan_body(resolved, hardware, fits=fits, problems=problems, notes=notes)
+
+
+def _is_memory_known(config: TrainConfig, hardware: Hardware) -> bool:
+    if hardware.memory_bytes is None:
+        return False
+    return estimates.with_vocabulary(config) is not None
 
 
 def make_suggestions(

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
+from megatron_ray.planning.answers.estimates import MAX_RANKS
 from service.cli import offline_plan
 from service.cli.connection import DataDir, Token, Url, connect_if_up
 from service.cli.failure import CommandError, with_field_lines
@@ -64,6 +65,7 @@ def plan(
         int | None,
         typer.Option(
             min=1,
+            max=MAX_RANKS,
             help="With --suggest or --hardware: number of ranks. Default: as many as the job "
             "would get.",
         ),

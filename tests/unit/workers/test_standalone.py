@@ -34,7 +34,7 @@ def test_warnings_and_skipped_steps_are_seen(
     assert outcome.startswith("finished; newest checkpoint: ")
     warmup, skipped = capsys.readouterr().err.splitlines()[-2:]
     assert warmup.startswith(
-        "warning: /schedule/warmup_steps: warmup_steps=4 is longer than training.steps=2"
+        "warning: /schedule/warmup_steps: warmup_steps=4 is not shorter than training.steps=2"
     )
     assert skipped.startswith("warning: step 2 skipped, weights unchanged: loss ")
     assert skipped.endswith("(training.skip_steps leaves its samples out)")

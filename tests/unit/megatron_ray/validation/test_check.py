@@ -536,16 +536,10 @@ def latent(**changes: Any) -> dict[str, Any]:
     ("model", "parallel", "pointer", "words"),
     [
         (
-            latent(qkv_bias=True),
-            {},
-            "/model/qkv_bias",
-            "qkv_bias is not supported with mla; leave it out, or leave out mla",
-        ),
-        (
-            latent(linear_bias=True),
+            latent(qkv_bias=True, attention_output_bias=True, linear_bias=True),
             {},
             "/model/linear_bias",
-            "linear_bias is not supported with mla",
+            "linear_bias is not supported with mla; leave it out, or leave out mla",
         ),
         (latent(qk_norm=True), {}, "/model/qk_norm", "qk_norm is not supported with mla"),
         (
@@ -734,6 +728,24 @@ def with_experts(
             "those groups of 2 experts",
         ),
         (
+            {"scores_per_group": 2},
+            {},
+            "/model/moe/scores_per_group",
+            "scores_per_group ranks groups, and there are none; leave it out",
+        ),
+        (
+            {"num_groups": 4, "group_top_k": 1, "scores_per_group": 3},
+            {},
+            "/model/moe/scores_per_group",
+            "scores_per_group=3 is more than the 2 experts of a group; lower it",
+        ),
+        (
+            {"num_groups": 4, "group_top_k": 1, "scores_per_group": 2, "top_k": 3},
+            {},
+            "/model/moe/group_top_k",
+            "that many groups of 2 experts must have top_k=3 of them",
+        ),
+        (
             {},
             {"ep": 2, "dp": 4, "pp": 2, "order": "tp-cp-ep-pp-dp"},
             "/parallel/order",
@@ -762,6 +774,21 @@ def test_experts_have_no_biases() -> None:
     assert [problem.detail for problem in problems] == [
         "experts have no biases in this version; set linear_bias to false"
     ]
+    (problem,) = check.find_problems(with_experts({}, {}, mlp_bias=True))
+    assert problem.pointer == "/model/mlp_bias"
+    assert problem.detail.startswith("mlp_bias has no effect: every layer has routed")
+
+
+@pytest.mark.parametrize(
+    "moe", [{"layer_pattern": {"every": 2}}, {"shared_expert_ffn_hidden_size": 64}]
+)
+def test_an_mlp_beside_experts_may_have_biases(moe: dict[str, Any]) -> None:
+    assert check.find_problems(with_experts(moe, {}, mlp_bias=True)) == []
+
+
+def test_groups_may_be_ranked_by_any_number_of_their_scores() -> None:
+    groups = {"num_groups": 4, "group_top_k": 3, "scores_per_group": 2, "top_k": 4}
+    assert check.find_problems(with_experts(groups, {})) == []
 
 
 @pytest.mark.parametrize(("world", "dp"), [(1, 4), (4, 4), (7, 4), (100, 4)])
@@ -808,8 +835,18 @@ def test_good_experts_have_no_problem() -> None:
         (
             {"schedule": {"warmup_steps": 100}},
             "/schedule/warmup_steps",
-            "warmup_steps=100 is longer than training.steps=10: the rate ends at 0.0001 and "
-            "never reaches optimizer.lr=0.001",
+            "warmup_steps=100 is not shorter than training.steps=10: the rate only climbs, to "
+            "0.0001 in the last step (optimizer.lr=0.001)",
+        ),
+        (
+            {"schedule": {"min_lr": 1e-3}},
+            "/schedule/min_lr",
+            "min_lr=0.001 equals optimizer.lr, so the rate does not decay",
+        ),
+        (
+            {"optimizer": {"clip_grad_norm": 1e-9}},
+            "/optimizer/clip_grad_norm",
+            "clip_grad_norm=1e-09 is not above eps=1e-08",
         ),
         (
             {"schedule": {"decay_steps": 100}},

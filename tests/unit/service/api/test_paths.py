@@ -104,8 +104,8 @@ def answer_checks(agent: Any, stopping: threading.Event) -> None:
         reply = agent.desired(after, 0.2)
         after = reply.revision
         for check in reply.checks:
-            problems = check_task(check.spec, check.storage_path, check.path_rules)
-            body = {"check_id": check.check_id, "problems": problems}
+            checked = check_task(check.spec, check.storage_path, check.path_rules)
+            body = {"check_id": check.check_id, **checked}
             agent.http.post("/internal/v1/agent/checks", json=body)
 
 

@@ -414,7 +414,7 @@ def test_numbers_without_effect_are_in_the_plan_and_in_the_jobs_history(
     service: Any, spec: dict[str, Any]
 ) -> None:
     request = spec | {"schedule": {"warmup_steps": 100}}
-    words = "/schedule/warmup_steps: warmup_steps=100 is longer than training.steps=20"
+    words = "/schedule/warmup_steps: warmup_steps=100 is not shorter than training.steps=20"
     assert any(words in note for note in plan(service, request)["notes"])
     job = service.submit(request)
     events = service.user.get(f"/v1/jobs/{job['id']}/events?level=warn").json()["data"]

@@ -1,6 +1,7 @@
 """Commands that work on this machine: generate, convert, data, down, demo."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,15 @@ def test_generate_takes_the_newest_checkpoint_of_a_job(
 ) -> None:
     asked: list[tuple[str, str, dict[str, Any]]] = []
 
-    def generated(checkpoint: str, prompt: str, options: dict[str, Any]) -> dict[str, Any]:
+    def generated(
+        checkpoint: str,
+        prompt: str,
+        options: dict[str, Any],
+        on_text: Callable[[str], None],
+    ) -> dict[str, Any]:
         asked.append((checkpoint, prompt, options))
+        on_text("(self)")
+        on_text(":")
         return {"prompt": prompt, "text": "(self):"}
 
     monkeypatch.setattr(generate_module, "run_generation", generated)

@@ -182,6 +182,14 @@ def test_a_plan_from_the_spec_alone_names_what_to_change(run: Run) -> None:
             2,
             "= 1 x 1 x 1 x 4 = 4 ranks, but there is room for 3",
         ),
+        (
+            [
+                *("--hardware", "H100", "--set", "parallel.dp=100000"),
+                *("--set", "training.global_batch_size=100000"),
+            ],
+            2,
+            "/parallel: a plan lists at most 65536 ranks, and this one has 100000; lower",
+        ),
         (["--suggest"], 1, "no device to suggest layouts for"),
         (
             [
