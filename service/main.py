@@ -20,6 +20,8 @@ from service.settings import Settings, SettingsError
 GRACEFUL_SHUTDOWN_S = 3
 KEEP_ALIVE_S = 75
 BACKLOG = 2048
+PRIVATE_UMASK = 0o077
+"""Files and folders that only their owner may open."""
 _LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s %(message)s"
 
 
@@ -141,6 +143,8 @@ def main() -> None:
 
     A wrong setting ends the process with one line on stderr.
     """
+    # The database holds what users sent, and the key signs tokens.
+    os.umask(PRIVATE_UMASK)
     try:
         run(Settings.from_environment())
     except SettingsError as error:
