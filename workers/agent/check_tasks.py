@@ -14,8 +14,8 @@ from megatron_ray.config.errors.spec_problems import problems_from_pydantic
 from megatron_ray.config.problem import Problem
 from megatron_ray.data.preparation.check import check_data
 from megatron_ray.storage.errors import StorageError
+from megatron_ray.storage.path_rules import PathRules, path_problems
 from megatron_ray.storage.storage import open_storage
-from megatron_ray.validation.paths import PathRules, path_problems
 from workers.data_tasks import problem_rows
 from workers.driver.journal import Journal, JournalError
 from workers.protocol.job import JobSpec

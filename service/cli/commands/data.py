@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from megatron_ray.validation.paths import path_problems
+from megatron_ray.storage.path_rules import path_problems
 from service.cli.failure import CommandError
 from service.cli.offline_plan import parse_spec, problems_failure
 from service.cli.output import AsJson, console, print_json

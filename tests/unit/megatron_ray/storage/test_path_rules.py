@@ -13,7 +13,12 @@ from pydantic import BaseModel
 from megatron_ray.config.problem import Problem
 from megatron_ray.exceptions import MegatronRayError, redacted
 from megatron_ray.storage.errors import StorageError
-from megatron_ray.validation.paths import PathRules, form_error, path_fields, path_problems
+from megatron_ray.storage.path_rules import (
+    PathRules,
+    form_error,
+    path_fields,
+    path_problems,
+)
 from workers.protocol.job import JobSpec
 
 SECRET = "wJalrXUtnFEMI/K7MDENG"
@@ -147,7 +152,7 @@ def test_no_field_that_is_a_path_is_left_out() -> None:
         "TokenizerConfig.path",
         "CheckpointConfig.start_from",
     }
-    assert paths_of(JobSpec) == judged, "name the new one in validation/paths.py"
+    assert paths_of(JobSpec) == judged, "name the new one in storage/path_rules.py"
     for pointer in FIELDS:
         assert [field.pointer for field in path_fields(spec(pointer, "/x"))] == [pointer]
 
