@@ -14,6 +14,7 @@ from megatron_ray.config.problem import Problem
 from megatron_ray.exceptions import MegatronRayError, redacted
 from megatron_ray.storage.errors import StorageError
 from megatron_ray.storage.path_rules import (
+    Links,
     PathRules,
     form_error,
     path_fields,
@@ -235,11 +236,11 @@ def test_links_are_followed_where_the_files_are(pointer: str, tmp_path: Path) ->
     for name in ("out", "out/x", "own/tokens.json"):
         path = str(allowed / name)
         assert path_problems(spec(pointer, path), rules) == []
-        (problem,) = path_problems(spec(pointer, path), rules, os.path.realpath)
+        (problem,) = path_problems(spec(pointer, path), rules, Links(os.path.realpath))
         assert problem.pointer == pointer
         assert str(closed) not in problem.detail
     path = str(allowed / "in" / "x")
-    assert path_problems(spec(pointer, path), rules, os.path.realpath) == []
+    assert path_problems(spec(pointer, path), rules, Links(os.path.realpath)) == []
 
 
 # ---- secrets
