@@ -4,6 +4,7 @@ Owns: socket, port file, uvicorn. Must not know: routes, database.
 """
 
 import contextlib
+import gc
 import ipaddress
 import logging
 import os
@@ -44,6 +45,9 @@ def run(settings: Settings) -> None:
         timeout_keep_alive=KEEP_ALIVE_S,
     )
     server = Server(config, app.state.notifier, settings.port_file)
+    # What was imported lives as long as the process: a full collection would look through all
+    # of it while every request waits.
+    gc.freeze()
     # uvicorn raises the interrupt again once it has shut down.
     with contextlib.suppress(KeyboardInterrupt):
         server.run(sockets=[listener])
