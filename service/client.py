@@ -10,7 +10,7 @@ import contextlib
 import json
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
@@ -112,8 +112,7 @@ class Client:
         Repeating it with the same key and spec returns the same job, so a lost response
         costs nothing.
         """
-        headers = {"Idempotency-Key": idempotency_key or _new_key()}
-        return self._object("POST", "/v1/jobs", json=spec, headers=headers, repeat=True)
+        return self._post("/v1/jobs", spec, key=idempotency_key)
 
     def plan(self, spec: Mapping[str, Any], *, hardware: str | None = None) -> Json:
         """Returns how a job would run: resolved spec, ranks, memory, communication, time.
@@ -133,11 +132,7 @@ class Client:
         return self._plan("/v1/plans/suggest", spec, hardware=hardware, ranks=ranks)
 
     def _plan(self, path: str, spec: Mapping[str, Any], **params: Any) -> Json:
-        query = _without_none(**params)
-        headers = {"Idempotency-Key": _new_key()}
-        return self._object(
-            "POST", path, params=query, json=dict(spec), headers=headers, repeat=True
-        )
+        return self._post(path, dict(spec), params=_without_none(**params))
 
     def jobs(
         self,
@@ -145,12 +140,17 @@ class Client:
         limit: int | None = None,
         after: str | None = None,
         status: str | None = None,
+        name: str | None = None,
+        metadata: Mapping[str, str] | None = None,
     ) -> Json:
         """Returns one page of jobs, newest first.
 
-        `after` is the last id of the previous page; `status` is a comma-separated list.
+        `after` is the last id of the previous page; `status` is a comma-separated list; in
+        `name` a `*` stands for any characters; the labels of `metadata` must all match.
         """
-        params = _without_none(limit=limit, after=after, status=status)
+        params = _without_none(limit=limit, after=after, status=status, name=name)
+        for label, value in (metadata or {}).items():
+            params[f"metadata[{label}]"] = value
         return self._object("GET", "/v1/jobs", params=params)
 
     def show(self, job_id: str) -> Json:
@@ -159,9 +159,23 @@ class Client:
 
     def cancel(self, job_id: str) -> Json:
         """Cancels a job and returns its current state; cancelling again is harmless."""
-        headers = {"Idempotency-Key": _new_key()}
-        path = f"/v1/jobs/{job_id}/cancel"
-        return self._object("POST", path, headers=headers, repeat=True)
+        return self._post(f"/v1/jobs/{job_id}/cancel")
+
+    def cancel_jobs(self, job_ids: Sequence[str]) -> Json:
+        """Cancels several jobs; returns which were cancelled, ended before, not found."""
+        return self._post("/v1/jobs:cancel", {"ids": list(job_ids)})
+
+    def checkpoint(self, job_id: str) -> Json:
+        """Requests a checkpoint of a running job now, and returns the job."""
+        return self._post(f"/v1/jobs/{job_id}/checkpoint")
+
+    def delete(self, job_id: str) -> None:
+        """Deletes an ended job and its history; its files stay."""
+        request = self._http.build_request("DELETE", f"/v1/jobs/{job_id}")
+        # Repeated after a lost answer it would not find the job, so it is sent once.
+        response = self._send(request, repeat=False)
+        if response.status_code >= 400:
+            raise _refusal(response)
 
     def events(
         self,
@@ -296,6 +310,20 @@ class Client:
             yield _lines(response.iter_bytes())
 
     # ---- one request
+
+    def _post(
+        self,
+        path: str,
+        body: Any = None,
+        *,
+        params: Mapping[str, Any] | None = None,
+        key: str | None = None,
+    ) -> Json:
+        """Sends a POST, which its key makes safe to repeat, and returns the body."""
+        headers = {"Idempotency-Key": key or _new_key()}
+        return self._object(
+            "POST", path, params=params, json=body, headers=headers, repeat=True
+        )
 
     def _object(
         self,

@@ -7,7 +7,17 @@ import sys
 
 import typer
 
-from service.cli.commands import convert, data, demo, generate, inspect, jobs, plan, stack
+from service.cli.commands import (
+    cancel,
+    convert,
+    data,
+    demo,
+    generate,
+    inspect,
+    jobs,
+    plan,
+    stack,
+)
 from service.cli.failure import CommandError, from_service, show_failure
 from service.client import ServiceError
 
@@ -19,7 +29,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 # The order in which `--help` lists them.
-for commands in (stack, plan, jobs, inspect, generate, convert, data, demo):
+for commands in (stack, plan, jobs, cancel, inspect, generate, convert, data, demo):
     commands.register(app)
 
 

@@ -87,6 +87,11 @@ def print_table(
     Console(highlight=False, width=width).print(table)
 
 
+def print_note(text: str) -> None:
+    """Prints a line about what was printed before it."""
+    console().print(f"[dim]{escape(text)}[/dim]")
+
+
 def styled_status(status: str) -> str:
     """Returns a job's status as console markup."""
     style = _STYLES.get(status)
