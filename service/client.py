@@ -7,7 +7,6 @@ Methods return JSON bodies as the service sends them; /openapi.json describes th
 """
 
 import contextlib
-import json
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,6 +17,7 @@ from typing import Any, Self
 import httpx
 
 from megatron_ray.config.problem import Problem
+from service.event_stream import StreamEvent, lines_of, parse_stream
 
 Json = dict[str, Any]
 
@@ -49,15 +49,6 @@ class ServiceError(Exception):
 
     def __str__(self) -> str:
         return self.detail
-
-
-@dataclass(frozen=True)
-class StreamEvent:
-    """One server-sent event; `data` is its parsed JSON."""
-
-    event: str
-    id: str | None
-    data: Any
 
 
 class Client:
@@ -176,6 +167,22 @@ class Client:
         response = self._send(request, repeat=False)
         if response.status_code >= 400:
             raise _refusal(response)
+
+    def pause(self, job_id: str, reason: str = "user_paused") -> Json:
+        """Pauses a job and returns its current state; pausing again is harmless."""
+        return self._change(job_id, "pause", {"reason": reason})
+
+    def resume(self, job_id: str, changes: Mapping[str, Any] | None = None) -> Json:
+        """Resumes a paused or ended job and returns its current state.
+
+        `changes` are nested fields of an ended job's spec.
+        """
+        return self._change(job_id, "resume", {"changes": dict(changes or {})})
+
+    def _change(self, job_id: str, verb: str, body: Json) -> Json:
+        headers = {"Idempotency-Key": _new_key()}
+        path = f"/v1/jobs/{job_id}/{verb}"
+        return self._object("POST", path, json=body, headers=headers, repeat=True)
 
     def events(
         self,
@@ -307,7 +314,7 @@ class Client:
             if response.status_code != 200:
                 response.read()
                 raise _refusal(response)
-            yield _lines(response.iter_bytes())
+            yield lines_of(response.iter_bytes())
 
     # ---- one request
 
@@ -368,46 +375,6 @@ class Client:
                 if wait_s is None or response.status_code not in _BUSY:
                     return response
             time.sleep(wait_s)
-
-
-def parse_stream(lines: Iterator[str]) -> Iterator[StreamEvent]:
-    """Yields the server-sent events in lines (WHATWG HTML, section 9.2).
-
-    Comments are skipped and an unfinished event is dropped.
-    """
-    # The id stays in force until another one is sent; name and data belong to one event.
-    name = "message"
-    identity = None
-    data: list[str] = []
-    for line in lines:
-        # An empty line ends an event; one without data, such as a comment, is none.
-        if line == "":
-            if data:
-                yield StreamEvent(name, identity, json.loads("\n".join(data)))
-            name = "message"
-            data = []
-            continue
-        key, _, value = line.partition(":")
-        value = value.removeprefix(" ")
-        if key == "data":
-            data.append(value)
-        elif key == "event":
-            name = value
-        elif key == "id":
-            identity = value
-
-
-def _lines(chunks: Iterator[bytes]) -> Iterator[str]:
-    """Yields whole lines, each ended by a line feed.
-
-    Not `splitlines`: JSON may hold other characters that it takes for ends of lines.
-    """
-    rest = b""
-    for chunk in chunks:
-        # Bytes and not text: a chunk may end in the middle of a character.
-        *lines, rest = (rest + chunk).split(b"\n")
-        for line in lines:
-            yield line.removesuffix(b"\r").decode()
 
 
 def _new_key() -> str:

@@ -1,4 +1,4 @@
-"""Serves /v1/jobs: create, list, get, cancel one or many, checkpoint, delete."""
+"""Serves /v1/jobs: create, list, get, cancel, pause, resume, checkpoint, delete."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -22,18 +22,20 @@ from service.api.models import (
     JobId,
     JobSummary,
     Page,
+    PauseRequest,
+    ResumeRequest,
 )
-from service.exceptions import RequestInvalidError
+from service.exceptions import JobActiveError, RequestInvalidError
 from service.http.dependencies import Context, ContextDep, CurrentCaller
 from service.http.errors import ProblemError
 from service.http.idempotency import MAX_KEY_CHARS, IdempotentRequest, StoredResponse
 from service.http.parameters import check_query, deep_object, labels_of, split_commas
-from service.jobs import lifecycle, selection
-from service.jobs.selection import JobFilter
+from service.jobs import lifecycle, pausing, queue
 from service.jobs.submit import Submitter
 from service.store.schema import JobRow
+from service.store.selection import JobFilter
 from workers.protocol.job import JobSpec
-from workers.protocol.states import JobState
+from workers.protocol.states import JobState, StatusReason
 
 _METADATA = deep_object(
     "metadata",
@@ -151,7 +153,7 @@ def cancel_jobs(
             job_ids = _active_ids(session, body)
         has_more = len(job_ids) > MAX_JOBS_PER_REQUEST
         job_ids = job_ids[:MAX_JOBS_PER_REQUEST]
-        result = selection.cancel_all(session, job_ids, final_checkpoint=body.checkpoint)
+        result = queue.cancel_all(session, job_ids, final_checkpoint=body.checkpoint)
         answer = render.cancellation(result, job_ids, has_more=has_more)
         response = StoredResponse(202, answer.model_dump(mode="json"))
         repeatable.store_response(session, response.status, response.body)
@@ -177,9 +179,66 @@ def cancel_job(
     repeatable = IdempotentRequest.of(key, caller.token_id, path, options.model_dump())
 
     def cancel(session: Session, job: JobRow) -> None:
-        selection.cancel_all(session, [job.id], final_checkpoint=options.checkpoint)
+        queue.cancel_all(session, [job.id], final_checkpoint=options.checkpoint)
 
     return _change(context, job_id, repeatable, cancel)
+
+
+@router.post(
+    "/jobs/{job_id}/pause", status_code=202, response_model=Job, responses={409: {}}
+)
+def pause_job(
+    job_id: JobId,
+    context: ContextDep,
+    caller: CurrentCaller,
+    body: PauseRequest | None = None,
+    key: IdempotencyKey = None,
+) -> Response:
+    """Pauses a job until it is resumed.
+
+    A running job writes a checkpoint and releases its resources. Pausing a paused job
+    changes nothing.
+    """
+    options = body or PauseRequest()
+    path = f"/v1/jobs/{job_id}/pause"
+    repeatable = IdempotentRequest.of(key, caller.token_id, path, options.model_dump())
+    pause = partial(pausing.pause, reason=StatusReason(options.reason))
+    return _change(context, job_id, repeatable, pause)
+
+
+@router.post(
+    "/jobs/{job_id}/resume", status_code=202, response_model=Job, responses={409: {}}
+)
+def resume_job(
+    job_id: JobId,
+    context: ContextDep,
+    caller: CurrentCaller,
+    body: ResumeRequest | None = None,
+    key: IdempotencyKey = None,
+) -> Response:
+    """Resumes a paused or ended job from its newest checkpoint.
+
+    It continues in its folder as if it had never stopped. An ended job gets a new
+    restart budget, and `changes` of its spec, such as more steps.
+    """
+    options = body or ResumeRequest()
+    path = f"/v1/jobs/{job_id}/resume"
+    repeatable = IdempotentRequest.of(key, caller.token_id, path, options.model_dump())
+    submitter = Submitter(context.settings, context.store, context.agents)
+
+    def resume(session: Session, job: JobRow) -> None:
+        if JobState(job.status).is_terminal:
+            submitter.resume(session, job, options.changes)
+        elif options.changes:
+            raise JobActiveError(
+                f"the job is {job.status}; a spec can only be changed after the job's end"
+            )
+        else:
+            pausing.resume(session, job)
+        session.flush()
+        queue.admit_jobs(session, lifecycle.lock_cluster(session, job.cluster))
+
+    return _change(context, job_id, repeatable, resume)
 
 
 @router.post(

@@ -134,6 +134,11 @@ class JobSummary(Body):
     """Explanation of the current state for people."""
     desired_state: DesiredState
     """State that the job's driver works towards."""
+    pause_reason: StatusReason | None
+    """Why the job is paused or being paused: `user_paused`, or `stack_stopped` when
+    `megatron-ray down` has stopped its stack. Null: it is not."""
+    resumes: int
+    """Number of times that the job was resumed after its end."""
     cluster: str
     """Cluster that the job runs on."""
     priority: int
@@ -340,6 +345,21 @@ class CancelRequest(Body):
 
     checkpoint: StrictBool = True
     """Whether to write a final checkpoint first."""
+
+
+class PauseRequest(Body):
+    """Options of a pause."""
+
+    reason: Literal["user_paused", "stack_stopped"] = "user_paused"
+    """`stack_stopped`: the stack is about to stop; its next start resumes the job."""
+
+
+class ResumeRequest(Body):
+    """Options of a resume."""
+
+    changes: dict[str, Any] = Field(default_factory=dict, max_length=64)
+    """For an ended job: fields of its spec to change, nested as in the spec, such as
+    `{"training": {"steps": 2000}}`. Default: the job continues unchanged."""
 
 
 class CancelJobsRequest(CancelRequest):

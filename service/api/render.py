@@ -26,7 +26,7 @@ from service.api.models import (
 from service.exceptions import NotFoundError
 from service.http.errors import problem_document
 from service.jobs.agents import Agents
-from service.jobs.selection import Cancelled
+from service.jobs.queue import Cancelled
 from service.store.schema import (
     AttemptRow,
     CheckpointRow,
@@ -216,6 +216,8 @@ def _summary(row: JobRow, labels: dict[str, str]) -> JobSummary:
         status_reason=_reason(row.status_reason),
         message=row.message,
         desired_state=DesiredState(row.desired),
+        pause_reason=_pause_reason(row),
+        resumes=row.resumes,
         cluster=row.cluster,
         priority=row.priority,
         metadata=labels,
@@ -236,6 +238,12 @@ def _reason(stored: str | None) -> StatusReason | None:
     if stored is None:
         return None
     return StatusReason(stored)
+
+
+def _pause_reason(row: JobRow) -> StatusReason | None:
+    if row.pause_reason is None:
+        return None
+    return StatusReason(row.pause_reason)
 
 
 def _problem(row: JobRow) -> dict[str, Any] | None:

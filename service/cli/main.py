@@ -15,6 +15,7 @@ from service.cli.commands import (
     generate,
     inspect,
     jobs,
+    pausing,
     plan,
     stack,
 )
@@ -29,7 +30,18 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 # The order in which `--help` lists them.
-for commands in (stack, plan, jobs, cancel, inspect, generate, convert, data, demo):
+for commands in (
+    stack,
+    plan,
+    jobs,
+    cancel,
+    pausing,
+    inspect,
+    generate,
+    convert,
+    data,
+    demo,
+):
     commands.register(app)
 
 

@@ -131,19 +131,21 @@ class RecordApplier:
 
     def _apply_state(self, record: Record) -> None:
         data = _StateData.model_validate(record.data)
+        reason = data.reason
+        # The driver carries out a pause without knowing who has requested it.
+        if data.state is JobState.PAUSED and self._job.pause_reason is not None:
+            reason = StatusReason(self._job.pause_reason)
         has_failed = data.state is JobState.FAILED
         # Recoveries are info: attempt.failed and policy.decision say why they happened.
         event = self._event(record, f"job.{data.state}", data.message)
         if has_failed:
             event = dataclasses.replace(event, level="error")
         # A state that may not follow is kept as an event and changes nothing.
-        if not lifecycle.transition(
-            self._session, self._job, data.state, data.reason, event
-        ):
+        if not lifecycle.transition(self._session, self._job, data.state, reason, event):
             return
         if has_failed:
-            self._job.problem = _failure(data.reason or StatusReason.INTERNAL, data.message)
-        if data.state.is_terminal or data.state is JobState.QUEUED:
+            self._job.problem = _failure(reason or StatusReason.INTERNAL, data.message)
+        if data.state.is_terminal or data.state in (JobState.QUEUED, JobState.PAUSED):
             self._needs_admission = True
 
     def _apply_event(self, record: Record) -> None:

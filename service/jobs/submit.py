@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session
 
 from megatron_ray.config.problem import Problem
 from service.exceptions import SpecInvalidError
-from service.jobs import cluster_fit, lifecycle, spec_checks
+from service.jobs import cluster_fit, lifecycle, pausing, spec_checks
 from service.jobs.agents import Agents
 from service.jobs.capacity import ClusterCapacity
 from service.settings import Settings
@@ -83,6 +83,21 @@ class Submitter:
         is_agent_ready = job.world_size is not None and self.agents.is_live(job.cluster)
         lifecycle.create(session, job, spec.metadata, is_agent_ready=is_agent_ready)
         session.flush()
+
+    def resume(self, session: Session, job: JobRow, changes: dict[str, Any]) -> None:
+        """Resumes an ended job in the caller's transaction, which has locked it.
+
+        Raises SpecInvalidError with everything that is wrong with the changed spec.
+        """
+        changed = pausing.changed_spec(job, changes)
+        spec = JobSpec.from_mapping(changed.resolved)
+        problems = spec_checks.check_storage(session, spec)
+        if changes:
+            problems += self._check(spec, cluster_fit.capacity_of(session, job.cluster))
+        if problems:
+            raise SpecInvalidError(problems)
+        is_agent_ready = job.world_size is not None and self.agents.is_live(job.cluster)
+        pausing.resume_ended(session, job, changed, is_agent_ready=is_agent_ready)
 
     def read_cluster(self, spec: JobSpec) -> tuple[ClusterCapacity, list[Problem]]:
         """Returns the spec's cluster, and why its folder cannot be used."""

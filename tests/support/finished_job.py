@@ -5,8 +5,8 @@ from collections.abc import Callable
 import httpx
 
 from tests.support.service_process import (
-    Json,
     SPEC,
+    Json,
     Records,
     job_token,
     post,

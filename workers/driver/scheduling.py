@@ -5,7 +5,7 @@ what runs on the resources.
 """
 
 from megatron_ray.checkpoint.directory import latest_committed
-from workers.decisions.job_phases import (
+from workers.decisions.observations import (
     Placed,
     PlacementTimedOut,
     RunRequested,

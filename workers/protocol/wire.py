@@ -110,6 +110,8 @@ class DesiredJob(Message):
     """Whether cancel and pause write a final checkpoint."""
     checkpoint_requests: int = 0
     """Counter: each increase requests one checkpoint now."""
+    resumes: int = 0
+    """Counter: each increase resumes the job after its end, with the spec above."""
 
 
 class DesiredReply(Message):

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from service.cli.commands.choice import (
+from service.cli.choice import (
     JobChoice,
     JobId,
     JobName,

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from service.cli.commands.choice import JobId, SomeJobIds
+from service.cli.choice import JobId, SomeJobIds
 from service.cli.commands.watch import TERMINAL, watch_job
 from service.cli.connection import DataDir, Token, Url, connect
 from service.cli.failure import CommandError

@@ -33,7 +33,7 @@ def print_log(
         time.sleep(_LOG_POLL_S)
         has_ended = reader.read()
     if not reader.has_printed:
-        message = f"rank {rank} of {job_id} has written nothing"
+        message = f"rank {rank} of {job_id} has no log"
         if not has_ended:
             message += " yet"
         raise CommandError(

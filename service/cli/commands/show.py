@@ -5,7 +5,7 @@ from typing import Any
 
 from rich.markup import escape
 
-from service.cli.commands.choice import JobId
+from service.cli.choice import JobId
 from service.cli.connection import DataDir, Token, Url, connect
 from service.cli.output import (
     AsJson,
@@ -182,7 +182,11 @@ def _restarts(job: Json, attempts: Sequence[Json]) -> str:
     for attempt in attempts[:-1]:
         if attempt["state"] == "failed" and attempt.get("reason") != "preempted":
             used += 1
-    text = str(used)
+    # A resume gives a new budget; the failure that ended the job led to no restart.
+    counted = int(job.get("failures") or 0)
+    if job["status"] == "failed" and attempts and attempts[-1]["state"] == "failed":
+        counted -= 1
+    text = str(max(0, min(used, counted)))
     max_failures = nested(job, "resolved_spec.restart.max_failures")
     if max_failures is not None:
         text += f" of {max_failures}"

@@ -23,7 +23,8 @@ from service.cli.output import (
     styled_level,
     styled_status,
 )
-from service.client import Client, StreamEvent
+from service.client import Client
+from service.event_stream import StreamEvent
 from workers.protocol.states import JobState
 
 TERMINAL = frozenset(state.value for state in JobState if state.is_terminal)

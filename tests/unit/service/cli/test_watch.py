@@ -10,7 +10,8 @@ from rich.console import Console
 from service.cli.commands.demo import closing_lines
 from service.cli.commands.watch import Watcher, failure_of, watch_job
 from service.cli.failure import CommandError
-from service.client import Client, StreamEvent
+from service.client import Client
+from service.event_stream import StreamEvent
 from service.local_stack.record import StackRecord
 
 JOB: dict[str, Any] = {
