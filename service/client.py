@@ -105,12 +105,18 @@ class Client:
         """
         return self._post("/v1/jobs", spec, key=idempotency_key)
 
-    def plan(self, spec: Mapping[str, Any], *, hardware: str | None = None) -> Json:
+    def plan(
+        self,
+        spec: Mapping[str, Any],
+        *,
+        hardware: str | None = None,
+        ranks: int | None = None,
+    ) -> Json:
         """Returns how a job would run: resolved spec, ranks, memory, communication, time.
 
         Nothing is started. `hardware` is the name of a device.
         """
-        return self._plan("/v1/plans", spec, hardware=hardware)
+        return self._plan("/v1/plans", spec, hardware=hardware, ranks=ranks)
 
     def suggest(
         self,

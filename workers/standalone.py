@@ -8,12 +8,14 @@ Ray, HTTP.
 """
 
 import queue
+import sys
 import threading
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import ValidationError
@@ -21,6 +23,7 @@ from pydantic import ValidationError
 from megatron_ray.checkpoint.directory import latest_committed, list_checkpoints
 from megatron_ray.commands import Command
 from megatron_ray.config.checkpoint import StorageConfig
+from megatron_ray.config.errors.spec_problems import problems_from_pydantic
 from megatron_ray.config.problem import ConfigError, Problem
 from megatron_ray.config.train_config import apply_overrides, read_mapping
 from megatron_ray.data.preparation.errors import UnusableDataError
@@ -30,6 +33,7 @@ from megatron_ray.reports import (
     EvalReport,
     PhaseReport,
     Report,
+    SkippedStepReport,
     StepReport,
 )
 from megatron_ray.validation import check, resolution
@@ -76,6 +80,8 @@ def _run(
 ) -> str | None:
     spec = read_spec(job, overrides, env.world_size)
     assert spec.storage is not None
+    if env.rank == 0:
+        _print_warnings(spec)
     request = StartRequest(
         env=env,
         spec=spec.model_dump(mode="json"),
@@ -103,6 +109,12 @@ def _run(
     return _train(request, spec, store, reports)
 
 
+def _print_warnings(spec: JobSpec) -> None:
+    """Prints to stderr what is legal in a spec and without effect."""
+    for warning in check.find_warnings(spec):
+        sys.stderr.write(f"warning: {warning.pointer}: {warning.detail}\n")
+
+
 def _next_attempt(storage_path: str) -> int:
     """Returns the number after that of the last attempt that wrote a checkpoint."""
     last = 0
@@ -123,6 +135,11 @@ def _train(
     def report(item: Report) -> None:
         if spool is not None:
             spool.append(item.kind, vars(item))
+        if isinstance(item, SkippedStepReport) and is_first:
+            sys.stderr.write(
+                f"warning: step {item.step} skipped, weights unchanged: loss {item.loss}, "
+                f"gradient norm {item.grad_norm} ({item.reason})\n"
+            )
         committer.report(item)
 
     try:
@@ -176,18 +193,17 @@ def read_spec(job: Path, overrides: Sequence[str], world_size: int) -> JobSpec:
 
 
 def _parse_spec(job: Path, overrides: Sequence[str]) -> JobSpec:
+    values: dict[str, Any] = {}
     try:
-        return JobSpec.from_mapping(apply_overrides(read_mapping(job), overrides))
+        values = apply_overrides(read_mapping(job), overrides)
+        return JobSpec.from_mapping(values)
     except OSError as error:
         raise UserError(f"cannot read {job}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"cannot read {job}: it is not a text file") from error
     except ValidationError as error:
-        lines = [f"{job} is not a valid job spec:"]
-        for item in error.errors():
-            pointer = "/" + "/".join(map(str, item["loc"]))
-            lines.append(f"{pointer}: {item['msg']}")
-        raise UserError("\n  ".join(lines)) from error
+        problems = problems_from_pydantic(error.errors(), values, model=JobSpec)
+        raise UserError(f"{job} is not a valid job spec:{_listed(problems)}") from error
     except ValueError as error:
         raise UserError(str(error)) from error
 

@@ -96,6 +96,7 @@ class TrainingSession:
             data,
             attempt=attempt,
             on_written=report,
+            weights=resume_from or start_from,
         )
         self.progress = self._load(resume_from, start_from)
         self._end_phase("load" if has_weights else "saver")

@@ -14,10 +14,10 @@ from collections.abc import Callable
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from megatron_ray.config.errors.messages import short_value
 from service.http.dependencies import Context
 from service.http.errors import ProblemError, respond
 from service.http.telemetry import UNKNOWN_ROUTE
-from service.pydantic_messages import short_value
 from service.settings import Settings
 
 logger = logging.getLogger("service.access")

@@ -14,10 +14,10 @@ from typing import Any
 from fastapi import Request
 from fastapi.dependencies.models import Dependant
 
+from megatron_ray.config.errors.messages import short_value
+from megatron_ray.config.errors.spec_problems import pointer_to
 from megatron_ray.config.problem import Problem
 from service.exceptions import RequestInvalidError
-from service.jobs.spec_errors import pointer_to
-from service.pydantic_messages import short_value
 
 _MAX_REPORTED = 20
 

@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 from sqlalchemy.orm import Session
 
+from megatron_ray.config.errors.spec_problems import problems_from_pydantic
 from megatron_ray.config.problem import Problem
 from megatron_ray.validation import resolution
 from service.exceptions import (
@@ -20,7 +21,6 @@ from service.exceptions import (
     SpecInvalidError,
 )
 from service.jobs import lifecycle
-from service.jobs.spec_errors import problems_from_pydantic
 from service.store.schema import JobRow
 from workers.protocol.job import JobSpec
 from workers.protocol.states import DesiredState, JobState, StatusReason
@@ -127,7 +127,9 @@ def changed_spec(job: JobRow, changes: Mapping[str, Any]) -> ChangedSpec:
     try:
         spec = JobSpec.from_mapping(resolved)
     except ValidationError as error:
-        problems = problems_from_pydantic(error.errors(include_url=False), resolved)
+        problems = problems_from_pydantic(
+            error.errors(include_url=False), resolved, model=JobSpec
+        )
         raise SpecInvalidError(problems) from error
     _check_steps(job, spec)
     world_size = None

@@ -88,6 +88,8 @@ class CheckResult(Message):
     protocol: int = PROTOCOL
     check_id: str
     problems: tuple[ProblemMessage, ...] = ()
+    notes: tuple[str, ...] = ()
+    """What of the data is left out, one sentence each."""
 
 
 # ---- desired jobs, for agent and drivers
