@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator
 from functools import partial
 from typing import Any
 
+from anyio import CapacityLimiter
 from fastapi import FastAPI
 from starlette.concurrency import run_in_threadpool
 
@@ -35,9 +36,12 @@ from service.http.middleware import RequestMiddleware
 from service.http.notifier import Notifier
 from service.http.telemetry import Telemetry
 from service.jobs.agents import Agents
+from service.jobs.storage_reads import StorageReads
 from service.settings import Settings
 from service.store.database import Store
 
+COMPUTE_THREADS = 2
+"""Threads that validate bodies at once; as many more build plans."""
 _ROUTERS = (
     jobs.router,
     plans.router,
@@ -80,7 +84,8 @@ def create_app(settings: Settings) -> FastAPI:
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         notifier.attach()
-        context = await run_in_threadpool(_open, settings, notifier)
+        limiters = CapacityLimiter(COMPUTE_THREADS), CapacityLimiter(COMPUTE_THREADS)
+        context = await run_in_threadpool(_open, settings, notifier, *limiters)
         app.state.context = context
         cleaning = asyncio.create_task(idempotency.delete_regularly(context.store))
         yield
@@ -125,7 +130,12 @@ def _document(app: FastAPI) -> dict[str, Any]:
     )
 
 
-def _open(settings: Settings, notifier: Notifier) -> Context:
+def _open(
+    settings: Settings,
+    notifier: Notifier,
+    validation: CapacityLimiter,
+    compute: CapacityLimiter,
+) -> Context:
     # Blocks on disk and database, so it runs in a thread.
     settings.data_dir.mkdir(parents=True, exist_ok=True)
     store = Store.open(settings.url, notifier.notify)
@@ -138,4 +148,7 @@ def _open(settings: Settings, notifier: Notifier) -> Context:
         auth=Authenticator.load(store, settings),
         telemetry=Telemetry(),
         deployment=store.deployment(),
+        storage_reads=StorageReads(settings.storage_timeout_s),
+        validation=validation,
+        compute=compute,
     )

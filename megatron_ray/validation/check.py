@@ -21,6 +21,7 @@ from megatron_ray.validation import (
 )
 from megatron_ray.validation import model as model_rules
 from megatron_ray.validation import training as training_rules
+from megatron_ray.validation.paths import PathRules, path_problems
 from megatron_ray.validation.resolution import expert_dp_multiple, least_dp
 
 _RULES = (
@@ -53,13 +54,16 @@ _WARNINGS = (
 """Rules of what is legal but without effect, likewise."""
 
 
-def find_problems(config: TrainConfig, world_size: int | None = None) -> list[Problem]:
+def find_problems(
+    config: TrainConfig, world_size: int | None = None, path_rules: PathRules | None = None
+) -> list[Problem]:
     """Returns all problems of a config at once.
 
     `world_size` is the number of ranks started or available; None skips the rule that
-    needs it.
+    needs it. `path_rules` are the places that a deployment lets its specs name; None on a
+    machine of the user's own.
     """
-    problems = list[Problem]()
+    problems = path_problems(config, path_rules)
     for rule in _RULES:
         problems += rule(config)
     if problems:

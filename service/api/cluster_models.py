@@ -94,9 +94,12 @@ class Readiness(Body):
     """Whether the service can do its work."""
 
     status: Literal["ok", "degraded", "unavailable"]
-    """`ok`; `degraded` when an agent is lost; `unavailable` without the database."""
+    """`ok`; `degraded` when an agent is lost or a job's storage is silent; `unavailable`
+    without the database."""
     database: str
     """`ok`, or what is wrong with it."""
+    storage: str
+    """`ok`, or `does not answer` while reads of a job's storage hang."""
     agents: list[AgentHealth]
     """The agents of all clusters."""
 

@@ -7,7 +7,6 @@ from typing import Annotated, Any, Literal
 
 import sqlalchemy as sa
 from fastapi import APIRouter, Depends, Header, Query
-from fastapi.sse import EventSourceResponse, ServerSentEvent
 from pydantic import BeforeValidator
 from starlette.concurrency import run_in_threadpool
 
@@ -16,6 +15,7 @@ from service.api.models import Event, JobId, JobSummary, Page
 from service.exceptions import RequestInvalidError
 from service.http.dependencies import Context, ContextDep
 from service.http.errors import ProblemError
+from service.http.event_stream import PING, EventStream, message
 from service.http.parameters import check_query, split_commas
 from service.jobs import lifecycle
 from service.store import metrics
@@ -209,14 +209,14 @@ def _position(job: JobRow, stream_id: str, pointer: str) -> Position:
 
 @router.get(
     "/jobs/{job_id}/stream",
-    response_class=EventSourceResponse,
+    response_class=EventStream,
     responses={200: {"content": {"text/event-stream": {"schema": _MESSAGE}}}, 429: {}},
 )
 async def stream_job(
     job_id: JobId,
     context: ContextDep,
     start: Annotated[Position, Depends(start_position)],
-) -> AsyncIterator[ServerSentEvent]:
+) -> EventStream:
     """Streams a job's history and everything that follows, as server-sent events.
 
     Every event and every row of metrics is sent exactly once. To continue after a broken
@@ -227,23 +227,29 @@ async def stream_job(
     - `end`: the last message; the job has ended or was deleted.
     - Any other name: an event of the job's history; the name is the event's type.
     """
+    return EventStream(_stream(context, job_id, start))
+
+
+async def _stream(
+    context: Context, job_id: str, position: Position
+) -> AsyncIterator[bytes]:
+    """Yields the messages after a position, until the job has ended."""
     notifier = context.notifier
     with (
         context.telemetry.stream_open(),
         # Subscribed before the first read, so that no commit in between is missed.
         notifier.subscribe(lifecycle.job_topic(job_id)) as subscription,
     ):
-        position = start
         sent_summary = None
         while not notifier.is_closed:
             update = await run_in_threadpool(_read_update, context, job_id, position)
-            for message in _messages(update, position):
-                yield message
+            for part in _messages(update, position):
+                yield part
             position = update.position_after(position)
             # The summary has no id, so a reader that reconnects gets the current one again.
             if update.summary is not None and update.summary != sent_summary:
                 sent_summary = update.summary
-                yield ServerSentEvent(data=sent_summary, event="state")
+                yield message(sent_summary, event="state")
             # A long history is read in parts, without waiting between them.
             if not update.is_complete:
                 continue
@@ -254,24 +260,23 @@ async def stream_job(
                 yield _end(update.summary.status, position)
                 return
             if not await subscription.wait(context.settings.ping_s):
-                # Proxies close idle connections.
-                yield ServerSentEvent(comment="ping")
+                yield PING
 
 
-def _messages(update: _Update, position: Position) -> Iterator[ServerSentEvent]:
+def _messages(update: _Update, position: Position) -> Iterator[bytes]:
     """Yields the messages of an update; each one's id is the position after it."""
     for first in range(0, len(update.rows), ROWS_PER_MESSAGE):
         rows = update.rows[first : first + ROWS_PER_MESSAGE]
         position = replace(position, cursor=rows[-1]["cursor"])
         data = {"rows": [_without_cursor(row) for row in rows]}
-        yield ServerSentEvent(data=data, event="metrics", id=str(position))
+        yield message(data, event="metrics", id=str(position))
     for event in update.events:
         position = replace(position, seq=event.seq)
-        yield ServerSentEvent(data=event, event=event.type, id=str(position))
+        yield message(event, event=event.type, id=str(position))
 
 
-def _end(status: str, position: Position) -> ServerSentEvent:
-    return ServerSentEvent(data={"status": status}, event="end", id=str(position))
+def _end(status: str, position: Position) -> bytes:
+    return message({"status": status}, event="end", id=str(position))
 
 
 def _read_update(context: Context, job_id: str, position: Position) -> _Update:

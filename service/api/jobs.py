@@ -1,4 +1,4 @@
-"""Serves /v1/jobs: create, list, get, cancel, pause, resume, checkpoint, delete."""
+"""Serves /v1/jobs: create, list, get, pause, resume, checkpoint, delete, cancel many."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -26,6 +26,7 @@ from service.api.models import (
     ResumeRequest,
 )
 from service.exceptions import JobActiveError, RequestInvalidError
+from service.http.bodies import BoundedBodyRoute
 from service.http.dependencies import Context, ContextDep, CurrentCaller
 from service.http.errors import ProblemError
 from service.http.idempotency import MAX_KEY_CHARS, IdempotentRequest, StoredResponse
@@ -41,7 +42,12 @@ _METADATA = deep_object(
     "metadata",
     "Labels to list, as `metadata[<label>]=<value>`; with several, all must match.",
 )
-router = APIRouter(prefix="/v1", tags=["jobs"], dependencies=[Depends(check_query)])
+router = APIRouter(
+    prefix="/v1",
+    tags=["jobs"],
+    dependencies=[Depends(check_query)],
+    route_class=BoundedBodyRoute,
+)
 IdempotencyKey = Annotated[
     str | None,
     Header(
@@ -73,7 +79,7 @@ async def create_job(
     if earlier is not None:
         return _created(earlier, is_replay=True)
     # Stores `submitted` instead of `spec`: the user's input without defaults.
-    submitter = Submitter(context.settings, context.store, context.agents)
+    submitter = Submitter(context.settings, context.store, context.agents, context.compute)
     job = await submitter.prepare(spec, submitted)
     store = partial(_store_job, context, submitter, spec, job, repeatable)
     response, is_replay = await run_in_threadpool(store)
@@ -224,7 +230,7 @@ def resume_job(
     options = body or ResumeRequest()
     path = f"/v1/jobs/{job_id}/resume"
     repeatable = IdempotentRequest.of(key, caller.token_id, path, options.model_dump())
-    submitter = Submitter(context.settings, context.store, context.agents)
+    submitter = Submitter(context.settings, context.store, context.agents, context.compute)
 
     def resume(session: Session, job: JobRow) -> None:
         if JobState(job.status).is_terminal:

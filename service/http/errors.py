@@ -16,16 +16,24 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from sqlalchemy.exc import OperationalError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 
 from megatron_ray.config.errors.messages import plain_message, short_value
 from megatron_ray.config.errors.spec_problems import pointer_to, problems_from_pydantic
 from megatron_ray.config.problem import Problem
-from service.exceptions import RequestInvalidError, ServiceProblemError, SpecInvalidError
+from service.exceptions import (
+    MAX_ERRORS,
+    RequestInvalidError,
+    ServiceProblemError,
+    SpecInvalidError,
+)
 from service.http.methods import allowed_methods
 from workers.protocol.job import JobSpec
 
 MEDIA_TYPE = "application/problem+json"
+_SPEC_ROUTES = ("/jobs", "/plans", "/plans/suggest")
+"""Ends of the routes whose body is a job spec."""
 logger = logging.getLogger("service")
 
 
@@ -109,6 +117,8 @@ def respond(
         headers = error.headers
     else:
         extra = error.extra
+        if error.retry_after_s is not None:
+            headers = {"Retry-After": str(error.retry_after_s)}
     # `instance` and `request_id` belong to this response, not to the kind of problem.
     entries = [asdict(problem) for problem in error.errors]
     document = problem_document(error.code, error.detail, entries, **extra)
@@ -125,6 +135,7 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(ServiceProblemError, _on_service_problem)
     app.add_exception_handler(RequestValidationError, _on_validation)
     app.add_exception_handler(OperationalError, _on_database)
+    app.add_exception_handler(ClientDisconnect, _on_disconnect)
     app.add_exception_handler(Exception, _on_anything)
 
 
@@ -186,14 +197,25 @@ async def _on_validation(request: Request, error: Exception) -> Response:
     in_body = [item for item in details if item["loc"][:1] == ("body",)]
     if not in_body:
         return _respond(request, _invalid_parameters(details))
+    route_path = str(getattr(request.scope.get("route"), "path", ""))
+    return _respond(request, invalid_body(route_path, in_body, error.body))
+
+
+def invalid_body(
+    route_path: str, details: Sequence[Mapping[str, Any]], body: Any
+) -> ServiceProblemError:
+    """Returns the error for a body of a route; `details` are those of the framework."""
+    # Thousands of wrong fields are counted, not described.
+    described = details[:MAX_ERRORS]
+    num_more = len(details) - len(described)
     # `skip`: each location starts with "body".
-    if _takes_job_spec(request):
+    if route_path.endswith(_SPEC_ROUTES):
         problems = problems_from_pydantic(
-            in_body, error.body, skip=1, model=JobSpec, expected="a job spec"
+            described, body, skip=1, model=JobSpec, expected="a job spec"
         )
-        return _respond(request, SpecInvalidError(problems))
-    problems = problems_from_pydantic(in_body, error.body, skip=1)
-    return _respond(request, RequestInvalidError.of_problems(problems))
+        return SpecInvalidError(problems, num_more)
+    problems = problems_from_pydantic(described, body, skip=1)
+    return RequestInvalidError.of_problems(problems)
 
 
 def _json_detail(item: Mapping[str, Any]) -> str:
@@ -202,11 +224,6 @@ def _json_detail(item: Mapping[str, Any]) -> str:
         f"the body is not valid JSON: {reason} at character {item['loc'][-1]}; send one "
         "JSON object with Content-Type: application/json"
     )
-
-
-def _takes_job_spec(request: Request) -> bool:
-    path = getattr(request.scope.get("route"), "path", "")
-    return path.endswith(("/jobs", "/plans", "/plans/suggest"))
 
 
 def _invalid_parameters(details: Sequence[Mapping[str, Any]]) -> RequestInvalidError:
@@ -231,6 +248,11 @@ async def _on_database(request: Request, error: Exception) -> Response:
     return _respond(
         request, ProblemError("unavailable", detail, headers={"Retry-After": "2"})
     )
+
+
+async def _on_disconnect(request: Request, error: Exception) -> Response:
+    # Not an error of the service, and the client does not read the response any more.
+    return _respond(request, ProblemError("bad_request", "the body ended too early"))
 
 
 async def _on_anything(request: Request, error: Exception) -> Response:

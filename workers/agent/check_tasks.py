@@ -3,6 +3,7 @@
 Owns: the bodies, plain functions. Torch- and Ray-free; each returns plain values.
 """
 
+import os
 import secrets
 from typing import Any
 
@@ -14,6 +15,7 @@ from megatron_ray.config.problem import Problem
 from megatron_ray.data.preparation.check import check_data
 from megatron_ray.storage.errors import StorageError
 from megatron_ray.storage.storage import open_storage
+from megatron_ray.validation.paths import PathRules, path_problems
 from workers.data_tasks import problem_rows
 from workers.driver.journal import Journal, JournalError
 from workers.protocol.job import JobSpec
@@ -21,10 +23,13 @@ from workers.protocol.job import JobSpec
 NONCE_FOLDER = ".megatron-ray"
 
 
-def check_task(spec: dict[str, Any], storage_path: str) -> dict[str, Any]:
+def check_task(
+    spec: dict[str, Any], storage_path: str, path_rules: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """Returns problems of a spec's paths as seen from the cluster, and notes, as JSON.
 
-    Quick: nothing is tokenized.
+    `path_rules` are PathRules: what they refuse is not opened. Quick: nothing is
+    tokenized.
     """
     # The service has validated the spec, but this code may have another version.
     try:
@@ -32,6 +37,12 @@ def check_task(spec: dict[str, Any], storage_path: str) -> dict[str, Any]:
     except ValidationError as error:
         problems = problems_from_pydantic(error.errors(), spec, model=JobSpec)
         return {"problems": problem_rows(problems), "notes": []}
+    if path_rules is not None:
+        # Links are followed here, because the service does not see the cluster's files.
+        rules = PathRules.from_mapping(path_rules)
+        problems = path_problems(job, rules, os.path.realpath)
+        if problems:
+            return {"problems": problem_rows(problems), "notes": []}
     _, model_problems = resolve_initial_model(job.checkpoint, job.model)
     checked = check_data(job.data, job.training.seq_length, storage_path)
     problems = [*checked.problems, *model_problems, *_find_other_job(storage_path)]

@@ -69,7 +69,7 @@ class JobSpec(TrainConfig):
     """Name of the Ray cluster to run on, as given to its agent."""
     image: str = Field(default="default", min_length=1, max_length=64)
     """Name of a runtime image that an administrator has allowed."""
-    credentials: tuple[str, ...] = ()
+    credentials: tuple[str, ...] = Field(default=(), max_length=64)
     """Names of mounted secrets that an administrator has allowed; never their values."""
     grace_s: float = Field(default=60.0, ge=0, le=3600)
     """Seconds that cancelling may take to finish the step and write a final checkpoint."""

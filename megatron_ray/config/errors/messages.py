@@ -8,8 +8,11 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from megatron_ray.exceptions import redacted
+
 MAX_VALUE_CHARS = 80
 """Characters of a wrong value that a message repeats."""
+_MAX_READ_CHARS = 8192
 MAX_LISTED_NAMES = 20
 """Known values that a message lists; of more it names the nearest one."""
 
@@ -80,6 +83,15 @@ def suggestion(name: str, known: Iterable[str]) -> str | None:
     return f"did you mean {close[0]!r}?"
 
 
+def _one_of(expected: str, value: Any) -> str:
+    """Returns which values may be sent: all of them, or of many the nearest one."""
+    names = re.findall(r"'([^']*)'", expected)
+    close = difflib.get_close_matches(str(value)[:MAX_VALUE_CHARS], names, n=1)
+    if close and len(names) > MAX_LISTED_NAMES:
+        return f"must be one of {len(names)} known values, such as {close[0]!r}"
+    return f"must be {expected}"
+
+
 def refusal(error: Mapping[str, Any], value: Any, message: str | None = None) -> str:
     """Returns what must hold, the wrong value, and how to write one in a spec.
 
@@ -95,15 +107,6 @@ def refusal(error: Mapping[str, Any], value: Any, message: str | None = None) ->
     return text
 
 
-def _one_of(expected: str, value: Any) -> str:
-    """Returns which values may be sent: all of them, or of many the nearest one."""
-    names = re.findall(r"'([^']*)'", expected)
-    close = difflib.get_close_matches(str(value)[:MAX_VALUE_CHARS], names, n=1)
-    if close and len(names) > MAX_LISTED_NAMES:
-        return f"must be one of {len(names)} known values, such as {close[0]!r}"
-    return f"must be {expected}"
-
-
 def short_value(value: Any) -> str:
     """Returns a wrong value as a message may repeat it: as JSON names it, and cut."""
     if isinstance(value, dict):
@@ -115,7 +118,10 @@ def short_value(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     # Quotes show where a string ends, and that it is one.
-    text = repr(value)
+    if isinstance(value, str):
+        value = value[:_MAX_READ_CHARS]
+    # Before it is cut, which could cut off what shows that a URI has a secret in it.
+    text = redacted(repr(value))
     if len(text) > MAX_VALUE_CHARS:
         return text[:MAX_VALUE_CHARS] + "..."
     return text

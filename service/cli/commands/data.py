@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
+from megatron_ray.validation.paths import path_problems
 from service.cli.failure import CommandError
 from service.cli.offline_plan import parse_spec, problems_failure
 from service.cli.output import AsJson, console, print_json
@@ -40,6 +41,9 @@ def prepare(
     """
     # Checked here, because no service takes part.
     job = parse_spec(read_spec(spec, overrides))
+    wrong_paths = path_problems(job)
+    if wrong_paths:
+        raise problems_failure("the job spec is invalid", wrong_paths)
     folder = job.data.cache
     if cache is not None:
         folder = str(cache.expanduser().absolute())
