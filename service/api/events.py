@@ -1,7 +1,7 @@
 """Serves /v1/jobs/{id}/events and /stream: a job's history, past and live."""
 
 import re
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, Iterator
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
@@ -46,6 +46,7 @@ def _message_schema(event: Any, model: str) -> dict[str, Any]:
 _OWN_MESSAGES = {"metrics": "StreamMetrics", "state": "JobSummary", "end": "StreamEnd"}
 """Names of messages that are no events of the job's history -> schema of their data."""
 _MESSAGE = {
+    "type": "object",
     "description": "One message. `data` is JSON.",
     "oneOf": [
         *[_message_schema({"const": name}, model) for name, model in _OWN_MESSAGES.items()],
@@ -209,6 +210,7 @@ def _position(job: JobRow, stream_id: str, pointer: str) -> Position:
 
 @router.get(
     "/jobs/{job_id}/stream",
+    status_code=200,
     response_class=EventStream,
     responses={200: {"content": {"text/event-stream": {"schema": _MESSAGE}}}, 429: {}},
 )
@@ -232,7 +234,7 @@ async def stream_job(
 
 async def _stream(
     context: Context, job_id: str, position: Position
-) -> AsyncIterator[bytes]:
+) -> AsyncGenerator[bytes]:
     """Yields the messages after a position, until the job has ended."""
     notifier = context.notifier
     with (

@@ -37,6 +37,8 @@ class EventType(StrEnum):
     JOB_SUCCEEDED = "job.succeeded"
     JOB_FAILED = "job.failed"
     JOB_STATE_IGNORED = "job.state_ignored"
+    SPEC_WARNING = "spec.warning"
+    DATA_NOTE = "data.note"
     PLACEMENT_WAITING = "placement.waiting"
     ATTEMPT_STARTED = "attempt.started"
     ATTEMPT_RUNNING = "attempt.running"
