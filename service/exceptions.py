@@ -166,7 +166,11 @@ class StorageUnavailableError(ServiceProblemError):
 
 def joined(problems: Iterable[Problem]) -> str:
     """Returns one line with every field and its error."""
-    return "; ".join(f"{problem.pointer}: {problem.detail}" for problem in problems)
+    sentences = []
+    for problem in problems:
+        # A problem of the whole body has no pointer.
+        sentences.append(f"{problem.pointer}: {problem.detail}".removeprefix(": "))
+    return "; ".join(sentences)
 
 
 def bounded(problems: Iterable[Problem]) -> tuple[Problem, ...]:

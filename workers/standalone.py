@@ -95,7 +95,9 @@ def _run(
     store = PrefixStore("megatron-ray", connect_store(request))
     # Every rank finds the same checkpoint and number, because none is written before all
     # ranks have joined the process group.
+    started = time.monotonic()
     data = _share_prepared(spec, env, store)
+    prepared = _prepared_report(spec, data, time.monotonic() - started)
     resume_from = None
     if resume:
         newest = latest_committed(spec.storage.path)
@@ -106,7 +108,16 @@ def _run(
         attempt=_next_attempt(spec.storage.path),
         resume_from=resume_from,
     )
-    return _train(request, spec, store, reports)
+    return _train(request, spec, store, reports, prepared)
+
+
+def _prepared_report(spec: JobSpec, data: PreparedData, seconds: float) -> PhaseReport:
+    """Returns the first report: the data, and the number of steps on them."""
+    detail: dict[str, Any] = {"steps": spec.training.steps_over(data.num_train_tokens)}
+    for split, corpora in (("train", data.train), ("validation", data.validation)):
+        detail[f"{split}_documents"] = sum(corpus.num_documents for corpus in corpora)
+        detail[f"{split}_tokens"] = sum(corpus.num_tokens for corpus in corpora)
+    return PhaseReport("prepare", seconds, detail | {"notes": list(data.notes)})
 
 
 def _print_warnings(spec: JobSpec) -> None:
@@ -124,7 +135,11 @@ def _next_attempt(storage_path: str) -> int:
 
 
 def _train(
-    request: StartRequest, spec: JobSpec, store: Store, reports: Path | None
+    request: StartRequest,
+    spec: JobSpec,
+    store: Store,
+    reports: Path | None,
+    prepared: PhaseReport,
 ) -> str | None:
     is_first = request.env.rank == 0
     spool = None
@@ -142,6 +157,7 @@ def _train(
             )
         committer.report(item)
 
+    report(prepared)
     try:
         outcome = train(request, report, lambda: Command.CONTINUE)
     except ConfigError as error:
@@ -237,6 +253,8 @@ def _share_prepared(spec: JobSpec, env: RankEnv, store: Store) -> PreparedData:
     if env.rank == 0:
         try:
             data = prepare_data(spec)
+            for note in data.notes:
+                sys.stderr.write(f"warning: {note}\n")
         except UnusableDataError as error:
             # The other ranks read it and end too, instead of waiting until torchrun kills
             # them.

@@ -1,7 +1,7 @@
 """Serves /v1/jobs/{id}/events and /stream: a job's history, past and live."""
 
 import re
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
@@ -22,6 +22,7 @@ from service.store import metrics
 from service.store.schema import EventRow, JobRow
 from workers.protocol.events import EventLevel, EventType
 
+Row = dict[str, Any]
 MAX_ROWS = 1000
 """Rows of metrics read at once."""
 MAX_EVENTS = 500
@@ -43,9 +44,27 @@ def _message_schema(event: Any, model: str) -> dict[str, Any]:
     return {"type": "object", "properties": properties, "required": ["event", "data"]}
 
 
+_EVENTS_OF_STEPS = ("checkpoint.", "eval.", "rank.checkpoint_written")
+_EVENTS_AFTER_ALL_STEPS = frozenset(
+    {
+        EventType.ATTEMPT_ENDED,
+        EventType.ATTEMPT_FAILED,
+        EventType.JOB_RECOVERING,
+        EventType.JOB_PAUSING,
+        EventType.JOB_PAUSED,
+        EventType.JOB_CANCELLING,
+        EventType.JOB_CANCELLED,
+        EventType.JOB_FAILED,
+        EventType.JOB_SUCCEEDED,
+        EventType.RANK_ENDED,
+        EventType.RANK_FAILED,
+    }
+)
+"""Events that follow the steps of their attempt."""
 _OWN_MESSAGES = {"metrics": "StreamMetrics", "state": "JobSummary", "end": "StreamEnd"}
 """Names of messages that are no events of the job's history -> schema of their data."""
 _MESSAGE = {
+    "type": "object",
     "description": "One message. `data` is JSON.",
     "oneOf": [
         *[_message_schema({"const": name}, model) for name, model in _OWN_MESSAGES.items()],
@@ -137,14 +156,6 @@ class _Update:
         """Whether nothing more was stored when it was read."""
         return len(self.rows) < MAX_ROWS and len(self.events) < MAX_EVENTS
 
-    def position_after(self, position: Position) -> Position:
-        """Returns the position of a reader that has received the update."""
-        if self.rows:
-            position = replace(position, cursor=self.rows[-1]["cursor"])
-        if self.events:
-            position = replace(position, seq=self.events[-1].seq)
-        return position
-
 
 def start_position(
     job_id: JobId,
@@ -209,6 +220,7 @@ def _position(job: JobRow, stream_id: str, pointer: str) -> Position:
 
 @router.get(
     "/jobs/{job_id}/stream",
+    status_code=200,
     response_class=EventStream,
     # Named, because the framework would look for it in the class.
     status_code=200,
@@ -234,7 +246,7 @@ async def stream_job(
 
 async def _stream(
     context: Context, job_id: str, position: Position
-) -> AsyncIterator[bytes]:
+) -> AsyncGenerator[bytes]:
     """Yields the messages after a position, until the job has ended."""
     notifier = context.notifier
     with (
@@ -245,16 +257,17 @@ async def _stream(
         sent_summary = None
         while not notifier.is_closed:
             update = await run_in_threadpool(_read_update, context, job_id, position)
-            for part in _messages(update, position):
+            for reached, part in _messages(update, position):
+                position = reached
                 yield part
-            position = update.position_after(position)
-            # The summary has no id, so a reader that reconnects gets the current one again.
-            if update.summary is not None and update.summary != sent_summary:
-                sent_summary = update.summary
-                yield message(sent_summary, event="state")
             # A long history is read in parts, without waiting between them.
             if not update.is_complete:
                 continue
+            # After the history that led to it. It has no id, so a reader that reconnects
+            # gets the current one again.
+            if update.summary is not None and update.summary != sent_summary:
+                sent_summary = update.summary
+                yield message(sent_summary, event="state")
             if update.summary is None:
                 yield _end("deleted", position)
                 return
@@ -265,16 +278,51 @@ async def _stream(
                 yield PING
 
 
-def _messages(update: _Update, position: Position) -> Iterator[bytes]:
-    """Yields the messages of an update; each one's id is the position after it."""
-    for first in range(0, len(update.rows), ROWS_PER_MESSAGE):
-        rows = update.rows[first : first + ROWS_PER_MESSAGE]
-        position = replace(position, cursor=rows[-1]["cursor"])
-        data = {"rows": [_without_cursor(row) for row in rows]}
-        yield message(data, event="metrics", id=str(position))
-    for event in update.events:
-        position = replace(position, seq=event.seq)
-        yield message(event, event=event.type, id=str(position))
+def _messages(update: _Update, position: Position) -> Iterator[tuple[Position, bytes]]:
+    """Yields the messages of an update, each with the position after it, which is its id."""
+    for part in _in_order(update.rows, update.events):
+        if isinstance(part, Event):
+            position = replace(position, seq=part.seq)
+            yield position, message(part, event=part.type, id=str(position))
+            continue
+        for first in range(0, len(part), ROWS_PER_MESSAGE):
+            rows = part[first : first + ROWS_PER_MESSAGE]
+            position = replace(position, cursor=rows[-1]["cursor"])
+            data = {"rows": [_without_cursor(row) for row in rows]}
+            yield position, message(data, event="metrics", id=str(position))
+
+
+def _in_order(
+    rows: Sequence[Row], events: Sequence[Event]
+) -> Iterator[Sequence[Row] | Event]:
+    """Yields rows and events, whose numbers are independent, as they happened.
+
+    What may come after something that was not read yet is left out, to be read again.
+    """
+    start = 0
+    for event in events:
+        end = start
+        while end < len(rows) and _is_before(rows[end], event):
+            end += 1
+        if end > start:
+            yield rows[start:end]
+        start = end
+        # Of more rows than are read at once, the next ones may come before it too.
+        if len(rows) == MAX_ROWS and start == MAX_ROWS and _is_before(rows[-1], event):
+            return
+        yield event
+    if len(events) < MAX_EVENTS and start < len(rows):
+        yield rows[start:]
+
+
+def _is_before(row: Row, event: Event) -> bool:
+    """Whether a step came before an event."""
+    if row["attempt"] != event.attempt:
+        return bool(row["attempt"] < event.attempt)
+    step = event.data.get("step")
+    if event.type.startswith(_EVENTS_OF_STEPS) and isinstance(step, int):
+        return bool(row["step"] <= step)
+    return event.type in _EVENTS_AFTER_ALL_STEPS
 
 
 def _end(status: str, position: Position) -> bytes:

@@ -32,6 +32,8 @@ _SUMMARY: Json = {
     "status_reason": None,
     "message": "",
     "desired_state": "run",
+    "pause_reason": None,
+    "resumes": 0,
     "cluster": "default",
     "priority": 0,
     "metadata": {"team": "search"},
@@ -125,6 +127,8 @@ REQUESTS: dict[str, Any] = {
     "create_plan": SPEC,
     "suggest_layouts": SPEC,
     "cancel_job": {"checkpoint": True},
+    "pause_job": {"reason": "user_paused"},
+    "resume_job": {"changes": {"training": {"steps": 2000}}},
     "cancel_jobs": {"status": ["queued"], "metadata": {"sweep": "lr"}},
 }
 """Example body of each request, by operation id."""
@@ -133,6 +137,8 @@ RESPONSES: dict[str, Any] = {
     "list_jobs": _page(_SUMMARY),
     "get_job": _JOB,
     "cancel_job": {**_JOB, "status": "cancelling", "desired_state": "cancel"},
+    "pause_job": {**_JOB, "desired_state": "pause", "pause_reason": "user_paused"},
+    "resume_job": _JOB,
     "checkpoint_job": _JOB,
     "cancel_jobs": {
         "object": "job.cancellation",

@@ -31,10 +31,10 @@ from service.http.dependencies import Context, ContextDep, CurrentCaller
 from service.http.errors import ProblemError
 from service.http.idempotency import MAX_KEY_CHARS, IdempotentRequest, StoredResponse
 from service.http.parameters import check_query, deep_object, labels_of, split_commas
-from service.jobs import lifecycle, pausing, queue, selection
-from service.jobs.selection import JobFilter
+from service.jobs import lifecycle, pausing, queue
 from service.jobs.submit import Submitter
 from service.store.schema import JobRow
+from service.store.selection import JobFilter
 from workers.protocol.job import JobSpec
 from workers.protocol.states import JobState, StatusReason
 
@@ -159,7 +159,7 @@ def cancel_jobs(
             job_ids = _active_ids(session, body)
         has_more = len(job_ids) > MAX_JOBS_PER_REQUEST
         job_ids = job_ids[:MAX_JOBS_PER_REQUEST]
-        result = selection.cancel_all(session, job_ids, final_checkpoint=body.checkpoint)
+        result = queue.cancel_all(session, job_ids, final_checkpoint=body.checkpoint)
         answer = render.cancellation(result, job_ids, has_more=has_more)
         response = StoredResponse(202, answer.model_dump(mode="json"))
         repeatable.store_response(session, response.status, response.body)
@@ -185,7 +185,7 @@ def cancel_job(
     repeatable = IdempotentRequest.of(key, caller.token_id, path, options.model_dump())
 
     def cancel(session: Session, job: JobRow) -> None:
-        selection.cancel_all(session, [job.id], final_checkpoint=options.checkpoint)
+        queue.cancel_all(session, [job.id], final_checkpoint=options.checkpoint)
 
     return _change(context, job_id, repeatable, cancel)
 

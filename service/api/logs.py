@@ -13,6 +13,7 @@ from service.http.dependencies import Context, ContextDep
 from service.http.parameters import check_query
 from service.jobs import lifecycle
 from service.store.schema import AttemptRow, JobRow
+from workers.protocol.states import JobState
 
 if TYPE_CHECKING:
     from service.jobs.logs import LogPart
@@ -75,8 +76,11 @@ def _read_part(job_dir: str, attempt: int, rank: int, offset: int, limit: int) -
 def _check_exists(job: JobRow, row: AttemptRow | None, attempt: int, rank: int) -> None:
     # An error instead of an empty log, which would look like a rank that hangs.
     if job.attempt == 0:
+        when = "has had no attempt"
+        if not JobState(job.status).is_terminal:
+            when = "has no attempt yet"
         raise NotFoundError(
-            f"job {job.id} has no attempt yet, so there are no logs; the job is {job.status}"
+            f"job {job.id} {when}, so there are no logs; the job is {job.status}"
         )
     if attempt > job.attempt:
         raise render.no_attempt(attempt, job.attempt)

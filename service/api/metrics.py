@@ -1,4 +1,4 @@
-"""Serves /v1/jobs/{id}/metrics: the metrics of each step."""
+"""Serves /v1/jobs/{id}/metrics: what a job has measured, by step."""
 
 from typing import Annotated
 
@@ -11,25 +11,31 @@ from service.api.models import JobId, MetricsRow, Page
 from service.http.dependencies import ContextDep
 from service.http.parameters import check_query, split_commas
 from service.jobs import lifecycle
-from service.store import metrics
+from service.store import series as store
 from service.store.schema import AttemptRow
+from service.store.series import Series
 
 MAX_ROWS = 10_000
 DEFAULT_KEYS = ("loss", "grad_norm", "lr", "tokens_per_s")
 _ALWAYS_PRESENT = ("step", "attempt")
-_KNOWN_KEYS = (*metrics.KEYS, *_ALWAYS_PRESENT)
+_KEYS_WITH_PARTS = ", ".join(f"{name}/NAME" for name in store.WITH_PARTS)
+_KEY_SCHEMA = {
+    "anyOf": [
+        {"enum": [*store.NAMES, *_ALWAYS_PRESENT]},
+        {"pattern": f"^({'|'.join(store.WITH_PARTS)})/[^,\\s]+$"},
+    ]
+}
 router = APIRouter(prefix="/v1", tags=["history"], dependencies=[Depends(check_query)])
 
 
 def _known_key(name: str) -> str:
-    if name not in _KNOWN_KEYS:
-        raise ValueError(f"must be one of {', '.join(metrics.KEYS)}")
+    if name not in _ALWAYS_PRESENT and store.parse_series(name) is None:
+        known = ", ".join(store.NAMES)
+        raise ValueError(f"must be one of {known}, or a part: {_KEYS_WITH_PARTS}")
     return name
 
 
-Key = Annotated[
-    str, AfterValidator(_known_key), Field(json_schema_extra={"enum": list(_KNOWN_KEYS)})
-]
+Key = Annotated[str, AfterValidator(_known_key), Field(json_schema_extra=_KEY_SCHEMA)]
 
 
 @router.get("/jobs/{job_id}/metrics", response_model=Page[MetricsRow])
@@ -40,8 +46,8 @@ def list_metrics(
         list[Key] | None,
         BeforeValidator(split_commas),
         Query(
-            description="Metrics to return; may be repeated. "
-            f"Default: {', '.join(DEFAULT_KEYS)}."
+            description=f"Metrics to return; may be repeated. {_KEYS_WITH_PARTS} are parts of "
+            f"some, such as val_loss/SOURCE. Default: {', '.join(DEFAULT_KEYS)}."
         ),
     ] = None,
     from_step: Annotated[
@@ -68,11 +74,12 @@ def list_metrics(
 ) -> Response:
     """Lists the metrics of each step, in order of step.
 
-    Without `max_points`, a long series comes in pages. For the next page, set `from_step`
-    to the last step plus 1. With `max_points` there is one page; `total` is the number of
-    rows that it was thinned from.
+    `val_loss` is null in steps after which nothing was evaluated; asked for alone, it has
+    rows of evaluated steps only. Without `max_points`, a long series comes in pages. For
+    the next page, set `from_step` to the last step plus 1. With `max_points` there is
+    one page; `total` is the number of rows that it was thinned from.
     """
-    columns = _columns(keys)
+    series = _series(keys)
     has_more = False
     total = None
     with context.store.read() as session:
@@ -81,14 +88,14 @@ def list_metrics(
             raise render.no_attempt(attempt, job.attempt)
         # A thinned series has a single page, because thinning compares all points.
         if max_points is not None:
-            rows, total = metrics.read_thinned(
-                session, job, columns, max_points, from_step=from_step, attempt=attempt
+            rows, total = store.read_thinned(
+                session, job, series, max_points, from_step=from_step, attempt=attempt
             )
         else:
             # One row more than a page, to know whether there is another page.
             limit = MAX_ROWS + 1
-            rows = metrics.read(
-                session, job, columns, from_step=from_step, attempt=attempt, limit=limit
+            rows = store.read(
+                session, job, series, from_step=from_step, attempt=attempt, limit=limit
             )
             has_more = len(rows) > MAX_ROWS
             rows = rows[:MAX_ROWS]
@@ -97,7 +104,11 @@ def list_metrics(
     return JSONResponse(page.model_dump())
 
 
-def _columns(keys: list[str] | None) -> tuple[str, ...]:
-    # Every row has its step and attempt, so they are no columns of their own.
-    names = dict.fromkeys(keys or DEFAULT_KEYS)
-    return tuple([name for name in names if name not in _ALWAYS_PRESENT])
+def _series(keys: list[str] | None) -> list[Series]:
+    parsed: list[Series] = []
+    for name in dict.fromkeys(keys or DEFAULT_KEYS):
+        series = store.parse_series(name)
+        # Every row has its step and attempt, so they are no series.
+        if series is not None:
+            parsed.append(series)
+    return parsed

@@ -89,8 +89,9 @@ class Progress(Body):
 
     step: int | None
     """Last reported step."""
-    steps: int
-    """Number of steps of the whole job."""
+    steps: int | None
+    """Number of steps of the whole job; null until the data of a job whose length is a
+    number of epochs are prepared."""
     loss: float | None
     """Training loss of the last reported step, in nats per token."""
     tokens_per_s: float | None
@@ -101,6 +102,8 @@ class Progress(Body):
     """Model FLOPs utilisation: the share of the devices' peak that the model uses."""
     val_loss: float | None
     """Last validation loss, in nats per token."""
+    source_val_losses: dict[str, float | None]
+    """The same by the name of the source."""
     unigram_nats: float | None
     """Loss of a model that knows only how frequent each token is. A trained model must be
     below it."""
@@ -246,7 +249,12 @@ class Checkpoint(Body):
 
 
 class MetricsRow(Body):
-    """The metrics of one step, those that the request named."""
+    """The metrics of one step, those that the request named.
+
+    A part of a metric has the name that was asked for, such as `val_loss/web`.
+    """
+
+    model_config = ConfigDict(extra="allow")
 
     # Fields of StepReport, which a test compares. Rows are answered as the database has
     # them, so this class only describes them.
@@ -277,6 +285,8 @@ class MetricsRow(Body):
     """Seconds of the step by part: data, forward_backward, reduce, optimizer."""
     other_losses: dict[str, float | None] | None = None
     """Auxiliary losses before weighting, such as load_balancing_loss and mtp_1_loss."""
+    val_loss: float | None = None
+    """Validation loss after the step, in nats per token; null where nothing was evaluated."""
 
 
 class RankPlacement(Body):

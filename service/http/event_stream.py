@@ -7,7 +7,7 @@ every reader that leaves while a message is sent, as closed tabs do.
 """
 
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any
 
 from fastapi.sse import format_sse_event
@@ -31,13 +31,17 @@ class EventStream(StreamingResponse):
 
     media_type = MEDIA_TYPE
 
-    def __init__(self, messages: AsyncIterator[bytes]) -> None:
+    def __init__(self, messages: AsyncGenerator[bytes]) -> None:
         super().__init__(messages, headers=_HEADERS)
+        self._messages = messages
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Sends the messages until they end or the reader has left."""
-        with contextlib.suppress(ClientDisconnect):
-            await super().__call__(scope, receive, send)
+        # Closed at once: Python would end the messages of a reader that has left at some
+        # later time, and they count as an open stream until then.
+        async with contextlib.aclosing(self._messages):
+            with contextlib.suppress(ClientDisconnect):
+                await super().__call__(scope, receive, send)
 
 
 def message(data: Any, *, event: str, id: str | None = None) -> bytes:

@@ -24,8 +24,11 @@ class HeadMiddleware:
             await self._app(scope, receive, send)
             return
         response = _HeadersOnly(send)
+        # Responses of this version end when `receive` reports that the client has gone.
+        version = {**scope["asgi"], "spec_version": "2.3"}
         # A copy, because the server reads the method again when it sends the response.
-        await self._app({**scope, "method": "GET"}, response.receive, response.send)
+        as_get = {**scope, "method": "GET", "asgi": version}
+        await self._app(as_get, response.receive, response.send)
 
 
 class _HeadersOnly:

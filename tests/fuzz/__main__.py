@@ -1,5 +1,8 @@
 """`make fuzz`: schemathesis sends what /openapi.json allows, and what it does not, to a
-service of its own; exit code 0 only when every answer is as the document describes it.
+service of its own.
+
+Exit code 0 only when every answer is as the document describes it and nothing went wrong
+inside.
 """
 
 import os
@@ -21,17 +24,20 @@ def main() -> int:
             service.client(service.agent_token),
             service.client,
         )
-        command = [Path(sys.executable).parent / "schemathesis"]
-        command += ["--config-file", CONFIG, "run", f"{service.url}/openapi.json"]
-        command += ["--continue-on-failure", "--no-color", "--max-examples", "30"]
+        program = str(Path(sys.executable).parent / "schemathesis")
+        options = ["--continue-on-failure", "--no-color", "--max-examples", "30"]
+        command = [program, "--config-file", str(CONFIG), "run"]
+        command += [f"{service.url}/openapi.json", *options, *sys.argv[1:]]
         variables = {"FUZZ_TOKEN": service.user_token, "FUZZ_JOB": job_id}
-        # The folder of the run, because schemathesis and hypothesis leave files there.
-        return subprocess.run(
-            [*map(str, command), *sys.argv[1:]],
-            cwd=folder,
-            env={**os.environ, **variables},
-            check=False,
-        ).returncode
+        # In the folder, because schemathesis and hypothesis leave files where they run.
+        run = subprocess.run(
+            command, cwd=folder, env={**os.environ, **variables}, check=False
+        )
+        log = service.log.read_text()
+        if "Traceback" in log:
+            sys.stderr.write(log)
+            return 1
+        return run.returncode
 
 
 if __name__ == "__main__":

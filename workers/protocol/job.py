@@ -20,8 +20,9 @@ class ResourceConfig(Config):
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     """`gpu`: one GPU per rank; `cpu`: no GPU; `auto`: `gpu` if the cluster has any GPU,
     else `cpu`."""
-    cpus_per_rank: float = Field(default=1.0, gt=0, le=1024)
-    """CPU cores reserved for each rank; on CPU also its number of torch threads."""
+    cpus_per_rank: float = Field(default=1.0, ge=0.0001, le=1024)
+    """CPU cores reserved for each rank; on CPU also its number of torch threads. Ray
+    counts in steps of 0.0001."""
     placement_timeout_s: float = Field(default=300.0, gt=0, le=86400 * 7)
     """Seconds to wait for the placement group before the job returns to the queue."""
 

@@ -43,6 +43,31 @@ def test_warnings_and_skipped_steps_are_seen(
     assert kinds == ["step", "step", "skipped_step"]
 
 
+def test_the_first_report_has_the_data_and_the_steps_of_a_number_of_epochs(
+    job: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reports = job.parent / "reports.jsonl"
+    overrides = ["training.epochs=0.2", "training.skip_steps=[]", "data.shuffle=false"]
+    run_standalone(job, overrides, reports, False)
+    lines = [json.loads(line) for line in reports.read_text().splitlines()]
+    assert lines[0]["data"]["phase"] == "prepare"
+    # A fifth of 681 tokens: 8 samples of 16 in steps of 2.
+    assert lines[0]["data"]["detail"] == {
+        "steps": 4,
+        "train_documents": 1,
+        "train_tokens": 681,
+        "validation_documents": 0,
+        "validation_tokens": 0,
+        "notes": [],
+    }
+    steps = [line["data"]["step"] for line in lines if line["kind"] == "step"]
+    assert steps == [1, 2, 3, 4]
+    # Rules about steps wait for the data.
+    overrides[1] = "training.skip_steps=[1, 2, 3, 4]"
+    with pytest.raises(UserError, match=r"/training/skip_steps: all of training\.steps=4"):
+        run_standalone(job, overrides, reports, False)
+
+
 def test_a_misspelt_field_has_a_suggestion(job: Path) -> None:
     with pytest.raises(UserError, match=r"/trainig: unknown field .* mean 'training'\?"):
         read_spec(job, ["trainig.steps=3"], 1)

@@ -74,7 +74,7 @@ def test_answers_are_as_the_document_describes_them(api: Any, mode: GenerationMo
             suppress_health_check=list(HealthCheck),
         )
         @given(case=operation.as_strategy(mode))
-        def call(case: schemathesis.Case) -> None:
+        def call(case: schemathesis.Case[Any]) -> None:
             case.call_and_validate()
 
         try:
