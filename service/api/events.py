@@ -220,7 +220,6 @@ def _position(job: JobRow, stream_id: str, pointer: str) -> Position:
 
 @router.get(
     "/jobs/{job_id}/stream",
-    status_code=200,
     response_class=EventStream,
     # Named, because the framework would look for it in the class.
     status_code=200,
