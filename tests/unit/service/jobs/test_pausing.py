@@ -132,6 +132,7 @@ def test_what_cannot_be_paused_or_resumed_is_refused(service: Any) -> None:
 
 def test_a_changed_spec_is_checked_before_the_job_is_resumed(service: Any) -> None:
     job_id, driver = service.running_job()
+    driver.steps(1, 20)
     driver.states("succeeded", attempt=1)
     for changes, pointer in [
         ({}, "/training/steps"),
