@@ -54,7 +54,7 @@ _ROUTERS = (
     internal.router,
 )
 _TAGS = {
-    "jobs": "Jobs: create, list, cancel, delete.",
+    "jobs": "Create, list, cancel, pause, resume and delete jobs.",
     "plans": "How a job would run, and which layouts fit. Nothing is started.",
     "history": "What a job has done: events, metrics, logs, attempts, checkpoints.",
     "clusters": "The Ray clusters that jobs run on.",

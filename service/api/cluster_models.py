@@ -104,7 +104,7 @@ class Readiness(Body):
     """The agents of all clusters."""
 
 
-class Health(Body):
+class Liveness(Body):
     """That the process runs."""
 
     status: Literal["ok"]

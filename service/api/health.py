@@ -9,7 +9,7 @@ from fastapi.responses import PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from sqlalchemy.exc import SQLAlchemyError
 
-from service.api.cluster_models import Health, Readiness
+from service.api.cluster_models import Liveness, Readiness
 from service.http.dependencies import Context, ContextDep
 from service.http.parameters import check_query
 from service.store.schema import ClusterRow
@@ -20,7 +20,7 @@ _ANSWER_S = 5.0
 router = APIRouter(tags=["health"], dependencies=[Depends(check_query)])
 
 
-@router.get("/healthz", response_model=Health)
+@router.get("/healthz", response_model=Liveness)
 async def check_health() -> dict[str, str]:
     """Answers 200 while the process runs."""
     return {"status": "ok"}

@@ -157,7 +157,7 @@ def _limit_body(
     if scope["path"].startswith("/internal/"):
         limit = settings.max_internal_body_bytes
     error = ProblemError(
-        "body_too_large", f"a request body is limited to {limit} bytes; send less"
+        "body_too_large", f"a request body is limited to {_size(limit)}; send less"
     )
     length = headers.get(b"content-length", "0")
     if not length.isdigit() or int(length) > limit:
@@ -174,6 +174,12 @@ def _limit_body(
         return message
 
     return receive_counted
+
+
+def _size(num_bytes: int) -> str:
+    if num_bytes % (1 << 20) == 0:
+        return f"{num_bytes >> 20} MiB"
+    return f"{num_bytes} bytes"
 
 
 def _route_template(scope: Scope) -> str:

@@ -22,7 +22,7 @@ from service.http.errors import MEDIA_TYPE, PROBLEM_TYPES
 Json = dict[str, Any]
 _GENERIC = re.compile(r"\b([A-Z][A-Za-z]+)_([A-Z][A-Za-z]+)_(?![A-Za-z_])")
 METHODS = ("get", "post", "patch", "put", "delete")
-_INTERNAL_CODES = frozenset({"fenced", "gap", "protocol_unsupported", "job_failed"})
+INTERNAL_CODES = frozenset({"fenced", "gap", "protocol_unsupported", "job_failed"})
 """Codes that only agents and drivers get, or that only a job's `problem` has."""
 _RESPONSES = {
     400: ("BadRequest", "The body is not JSON."),
@@ -151,7 +151,7 @@ def _error_responses(problem: Mapping[str, Any]) -> Json:
     for status, (name, description) in _RESPONSES.items():
         codes = []
         for code, kind in PROBLEM_TYPES.items():
-            if kind.status == status and code not in _INTERNAL_CODES:
+            if kind.status == status and code not in INTERNAL_CODES:
                 codes.append(f"`{code}`: {kind.title}.")
         schema = {"$ref": "#/components/schemas/ProblemDocument"}
         content: Json = {"schema": schema}
