@@ -152,10 +152,7 @@ def _train(
         if spool is not None:
             spool.append(item.kind, vars(item))
         if isinstance(item, SkippedStepReport) and is_first:
-            sys.stderr.write(
-                f"warning: step {item.step} skipped, weights unchanged: loss {item.loss}, "
-                f"gradient norm {item.grad_norm} ({item.reason})\n"
-            )
+            sys.stderr.write(f"warning: {item.message}\n")
         committer.report(item)
 
     report(prepared)

@@ -11,9 +11,9 @@ from megatron_ray.config.training import TrainingConfig
 from megatron_ray.data.prepared import PreparedCorpus
 from megatron_ray.storage.path_rules import path_problems
 from service.cli.failure import CommandError
-from service.cli.offline_plan import parse_spec, problems_failure
 from service.cli.output import AsJson, console, print_json
 from service.cli.spec_file import Overrides, SpecFile, read_spec
+from service.cli.spec_parsing import parse_spec, problems_failure
 
 data_app = typer.Typer(
     name="data", help="Tokenize and index corpora ahead of a job.", no_args_is_help=True
