@@ -39,6 +39,7 @@ class EventType(StrEnum):
     JOB_STATE_IGNORED = "job.state_ignored"
     SPEC_WARNING = "spec.warning"
     DATA_NOTE = "data.note"
+    DATA_FIRST_DOCUMENT = "data.first_document"
     PLACEMENT_WAITING = "placement.waiting"
     ATTEMPT_STARTED = "attempt.started"
     ATTEMPT_RUNNING = "attempt.running"
