@@ -137,7 +137,7 @@ def _open(
     compute: CapacityLimiter,
 ) -> Context:
     # Blocks on disk and database, so it runs in a thread.
-    settings.data_dir.mkdir(parents=True, exist_ok=True)
+    settings.data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
     store = Store.open(settings.url, notifier.notify)
     idempotency.delete_old_responses(store)
     return Context(

@@ -11,6 +11,7 @@ from megatron_ray.config.parallelism import ParallelismConfig
 from megatron_ray.config.problem import Problem
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.parallel_dims import ParallelDims
+from megatron_ray.storage.path_rules import PathRules, path_problems
 from megatron_ray.validation import (
     experts,
     intervals,
@@ -23,7 +24,6 @@ from megatron_ray.validation import model as model_rules
 from megatron_ray.validation import training as training_rules
 from megatron_ray.validation.parameters.freezing import freezing_problems
 from megatron_ray.validation.parameters.groups import group_problems
-from megatron_ray.validation.paths import PathRules, path_problems
 from megatron_ray.validation.resolution import expert_dp_multiple, least_dp
 
 _RULES = (

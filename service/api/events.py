@@ -220,8 +220,9 @@ def _position(job: JobRow, stream_id: str, pointer: str) -> Position:
 
 @router.get(
     "/jobs/{job_id}/stream",
-    status_code=200,
     response_class=EventStream,
+    # Named, because the framework would look for it in the class.
+    status_code=200,
     responses={200: {"content": {"text/event-stream": {"schema": _MESSAGE}}}, 429: {}},
 )
 async def stream_job(

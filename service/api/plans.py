@@ -28,6 +28,7 @@ from service.jobs.cluster_fit import ResolvedSpec
 from service.jobs.submit import Submitter
 from service.settings import Settings
 from workers.protocol.job import JobSpec
+from workers.protocol.spec_warnings import export_notes
 
 RANKS_PER_PART = 2048
 """Ranks that are encoded at once."""
@@ -92,7 +93,11 @@ async def create_plan(
             requested or _device_of(spec, resolved.spec, capacity),
             ranks,
             problems=_path_problems(checked),
-            notes=["the cluster was not looked at", *_path_notes(checked)],
+            notes=[
+                "the cluster was not looked at",
+                *_path_notes(checked),
+                *export_notes(spec),
+            ],
         )
     text = await run_sync(lambda: _plan_json(build()), limiter=context.compute)
     return Response(text, media_type="application/json")
@@ -159,7 +164,11 @@ def _cluster_plan(
         fits=fits,
         room=_room(capacity, resolved),
         problems=[*unfit, *_path_problems(checked)],
-        notes=[*_cluster_notes(spec, capacity), *_path_notes(checked)],
+        notes=[
+            *_cluster_notes(spec, capacity),
+            *_path_notes(checked),
+            *export_notes(spec),
+        ],
     )
 
 

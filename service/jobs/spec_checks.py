@@ -12,8 +12,8 @@ from sqlalchemy.orm import Session
 
 from megatron_ray.config.errors.spec_problems import pointer_to
 from megatron_ray.config.problem import Problem
+from megatron_ray.storage.path_rules import PathRules, is_below, place_of
 from megatron_ray.validation import check
-from megatron_ray.validation.paths import PathRules, is_below, place_of
 from service.jobs import lifecycle
 from service.settings import Settings
 from service.store.schema import JobRow

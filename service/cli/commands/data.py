@@ -9,7 +9,7 @@ from rich.markup import escape
 
 from megatron_ray.config.training import TrainingConfig
 from megatron_ray.data.prepared import PreparedCorpus
-from megatron_ray.validation.paths import path_problems
+from megatron_ray.storage.path_rules import path_problems
 from service.cli.failure import CommandError
 from service.cli.offline_plan import parse_spec, problems_failure
 from service.cli.output import AsJson, console, print_json
@@ -57,8 +57,9 @@ def prepare(
     # Imported here: pyarrow and tokenizers take most of a second, which no other
     # command needs.
     from megatron_ray.data.preparation.errors import UnusableDataError
-    from megatron_ray.data.preparation.prepare import prepare as prepare_corpora
+    from workers.data_tasks import prepare_data
 
+    job = job.model_copy(update={"data": job.data.model_copy(update={"cache": folder})})
     out = console()
 
     def print_progress(message: str) -> None:
@@ -66,9 +67,7 @@ def prepare(
             out.print(f"[dim]{escape(message)}[/dim]")
 
     try:
-        prepared = prepare_corpora(
-            job.data, folder, seq_length=job.training.seq_length, progress=print_progress
-        )
+        prepared = prepare_data(job, print_progress)
     except UnusableDataError as error:
         raise problems_failure("the data cannot be used", error.problems) from error
     if as_json:
@@ -80,6 +79,8 @@ def prepare(
     )
     if job.training.steps is None:
         out.print(_length(job.training, prepared.num_train_tokens))
+    if prepared.first_document:
+        out.print(escape(prepared.first_document))
 
 
 def _amount(split: str, corpora: Sequence[PreparedCorpus]) -> str:

@@ -158,6 +158,35 @@ def test_links_are_refused_by_the_agent(service: Any, spec: Json, tmp_path: Path
             assert [problem["pointer"] for problem in plan["problems"]] == [pointer]
 
 
+def test_links_inside_a_folder_are_refused_by_the_agent(
+    service: Any, spec: Json, tmp_path: Path
+) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "secret.txt").write_text("secret text")
+    inside = tmp_path / "allowed" / "corpus" / "deep"
+    inside.mkdir(parents=True)
+    (inside / "a.txt").write_text("text " * 1000)
+    # Within what is open a link is fine, and one that leads back to its own folder too.
+    (inside / "b.txt").symlink_to(inside / "a.txt")
+    (inside / "again").symlink_to(inside.parent)
+    train = FIELDS["/data/train/0/path"]
+    for name in ("corpus", "corpus/*/*.txt", "corpus/deep/"):
+        train(spec, str(tmp_path / "allowed" / name))
+        plan = service.user.post("/v1/plans", json=spec).json()
+        assert plan["problems"] == []
+    (inside / "c.txt").symlink_to(outside / "secret.txt")
+    for name in ("corpus", "corpus/*/*.txt", "corpus/deep/"):
+        train(spec, str(tmp_path / "allowed" / name))
+        (problem,) = service.user.post("/v1/plans", json=spec).json()["problems"]
+        assert problem["code"] == "not_allowed"
+        assert "secret" not in problem["detail"]
+    (tmp_path / "allowed" / "prepared.bin").symlink_to(outside / "secret.txt")
+    train(spec, str(tmp_path / "allowed" / "prepared"))
+    (problem,) = service.user.post("/v1/plans", json=spec).json()["problems"]
+    assert problem["code"] == "not_allowed"
+
+
 def test_values_of_a_wrong_type_are_not_repeated_either(
     service: Any, spec: Json, output: list[str]
 ) -> None:

@@ -1,6 +1,7 @@
 """No body stops the service: answers stay small and quick, and the event loop goes on."""
 
 import asyncio
+import gc
 import json
 import random
 import resource
@@ -21,6 +22,8 @@ from service.settings import Settings
 Json = dict[str, Any]
 BODY_BYTES = 1 << 20
 ANSWER_BYTES = 256 << 10
+ANSWER_S = 0.2
+PAUSE_S = 0.05
 PATHS = ("/v1/jobs", "/v1/plans", "/v1/plans/suggest", "/v1/jobs/job-x/cancel")
 
 
@@ -87,7 +90,7 @@ def test_the_largest_spec_is_taken(service: Any, spec: Json) -> None:
 
 @dataclass
 class Measured:
-    """The worst of many requests."""
+    """The worst of many requests, in time of this process: a busy machine adds nothing."""
 
     answer_bytes: int = 0
     answer_s: float = 0.0
@@ -149,9 +152,9 @@ async def send_hostile(app: FastAPI, token: str, spec: Json, count: int) -> Meas
             body = next(bodies)
             watching = asyncio.create_task(watch(measured))
             await asyncio.sleep(0)
-            started = time.monotonic()
+            started = time.process_time()
             response = await client.post(PATHS[number % len(PATHS)], content=body)
-            seconds = time.monotonic() - started
+            seconds = time.process_time() - started
             watching.cancel()
             measured.answer_s = max(measured.answer_s, seconds)
             measured.answer_bytes = max(measured.answer_bytes, len(response.content))
@@ -163,26 +166,27 @@ async def send_hostile(app: FastAPI, token: str, spec: Json, count: int) -> Meas
 async def watch(measured: Measured) -> None:
     """Notes the longest time in which the event loop ran nothing else."""
     while True:
-        started = time.monotonic()
+        started = time.process_time()
         await asyncio.sleep(0.001)
-        measured.pause_s = max(measured.pause_s, time.monotonic() - started)
+        measured.pause_s = max(measured.pause_s, time.process_time() - started)
+
+
+@pytest.fixture
+def frozen_heap() -> Iterator[None]:
+    """Leaves what was imported out of collections, as the service's process does."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 def resident_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-@pytest.mark.parametrize(
-    ("count", "answer_s", "pause_s"),
-    [
-        # Beside other tests a machine has less than a core for it.
-        (36, 2.0, 0.5),
-        pytest.param(1000, 0.2, 0.05, marks=pytest.mark.chaos),
-    ],
-)
-def test_hostile_bodies_cost_little(
-    settings: Settings, spec: Json, count: int, answer_s: float, pause_s: float
-) -> None:
+@pytest.mark.usefixtures("frozen_heap")
+@pytest.mark.parametrize("count", [36, pytest.param(1000, marks=pytest.mark.chaos)])
+def test_hostile_bodies_cost_little(settings: Settings, spec: Json, count: int) -> None:
     token = json.loads((settings.tokens_file or settings.data_dir).read_text())["user"]
     app = create_app(settings)
     asyncio.run(send_hostile(app, token, spec, 18))
@@ -190,6 +194,6 @@ def test_hostile_bodies_cost_little(
     measured = asyncio.run(send_hostile(create_app(settings), token, spec, count))
     assert set(measured.statuses) <= {400, 404, 413, 422}, measured
     assert measured.answer_bytes <= ANSWER_BYTES, measured
-    assert measured.answer_s <= answer_s, measured
-    assert measured.pause_s <= pause_s, measured
+    assert measured.answer_s <= ANSWER_S, measured
+    assert measured.pause_s <= PAUSE_S, measured
     assert resident_bytes() - before <= 32 << 20

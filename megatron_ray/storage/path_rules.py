@@ -1,7 +1,7 @@
 """Judges every path of a config: its form, and the places that an operator allows.
 
 Owns: the fields that are paths, the form of paths and URIs, open and closed places. Opens
-nothing; where files are, `resolve` follows their links.
+nothing; where the files are, `Links` are followed.
 
 A URI consists of scheme, bucket and path. Endpoints, regions and credentials belong to
 the operator (environment of the agent and the service), so that no config sends a
@@ -11,7 +11,7 @@ request to an address, or a secret, of its own.
 import ipaddress
 import posixpath
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 from urllib.parse import unquote
@@ -68,22 +68,32 @@ class PathField:
     use: Use
 
 
+@dataclass(frozen=True)
+class Links:
+    """How links are followed; by default they are not, for want of the files."""
+
+    resolve: Callable[[str], str] = posixpath.normpath
+    """Returns an absolute local path without links."""
+    targets: Callable[[str], Iterable[str]] = lambda place: ()
+    """Returns the places that links at or below a local place lead to."""
+
+
+UNSEEN = Links()
+
+
 def path_problems(
-    config: TrainConfig,
-    rules: PathRules | None = None,
-    resolve: Callable[[str], str] = posixpath.normpath,
+    config: TrainConfig, rules: PathRules | None = None, links: Links = UNSEEN
 ) -> list[Problem]:
     """Returns a problem for each path of a config that must not be opened.
 
     Without `rules` only the form is judged: on the user's own machine the operating system
-    decides what may be opened, and relative paths have a meaning. `resolve` returns an
-    absolute local path without links, where the files are.
+    decides what may be opened, and relative paths have a meaning.
     """
     problems = []
     for field in path_fields(config):
         error = form_error(field.path, is_shared=rules is not None)
         if error is None and rules is not None:
-            error = _place_error(field, rules, resolve)
+            error = _place_error(field, rules, links)
         if error is not None:
             code, detail = error
             problems.append(Problem(field.pointer, code, detail))
@@ -243,29 +253,39 @@ def _normalized(path: str) -> str:
 
 
 def _place_error(
-    field: PathField, rules: PathRules, resolve: Callable[[str], str]
+    field: PathField, rules: PathRules, links: Links
 ) -> tuple[str, str] | None:
     named = place_of(field.path)
-    places = {_resolved(named, resolve)}
+    fixed = named
     if field.use == "read":
         # A pattern matches below its last folder without a wildcard.
-        places.add(_resolved(_fixed_part(named), resolve))
-    if any(_is_private(place, field.use, rules, resolve) for place in places):
-        detail = (
-            f"{named[:_MAX_SHOWN_CHARS]!r} is, or leads to, the service's own folder; use "
-            "another one, or leave it out"
-        )
-        return "not_allowed", detail
+        fixed = _fixed_part(named)
     prefixes = rules.storage_prefixes
     if field.use == "read":
         prefixes = (*rules.data_prefixes, *prefixes)
-    open_places = [_resolved(_prefix_place(prefix), resolve) for prefix in prefixes]
+    open_places = [_resolved(_prefix_place(prefix), links) for prefix in prefixes]
     if rules.jobs_dir is not None:
-        open_places.append(_resolved(rules.jobs_dir, resolve))
-    for place in places:
+        open_places.append(_resolved(rules.jobs_dir, links))
+    for place in _places(named, fixed, "/" in open_places, links):
+        if _is_private(place, field.use, rules, links):
+            detail = (
+                f"{named[:_MAX_SHOWN_CHARS]!r} is, or leads to, the service's own folder; "
+                "use another one, or leave it out"
+            )
+            return "not_allowed", detail
         if not any(is_below(place, open_place) for open_place in open_places):
             return "not_allowed", _outside(field, named, prefixes)
     return None
+
+
+def _places(named: str, fixed: str, is_all_open: bool, links: Links) -> Iterator[str]:
+    """Yields every place that a path stands for: its own, and those that links lead to."""
+    yield _resolved(named, links)
+    if fixed != named:
+        yield _resolved(fixed, links)
+    # One after the other: what a closed link leads to is not looked at.
+    if "://" not in fixed and not is_all_open:
+        yield from links.targets(fixed)
 
 
 def _outside(field: PathField, named: str, prefixes: tuple[str, ...]) -> str:
@@ -278,12 +298,10 @@ def _outside(field: PathField, named: str, prefixes: tuple[str, ...]) -> str:
     return f"{shown} is, or leads to, a place that jobs may not {field.use}; {remedy}"
 
 
-def _is_private(
-    place: str, use: Use, rules: PathRules, resolve: Callable[[str], str]
-) -> bool:
+def _is_private(place: str, use: Use, rules: PathRules, links: Links) -> bool:
     if rules.data_dir is None:
         return False
-    data_dir = _resolved(rules.data_dir, resolve)
+    data_dir = _resolved(rules.data_dir, links)
     # A job that writes around the service's folder could write into it.
     if use == "write" and is_below(data_dir, place):
         return True
@@ -291,15 +309,15 @@ def _is_private(
         return False
     if rules.jobs_dir is None:
         return True
-    jobs_dir = _resolved(rules.jobs_dir, resolve)
+    jobs_dir = _resolved(rules.jobs_dir, links)
     # The folder of all jobs is not that of one.
     return not is_below(place, jobs_dir) or (use == "write" and place == jobs_dir)
 
 
-def _resolved(place: str, resolve: Callable[[str], str]) -> str:
+def _resolved(place: str, links: Links) -> str:
     if "://" in place:
         return place
-    return _normalized(resolve(place))
+    return _normalized(links.resolve(place))
 
 
 def _prefix_place(prefix: str) -> str:

@@ -13,7 +13,13 @@ from pydantic import BaseModel
 from megatron_ray.config.problem import Problem
 from megatron_ray.exceptions import MegatronRayError, redacted
 from megatron_ray.storage.errors import StorageError
-from megatron_ray.validation.paths import PathRules, form_error, path_fields, path_problems
+from megatron_ray.storage.path_rules import (
+    Links,
+    PathRules,
+    form_error,
+    path_fields,
+    path_problems,
+)
 from workers.protocol.job import JobSpec
 
 SECRET = "wJalrXUtnFEMI/K7MDENG"
@@ -147,7 +153,7 @@ def test_no_field_that_is_a_path_is_left_out() -> None:
         "TokenizerConfig.path",
         "CheckpointConfig.start_from",
     }
-    assert paths_of(JobSpec) == judged, "name the new one in validation/paths.py"
+    assert paths_of(JobSpec) == judged, "name the new one in storage/path_rules.py"
     for pointer in FIELDS:
         assert [field.pointer for field in path_fields(spec(pointer, "/x"))] == [pointer]
 
@@ -230,11 +236,11 @@ def test_links_are_followed_where_the_files_are(pointer: str, tmp_path: Path) ->
     for name in ("out", "out/x", "own/tokens.json"):
         path = str(allowed / name)
         assert path_problems(spec(pointer, path), rules) == []
-        (problem,) = path_problems(spec(pointer, path), rules, os.path.realpath)
+        (problem,) = path_problems(spec(pointer, path), rules, Links(os.path.realpath))
         assert problem.pointer == pointer
         assert str(closed) not in problem.detail
     path = str(allowed / "in" / "x")
-    assert path_problems(spec(pointer, path), rules, os.path.realpath) == []
+    assert path_problems(spec(pointer, path), rules, Links(os.path.realpath)) == []
 
 
 # ---- secrets
