@@ -80,12 +80,12 @@ def find_warnings(config: TrainConfig) -> list[Problem]:
 
     Such a config runs; its warnings are shown before it starts.
     """
-    rules = _WARNINGS
+    warnings = list[Problem]()
     # The steps of a number of epochs are not known before the data are prepared.
     if config.training.known_steps is not None:
-        rules = _STEP_WARNINGS + _WARNINGS
-    warnings = list[Problem]()
-    for rule in rules:
+        for rule in _STEP_WARNINGS:
+            warnings += rule(config)
+    for rule in _WARNINGS:
         warnings += rule(config)
     return warnings
 

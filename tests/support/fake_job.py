@@ -37,7 +37,7 @@ def fake_train(
         else 0
     )
     with process_group(order):
-        while step < spec.training.steps:
+        while step < spec.training.num_steps:
             step += 1
             time.sleep(float(plan.get("step_s", "0.02")))
             accident(plan, order, rank, step)

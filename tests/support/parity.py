@@ -81,7 +81,8 @@ class RandomDataset:
 
     def document_starts(self, index: int) -> np.ndarray:
         """None but the first token: only end tokens tell documents apart."""
-        return np.arange(self.seq_length + 1) == 0
+        starts: np.ndarray = np.arange(self.seq_length + 1) == 0
+        return starts
 
 
 class NoSaver:
@@ -294,7 +295,7 @@ def record_choices(config: TrainConfig, one: RankResult) -> np.ndarray:
     length = training.seq_length
     choices = np.full(
         (
-            training.steps,
+            training.num_steps,
             training.global_batch_size,
             length,
             layers,
@@ -310,7 +311,7 @@ def record_choices(config: TrainConfig, one: RankResult) -> np.ndarray:
             samples, length, -1
         )
         seen[layer] += samples
-    assert set(seen.values()) <= {0, training.steps * training.global_batch_size}
+    assert set(seen.values()) <= {0, training.num_steps * training.global_batch_size}
     return choices
 
 

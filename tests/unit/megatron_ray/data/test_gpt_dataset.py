@@ -192,7 +192,7 @@ def test_corpus_shorter_than_a_sample_repeats(tmp_path: Path) -> None:
 
 def stream(dataset: GPTDataset) -> list[int]:
     """The tokens of all samples in order; neighbours share one."""
-    tokens = dataset[0].tolist()
+    tokens: list[int] = dataset[0].tolist()
     for index in range(1, len(dataset)):
         assert dataset[index][0] == tokens[-1]
         tokens += dataset[index][1:].tolist()
