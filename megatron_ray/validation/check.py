@@ -5,22 +5,24 @@ fields are functions `..._problems` of the modules beside this one, and only the
 Pure. Must not know: Ray, HTTP.
 """
 
+from collections.abc import Callable
+
 from megatron_ray.config.parallelism import ParallelismConfig
 from megatron_ray.config.problem import Problem
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.parallel_dims import ParallelDims
 from megatron_ray.validation import (
     experts,
-    freezing,
     intervals,
     latent_attention,
     layout,
-    parameter_groups,
     recompute,
     schedule,
 )
 from megatron_ray.validation import model as model_rules
 from megatron_ray.validation import training as training_rules
+from megatron_ray.validation.parameters.freezing import freezing_problems
+from megatron_ray.validation.parameters.groups import group_problems
 from megatron_ray.validation.resolution import expert_dp_multiple, least_dp
 
 _RULES = (
@@ -69,8 +71,8 @@ def find_problems(config: TrainConfig, world_size: int | None = None) -> list[Pr
         return problems
     # The rules below enumerate parameters and ranks, which requires a consistent layout.
     return [
-        *freezing.freezing_problems(config),
-        *parameter_groups.group_problems(config),
+        *freezing_problems(config),
+        *group_problems(config),
         *_batch_problems(config, world_size),
     ]
 
@@ -80,12 +82,12 @@ def find_warnings(config: TrainConfig) -> list[Problem]:
 
     Such a config runs; its warnings are shown before it starts.
     """
-    warnings = list[Problem]()
+    rules: tuple[Callable[[TrainConfig], list[Problem]], ...] = _WARNINGS
     # The steps of a number of epochs are not known before the data are prepared.
     if config.training.known_steps is not None:
-        for rule in _STEP_WARNINGS:
-            warnings += rule(config)
-    for rule in _WARNINGS:
+        rules = _STEP_WARNINGS + _WARNINGS
+    warnings = list[Problem]()
+    for rule in rules:
         warnings += rule(config)
     return warnings
 

@@ -183,7 +183,8 @@ def _check_steps(job: JobRow, spec: JobSpec) -> None:
     """Refuses to resume a job that has completed all of its steps."""
     if job.status != JobState.SUCCEEDED:
         return
-    trained = int(job.resolved_spec["training"]["steps"])
+    # Not from the spec, where the steps of a number of epochs are not known.
+    trained = int(job.progress.get("step") or 0)
     steps = spec.training.known_steps
     if steps is None or steps > trained:
         return

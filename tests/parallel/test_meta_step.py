@@ -88,7 +88,7 @@ class OneToken:
         return np.full(self.length + 1, END)
 
     def document_starts(self, index: int) -> np.ndarray:
-        return np.full(self.length + 1, True)
+        return np.zeros(self.length + 1, bool)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from megatron_ray.planning.hardware import Hardware
 from megatron_ray.planning.suggest import Suggestion, suggest
 from megatron_ray.planning.tally import Tally
 from megatron_ray.validation import check, resolution
-from megatron_ray.validation.parameter_groups import group_notes
+from megatron_ray.validation.parameters.groups import group_notes
 
 _PRECISIONS = ("bf16", "fp32")
 """Values of training.precision, the one to suggest first."""

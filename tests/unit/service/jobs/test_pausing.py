@@ -132,6 +132,7 @@ def test_what_cannot_be_paused_or_resumed_is_refused(service: Any) -> None:
 
 def test_a_changed_spec_is_checked_before_the_job_is_resumed(service: Any) -> None:
     job_id, driver = service.running_job()
+    driver.steps(1, 20)
     driver.states("succeeded", attempt=1)
     for changes, pointer in [
         ({}, "/training/steps"),
@@ -240,3 +241,17 @@ def test_a_service_that_does_not_answer_does_not_keep_its_stack_alive(
     assert reports[0].startswith("could not pause jobs: ")
     resume_jobs(record, reports.append)
     assert reports[1].startswith("could not resume jobs: ")
+
+
+def test_a_failed_job_is_resumed_without_a_step_and_warnings_are_noted(
+    service: Any,
+) -> None:
+    job_id, driver = service.running_job()
+    driver.states("failed", attempt=1)
+    training = {"skip_steps": [4, 1000]}
+    job = changed(service, job_id, "resume", changes={"training": training})
+    assert job["resolved_spec"]["training"]["skip_steps"] == [4, 1000]
+    (warning,) = service.user.get(f"/v1/jobs/{job_id}/events?type=spec.warning").json()[
+        "data"
+    ]
+    assert "step 1000 is beyond training.steps=20" in warning["message"]
