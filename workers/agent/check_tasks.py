@@ -12,6 +12,7 @@ from megatron_ray.checkpoint.initial_model import resolve_initial_model
 from megatron_ray.config.errors.spec_problems import problems_from_pydantic
 from megatron_ray.config.problem import Problem
 from megatron_ray.data.preparation.check import check_data
+from megatron_ray.data.preparation.prepared_length import num_prepared_tokens
 from megatron_ray.storage.errors import StorageError
 from megatron_ray.storage.storage import open_storage
 from workers.data_tasks import problem_rows
@@ -35,7 +36,21 @@ def check_task(spec: dict[str, Any], storage_path: str) -> dict[str, Any]:
     _, model_problems = resolve_initial_model(job.checkpoint, job.model)
     checked = check_data(job.data, job.training.seq_length, storage_path)
     problems = [*checked.problems, *model_problems, *_find_other_job(storage_path)]
-    return {"problems": problem_rows(problems), "notes": checked.notes}
+    notes = [*checked.notes, *_length_notes(job, storage_path)]
+    return {"problems": problem_rows(problems), "notes": notes}
+
+
+def _length_notes(job: JobSpec, storage_path: str) -> list[str]:
+    """Returns the steps of a number of epochs when the data are prepared already."""
+    epochs = job.training.epochs
+    if epochs is None:
+        return []
+    cache = job.data.cache or f"{storage_path.rstrip('/')}/data"
+    num_tokens = num_prepared_tokens(job.data, cache)
+    if num_tokens is None:
+        return []
+    steps = job.training.steps_over(num_tokens)
+    return [f"training.epochs={epochs:g} makes {steps:,} steps on the prepared data"]
 
 
 def _find_other_job(storage_path: str) -> list[Problem]:

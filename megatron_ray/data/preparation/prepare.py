@@ -35,6 +35,7 @@ from megatron_ray.data.preparation.documents import fingerprint
 from megatron_ray.data.preparation.errors import UnusableDataError, cause, errors_at
 from megatron_ray.data.preparation.formats.records import tally_of_json
 from megatron_ray.data.preparation.formats.suffixes import file_format
+from megatron_ray.data.preparation.prepared_length import keep_length
 from megatron_ray.data.preparation.sources import SourceFiles
 from megatron_ray.data.preparation.split import is_near_share
 from megatron_ray.data.preparation.tokenizer_choice import make_tokenizer
@@ -78,16 +79,17 @@ def prepare(
         if data.validation:
             held_out_fraction = 0.0
         train = builder.build_all(data_files.train, held_out_fraction)
+        keep_length(location, data, data_files, _num_tokens(train))
         validation = builder.build_all(data_files.validation, None)
     # Checked last: the length is not part of a cache key, so that jobs with another
     # seq_length use the same tokens.
     required = seq_length + 1
     _require_length(train, "train", required)
-    notes = data_files.notes
-    for built in [*train, *validation]:
-        notes.extend(built.record_notes())
-    notes += _key_notes([*data_files.train, *data_files.validation])
-    notes += _border_notes([*train, *validation], tokenizer.end_of_document)
+    notes = [
+        *data_files.notes,
+        *_key_notes([*data_files.train, *data_files.validation]),
+        *_corpus_notes([*train, *validation], tokenizer.end_of_document),
+    ]
     if data.separate_documents:
         _require_borders(train, tokenizer.end_of_document)
     if data.validation:
@@ -265,6 +267,10 @@ def _formats(source_files: SourceFiles, held_out_fraction: float | None) -> list
     return formats
 
 
+def _num_tokens(train: Sequence[_BuiltCorpus]) -> int:
+    return sum(built.num_tokens("train") for built in train)
+
+
 def _manifests(corpora: Sequence[_BuiltCorpus], split: str) -> tuple[PreparedCorpus, ...]:
     names = source_names([built.source for built in corpora])
     manifests = []
@@ -308,9 +314,11 @@ def _key_notes(sources: Sequence[SourceAt]) -> list[str]:
     return notes
 
 
-def _border_notes(corpora: Sequence[_BuiltCorpus], end_of_document: int) -> list[str]:
-    """Returns notes on prepared tokens without the tokenizer's end token."""
+def _corpus_notes(corpora: Sequence[_BuiltCorpus], end_of_document: int) -> list[str]:
+    """Returns notes on records left out and on tokens without the tokenizer's end token."""
     notes = []
+    for built in corpora:
+        notes += built.record_notes()
     for built in corpora:
         borders = built.borders
         if borders is None or borders.num_end_tokens:
