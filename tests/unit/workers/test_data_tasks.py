@@ -126,8 +126,7 @@ def test_the_steps_of_epochs_are_noted_where_the_data_are_prepared(
     steps = (2 * prepared.num_train_tokens - 1) // 16 // 2
     note = f"training.epochs=2 makes {steps:,} steps on the prepared data"
     assert check_task(spec, storage)["notes"] == [note]
-    spec["training"]["epochs"] = 1 << 20
-    spec["training"]["global_batch_size"] = 1 << 20
+    spec["training"] |= {"epochs": 1 << 20, "seq_length": 1}
     with pytest.raises(UnusableDataError, match="samples, at most") as caught:
         prepare_data(JobSpec.from_mapping(spec))
     assert caught.value.problems[0].pointer == "/training/epochs"
