@@ -36,7 +36,9 @@ def num_prepared_tokens(data: DataConfig, cache: str) -> int | None:
     except (InputError, OSError, pa.ArrowException):
         # Whatever is wrong is a problem of the preparation.
         return None
-    return description and int(description["num_tokens"])
+    if description is None:
+        return None
+    return int(description["num_tokens"])
 
 
 def _entry(data: DataConfig, data_files: DataFiles) -> str:
