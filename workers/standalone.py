@@ -40,6 +40,7 @@ from megatron_ray.validation import check, resolution
 from workers.data_tasks import prepare_data
 from workers.driver.commit import CheckpointLedger, WholeCheckpoint, commit_whole
 from workers.protocol.job import JobSpec
+from workers.protocol.spec_warnings import spec_warnings
 from workers.rank.environment import ProcessEnvironmentError, RankEnv
 from workers.rank.messages import StartRequest, UserError
 from workers.rank.session import connect_store, train
@@ -121,8 +122,8 @@ def _prepared_report(spec: JobSpec, data: PreparedData, seconds: float) -> Phase
 
 
 def _print_warnings(spec: JobSpec) -> None:
-    """Prints to stderr what is legal in a spec and without effect."""
-    for warning in check.find_warnings(spec):
+    """Prints to stderr what is legal in a spec and may not be intended."""
+    for warning in spec_warnings(spec):
         sys.stderr.write(f"warning: {warning.pointer}: {warning.detail}\n")
 
 
@@ -255,6 +256,8 @@ def _share_prepared(spec: JobSpec, env: RankEnv, store: Store) -> PreparedData:
             data = prepare_data(spec)
             for note in data.notes:
                 sys.stderr.write(f"warning: {note}\n")
+            if data.first_document:
+                sys.stdout.write(f"{data.first_document}\n")
         except UnusableDataError as error:
             # The other ranks read it and end too, instead of waiting until torchrun kills
             # them.

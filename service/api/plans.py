@@ -23,6 +23,7 @@ from service.jobs.capacity import ClusterCapacity, resource_request
 from service.jobs.cluster_fit import ResolvedSpec
 from service.jobs.submit import Submitter
 from workers.protocol.job import JobSpec
+from workers.protocol.spec_warnings import export_notes
 
 EXAMPLE_JOB_ID = "job-example"
 """Names the default folder of a job that does not exist."""
@@ -78,7 +79,11 @@ async def make_plan(
             device,
             ranks,
             problems=_path_problems(checked),
-            notes=["the cluster was not looked at", *_path_notes(checked)],
+            notes=[
+                "the cluster was not looked at",
+                *_path_notes(checked),
+                *export_notes(spec),
+            ],
         )
     # model_construct: thousands of ranks that were just made need no validation.
     rank_rows = [PlanRank.model_construct(**rank) for rank in body["ranks"]]
@@ -135,7 +140,11 @@ def _cluster_plan(
         fits=fits,
         room=_room(capacity, resolved),
         problems=[*unfit, *_path_problems(checked)],
-        notes=[*_cluster_notes(spec, capacity), *_path_notes(checked)],
+        notes=[
+            *_cluster_notes(spec, capacity),
+            *_path_notes(checked),
+            *export_notes(spec),
+        ],
     )
 
 

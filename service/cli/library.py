@@ -39,11 +39,18 @@ def checkpoint_path(
 
 
 def as_arguments(options: Mapping[str, Any]) -> list[str]:
-    """Returns the options that are not None as command line arguments."""
+    """Returns the options that are not None as command line arguments.
+
+    An option with a list is repeated.
+    """
     arguments: list[str] = []
     for name, value in options.items():
-        if value is not None:
-            arguments += [name, str(value)]
+        values = value
+        if not isinstance(value, list):
+            values = [value]
+        for one in values:
+            if one is not None:
+                arguments += [name, str(one)]
     return arguments
 
 

@@ -14,7 +14,6 @@ from anyio.to_thread import run_sync
 from sqlalchemy.orm import Session
 
 from megatron_ray.config.problem import Problem
-from megatron_ray.validation import check
 from service.exceptions import SpecInvalidError
 from service.jobs import cluster_fit, lifecycle, pausing, spec_checks
 from service.jobs.agents import Agents, CheckedPaths
@@ -23,6 +22,7 @@ from service.settings import Settings
 from service.store.database import Store
 from service.store.schema import JobRow
 from workers.protocol.job import JobSpec
+from workers.protocol.spec_warnings import spec_warnings
 
 _ALPHABET = "abcdefghijklmnopqrstuvwxyz234567"
 
@@ -143,8 +143,8 @@ class Submitter:
 
 
 def _add_warnings(session: Session, job: JobRow, spec: JobSpec) -> None:
-    """Adds an event for everything that is legal in a spec and has no effect."""
-    for warning in check.find_warnings(spec):
+    """Adds an event for everything that is legal in a spec and may not be intended."""
+    for warning in spec_warnings(spec):
         data = {"pointer": warning.pointer, "code": warning.code}
         message = f"{warning.pointer}: {warning.detail}"
         event = lifecycle.NewEvent("spec.warning", message, "warn", data)

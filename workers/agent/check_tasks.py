@@ -8,14 +8,13 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from megatron_ray.checkpoint.initial_model import resolve_initial_model
 from megatron_ray.config.errors.spec_problems import problems_from_pydantic
 from megatron_ray.config.problem import Problem
 from megatron_ray.data.preparation.check import check_data
 from megatron_ray.data.preparation.prepared_length import num_prepared_tokens
 from megatron_ray.storage.errors import StorageError
 from megatron_ray.storage.storage import open_storage
-from workers.data_tasks import problem_rows
+from workers.data_tasks import left_out_notes, problem_rows, resolve_initial_weights
 from workers.driver.journal import Journal, JournalError
 from workers.protocol.job import JobSpec
 
@@ -33,10 +32,18 @@ def check_task(spec: dict[str, Any], storage_path: str) -> dict[str, Any]:
     except ValidationError as error:
         problems = problems_from_pydantic(error.errors(), spec, model=JobSpec)
         return {"problems": problem_rows(problems), "notes": []}
-    _, model_problems = resolve_initial_model(job.checkpoint, job.model)
-    checked = check_data(job.data, job.training.seq_length, storage_path)
-    problems = [*checked.problems, *model_problems, *_find_other_job(storage_path)]
+    model, weights, weights_problems = resolve_initial_weights(job)
+    checked = check_data(
+        job.data,
+        job.training.seq_length,
+        storage_path,
+        weights=weights,
+        rows=model.vocab_size,
+    )
+    problems = [*checked.problems, *weights_problems, *_find_other_job(storage_path)]
     notes = [*checked.notes, *_length_notes(job, storage_path)]
+    if not weights_problems:
+        notes += left_out_notes(job)
     return {"problems": problem_rows(problems), "notes": notes}
 
 

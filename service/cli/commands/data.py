@@ -53,8 +53,9 @@ def prepare(
     # Imported here: pyarrow and tokenizers take most of a second, which no other
     # command needs.
     from megatron_ray.data.preparation.errors import UnusableDataError
-    from megatron_ray.data.preparation.prepare import prepare as prepare_corpora
+    from workers.data_tasks import prepare_data
 
+    job = job.model_copy(update={"data": job.data.model_copy(update={"cache": folder})})
     out = console()
 
     def print_progress(message: str) -> None:
@@ -62,9 +63,7 @@ def prepare(
             out.print(f"[dim]{escape(message)}[/dim]")
 
     try:
-        prepared = prepare_corpora(
-            job.data, folder, seq_length=job.training.seq_length, progress=print_progress
-        )
+        prepared = prepare_data(job, print_progress)
     except UnusableDataError as error:
         raise problems_failure("the data cannot be used", error.problems) from error
     if as_json:
@@ -76,6 +75,8 @@ def prepare(
     )
     if job.training.steps is None:
         out.print(_length(job.training, prepared.num_train_tokens))
+    if prepared.first_document:
+        out.print(escape(prepared.first_document))
 
 
 def _amount(split: str, corpora: Sequence[PreparedCorpus]) -> str:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from workers import standalone
 from workers.rank.messages import UserError
 from workers.standalone import read_spec, run_standalone
 
@@ -23,6 +24,17 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "corpus.txt").write_text("one two three four five six seven\n" * 20)
     (tmp_path / "job.yaml").write_text(SPEC)
     return tmp_path / "job.yaml"
+
+
+def test_a_model_that_cannot_be_exported_is_noted(
+    job: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spec = read_spec(job, ["model.position_embedding=none"], 1)
+    standalone._print_warnings(spec)
+    *_, line = capsys.readouterr().err.splitlines()
+    assert line.startswith(
+        "warning: /model/position_embedding: checkpoints cannot be exported"
+    )
 
 
 def test_warnings_and_skipped_steps_are_seen(

@@ -10,6 +10,7 @@ import pytest
 
 from service.cli.commands import generate as generate_module
 from service.cli.failure import CommandError
+from service.cli.library import as_arguments
 from tests.support.fake_rest_service import FakeService, Run
 from workers.protocol.version import code_version
 
@@ -38,13 +39,18 @@ def test_generate_takes_the_newest_checkpoint_of_a_job(
         ]
     }
     service.routes["GET /v1/jobs/job-abc/checkpoints"] = (200, page)
+    options = ["--seed", "7", "--special-tokens", "<s>", "--special-tokens", "</s>"]
     code, out, _ = run(
-        "generate", "job-abc", "--prompt", "def f", "--seed", "7", "--url", service.url
+        "generate", "job-abc", "--prompt", "def f", *options, "--url", service.url
     )
     assert code == 0
     assert out == "def f(self):\n"
     assert asked[0][:2] == ("/new", "def f")
     assert asked[0][2]["--seed"] == 7
+    assert as_arguments(asked[0][2])[-4:] == [
+        *("--special-tokens", "<s>"),
+        *("--special-tokens", "</s>"),
+    ]
     service.routes["GET /v1/jobs/job-abc/checkpoints"] = (200, {"data": []})
     assert (
         "no committed checkpoint yet" in run("generate", "job-abc", "--url", service.url)[2]
@@ -130,7 +136,10 @@ def test_data_prepare(run: Run, tmp_path: Path) -> None:
         "data.validation_fraction=0",
     )
     assert code == 0, err
-    assert json.loads(out)["vocab_size"] >= 257
+    prepared = json.loads(out)
+    assert prepared["vocab_size"] >= 257
+    assert "corpus.txt: " in prepared["first_document"]
+    assert "'d', " in prepared["first_document"]
 
 
 def test_epochs_are_steps_where_the_data_are_prepared(run: Run, tmp_path: Path) -> None:
