@@ -125,7 +125,7 @@ class DataConfig(Config):
 
     train: tuple[DataSource, ...] = Field(min_length=1, max_length=1024)
     """Corpora to train on, blended by their weights."""
-    validation: tuple[DataSource, ...] = ()
+    validation: tuple[DataSource, ...] = Field(default=(), max_length=1024)
     """Corpora to evaluate on. Files that folders or globs of `train` share with them are
     not trained on. Default (empty): the validation files beside the files of each source
     of `train`, or a share of its documents, see `validation_fraction`."""

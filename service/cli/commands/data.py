@@ -9,6 +9,7 @@ from rich.markup import escape
 
 from megatron_ray.config.training import TrainingConfig
 from megatron_ray.data.prepared import PreparedCorpus
+from megatron_ray.storage.path_rules import path_problems
 from service.cli.failure import CommandError
 from service.cli.offline_plan import parse_spec, problems_failure
 from service.cli.output import AsJson, console, print_json
@@ -43,6 +44,9 @@ def prepare(
     """
     # Checked here, because no service takes part.
     job = parse_spec(read_spec(spec, overrides))
+    wrong_paths = path_problems(job)
+    if wrong_paths:
+        raise problems_failure("the job spec is invalid", wrong_paths)
     folder = job.data.cache
     if cache is not None:
         folder = str(cache.expanduser().absolute())

@@ -186,6 +186,20 @@ def test_usage_mistakes_end_with_code_2(run: Run) -> None:
     assert run("jobs", "--limit", "0")[0] == 2
 
 
+def test_commands_without_a_service_refuse_credentials_in_a_uri(run: Run) -> None:
+    uri = "s3://KEY:pa/ss@bucket/x?endpoint_override=127.0.0.1:9"
+    for arguments in (
+        ("data", "prepare", "spec.yaml", "--cache", "c", "--set", f"data.cache={uri}"),
+        ("convert", "import", uri, "out"),
+        ("convert", "export", uri, "out"),
+        ("generate", uri, "--prompt", "x"),
+    ):
+        code, out, err = run(*arguments)
+        assert code == 2, arguments
+        assert "the URI contains credentials" in err
+        assert "pa/ss" not in out + err
+
+
 def test_the_version_is_printed_without_a_command(run: Run) -> None:
     code, out, _ = run("--version")
     assert (code, out) == (0, f"megatron-ray {code_version()}\n")

@@ -368,7 +368,7 @@ def test_a_history_can_be_read_from_its_end_and_by_level(service: Any) -> None:
             (
                 "event",
                 {
-                    "type": "test.note",
+                    "type": "placement.waiting",
                     "level": ("info", "warn", "error")[number % 3],
                     "message": str(number),
                 },
@@ -387,7 +387,9 @@ def test_a_history_can_be_read_from_its_end_and_by_level(service: Any) -> None:
     assert [event["seq"] for event in newest] == everything[::-1][:3]
     older = page(order="desc", limit=1000, after=newest[-1]["id"])
     assert [event["seq"] for event in [*newest, *older]] == everything[::-1]
-    assert [event["message"] for event in page(level="warn,error", type="test.note")] == [
+    assert [
+        event["message"] for event in page(level="warn,error", type="placement.waiting")
+    ] == [
         "1",
         "2",
         "4",
