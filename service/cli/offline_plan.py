@@ -75,7 +75,7 @@ def _with_length(spec: JobSpec) -> JobSpec:
     if spec.training.epochs is None or cache is None:
         return spec
     # Imported here: no other plan needs pyarrow and tokenizers.
-    from megatron_ray.data.preparation.prepared_length import num_prepared_tokens
+    from megatron_ray.data.prepared_length import num_prepared_tokens
 
     num_tokens = num_prepared_tokens(spec.data, cache)
     if num_tokens is None:

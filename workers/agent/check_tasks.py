@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from megatron_ray.config.errors.spec_problems import problems_from_pydantic
 from megatron_ray.config.problem import Problem
 from megatron_ray.data.preparation.check import check_data
-from megatron_ray.data.preparation.prepared_length import num_prepared_tokens
+from megatron_ray.data.prepared_length import num_prepared_tokens
 from megatron_ray.storage.errors import StorageError
 from megatron_ray.storage.path_rules import Links, PathRules, path_problems
 from megatron_ray.storage.storage import open_storage

@@ -24,10 +24,10 @@ from megatron_ray.data.preparation.data_files import SourceAt, find_data
 from megatron_ray.data.preparation.errors import UnusableDataError, cause
 from megatron_ray.data.preparation.formats.suffixes import file_format
 from megatron_ray.data.preparation.given_tokenizer import check_rows
-from megatron_ray.data.preparation.prepared_length import keep_length
 from megatron_ray.data.preparation.split import is_near_share
 from megatron_ray.data.preparation.tokenizer_choice import make_tokenizer
 from megatron_ray.data.prepared import PreparedCorpus, PreparedData
+from megatron_ray.data.prepared_length import keep_length
 from megatron_ray.data.tokenizer import Tokenizer
 from megatron_ray.storage.location import parse_location
 

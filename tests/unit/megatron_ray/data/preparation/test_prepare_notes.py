@@ -4,7 +4,7 @@ from pathlib import Path
 
 from megatron_ray.config.data import DataConfig, DataSource
 from megatron_ray.data.preparation.prepare import prepare
-from megatron_ray.data.preparation.prepared_length import num_prepared_tokens
+from megatron_ray.data.prepared_length import num_prepared_tokens
 from tests.support.corpus_files import (
     BYTES,
     TEXTS,
