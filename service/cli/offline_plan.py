@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_ray.planning.answers import estimates, without_cluster
 from megatron_ray.planning.hardware import Hardware, hardware_named
-from megatron_ray.validation import check
+from megatron_ray.validation import check, resolution
 from service.cli.failure import CommandError
 from service.cli.spec_parsing import parse_spec, problems_failure
 from workers.protocol.job import JobSpec
@@ -24,7 +24,7 @@ def make_plan(
     Raises CommandError when the spec cannot run anywhere.
     """
     device = _device(hardware)
-    spec = _checked(values, device, ranks)
+    spec = _with_length(_checked(values, device, ranks))
     return without_cluster.make_plan(spec, device, ranks, export_notes(spec))
 
 
@@ -45,6 +45,22 @@ def make_suggestions(
     # The number of ranks is that of the layouts, not that of the spec's own degrees.
     spec = _checked(values, device, None)
     return without_cluster.make_suggestions(spec, device, ranks)
+
+
+def _with_length(spec: JobSpec) -> JobSpec:
+    """Fills in the steps of a number of epochs when this machine has the prepared data."""
+    cache = spec.data_cache
+    if spec.training.epochs is None or cache is None:
+        return spec
+    # Imported here: no other plan needs pyarrow and tokenizers.
+    from megatron_ray.data.prepared_length import num_prepared_tokens
+
+    num_tokens = num_prepared_tokens(spec.data, cache)
+    if num_tokens is None:
+        return spec
+    resolved = resolution.with_length(spec, num_tokens)
+    assert isinstance(resolved, JobSpec)
+    return resolved
 
 
 def _device(name: str | None) -> Hardware | None:

@@ -86,7 +86,10 @@ def prepare(
 def _amount(split: str, corpora: Sequence[PreparedCorpus]) -> str:
     num_documents = sum(corpus.num_documents for corpus in corpora)
     num_tokens = sum(corpus.num_tokens for corpus in corpora)
-    return f"{num_tokens:,} {split} tokens in {num_documents:,} documents"
+    noun = "documents"
+    if num_documents == 1:
+        noun = "document"
+    return f"{num_tokens:,} {split} tokens in {num_documents:,} {noun}"
 
 
 def _length(training: TrainingConfig, num_train_tokens: int) -> str:
