@@ -51,6 +51,7 @@ _SUMMARY: Json = {
         "eta_s": 27.1,
         "mfu": None,
         "val_loss": 5.9712,
+        "source_val_losses": {},
         "unigram_nats": 6.4203,
     },
     "problem": None,
