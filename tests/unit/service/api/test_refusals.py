@@ -60,7 +60,7 @@ FIELDS = [
         "/data/tokenizer/zzzz",
         3,
         "/data/tokenizer/zzzz",
-        "known here: end_of_document, kind, path, vocab_size",
+        "known here: begin_of_document, end_of_document, kind, path, special_tokens_in_text",
     ),
     ("/training/steps", None, "/training/steps", "whole number, got null"),
     ("/training/steps", "many", "/training/steps", "whole number, got 'many'"),

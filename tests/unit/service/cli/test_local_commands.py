@@ -210,4 +210,4 @@ def test_a_shell_completes_commands(run: Run, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("COMP_WORDS", "megatron-ray ch")
     monkeypatch.setenv("COMP_CWORD", "1")
     code, out, _ = run()
-    assert (code, out.split()) == (0, ["checkpoints"])
+    assert (code, out.split()) == (0, ["checkpoint-now", "checkpoints"])
