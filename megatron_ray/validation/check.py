@@ -11,6 +11,7 @@ from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.parallel_dims import ParallelDims
 from megatron_ray.validation import experts, freezing, latent_attention, layout, recompute
 from megatron_ray.validation import model as model_rules
+from megatron_ray.validation import resume as resume_rules
 from megatron_ray.validation import training as training_rules
 from megatron_ray.validation.resolution import expert_dp_multiple, least_dp
 
@@ -29,6 +30,7 @@ _RULES = (
     training_rules.schedule_problems,
     training_rules.dropout_problems,
     recompute.recompute_problems,
+    resume_rules.resume_changes_problems,
 )
 """Rules in the order in which their problems are listed."""
 

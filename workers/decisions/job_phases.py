@@ -27,6 +27,7 @@ it. Must not know: how anything is done, clocks, Ray, torch, HTTP.
     PREPARING ──DataRejected, PreparationFailed──> ENDING
     RUNNING ──AttemptFinished, AttemptStopped(cancel)──> ENDING
     RECOVERING ──RestartDecided(give up)──> ENDING
+    SCHEDULING, RECOVERING ──NothingToResume──> ENDING
 
 The driver works in a phase until it observes something, calls `next_phase`, sends the
 records of the transition and writes the journal. If it dies anywhere in between, its
@@ -38,7 +39,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from workers.decisions.failures import Failure
+from workers.decisions.failures import Failure, FailureKind
 from workers.decisions.journal_entry import (
     DeadRank,
     Ending,
@@ -107,6 +108,13 @@ class Placed:
 
 
 @dataclass(frozen=True)
+class NothingToResume:
+    """Checkpoints were committed, and none of them can be loaded any more."""
+
+    message: str
+
+
+@dataclass(frozen=True)
 class PlacementTimedOut:
     """The placement group did not become ready in time."""
 
@@ -161,6 +169,7 @@ Observation = (
     | RunRequested
     | StopRequested
     | Placed
+    | NothingToResume
     | PlacementTimedOut
     | RanksStarted
     | AttemptAbandoned
@@ -244,7 +253,8 @@ def _preparation_failed(entry: JournalEntry, observed: PreparationFailed) -> Tra
 def _run_requested(entry: JournalEntry, observed: RunRequested) -> Transition:
     # The state is recorded within the phase, not here: a successor that re-enters READY
     # would record the release a second time.
-    return Transition(Phase.SCHEDULING, {"given_back": None, "ranks": ()})
+    # Damaged checkpoints are examined again, because a user may have restored them.
+    return Transition(Phase.SCHEDULING, {"given_back": None, "ranks": (), "damaged": {}})
 
 
 def _stop_requested(entry: JournalEntry, observed: StopRequested) -> Transition:
@@ -267,6 +277,11 @@ def _placed(entry: JournalEntry, observed: Placed) -> Transition:
         "failed": None,
     }
     return Transition(Phase.STARTING, journal)
+
+
+def _nothing_to_resume(entry: JournalEntry, observed: NothingToResume) -> Transition:
+    # The job's progress must not be lost without the user's consent.
+    return _end(JobStatus(JobState.FAILED, StatusReason.STORAGE_ERROR, observed.message))
 
 
 def _placement_timed_out(entry: JournalEntry, observed: PlacementTimedOut) -> Transition:
@@ -313,6 +328,9 @@ def _attempt_failed(entry: JournalEntry, observed: AttemptFailed) -> Transition:
         detail=cause.detail[-_MAX_DETAIL:],
         dead_ranks=observed.dead_ranks,
     )
+    damaged = dict(entry.damaged)
+    if cause.kind is FailureKind.CHECKPOINT and entry.resumed_from is not None:
+        damaged[entry.resumed_from] = cause.message
     dead = {}
     # Files of earlier dead ranks are fetched once an attempt runs. If this attempt
     # never ran, those ranks stay listed, because no fetch has been started.
@@ -322,7 +340,8 @@ def _attempt_failed(entry: JournalEntry, observed: AttemptFailed) -> Transition:
         if place.rank in observed.dead_ranks:
             rank = DeadRank(attempt=entry.attempt, place=place)
             dead[entry.attempt, place.rank] = rank
-    return Transition(Phase.RECOVERING, {"failed": failed, "dead": tuple(dead.values())})
+    journal = {"failed": failed, "dead": tuple(dead.values()), "damaged": damaged}
+    return Transition(Phase.RECOVERING, journal)
 
 
 def _restart_decided(entry: JournalEntry, observed: RestartDecided) -> Transition:
@@ -396,6 +415,7 @@ TRANSITIONS: dict[tuple[Phase, type], Rule] = {
     (Phase.READY, StopRequested): _stop_requested,
     # The service has admitted the job; Ray places it.
     (Phase.SCHEDULING, Placed): _placed,
+    (Phase.SCHEDULING, NothingToResume): _nothing_to_resume,
     (Phase.SCHEDULING, PlacementTimedOut): _placement_timed_out,
     (Phase.SCHEDULING, StopRequested): _stop_requested,
     # One attempt, from its first process to its last report.
@@ -409,6 +429,7 @@ TRANSITIONS: dict[tuple[Phase, type], Rule] = {
     # Between two attempts; living processes and the placement group are kept.
     (Phase.RECOVERING, RestartDecided): _restart_decided,
     (Phase.RECOVERING, Placed): _placed,
+    (Phase.RECOVERING, NothingToResume): _nothing_to_resume,
     (Phase.RECOVERING, PlacementTimedOut): _placement_timed_out,
     (Phase.RECOVERING, StopRequested): _stop_requested,
 }

@@ -73,7 +73,7 @@ class HfWeights(HfFolder):
                 fp8_reads += reads
             else:
                 reads_by_file[stored.file] += reads
-        read_all(self.storage, reads_by_file)
+        read_all(self.storage.open_input, reads_by_file)
         # fp8 boxes need several reads, of values and of factors.
         for read in fp8_reads:
             self._read_fp8(read)
@@ -109,7 +109,7 @@ class HfWeights(HfFolder):
         return factors[row_blocks][:, column_blocks]
 
     def _read_box(self, stored: StoredTensor, box: Box, target: Tensor) -> None:
-        read_all(self.storage, {stored.file: [Read(_slot(stored), box, target)]})
+        read_all(self.storage.open_input, {stored.file: [Read(_slot(stored), box, target)]})
 
     def check_copies(self) -> None:
         """Compares tied tensors that the files store twice.
