@@ -16,7 +16,7 @@ from megatron_ray.checkpoint.directory import (
     RunIdentity,
     list_checkpoints,
 )
-from megatron_ray.checkpoint.disk_space import storage_problems
+from megatron_ray.checkpoint.disk_space import room_problems, writable_problems
 from megatron_ray.checkpoint.resume_config import compare_with_checkpoint
 from megatron_ray.checkpoint.resume_point import choose_resume_point
 from megatron_ray.config.problem import Problem
@@ -72,13 +72,14 @@ class StartDecision:
 
     def decide(self, *, resume: bool) -> RunStart:
         """Decides on rank 0, and claims the folder for the attempt."""
+        _raise_for(writable_problems(self._path))
         self._require_no_live_job(resume)
         if resume:
             start = self._resume()
         else:
             self._require_own_folder()
             start = self._new_run()
-        _raise_for(storage_problems(self._spec, self._path))
+        _raise_for(room_problems(self._spec, self._path))
         Claim(start.attempt, start.run.id).write(self._path)
         self._announcements.announce(_START, start.to_json())
         return start

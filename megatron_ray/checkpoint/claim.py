@@ -10,12 +10,12 @@ more.
 import json
 from dataclasses import dataclass
 
-from megatron_ray.checkpoint.directory import FOLDER, CheckpointError
+from megatron_ray.checkpoint.directory import CheckpointError
 from megatron_ray.exceptions import ErrorKind
 from megatron_ray.storage.errors import MissingFileError
 from megatron_ray.storage.storage import open_storage
 
-_FILE = f"{FOLDER}/run.json"
+_FILE = "run.json"
 
 
 class TakenOverError(CheckpointError):

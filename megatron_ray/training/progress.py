@@ -3,7 +3,7 @@
 Owns: the position of a run, and when periodic actions are due.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -14,10 +14,31 @@ class Progress:
     """Optimizer steps taken."""
     consumed_samples: int = 0
     """Number of training samples used by all ranks."""
+    planned_samples: tuple[int, ...] = ()
+    """Samples of the whole run for which their order was drawn; more than one number when
+    the run was lengthened on a resume."""
 
     def after_step(self, num_samples: int) -> "Progress":
         """Returns the progress after one more step of `num_samples` samples."""
-        return Progress(self.step + 1, self.consumed_samples + num_samples)
+        return replace(
+            self,
+            step=self.step + 1,
+            consumed_samples=self.consumed_samples + num_samples,
+        )
+
+    def planned_for(self, steps: int, batch: int, *, is_same_order: bool) -> "Progress":
+        """Returns the progress with samples planned up to step `steps`.
+
+        Samples that were planned before keep their order, unless `is_same_order` is
+        False: then nothing of it is left to keep.
+        """
+        needed = self.consumed_samples + max(0, steps - self.step) * batch
+        planned = self.planned_samples
+        if not is_same_order:
+            planned = ()
+        if not planned or needed > planned[-1]:
+            planned = (*planned, needed)
+        return replace(self, planned_samples=planned)
 
 
 def is_due(every: int | None, progress: Progress) -> bool:

@@ -7,7 +7,7 @@ random stream) is stored in its own part.
 """
 
 import base64
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -98,6 +98,7 @@ class TrainingSaver:
             "format_version": FORMAT_VERSION,
             "step": progress.step,
             "consumed_samples": progress.consumed_samples,
+            "planned_samples": progress.planned_samples,
             # Only fields of TrainConfig: a subclass (a job spec) may have fields that
             # readers of checkpoints do not know.
             "config": self._config.model_dump(
@@ -141,7 +142,15 @@ def resume(
     if "rng" in state:
         raw = bytearray(base64.b64decode(state["rng"]["cpu"]))
         torch.set_rng_state(torch.frombuffer(raw, dtype=torch.uint8).clone())
-    return Progress(state["step"], state["consumed_samples"])
+    return Progress(state["step"], state["consumed_samples"], _planned_samples(state))
+
+
+def _planned_samples(state: Mapping[str, Any]) -> tuple[int, ...]:
+    if "planned_samples" in state:
+        return tuple(state["planned_samples"])
+    # Earlier versions drew the order for the steps of their config.
+    training = state["config"]["training"]
+    return (training["steps"] * training["global_batch_size"],)
 
 
 def start_from_weights(

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 
 from megatron_ray.checkpoint.initial_model import initial_model, resolve_initial_model
+from megatron_ray.checkpoint.resume_config import compare_with_checkpoint
 from megatron_ray.commands import Command
 from megatron_ray.config.problem import ConfigError, Problem
 from megatron_ray.config.train_config import TrainConfig
@@ -52,8 +53,8 @@ class TrainingSession:
     `resume_from` is the path of a committed checkpoint, of any layout; without it the
     run begins with checkpoint.start_from, or with weights drawn from the seed.
 
-    Raises ConfigError when the config contradicts the mesh, the data or the weights it
-    begins with.
+    Raises ConfigError when the config contradicts the mesh, the data, the weights it
+    begins with or the checkpoint that it resumes from.
     """
 
     def __init__(
@@ -82,6 +83,11 @@ class TrainingSession:
             "error" if self.config.training.deterministic else "default"
         )
         torch.manual_seed(self.config.training.seed)
+        is_same_order = True
+        if resume_from is not None:
+            comparison = compare_with_checkpoint(resume_from, self.config)
+            _raise_for(comparison.problems)
+            is_same_order = not comparison.changes_order
         start_from = None
         if resume_from is None:
             start_from = self.config.checkpoint.start_from
@@ -97,7 +103,12 @@ class TrainingSession:
             attempt=attempt,
             on_written=report,
         )
-        self.progress = self._load(resume_from, start_from)
+        progress = self._load(resume_from, start_from)
+        self.progress = progress.planned_for(
+            self.config.training.steps,
+            self.config.training.global_batch_size,
+            is_same_order=is_same_order,
+        )
         self._end_phase("load" if has_weights else "saver")
         self._components = TrainingComponents(
             self.config,
@@ -144,13 +155,14 @@ class TrainingSession:
         make_batch = batch_maker(self.config, mesh, data.end_of_document)
         # Samples of the whole run, also after a resume, because their order is drawn at
         # once.
-        num_samples = training.steps * training.global_batch_size
+        *earlier, num_samples = self.progress.planned_samples
         dataset = build_dataset(
             data.train,
             num_samples,
             training.seq_length,
             training.seed,
             self.config.data_cache,
+            earlier,
         )
         return StepLoader(
             dataset,

@@ -65,6 +65,13 @@ _TRAINING_FIELDS_OF_MOE = tuple(
 
 _DECAY_END = "schedule.decay_steps"
 
+_DERIVED = {
+    "hidden_size": ("head_dim", "ffn_hidden_size", "moe.ffn_hidden_size"),
+    "num_attention_heads": ("head_dim", "num_query_groups"),
+    "ffn_hidden_size": ("moe.ffn_hidden_size",),
+}
+"""Fields of a model that follow from another one where they are not given."""
+
 _EFFECTS = {
     "training.steps": "the learning rate would decay over another number of steps",
     "schedule": "the learning rate would be another one",
@@ -129,10 +136,13 @@ def _explained_by_others(
     explained = []
     if config.schedule.kind != saved.schedule.kind:
         explained += [_DECAY_END, "schedule.min_lr"]
+    for field, derived in _DERIVED.items():
+        if getattr(config.model, field) != getattr(saved.model, field):
+            explained += [f"model.{name}" for name in derived]
     if (config.model.moe is None) != (saved.model.moe is None):
-        moe_fields = [field for field in fields if field.startswith("model.moe.")]
-        explained += moe_fields
-        explained.remove("model.moe.num_experts")
+        for field in fields:
+            if field.startswith("model.moe.") and field != "model.moe.num_experts":
+                explained.append(field)
     return explained
 
 
