@@ -39,6 +39,21 @@ class StepReport:
     """Auxiliary losses before weighting, per loss token: load_balancing_loss (or
     seq_load_balancing_loss) and z_loss, means over the layers with experts, and
     mtp_<n>_loss of each MTP layer."""
+    skipped_steps: int = 0
+    """Steps of the job so far, this one included, that were skipped because their loss
+    or gradient norm was not finite."""
+
+
+@dataclass(frozen=True)
+class SkippedStepReport:
+    """A step has left weights and optimizer state as they were."""
+
+    kind: ClassVar[str] = "skipped_step"
+    step: int
+    loss: float
+    grad_norm: float
+    reason: str
+    """What caused it, in words."""
 
 
 @dataclass(frozen=True)
@@ -79,4 +94,4 @@ class PhaseReport:
     detail: dict[str, Any] = field(default_factory=dict)
 
 
-Report = StepReport | EvalReport | CheckpointReport | PhaseReport
+Report = StepReport | SkippedStepReport | EvalReport | CheckpointReport | PhaseReport

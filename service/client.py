@@ -115,12 +115,18 @@ class Client:
         headers = {"Idempotency-Key": idempotency_key or _new_key()}
         return self._object("POST", "/v1/jobs", json=spec, headers=headers, repeat=True)
 
-    def plan(self, spec: Mapping[str, Any], *, hardware: str | None = None) -> Json:
+    def plan(
+        self,
+        spec: Mapping[str, Any],
+        *,
+        hardware: str | None = None,
+        ranks: int | None = None,
+    ) -> Json:
         """Returns how a job would run: resolved spec, ranks, memory, communication, time.
 
         Nothing is started. `hardware` is the name of a device.
         """
-        return self._plan("/v1/plans", spec, hardware=hardware)
+        return self._plan("/v1/plans", spec, hardware=hardware, ranks=ranks)
 
     def suggest(
         self,
@@ -162,6 +168,22 @@ class Client:
         headers = {"Idempotency-Key": _new_key()}
         path = f"/v1/jobs/{job_id}/cancel"
         return self._object("POST", path, headers=headers, repeat=True)
+
+    def pause(self, job_id: str, reason: str = "user_paused") -> Json:
+        """Pauses a job and returns its current state; pausing again is harmless."""
+        return self._change(job_id, "pause", {"reason": reason})
+
+    def resume(self, job_id: str, changes: Mapping[str, Any] | None = None) -> Json:
+        """Resumes a paused or ended job and returns its current state.
+
+        `changes` are nested fields of an ended job's spec.
+        """
+        return self._change(job_id, "resume", {"changes": dict(changes or {})})
+
+    def _change(self, job_id: str, verb: str, body: Json) -> Json:
+        headers = {"Idempotency-Key": _new_key()}
+        path = f"/v1/jobs/{job_id}/{verb}"
+        return self._object("POST", path, json=body, headers=headers, repeat=True)
 
     def events(
         self,

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from service.pydantic_messages import plain_message, short_value
+from megatron_ray.config.errors.messages import plain_message, short_value
 
 PREFIX = "MEGATRON_RAY_"
 

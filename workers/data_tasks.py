@@ -70,7 +70,9 @@ def _model_with_initial_vocabulary(spec: JobSpec) -> ModelConfig:
     )
     if has_checkpoint:
         return spec.model
-    model, problems = resolve_initial_model(spec.checkpoint, spec.model)
+    model, problems = resolve_initial_model(
+        spec.checkpoint, spec.model, compare_copies=True
+    )
     if problems:
         raise UnusableDataError(problems)
     return model

@@ -14,17 +14,19 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from signal import SIGTERM
+from typing import Any
 
 import torch
 from pydantic import ValidationError
 
 from megatron_ray.checkpoint.directory import latest_committed
 from megatron_ray.config.checkpoint import StorageConfig
+from megatron_ray.config.errors.spec_problems import problems_from_pydantic
 from megatron_ray.config.problem import Problem
 from megatron_ray.config.train_config import apply_overrides, read_mapping
 from megatron_ray.data.prepared import PreparedData
 from megatron_ray.exceptions import ErrorKind, MegatronRayError
-from megatron_ray.reports import Report
+from megatron_ray.reports import Report, SkippedStepReport
 from megatron_ray.validation import check, resolution
 from workers.announcements import Announcements
 from workers.data_tasks import prepare_data
@@ -132,6 +134,7 @@ class _Run:
         self._spool: Spool | None = None
 
     def run(self, reports: Path | None, *, resume: bool) -> Ending:
+        self._warn()
         try:
             start = self._begin(reports, resume=resume)
             if start.step >= self._spec.training.steps:
@@ -147,6 +150,11 @@ class _Run:
         finally:
             if self._spool is not None:
                 self._spool.close()
+
+    def _warn(self) -> None:
+        """Names what is legal in the spec and has no effect."""
+        for warning in check.find_warnings(self._spec):
+            self._notify(f"warning: {warning.pointer}: {warning.detail}")
 
     def _begin(self, reports: Path | None, *, resume: bool) -> RunStart:
         """Returns where the run begins; rank 0 decides before any data are prepared."""
@@ -204,6 +212,11 @@ class _Run:
     ) -> str:
         def report(item: Report) -> None:
             self._write_report(item)
+            if isinstance(item, SkippedStepReport):
+                self._notify(
+                    f"warning: step {item.step} skipped, weights unchanged: loss "
+                    f"{item.loss}, gradient norm {item.grad_norm} ({item.reason})"
+                )
             committer.report(item)
 
         try:
@@ -317,18 +330,17 @@ def read_spec(job: Path, overrides: Sequence[str], world_size: int) -> JobSpec:
 
 
 def _parse_spec(job: Path, overrides: Sequence[str]) -> JobSpec:
+    values: dict[str, Any] = {}
     try:
-        return JobSpec.from_mapping(apply_overrides(read_mapping(job), overrides))
+        values = apply_overrides(read_mapping(job), overrides)
+        return JobSpec.from_mapping(values)
     except OSError as error:
         raise UserError(f"cannot read {job}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"cannot read {job}: it is not a text file") from error
     except ValidationError as error:
-        lines = [f"{job} is not a valid job spec:"]
-        for item in error.errors():
-            pointer = "/" + "/".join(map(str, item["loc"]))
-            lines.append(f"{pointer}: {item['msg']}")
-        raise UserError("\n  ".join(lines)) from error
+        problems = problems_from_pydantic(error.errors(), values, model=JobSpec)
+        raise UserError(f"{job} is not a valid job spec:{_listed(problems)}") from error
     except ValueError as error:
         raise UserError(str(error)) from error
 

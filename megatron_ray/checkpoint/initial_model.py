@@ -1,9 +1,11 @@
-"""Resolves the model of a run that starts from given weights, without reading a tensor.
+"""Resolves the model of a run that starts from given weights, without loading them.
 
 Owns: telling native checkpoints from Hugging Face folders, and checking a run's model
-against the weights. Torch-free; `initial_weights` reads the tensors. Must not know:
+against the weights. Torch-free; `initial_weights` loads the tensors. Must not know:
 optimizers.
 """
+
+from dataclasses import replace
 
 from megatron_ray.checkpoint.directory import COMMITTED, CheckpointError
 from megatron_ray.checkpoint.hf.files import is_hf_folder
@@ -44,20 +46,39 @@ def initial_model(path: str) -> ModelConfig:
 
 
 def resolve_initial_model(
-    checkpoint: CheckpointConfig, model: ModelConfig
+    checkpoint: CheckpointConfig, model: ModelConfig, *, compare_copies: bool = False
 ) -> tuple[ModelConfig, list[Problem]]:
     """Resolves a run's model against the weights of `checkpoint.start_from`.
 
     Returns the model with the vocabulary of the weights, and a problem for each field
     that contradicts them. Without such weights the model is returned as it is.
+    `compare_copies` reads tensors that the files have twice, which a loading rank does
+    for its part of them.
     """
     if checkpoint.start_from is None:
         return model, []
     try:
-        weights_model = initial_model(checkpoint.start_from)
+        weights_model, notes = _read_model(checkpoint.start_from, compare_copies)
     except (CheckpointError, ConfigError) as error:
         problem = Problem("/checkpoint/start_from", "start_from", str(error))
         return model, [problem]
     # The vocabulary comes first: the config may omit it, and it is compared too.
     model = with_vocabulary_of(model, weights_model)
-    return model, contradictions(model, weights_model)
+    problems = []
+    for problem in contradictions(model, weights_model):
+        # Such a folder contradicts its own config.json, which the user has read.
+        if problem.pointer == "/model/tie_embeddings" and notes:
+            detail = f"{problem.detail}. {' '.join(notes)}"
+            problem = replace(problem, detail=detail)
+        problems.append(problem)
+    return model, problems
+
+
+def _read_model(path: str, compare_copies: bool) -> tuple[ModelConfig, list[str]]:
+    """Returns the model of the weights, and notes about their folder."""
+    if is_native_checkpoint(path):
+        return initial_model(path), []
+    folder = HfFolder(path)
+    if compare_copies:
+        folder.check_copies()
+    return folder.model, folder.notes

@@ -3,7 +3,12 @@
 Owns: strictness of parsing. Must not know: any field.
 """
 
-from pydantic import BaseModel, ConfigDict
+from typing import Any, Literal, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
+
+from megatron_ray.config.parsing.numbers import whole_number
 
 
 class Config(BaseModel):
@@ -21,3 +26,43 @@ class Config(BaseModel):
         protected_namespaces=(),
         validate_default=True,
     )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _read_numbers(cls, value: Any, info: ValidationInfo) -> Any:
+        """Reads `1e3` as a whole number, and true as none."""
+        # Most values are right as they are.
+        if not isinstance(value, str | bool | list) or info.field_name is None:
+            return value
+        kinds = _scalar_kinds(cls.model_fields[info.field_name].annotation)
+        if not kinds & {int, float} or kinds & {str, bool}:
+            return value
+        return _number(value, is_whole=int in kinds)
+
+
+def _number(value: Any, *, is_whole: bool) -> Any:
+    """Returns the number that a value stands for, or else the value itself."""
+    if isinstance(value, list):
+        return [_number(item, is_whole=is_whole) for item in value]
+    if isinstance(value, str) and is_whole:
+        number = whole_number(value)
+        # Other texts are left to the field, which may allow some.
+        if number is not None:
+            return number
+    # Python counts True as 1.
+    if isinstance(value, bool):
+        if is_whole:
+            raise PydanticCustomError("int_type", "Input should be a whole number")
+        raise PydanticCustomError("float_type", "Input should be a number")
+    return value
+
+
+def _scalar_kinds(annotation: Any) -> set[Any]:
+    """Returns the types in an annotation such as `Annotated[int, ...] | None`."""
+    # The texts of a Literal are no number, so it does not matter which they are.
+    if get_origin(annotation) is Literal:
+        return set()
+    kinds = {annotation}
+    for argument in get_args(annotation):
+        kinds |= _scalar_kinds(argument)
+    return kinds

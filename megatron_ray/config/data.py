@@ -14,14 +14,24 @@ class DataSource(Config):
     """One corpus of a blend."""
 
     path: str = Field(min_length=1, max_length=4096)
-    """`builtin://python-stdlib`, or a path or URI of a .txt, .jsonl or .parquet file,
-    of a folder of such files, or of a prepared .bin/.idx pair (without the
-    extension)."""
+    """`builtin://python-stdlib`, or a path or URI of a .txt, .jsonl (also .json with an
+    object per line) or .parquet file, of a folder or glob of such files, or of a prepared
+    .bin/.idx pair (without the extension). Text and lines may be compressed: .gz, .zst,
+    .bz2. In a folder or glob, files and sub-folders named as test or validation data
+    (test, validation, valid, val, dev, eval) are not trained on; name them by themselves
+    to do so. READMEs and licences are not read. What is left out is listed by `data
+    prepare`, in plans and in the job's events."""
     weight: float = Field(default=1.0, gt=0)
     """Relative share of samples taken from this corpus. Weights are normalized over the
     blend, so they need not sum to one."""
     text_key: str = Field(default="text", min_length=1)
-    """Name of the JSON field (.jsonl) or the column (.parquet) with the text."""
+    """Name of the JSON field (.jsonl) or the column (.parquet) with the text; a dotted
+    path, such as `meta.text`, for one inside an object or struct. Rows without text (null,
+    empty or absent) are left out and counted."""
+    max_bad_records: int = Field(default=0, ge=0)
+    """Bad records (lines that are no JSON object, values that are no text, text that is
+    not UTF-8) that are left out and counted; more end the job before it trains. Default:
+    any bad record ends it, with a message that names the first and their number."""
 
 
 class TokenizerConfig(Config):
@@ -54,11 +64,12 @@ class DataConfig(Config):
     train: tuple[DataSource, ...] = Field(min_length=1, max_length=1024)
     """Corpora to train on, blended by their weights."""
     validation: tuple[DataSource, ...] = ()
-    """Corpora to evaluate on. Default (empty): a share of the documents of `train` is
-    held out, see `validation_fraction`."""
+    """Corpora to evaluate on. Files that folders or globs of `train` share with them are
+    not trained on. Default (empty): the validation files beside the files of each source
+    of `train`, or a share of its documents, see `validation_fraction`."""
     validation_fraction: float = Field(default=0.05, ge=0, lt=1)
     """Share of the training documents held out for validation when `validation` is
-    empty; 0 disables evaluation."""
+    empty and a source has no validation files; 0 disables evaluation."""
     tokenizer: TokenizerConfig = TokenizerConfig()
     """How text is turned into tokens."""
     separate_documents: bool = False

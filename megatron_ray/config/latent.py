@@ -27,6 +27,9 @@ class LatentAttentionConfig(Config):
     """Width of the part of a head's query and key that rotary positions rotate."""
     v_head_dim: int = Field(default=128, ge=2, le=1024)
     """Width of a head's value; at most the width of its query and key."""
+    norm_eps: float = Field(default=1e-6, gt=0, le=0.1)
+    """Added to the variance inside the norms of the latents. Published models have 1e-6
+    there, whatever the model's norm_eps is."""
 
     @property
     def qk_head_dim(self) -> int:

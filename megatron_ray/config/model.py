@@ -5,9 +5,11 @@ Owns: architecture only. Must not know: parallelism, data, devices.
 
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from megatron_ray.config.base import Config
+from megatron_ray.config.errors.messages import short_value, suggestion
 from megatron_ray.config.latent import LatentAttentionConfig, MultiTokenPredictionConfig
 from megatron_ray.config.moe import MoEConfig
 from megatron_ray.config.positions import RopeScaling
@@ -54,7 +56,8 @@ class ModelConfig(Config):
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
     """Normalization before attention, before the MLP and before the output head."""
     norm_eps: float = Field(default=1e-5, gt=0, le=0.1)
-    """Added to the variance inside the normalization."""
+    """Added to the variance inside the normalization. The norms of latents have
+    mla.norm_eps instead."""
     zero_centered_norm: bool = False
     """Norms multiply by 1 + weight, and weights start at zero (Gemma)."""
     qk_norm: bool = False
@@ -80,9 +83,18 @@ class ModelConfig(Config):
     """Dropout probability of attention weights in training. Above 0 the full matrix of
     scores is computed instead of fused attention, which needs more memory."""
     linear_bias: bool = False
-    """Adds a bias to every linear layer of the blocks (GPT-2 has them, Llama not)."""
+    """Adds a bias to every linear layer of the blocks (GPT-2 has them, Llama not). The
+    three fields below add biases to a part of these layers."""
     qkv_bias: bool = False
-    """Adds a bias to the query, key and value projections only (Qwen2)."""
+    """Adds a bias to the query, key and value projections (Qwen2); with latent attention
+    to the projections from the hidden states to the latents and to the rotated part of
+    the key (DeepSeek's attention_bias)."""
+    attention_output_bias: bool = False
+    """Adds a bias to attention's output projection. Together with qkv_bias it is the
+    attention_bias of Hugging Face's config.json."""
+    mlp_bias: bool = False
+    """Adds a bias to every projection of the MLP and of a shared expert. The experts
+    that tokens are routed to have none."""
     tie_embeddings: bool = False
     """Uses the word embedding as the output head too."""
     embedding_scale: float = Field(default=1.0, gt=0)
@@ -107,9 +119,7 @@ class ModelConfig(Config):
             return values
         name = values["preset"]
         if name not in PRESETS:
-            raise ValueError(
-                f"unknown preset {name!r}; known: {', '.join(sorted(PRESETS))}"
-            )
+            raise _unknown_preset(name)
         preset = PRESETS[name]
         merged = {**preset, **values}
         # A group such as `moe` is merged too, so that changing one of its fields does not
@@ -187,6 +197,23 @@ class ModelConfig(Config):
         """Whether the query, key and value projections have a bias."""
         return self.linear_bias or self.qkv_bias
 
+    @property
+    def has_attention_output_bias(self) -> bool:
+        """Whether attention's output projection has a bias."""
+        return self.linear_bias or self.attention_output_bias
+
+    @property
+    def has_mlp_bias(self) -> bool:
+        """Whether the projections of the MLP have a bias."""
+        return self.linear_bias or self.mlp_bias
+
+    @property
+    def has_plain_mlp(self) -> bool:
+        """Whether a layer has an MLP, or a shared expert, besides routed experts."""
+        if self.moe is None or self.moe.shared_expert_ffn_hidden_size is not None:
+            return True
+        return not all(self.moe.on_layer(layer) for layer in range(self.num_layers))
+
     def window_on(self, layer: int) -> int | None:
         """Returns the sliding window of a layer (counted from 0), or None for none."""
         every = self.full_attention_every
@@ -243,3 +270,13 @@ class ModelConfig(Config):
         if self.vocab_size is None:
             raise ValueError("model.vocab_size is not known before the tokenizer is")
         return self.vocab_size
+
+
+def _unknown_preset(name: str) -> ValidationError:
+    """Returns the error of the field `preset`, which the whole model depends on."""
+    hint = suggestion(name, PRESETS) or f"known: {', '.join(sorted(PRESETS))}"
+    message = f"unknown preset {short_value(name)}; {hint}"
+    # A message template: braces in the name are no placeholders.
+    error = PydanticCustomError("unknown_preset", "{message}", {"message": message})
+    details = InitErrorDetails(type=error, loc=("preset",), input=name)
+    return ValidationError.from_exception_data("ModelConfig", [details])

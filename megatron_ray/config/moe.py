@@ -43,7 +43,10 @@ class MoEConfig(Config):
     `group_top_k`. Default: no groups, every expert may be chosen."""
     group_top_k: int | None = Field(default=None, ge=1, le=64)
     """Number of groups that a token may choose experts from. Groups are ranked by the
-    sum of their best top_k / group_top_k scores."""
+    sum of their best scores."""
+    scores_per_group: int | None = Field(default=None, ge=1, le=64)
+    """Number of a group's best scores whose sum ranks it: 1 in DeepSeek-V2, 2 in
+    DeepSeek-V3. Default: top_k / group_top_k, as in Megatron-LM."""
     aux_loss_coeff: float = Field(default=0.0, ge=0)
     """Weight of the load-balancing loss; 0 disables it. Its gradient is added to that of
     the loss, and it is reported separately."""
@@ -72,6 +75,11 @@ class MoEConfig(Config):
     shared_expert_ffn_hidden_size: int | None = Field(default=None, ge=8, le=1 << 20)
     """Width of a shared expert, which processes every token. Default: no shared
     expert."""
+
+    @property
+    def group_score_count(self) -> int:
+        """Number of a group's best scores whose sum ranks it, resolved."""
+        return self.scores_per_group or self.top_k // (self.group_top_k or 1)
 
     @property
     def balancing_loss(self) -> str:

@@ -3,6 +3,7 @@
 Owns: reading, overriding and writing it. Must not know: jobs, clusters, Ray.
 """
 
+import codecs
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -17,6 +18,7 @@ from megatron_ray.config.data import DataConfig
 from megatron_ray.config.model import ModelConfig
 from megatron_ray.config.optimizer import OptimizerConfig, ScheduleConfig
 from megatron_ray.config.parallelism import ParallelismConfig
+from megatron_ray.config.parsing.yaml_values import read_yaml
 from megatron_ray.config.training import TrainingConfig
 
 
@@ -68,11 +70,14 @@ class TrainConfig(Config):
 def read_mapping(path: Path) -> dict[str, Any]:
     """Reads a YAML or JSON file.
 
-    Raises ValueError with the file's name when it is not a mapping.
+    Raises OSError, and ValueError with the file's name when it is not a mapping.
     """
-    content = path.read_text()
+    content = _decoded(path.read_bytes())
     try:
-        values = json.loads(content) if path.suffix == ".json" else yaml.safe_load(content)
+        if path.suffix == ".json":
+            values = json.loads(content)
+        else:
+            values = read_yaml(content)
     except (yaml.YAMLError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is not valid YAML or JSON: {error}") from error
     if not isinstance(values, dict):
@@ -82,10 +87,19 @@ def read_mapping(path: Path) -> dict[str, Any]:
     return values
 
 
+def _decoded(content: bytes) -> str:
+    """Returns the text of a file, whose encoding a byte order mark may name."""
+    # Windows PowerShell writes UTF-16.
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return content.decode("utf-16")
+    return content.decode("utf-8-sig")
+
+
 def apply_overrides(values: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
     """Returns a copy of a mapping with `path.to.field=value` overrides applied.
 
-    Each value is read as YAML. Raises ValueError when an override is malformed.
+    Items of lists have numbers from 0, as in `data.train.0.path`. Each value is read as
+    it is in a YAML file. Raises ValueError when an override is malformed.
     """
     # A round trip through JSON copies deeply and leaves only plain types.
     result: dict[str, Any] = json.loads(json.dumps(values))
@@ -93,18 +107,40 @@ def apply_overrides(values: Mapping[str, Any], overrides: Iterable[str]) -> dict
         path, equals, raw_value = override.partition("=")
         if not equals or not path:
             raise ValueError(f"--set {override!r}: expected path.to.field=value")
-        node = result
-        *parents, leaf = path.split(".")
-        for key in parents:
-            node = node.setdefault(key, {})
-            if not isinstance(node, dict):
-                raise ValueError(
-                    f"--set {override!r}: {key!r} is a value, not a group of fields"
-                )
         try:
-            node[leaf] = yaml.safe_load(raw_value)
+            value = read_yaml(raw_value)
         except yaml.YAMLError as error:
             raise ValueError(
                 f"--set {override!r}: the value is not valid YAML; put it in quotes"
             ) from error
+        try:
+            _set(result, path.strip().split("."), value)
+        except _PathError as error:
+            raise ValueError(f"--set {override!r}: {error}") from error
     return result
+
+
+class _PathError(ValueError):
+    """A path leads to nothing that can be set."""
+
+
+def _set(node: Any, path: list[str], value: Any) -> None:
+    """Sets a field of nested mappings and lists; mappings on the way are made."""
+    name, *rest = path
+    key: str | int = name
+    if isinstance(node, list):
+        key = _index(node, name)
+    if not rest:
+        node[key] = value
+        return
+    if isinstance(node, dict):
+        node.setdefault(name, {})
+    if not isinstance(node[key], dict | list):
+        raise _PathError(f"{name!r} is a value, not a group of fields")
+    _set(node[key], rest, value)
+
+
+def _index(items: list[Any], name: str) -> int:
+    if name.isdecimal() and int(name) < len(items):
+        return int(name)
+    raise _PathError(f"{name!r} is no item of a list with {len(items)}, numbered from 0")

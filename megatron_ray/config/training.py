@@ -3,7 +3,7 @@
 Must not know: the model, the layout over ranks.
 """
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -78,3 +78,15 @@ class TrainingConfig(Config):
     Default: evaluation after the last step only."""
     eval_samples: int = Field(default=64, ge=1, le=1 << 24)
     """Validation samples per evaluation, or fewer when the validation data has fewer."""
+    max_skipped_steps: int = Field(default=0, ge=0, le=1 << 40)
+    """Number of steps of the whole job that are skipped when their loss or gradient norm
+    is not finite. A skipped step leaves weights and optimizer state as they are; it
+    counts as a step and its samples as consumed. One more ends the job. Default: the
+    first such step ends the job."""
+    max_consecutive_skipped_steps: int = Field(default=3, ge=1, le=1 << 40)
+    """Number of skipped steps in a row; one more ends the job even if
+    max_skipped_steps allows it, because weights that give no numbers do not recover."""
+    skip_steps: tuple[Annotated[int, Field(ge=1)], ...] = Field(default=(), max_length=1024)
+    """Steps, counted from 1, whose samples are left out: they are skipped like steps
+    that are not finite, whatever their numbers are, and are not counted as such. For a
+    run that is resumed before a batch that it cannot train on. Default: none."""

@@ -36,3 +36,5 @@ class PreparedData(Config):
     unigram_nats: float | None = None
     """Cross entropy, nats per token, of the validation tokens under their own unigram
     frequencies: the baseline to beat."""
+    notes: tuple[str, ...] = ()
+    """What differs from what the config asked for, one sentence each."""

@@ -96,7 +96,8 @@ class Tokenizer:
         TokenizerError.
         """
         try:
-            inner = tokenizers.Tokenizer.from_str(text)
+            # Editors may put a byte order mark before it.
+            inner = tokenizers.Tokenizer.from_str(text.removeprefix("\ufeff"))
         # The library raises plain Exception.
         except Exception as error:
             detail = (

@@ -13,6 +13,7 @@ from megatron_ray.distributed.device_kind import DeviceKind
 # Dense bf16 peaks in FLOP/s by a part of the device's name (vendor data sheets); fp32
 # figures are not given there.
 _BF16_PEAKS = {"H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12}
+_CGROUP = "/sys/fs/cgroup"
 
 
 def select(kind: str, local_index: int = 0) -> torch.device:
@@ -115,6 +116,36 @@ def peak_memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def free_memory_bytes(device: torch.device) -> int | None:
+    """Returns the memory that this process can still allocate; None if unknown.
+
+    On CPU it is what the system has available, less where the process's control group
+    has a limit.
+    """
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    free = []
+    for line in _lines_of("/proc/meminfo"):
+        name, _, amount = line.partition(":")
+        if name == "MemAvailable":
+            free.append(int(amount.split()[0]) * 1024)
+    limit = _lines_of(f"{_CGROUP}/memory.max")
+    used = _lines_of(f"{_CGROUP}/memory.current")
+    # Without a limit the file contains the word `max`.
+    if limit and used and limit[0].isdigit():
+        free.append(max(0, int(limit[0]) - int(used[0])))
+    return min(free, default=None)
+
+
+def _lines_of(path: str) -> list[str]:
+    """Returns the lines of a system file, none where there is no such file."""
+    try:
+        with open(path) as file:
+            return file.read().splitlines()
+    except OSError:
+        return []
 
 
 def peak_flops(device: torch.device) -> float | None:

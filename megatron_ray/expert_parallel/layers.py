@@ -165,11 +165,15 @@ class ExpertBias(nn.Module):
 
 @torch.no_grad()
 def update_expert_biases(
-    biases: Collection[ExpertBias], token_group: Group, dp_group: Group
+    biases: Collection[ExpertBias],
+    token_group: Group,
+    dp_group: Group,
+    skip: Tensor | None = None,
 ) -> None:
     """Moves every bias by rate x sign(mean - tokens) and resets the counts.
 
-    Tokens are summed over all ranks with different tokens: tp x cp x dp.
+    Tokens are summed over all ranks with different tokens: tp x cp x dp. If `skip` is 1
+    the biases stay as they are.
     """
     if not biases:
         return
@@ -179,6 +183,8 @@ def update_expert_biases(
     collectives.all_reduce(tokens, dp_group)
     # Only the sign counts, so that the size of a batch does not matter.
     moves = torch.sign(tokens.mean(1, keepdim=True) - tokens)
+    if skip is not None:
+        moves *= 1 - skip
     for bias, move in zip(biases, moves, strict=True):
         bias.value.add_(move, alpha=bias.rate)
         bias.tokens.zero_()

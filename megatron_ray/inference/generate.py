@@ -1,19 +1,17 @@
 """Generates text from a committed checkpoint, in one process.
 
-Owns: loading a model for inference, the sampler with its cache, the command. Must not
-know: jobs.
+Owns: loading a model for inference, the loop over tokens, the command. Must not know:
+jobs.
 
 `python -m megatron_ray.inference.generate --checkpoint PATH --prompt TEXT` prints
 prompt and continuation. The command uses argparse, because the library must not depend
 on typer, which the service's command line uses.
-
-Shapes: V vocabulary.
 """
 
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal
 
@@ -28,7 +26,9 @@ from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.data.tokenizer import Tokenizer
 from megatron_ray.data_parallel.buffers import FlatBuffers, bind_parameters
 from megatron_ray.distributed.mesh import ParallelMesh
-from megatron_ray.models.attention import KeyValueCache
+from megatron_ray.inference.caches import check_length, empty_caches
+from megatron_ray.inference.sampling import Sampling, choose
+from megatron_ray.inference.text_pieces import TextPieces
 from megatron_ray.models.gpt import GPT
 from megatron_ray.parallelize.parallelize import allocate_expert_biases, build_model
 from megatron_ray.sharding.buckets import plan_buckets
@@ -42,6 +42,9 @@ from megatron_ray.sharding.sharded_state import (
 from megatron_ray.storage.errors import MissingFileError, StorageError
 from megatron_ray.storage.storage import open_storage
 
+_SEEDS = (-(1 << 63), (1 << 64) - 1)
+"""Least and greatest seed of torch's generators."""
+
 
 @dataclass(frozen=True)
 class Generation:
@@ -53,30 +56,6 @@ class Generation:
     tokens: tuple[int, ...]
     """Number of new tokens, without the token that ends a document."""
     finish_reason: Literal["length", "end_of_document"]
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """The parameters of sampling the next token.
-
-    Raises ValueError for values that exclude all tokens.
-    """
-
-    temperature: float = 1.0
-    """0: greedy decoding."""
-    top_k: int | None = None
-    """Sample from this many most likely tokens."""
-    top_p: float | None = None
-    """Sample from the smallest set of most likely tokens with at least this total
-    probability (nucleus sampling, Holtzman et al. 2019)."""
-
-    def __post_init__(self) -> None:
-        if not self.temperature >= 0:
-            raise ValueError(f"temperature={self.temperature} must be 0 or more")
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k={self.top_k} must be at least 1")
-        if self.top_p is not None and not 0 <= self.top_p <= 1:
-            raise ValueError(f"top_p={self.top_p} must be between 0 and 1")
 
 
 def load_model(checkpoint_path: str, device: str = "cpu") -> tuple[GPT, Tokenizer]:
@@ -155,22 +134,49 @@ def generate(
     """Continues `prompt` until a document ends or there are `max_new_tokens`.
 
     An empty prompt begins a new document. The same seed gives the same text. Raises
-    ValueError for wrong sampling values and for more tokens than learned positions.
+    ValueError for wrong sampling values and for more tokens than learned positions or
+    than memory has room for.
+    """
+    sampling = Sampling(temperature, top_k, top_p)
+    *_, generation = generate_pieces(
+        model, tokenizer, prompt, max_new_tokens, sampling, seed
+    )
+    assert isinstance(generation, Generation)
+    return generation
+
+
+def generate_pieces(
+    model: GPT,
+    tokenizer: Tokenizer,
+    prompt: str,
+    max_new_tokens: int,
+    sampling: Sampling,
+    seed: int,
+) -> Iterator[str | Generation]:
+    """Yields the continuation in pieces, as they are generated, then the whole of it.
+
+    The pieces together are its text. Raises as `generate` does, before the first piece.
     """
     start = tokenizer.encode(prompt) or [tokenizer.end_of_document]
-    tokens = generate_tokens(
+    pieces = TextPieces(tokenizer, start)
+    tokens = list[int]()
+    finish_reason: Literal["length", "end_of_document"] = "length"
+    for token in iterate_tokens(
         model,
         start,
         max_new_tokens,
-        Sampling(temperature, top_k, top_p),
+        sampling,
         seed,
         stop=tokenizer.end_of_document,
         vocabulary=tokenizer.vocab_size,
-    )
-    finish_reason: Literal["length", "end_of_document"] = "length"
-    if tokens and tokens[-1] == tokenizer.end_of_document:
-        finish_reason = "end_of_document"
-        tokens = tokens[:-1]
+    ):
+        if token == tokenizer.end_of_document:
+            finish_reason = "end_of_document"
+            break
+        tokens.append(token)
+        piece = pieces.add(token)
+        if piece:
+            yield piece
     # Some tokenizers drop a leading space when decoding, so the continuation is the text
     # beyond the decoded prompt.
     decoded_prompt = tokenizer.decode(start)
@@ -179,10 +185,12 @@ def generate(
         text = decoded[len(decoded_prompt) :]
     else:
         text = tokenizer.decode(tokens)
-    return Generation(prompt, text, tuple(tokens), finish_reason)
+    # Bytes of a character that was never completed.
+    if text != pieces.text:
+        yield text.removeprefix(pieces.text)
+    yield Generation(prompt, text, tuple(tokens), finish_reason)
 
 
-@torch.no_grad()
 def generate_tokens(
     model: GPT,
     prompt: Sequence[int],
@@ -193,15 +201,42 @@ def generate_tokens(
     stop: int,
     vocabulary: int,
 ) -> list[int]:
-    """Returns new token ids, up to and including the first `stop`.
+    """Returns new token ids; see `iterate_tokens`."""
+    return list(
+        iterate_tokens(
+            model,
+            prompt,
+            max_new_tokens,
+            sampling,
+            seed,
+            stop=stop,
+            vocabulary=vocabulary,
+        )
+    )
+
+
+@torch.no_grad()
+def iterate_tokens(
+    model: GPT,
+    prompt: Sequence[int],
+    max_new_tokens: int,
+    sampling: Sampling,
+    seed: int,
+    *,
+    stop: int,
+    vocabulary: int,
+) -> Iterator[int]:
+    """Yields new token ids, up to and including the first `stop`.
 
     Ids from `vocabulary` on are padding of the embedding and never chosen.
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
-    _check_positions(model, len(prompt), max_new_tokens)
+    if not _SEEDS[0] <= seed <= _SEEDS[1]:
+        raise ValueError(f"seed={seed} must be between {_SEEDS[0]} and {_SEEDS[1]}")
+    check_length(model, len(prompt), max_new_tokens)
     # Allocated once, for the longest possible continuation.
-    caches = _empty_caches(model, len(prompt) + max_new_tokens)
+    caches = empty_caches(model, len(prompt) + max_new_tokens)
     device = caches[0].keys.device
     # On the CPU, so that all devices draw the same numbers.
     generator = torch.Generator().manual_seed(seed)
@@ -216,61 +251,9 @@ def generate_tokens(
         num_cached = len(tokens)
         token = choose(logits[0, :vocabulary].float().cpu(), sampling, generator)
         tokens.append(token)
+        yield token
         if token == stop:
             break
-    return tokens[len(prompt) :]
-
-
-def choose(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
-    """Returns one token id; consumes one random number unless temperature is 0."""
-    if sampling.temperature == 0:
-        return int(logits_V.argmax())
-    # fp64, and a stable sort, so that all devices choose the same.
-    ranked, ids = (logits_V.double() / sampling.temperature).sort(
-        descending=True, stable=True
-    )
-    # `None` keeps all tokens.
-    probabilities = ranked[: sampling.top_k].softmax(0)
-    if sampling.top_p is not None:
-        # Mass of the more likely tokens: a token is kept if that mass is below top_p.
-        more_likely = probabilities.cumsum(0) - probabilities
-        num_kept = max(1, int((more_likely < sampling.top_p).sum()))
-        probabilities = probabilities[:num_kept]
-    # Instead of normalizing again, the drawn number is scaled.
-    cumulative = probabilities.cumsum(0)
-    drawn = torch.rand((), dtype=torch.float64, generator=generator) * cumulative[-1]
-    index = int(torch.searchsorted(cumulative, drawn, right=True))
-    # Rounding may place the drawn number at the end.
-    return int(ids[min(index, len(cumulative) - 1)])
-
-
-def _check_positions(model: GPT, prompt_tokens: int, max_new_tokens: int) -> None:
-    """Raises ValueError for more tokens than learned positions."""
-    if model.config.position_embedding != "learned":
-        return
-    limit = model.config.max_sequence_length
-    if prompt_tokens + max_new_tokens <= limit:
-        return
-    if prompt_tokens >= limit:
-        raise ValueError(
-            f"the prompt has {prompt_tokens} tokens, the model has learned {limit} "
-            "positions; shorten the prompt"
-        )
-    raise ValueError(
-        f"{prompt_tokens} prompt tokens and {max_new_tokens} new ones need more than the "
-        f"{limit} positions that the model has "
-        f"learned; ask for at most {limit - prompt_tokens} new tokens"
-    )
-
-
-def _empty_caches(model: GPT, capacity: int) -> list[KeyValueCache]:
-    config = model.config
-    like = next(model.parameters())
-    shape = (1, config.kv_heads, capacity, config.head_width)
-    caches = list[KeyValueCache]()
-    for _ in range(config.num_layers):
-        caches.append(KeyValueCache(like.new_zeros(shape), like.new_zeros(shape)))
-    return caches
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -295,6 +278,11 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="random seed of the sampling")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument(
+        "--stream",
+        action="store_true",
+        help="with --json: one JSON string per line as text is generated, then the object",
+    )
+    parser.add_argument(
         "--json",
         action="store_true",
         help="one JSON object: prompt, text, tokens, finish_reason",
@@ -310,25 +298,43 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
     try:
         model, tokenizer = load_model(options.checkpoint, _device(options.device))
-        generation = generate(
+        sampling = Sampling(options.temperature, options.top_k, options.top_p)
+        pieces = generate_pieces(
             model,
             tokenizer,
             options.prompt,
-            max_new_tokens=options.max_new_tokens,
-            temperature=options.temperature,
-            top_k=options.top_k,
-            top_p=options.top_p,
-            seed=options.seed,
+            options.max_new_tokens,
+            sampling,
+            options.seed,
         )
+        _print_pieces(pieces, options)
     except (StorageError, ValueError) as error:
         message = " ".join(str(error).split())
         sys.stderr.write(f"error: {message}\n")
         return 1
-    output = generation.prompt + generation.text
-    if options.json:
-        output = json.dumps(asdict(generation))
-    sys.stdout.write(f"{output}\n")
     return 0
+
+
+def _print_pieces(pieces: Iterator[str | Generation], options: argparse.Namespace) -> None:
+    """Prints the text as it is generated, or JSON."""
+    # The first piece comes before the prompt is printed, so that an error prints nothing.
+    output = options.prompt
+    if options.json:
+        output = ""
+    for piece in pieces:
+        if isinstance(piece, Generation):
+            end = ""
+            if options.json:
+                end = json.dumps(asdict(piece))
+            sys.stdout.write(f"{output}{end}\n")
+        elif not options.json:
+            sys.stdout.write(output + piece)
+        elif options.stream:
+            sys.stdout.write(json.dumps(piece) + "\n")
+        else:
+            continue
+        sys.stdout.flush()
+        output = ""
 
 
 def _device(name: str) -> str:

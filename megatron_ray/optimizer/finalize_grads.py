@@ -48,6 +48,9 @@ def scale_and_clip(
         norm = sums.squared_norm.sqrt() * factor
         factor = factor * (clip_grad_norm / (norm + 1e-6)).clamp(max=1.0)
     factor = factor.float()
+    if sums.skip is not None:
+        # NaN would stay in the buffers' gaps, which no later step overwrites.
+        factor = factor.nan_to_num(0.0, posinf=0.0)
     for shard in optimizer.shards:
         for run in shard.runs:
             shard.gradient(run).mul_(factor)

@@ -8,6 +8,8 @@ Pure; torch-free. Must not know: gradients, arithmetic of the update.
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from megatron_ray.config.optimizer import OptimizerConfig
+from megatron_ray.optimizer.update_rule import UpdateRule, update_rule
 from megatron_ray.sharding.buckets import Bucket, BucketPlan, PlacedParameter
 from megatron_ray.sharding.parameter_types import Part
 
@@ -23,8 +25,8 @@ class Run:
     end: int
     shard_start: int
     """Start of the range in this rank's shard."""
-    decay: bool
-    """Whether weight decay applies."""
+    rule: UpdateRule
+    """The numbers of the update."""
     tp_sharded: bool
     """Whether tp ranks have different elements; otherwise only the first one adds its
     elements to the global norm."""
@@ -40,7 +42,7 @@ class Run:
         """Whether this run starts at the end of another one with the same rules."""
         return (
             self.start == other.end
-            and self.decay == other.decay
+            and self.rule == other.rule
             and self.tp_sharded == other.tp_sharded
             and self.owns_norm == other.owns_norm
         )
@@ -84,7 +86,9 @@ def owned_range(bucket: Bucket, dp_rank: int, dp: int, *, sharded: bool) -> tupl
     return bucket.start, bucket.end
 
 
-def flat_runs(plan: BucketPlan, dp_rank: int, dp: int, *, sharded: bool) -> tuple[Run, ...]:
+def flat_runs(
+    plan: BucketPlan, config: OptimizerConfig, dp_rank: int, dp: int, *, sharded: bool
+) -> tuple[Run, ...]:
     """Returns a rank's ranges of all buckets, merged into as few runs as possible.
 
     Adjacent parameters with the same rules form one run, because an update costs a
@@ -94,7 +98,7 @@ def flat_runs(plan: BucketPlan, dp_rank: int, dp: int, *, sharded: bool) -> tupl
     shard_start = 0
     for bucket in plan.buckets:
         owned_start, owned_end = owned_range(bucket, dp_rank, dp, sharded=sharded)
-        for part_run in _part_runs(bucket):
+        for part_run in _part_runs(bucket, config):
             start = max(part_run.start, owned_start)
             end = min(part_run.end, owned_end)
             if start >= end:
@@ -108,7 +112,7 @@ def flat_runs(plan: BucketPlan, dp_rank: int, dp: int, *, sharded: bool) -> tupl
     return tuple(runs)
 
 
-def _part_runs(bucket: Bucket) -> Iterator[Run]:
+def _part_runs(bucket: Bucket, config: OptimizerConfig) -> Iterator[Run]:
     """Yields one run per part of the bucket's parameters; together they fill the bucket.
 
     Gaps (alignment, padding rows, rounding of the bucket) belong to the previous part.
@@ -127,7 +131,7 @@ def _part_runs(bucket: Bucket) -> Iterator[Run]:
             placed.part_start(part),
             end,
             shard_start=0,
-            decay=parameter.decay,
+            rule=update_rule(part.logical, config),
             tp_sharded=parameter.tp_sharded,
             owns_norm=parameter.owns_norm and part.owns_norm,
         )

@@ -10,7 +10,7 @@ import the compiler, which takes a second.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from megatron_ray.config.optimizer import OptimizerConfig
 from megatron_ray.data_parallel.buffers import ParameterGroup
 from megatron_ray.distributed import collectives
 from megatron_ray.optimizer.partition import Piece, Run, flat_runs, owned_range, pieces
+from megatron_ray.optimizer.update_rule import UpdateRule
 from megatron_ray.sharding.boxes import Box
 from megatron_ray.sharding.flat_boxes import flat_range_to_boxes
 from megatron_ray.sharding.parameter_types import Part
@@ -30,15 +31,15 @@ from megatron_ray.sharding.sharded_state import ShardedState, ShardedTensor, Ten
 class FusedUpdate:
     """The tensors of one fused AdamW call: views of flat memory, one per run.
 
-    All runs have the same weight decay.
+    All runs have the same rule.
     """
 
-    weight_decay: float
-    params: list[Tensor]
-    grads: list[Tensor]
-    exp_avgs: list[Tensor]
-    exp_avg_sqs: list[Tensor]
-    state_steps: list[Tensor]
+    rule: UpdateRule
+    params: list[Tensor] = field(default_factory=list)
+    grads: list[Tensor] = field(default_factory=list)
+    exp_avgs: list[Tensor] = field(default_factory=list)
+    exp_avg_sqs: list[Tensor] = field(default_factory=list)
+    state_steps: list[Tensor] = field(default_factory=list)
 
 
 class OptimizerShard:
@@ -56,11 +57,10 @@ class OptimizerShard:
         # With a single rank nothing is sharded or gathered.
         self.sharded = sharded and self.group is not None
         self._sync_model = group.sync_model
-        self._config = config
         plan = self.buffers.plan
         dp_rank = collectives.rank(self.group)
         dp = collectives.size(self.group)
-        self.runs = flat_runs(plan, dp_rank, dp, sharded=self.sharded)
+        self.runs = flat_runs(plan, config, dp_rank, dp, sharded=self.sharded)
         self._owned: list[tuple[int, int]] = []
         for bucket in plan.buckets:
             self._owned.append(owned_range(bucket, dp_rank, dp, sharded=self.sharded))
@@ -73,9 +73,7 @@ class OptimizerShard:
             name = piece.placed.parameter.name
             self._pieces_by_parameter.setdefault(name, []).append(piece)
         self._allocate()
-        # Two calls per step, because weight decay is an argument of the call, and norms and
-        # biases have none.
-        self._updates = [self._fused_update(decay=True), self._fused_update(decay=False)]
+        self._updates = self._fused_updates()
 
     def _allocate(self) -> None:
         """Allocates the moments and, unless the model is fp32, main parameters."""
@@ -92,28 +90,21 @@ class OptimizerShard:
             "exp_avg_sq": torch.zeros(num_elements, device=device),
         }
 
-    def _fused_update(self, *, decay: bool) -> FusedUpdate:
-        """Returns the tensors of the runs with or without weight decay."""
-        update = FusedUpdate(
-            self._config.weight_decay if decay else 0.0,
-            params=[],
-            grads=[],
-            exp_avgs=[],
-            exp_avg_sqs=[],
-            state_steps=[],
-        )
+    def _fused_updates(self) -> list[FusedUpdate]:
+        """Returns one fused call per rule, since its numbers are arguments of the call."""
+        updates: dict[UpdateRule, FusedUpdate] = {}
         for run in self.runs:
-            if run.decay == decay:
-                update.params.append(self.main(run))
-                update.grads.append(self.gradient(run))
-                update.exp_avgs.append(self.state["exp_avg"][run.shard_range])
-                update.exp_avg_sqs.append(self.state["exp_avg_sq"][run.shard_range])
-                # Update counts are on the device, where the fused kernel reads them without
-                # synchronization.
-                update.state_steps.append(
-                    torch.zeros((), device=self.buffers.parameters.device)
-                )
-        return update
+            update = updates.setdefault(run.rule, FusedUpdate(run.rule))
+            update.params.append(self.main(run))
+            update.grads.append(self.gradient(run))
+            update.exp_avgs.append(self.state["exp_avg"][run.shard_range])
+            update.exp_avg_sqs.append(self.state["exp_avg_sq"][run.shard_range])
+            # Update counts are on the device, where the fused kernel reads them without
+            # synchronization.
+            update.state_steps.append(
+                torch.zeros((), device=self.buffers.parameters.device)
+            )
+        return list(updates.values())
 
     def main(self, run: Run | Piece) -> Tensor:
         """Returns the fp32 main parameters of a run or a piece, as a view."""
@@ -125,13 +116,13 @@ class OptimizerShard:
         """Returns the fp32 main gradients of a run or a piece, as a view."""
         return self.buffers.gradients[run.start : run.end]
 
-    def step(self, lr: float) -> None:
-        """Updates the main parameters with the current gradients.
+    def step(self, lr: float, skip: Tensor | None = None) -> None:
+        """Updates the main parameters with the current gradients, unless `skip` is 1.
 
         The new weights are not published yet.
         """
-        config = self._config
         for update in self._updates:
+            rule = update.rule
             adamw(
                 update.params,
                 update.grads,
@@ -141,12 +132,14 @@ class OptimizerShard:
                 state_steps=update.state_steps,
                 fused=True,
                 amsgrad=False,
-                beta1=config.beta1,
-                beta2=config.beta2,
-                lr=lr,
-                weight_decay=update.weight_decay,
-                eps=config.eps,
+                beta1=rule.beta1,
+                beta2=rule.beta2,
+                lr=lr * rule.lr_scale,
+                weight_decay=rule.weight_decay,
+                eps=rule.eps,
                 maximize=False,
+                # The kernel changes nothing when it is 1, update counts included.
+                found_inf=skip,
             )
 
     def set_steps_taken(self, steps: int) -> None:
@@ -253,10 +246,13 @@ class ShardedOptimizer:
                 yield piece, shard.gradient(piece)
 
     @torch.no_grad()
-    def step(self, lr: float) -> None:
-        """Updates with the current gradients, then publishes the new weights."""
+    def step(self, lr: float, skip: Tensor | None = None) -> None:
+        """Updates with the current gradients, then publishes the new weights.
+
+        Where the scalar `skip` is 1, weights and moments stay as they are.
+        """
         for shard in self.shards:
-            shard.step(lr)
+            shard.step(lr, skip)
         self.publish()
 
     def set_steps_taken(self, steps: int) -> None:

@@ -4,11 +4,22 @@ Owns: the order of numbers in the vector that all ranks sum.
 """
 
 from dataclasses import dataclass
+from enum import Enum
 
+import torch
 from torch import Tensor
 
 NUM_FIXED = 3
 """Loss sum, tokens and squared gradient norm, present for every model."""
+
+
+class SkipRule(Enum):
+    """When a step leaves weights and optimizer state as they are."""
+
+    NEVER = "never"
+    IF_NOT_FINITE = "if_not_finite"
+    """When its loss or gradient norm is not finite."""
+    ALWAYS = "always"
 
 
 @dataclass(frozen=True)
@@ -21,6 +32,17 @@ class StepSums:
 
     values: Tensor
     """fp64 [loss sum, tokens, squared gradient norm, auxiliary losses ..., votes ...]."""
+    skip_rule: SkipRule = SkipRule.NEVER
+
+    @property
+    def skip(self) -> Tensor | None:
+        """1.0 if the step is skipped, else 0.0; None for the rule NEVER."""
+        if self.skip_rule is SkipRule.NEVER:
+            return None
+        if self.skip_rule is SkipRule.ALWAYS:
+            return torch.ones((), device=self.values.device)
+        # On the device, so that the host does not wait for the step's end.
+        return torch.isfinite(self.values[:NUM_FIXED]).all().logical_not().float()
 
     @property
     def num_tokens(self) -> Tensor:

@@ -92,10 +92,9 @@ class ParallelLayerFactory:
         """Makes a norm, replicated on every rank."""
         shape = spec.shapes(self._position)["weight"]
         # Only LayerNorm has a bias.
-        eps = self._config.norm_eps
         if spec.bias:
-            return LayerNorm(shape, eps, dtype=self._dtype)
-        return RMSNorm(shape, eps, dtype=self._dtype, zero_centered=spec.zero_centered)
+            return LayerNorm(shape, spec.eps, dtype=self._dtype)
+        return RMSNorm(shape, spec.eps, dtype=self._dtype, zero_centered=spec.zero_centered)
 
     def column(self, spec: ColumnSpec) -> nn.Module:
         """Makes a linear layer with outputs sharded over tp."""
@@ -120,7 +119,8 @@ class ParallelLayerFactory:
 
     def replicated(self, spec: ReplicatedSpec) -> nn.Module:
         """Makes a linear layer that is replicated on every rank."""
-        return ReplicatedLinear(spec.shapes(self._position)["weight"], dtype=self._dtype)
+        shape = spec.shapes(self._position)["weight"]
+        return ReplicatedLinear(shape, bias=spec.bias, dtype=self._dtype)
 
     def router(self, spec: ReplicatedSpec) -> nn.Module:
         """Makes the product of a router, replicated on every rank."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from megatron_ray.config.model import ModelConfig
 from megatron_ray.config.parallelism import ParallelismConfig
@@ -92,14 +92,19 @@ class ParallelModel:
         for group in self.parameter_groups:
             group.reducer.begin_step(trainable)
 
-    def finish_reductions(self, mesh: ParallelMesh) -> None:
-        """Waits for the buckets' gradients and updates the biases of experts.
+    def finish_reductions(self) -> None:
+        """Waits for the buckets' gradients."""
+        for group in self.parameter_groups:
+            group.reducer.finish()
+
+    def update_expert_biases(self, mesh: ParallelMesh, skip: Tensor | None) -> None:
+        """Updates the biases of experts, unless `skip` is 1.
 
         A bias has no gradient, but depends on the tokens of all ranks in this step.
         """
-        for group in self.parameter_groups:
-            group.reducer.finish()
-        update_expert_biases(self.expert_biases.values(), mesh.token_group, mesh.dp_group)
+        update_expert_biases(
+            self.expert_biases.values(), mesh.token_group, mesh.dp_group, skip
+        )
 
 
 def parallelize(

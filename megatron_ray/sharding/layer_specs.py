@@ -202,11 +202,15 @@ class ReplicatedSpec(LayerSpec):
     inputs: int
     outputs: int
     init: Init
+    bias: bool = False
 
     def parameters(self, name: str, position: ShardPosition) -> list[LocalParameter]:
-        """Returns the replicated weight."""
+        """Returns the replicated weight and, if any, bias."""
         shape = (self.outputs, self.inputs)
-        return [_whole(f"{name}.weight", shape, self.init, position, decay=True)]
+        table = [_whole(f"{name}.weight", shape, self.init, position, decay=True)]
+        if self.bias:
+            table.append(_whole(f"{name}.bias", (self.outputs,), ZEROS, position))
+        return table
 
 
 @dataclass(frozen=True)
@@ -214,6 +218,8 @@ class NormSpec(LayerSpec):
     """A norm over a vector of `width`, replicated on every rank."""
 
     width: int
+    eps: float
+    """Added to the variance."""
     bias: bool = False
     zero_centered: bool = False
     """Activations are multiplied by 1 + weight."""

@@ -60,7 +60,7 @@ def attention_spec(model: ModelConfig) -> AttentionSpec:
     if model.qk_norm:
         head_norm = norm_spec(model, model.head_width, is_over_heads=True)
     # The width of all heads may differ from the hidden size.
-    o = _to_residual(model, heads * model.head_width)
+    o = _attention_output(model, heads * model.head_width)
     return AttentionSpec(qkv, head_norm, head_norm, o)
 
 
@@ -97,8 +97,8 @@ def latent_attention_spec(
     if mla.q_lora_rank is None:
         q = _column(model, model.hidden_size, queries, "q")
     else:
-        q_down = replicated_spec(model, model.hidden_size, mla.q_lora_rank)
-        q_norm = norm_spec(model, mla.q_lora_rank)
+        q_down = _to_latent(model, mla.q_lora_rank)
+        q_norm = norm_spec(model, mla.q_lora_rank, eps=mla.norm_eps)
         q_up = _column(model, mla.q_lora_rank, queries, "q_up")
     # All heads share the rotated part of the key, which is computed with the latent.
     latent = mla.kv_lora_rank
@@ -108,10 +108,10 @@ def latent_attention_spec(
         q_down=q_down,
         q_norm=q_norm,
         q_up=q_up,
-        kv_down=replicated_spec(model, model.hidden_size, latent + mla.qk_rope_head_dim),
-        kv_norm=norm_spec(model, latent),
+        kv_down=_to_latent(model, latent + mla.qk_rope_head_dim),
+        kv_norm=norm_spec(model, latent, eps=mla.norm_eps),
         kv_up=_column(model, latent, keys_values, "kv_up"),
-        o=_to_residual(model, heads * mla.v_head_dim),
+        o=_attention_output(model, heads * mla.v_head_dim),
     )
 
 
@@ -138,13 +138,13 @@ def gated_mlp_spec(model: ModelConfig, width: int) -> GatedMLPSpec:
     """Returns the layers of an MLP that is `width` wide inside."""
     # The gate comes first: the activation splits the product into halves.
     gate_up = _fused_column(model, model.hidden_size, ("gate", "up"), width)
-    return GatedMLPSpec(gate_up, _to_residual(model, width))
+    return GatedMLPSpec(gate_up, _mlp_output(model, width))
 
 
 def plain_mlp_spec(model: ModelConfig, width: int) -> PlainMLPSpec:
     """Returns the layers of an MLP that is `width` wide inside."""
     up = _fused_column(model, model.hidden_size, ("up",), width)
-    return PlainMLPSpec(up, _to_residual(model, width))
+    return PlainMLPSpec(up, _mlp_output(model, width))
 
 
 def mlp_spec(model: ModelConfig, width: int) -> GatedMLPSpec | PlainMLPSpec:
@@ -290,10 +290,17 @@ def position_embedding_spec(model: ModelConfig) -> ReplicatedSpec:
 # ---- single layers
 
 
-def norm_spec(model: ModelConfig, width: int, *, is_over_heads: bool = False) -> NormSpec:
-    """Returns a norm of a model's kind."""
+def norm_spec(
+    model: ModelConfig,
+    width: int,
+    *,
+    eps: float | None = None,
+    is_over_heads: bool = False,
+) -> NormSpec:
+    """Returns a norm of a model's kind, with the model's eps unless one is given."""
     return NormSpec(
         width,
+        eps or model.norm_eps,
         bias=model.norm == "layernorm",
         zero_centered=model.zero_centered_norm,
         is_over_heads=is_over_heads,
@@ -305,6 +312,11 @@ def replicated_spec(model: ModelConfig, inputs: int, outputs: int) -> Replicated
     return ReplicatedSpec(inputs, outputs, _normal(model))
 
 
+def _to_latent(model: ModelConfig, outputs: int) -> ReplicatedSpec:
+    """Returns the projection from hidden states to a latent."""
+    return ReplicatedSpec(model.hidden_size, outputs, _normal(model), model.has_qkv_bias)
+
+
 def _column(model: ModelConfig, inputs: int, outputs: int, name: str) -> ColumnSpec:
     return ColumnSpec(inputs, (Output(name, outputs),), _normal(model))
 
@@ -314,12 +326,20 @@ def _fused_column(
 ) -> ColumnSpec:
     # Each weight is sharded separately, so a rank has matching rows of all of them.
     outputs = tuple(Output(name, width) for name in names)
-    return ColumnSpec(inputs, outputs, _normal(model), model.linear_bias)
+    return ColumnSpec(inputs, outputs, _normal(model), model.has_mlp_bias)
 
 
-def _to_residual(model: ModelConfig, inputs: int) -> RowSpec:
-    """Returns a layer whose output is added to the residual stream."""
-    return RowSpec(inputs, model.hidden_size, _residual_init(model), model.linear_bias)
+# Outputs of these two are added to the residual stream.
+
+
+def _attention_output(model: ModelConfig, inputs: int) -> RowSpec:
+    bias = model.has_attention_output_bias
+    return RowSpec(inputs, model.hidden_size, _residual_init(model), bias)
+
+
+def _mlp_output(model: ModelConfig, inputs: int) -> RowSpec:
+    bias = model.has_mlp_bias
+    return RowSpec(inputs, model.hidden_size, _residual_init(model), bias)
 
 
 def _grouped_column(

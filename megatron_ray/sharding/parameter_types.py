@@ -34,7 +34,7 @@ class LogicalParameter:
     """Dimension sharded over tp (experts: over etp); None: replicated on every tp
     rank."""
     decay: bool
-    """Whether weight decay applies."""
+    """Whether weight decay applies unless a group of the optimizer sets another."""
     sum_over_tp: bool = False
     """Whether this replicated tensor's gradient is summed over tp, because each tp rank
     processes only its tokens (sequence parallelism) or heads (norms of queries and
@@ -86,11 +86,6 @@ class LocalParameter:
 
     # Fused parts have equal properties (attention's q, k, v; an MLP's gate and up), so
     # those of the first part apply to the tensor.
-
-    @property
-    def decay(self) -> bool:
-        """Whether weight decay applies."""
-        return self.parts[0].logical.decay
 
     @property
     def tp_sharded(self) -> bool:

@@ -72,15 +72,12 @@ def freeze(
     frozen = []
     for local in table:
         # Kept in the table, since frozen parameters are still loaded, saved and exported.
-        if _matches(local, patterns):
+        if any(matches(part.logical.name, patterns) for part in local.parts):
             local = replace(local, trainable=False)
         frozen.append(local)
     return tuple(frozen)
 
 
-def _matches(local: LocalParameter, patterns: Sequence[str]) -> bool:
-    for part in local.parts:
-        for pattern in patterns:
-            if fnmatchcase(part.logical.name, pattern):
-                return True
-    return False
+def matches(name: str, patterns: Sequence[str]) -> bool:
+    """Returns whether a logical parameter's name matches one of the patterns."""
+    return any(fnmatchcase(name, pattern) for pattern in patterns)

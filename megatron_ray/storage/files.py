@@ -5,6 +5,7 @@ job below one root. Must not know: the contents of files.
 """
 
 import io
+import os
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -63,16 +64,35 @@ def walk(folder: Location) -> Iterator[FileStat]:
             yield _file_stat(info)
 
 
-def open_stream(location: Location) -> IO[bytes]:
+def broken_links(folder: Location) -> list[FileStat]:
+    """Returns the symbolic links below a local folder whose targets do not exist.
+
+    Listings leave them out. Empty for folders that are not local.
+    """
+    links: list[FileStat] = []
+    if not folder.is_local:
+        return links
+    for parent, _, names in os.walk(folder.path):
+        for name in names:
+            path = os.path.join(parent, name)
+            if os.path.islink(path) and not os.path.exists(path):
+                links.append(FileStat(path, 0, 0))
+    return links
+
+
+def open_stream(location: Location, compression: str | None = None) -> IO[bytes]:
     """Opens a file for sequential reads.
 
-    Raises StorageError; reading raises OSError.
+    `compression` is Arrow's name of the file's compression, such as `gzip`; None reads
+    the bytes as they are. Raises StorageError; reading raises OSError.
     """
     with storage_errors("read", location.path):
-        if location.is_local:
+        if location.is_local and compression is None:
             return Path(location.path).open("rb")
         # By default Arrow decompresses according to the file's suffix.
-        stream = location.filesystem.open_input_stream(location.path, compression=None)
+        stream = location.filesystem.open_input_stream(
+            location.path, compression=compression
+        )
         # Arrow's streams cannot read lines, so Python's buffer wraps them.
         return io.BufferedReader(stream, _BUFFER_BYTES)
 

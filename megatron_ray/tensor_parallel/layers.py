@@ -248,36 +248,48 @@ class _Row(AutogradFunction[Tensor]):
 
 
 class ReplicatedLinear(SlottedModule):
-    """Y = X W^T with W replicated: [T or t, I] -> [T or t, O], no communication.
+    """Y = X W^T + b with W replicated: [T or t, I] -> [T or t, O], no communication.
 
     Under sequence parallelism each rank processes its own tokens only, and the
-    parameter table marks the weight's gradient as summed over tp.
+    parameter table marks the gradients as summed over tp.
     """
 
-    def __init__(self, weight_shape: Shape, *, dtype: torch.dtype) -> None:
+    def __init__(self, weight_shape: Shape, *, bias: bool, dtype: torch.dtype) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(weight_shape, dtype=dtype))
+        self.bias = None
+        if bias:
+            self.bias = nn.Parameter(torch.empty(weight_shape[0], dtype=dtype))
 
     def forward(self, inputs_TI: Tensor) -> Tensor:
         """Returns the outputs of this rank's tokens."""
-        return _Replicated.apply(inputs_TI, self.weight, self)
+        return _Replicated.apply(inputs_TI, self.weight, self.bias, self)
 
 
 class _Replicated(AutogradFunction[Tensor]):
     @staticmethod
     def forward(
-        ctx: Any, inputs: Tensor, weight: Tensor, module: ReplicatedLinear
+        ctx: Any,
+        inputs: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        module: ReplicatedLinear,
     ) -> Tensor:
         ctx.save_for_backward(inputs, weight)
         ctx.module = module
-        return forward_product(inputs, weight)
+        output = forward_product(inputs, weight)
+        if bias is not None:
+            output.add_(bias)
+        return output
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         inputs, weight = ctx.saved_tensors
+        module: ReplicatedLinear = ctx.module
         grad = grad.contiguous()
-        grad_weight = deliver_weight_grad(ctx.module, inputs, grad)
-        return input_grad_product(grad, weight), grad_weight, None
+        grad_weight = deliver_weight_grad(module, inputs, grad)
+        grad_bias = deliver_bias_grad(module, grad)
+        return input_grad_product(grad, weight), grad_weight, grad_bias, None
 
 
 class GatherFromSequenceParallel(nn.Module):

@@ -8,10 +8,11 @@ from collections.abc import Callable, Sequence
 from typing import Literal
 
 from megatron_ray.commands import Command, votes_for
+from megatron_ray.config.training import TrainingConfig
 from megatron_ray.models.batch import Batch
 from megatron_ray.optimizer.finalize_grads import scale_and_clip
 from megatron_ray.optimizer.lr_schedule import learning_rate
-from megatron_ray.optimizer.step_sums import StepSums
+from megatron_ray.optimizer.step_sums import SkipRule, StepSums
 from megatron_ray.reports import Report
 from megatron_ray.training.components import TrainingComponents
 from megatron_ray.training.evaluate import evaluate
@@ -37,7 +38,7 @@ def train(
     """
     config = components.config
     mesh = components.mesh
-    reporter = StepReporter(config, mesh, report)
+    reporter = StepReporter(config, mesh, report, progress.skipped)
     in_flight = StepsInFlight(mesh.device, len(config.model.aux_losses))
     timer = StepTimer()
     # One iteration is one step and its boundary. All ranks perform an action at the same
@@ -60,7 +61,7 @@ def train(
             steps = in_flight.pop_all()
             reporter.steps(steps)
             command = max(command, _agreed_command(steps))
-            components.saver.save(progress)
+            components.saver.save(progress.with_skipped(reporter.skipped))
         # After the last step the run has finished, so a stop command has no effect.
         if command.stops and not is_last:
             reporter.steps(in_flight.pop_all())
@@ -91,15 +92,25 @@ def _train_step(
         loss_sum,
         _count_tokens(batches),
         votes_for(poll()),
+        _skip_rule(config.training, progress.step + 1),
     )
     timer.mark("reduce")
     lr = learning_rate(
         progress.step + 1, config.optimizer, config.schedule, config.training.steps
     )
     scale_and_clip(components.optimizer, sums, config.optimizer.clip_grad_norm)
-    components.optimizer.step(lr)
+    components.optimizer.step(lr, sums.skip)
     timer.mark("optimizer")
     return sums, lr
+
+
+def _skip_rule(training: TrainingConfig, step: int) -> SkipRule:
+    """Returns when the step with this number leaves the model as it is."""
+    if step in training.skip_steps:
+        return SkipRule.ALWAYS
+    if training.max_skipped_steps > 0:
+        return SkipRule.IF_NOT_FINITE
+    return SkipRule.NEVER
 
 
 def _evaluate(

@@ -7,16 +7,43 @@ from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
+class SkippedSteps:
+    """The steps of a run that have left the model as it was."""
+
+    total: int = 0
+    """Steps that were skipped because their numbers were not finite."""
+    consecutive: int = 0
+    """Those among the last steps, without a finite one in between."""
+    left_out: int = 0
+    """Steps in training.skip_steps, which are not counted in the others."""
+
+    def after_step(self, *, is_finite: bool, is_left_out: bool) -> "SkippedSteps":
+        """Returns the counts after one more step."""
+        if is_left_out:
+            return replace(self, left_out=self.left_out + 1)
+        if is_finite:
+            return replace(self, consecutive=0)
+        return replace(self, total=self.total + 1, consecutive=self.consecutive + 1)
+
+
+@dataclass(frozen=True)
 class Progress:
     """The progress of a run, from which the loop can continue."""
 
     step: int = 0
-    """Optimizer steps taken."""
+    """Steps taken, skipped ones included."""
     consumed_samples: int = 0
     """Number of training samples used by all ranks."""
     planned_samples: tuple[int, ...] = ()
     """Samples of the whole run for which their order was drawn; more than one number when
     the run was lengthened on a resume."""
+    skipped: SkippedSteps = SkippedSteps()
+    """Steps without an update, as far as their numbers have been read."""
+
+    @property
+    def num_updates(self) -> int:
+        """Number of updates of the optimizer."""
+        return self.step - self.skipped.total - self.skipped.left_out
 
     def after_step(self, num_samples: int) -> "Progress":
         """Returns the progress after one more step of `num_samples` samples."""
@@ -39,6 +66,10 @@ class Progress:
         if not planned or needed > planned[-1]:
             planned = (*planned, needed)
         return replace(self, planned_samples=planned)
+
+    def with_skipped(self, skipped: SkippedSteps) -> "Progress":
+        """Returns the progress with other counts of skipped steps."""
+        return replace(self, skipped=skipped)
 
 
 def is_due(every: int | None, progress: Progress) -> bool:

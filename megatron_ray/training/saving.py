@@ -8,11 +8,13 @@ random stream) is stored in its own part.
 
 import base64
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from typing import Any
 
 import torch
 
 from megatron_ray.checkpoint.directory import FORMAT_VERSION, checkpoint_path
+from megatron_ray.checkpoint.hf.published.files import inside_checkpoint, read_published
 from megatron_ray.checkpoint.initial_weights import load_initial_weights
 from megatron_ray.checkpoint.load import load_into
 from megatron_ray.checkpoint.train_state import TOKENIZER, read_train_state
@@ -26,14 +28,15 @@ from megatron_ray.parallelize.parallelize import ParallelModel
 from megatron_ray.reports import CheckpointReport
 from megatron_ray.sharding.sharded_state import ShardedState, whole_tensor
 from megatron_ray.storage.storage import open_storage
-from megatron_ray.training.progress import Progress
+from megatron_ray.training.progress import Progress, SkippedSteps
 
 
 class TrainingSaver:
     """Writes checkpoints of one rank: its optimizer shard and the run's progress.
 
-    `on_written` is called when this rank's part is durable. Raises ConfigError without a
-    storage path.
+    `on_written` is called when this rank's part is durable. `weights` is the path of the
+    checkpoint or folder that the run begins with, whose published files its checkpoints
+    have too. Raises ConfigError without a storage path.
     """
 
     def __init__(
@@ -46,6 +49,7 @@ class TrainingSaver:
         *,
         attempt: int,
         on_written: Callable[[CheckpointReport], None],
+        weights: str | None = None,
     ) -> None:
         if config.storage is None:
             raise ConfigError("storage.path is not set; checkpoints have nowhere to go")
@@ -59,6 +63,9 @@ class TrainingSaver:
         if mesh.rank == 0:
             # Makes a copied checkpoint sufficient for generation.
             self._files[TOKENIZER] = _read_file(data.tokenizer_path)
+            # Makes an export behave as the published model, after any number of runs.
+            if weights is not None:
+                self._files |= inside_checkpoint(read_published(weights))
         self._writer = CheckpointWriter(mesh, config.checkpoint.mode, on_written)
         # Plans collectively which rank writes which box, so that a save needs no
         # collective.
@@ -99,6 +106,7 @@ class TrainingSaver:
             "step": progress.step,
             "consumed_samples": progress.consumed_samples,
             "planned_samples": progress.planned_samples,
+            "skipped": asdict(progress.skipped),
             # Only fields of TrainConfig: a subclass (a job spec) may have fields that
             # readers of checkpoints do not know.
             "config": self._config.model_dump(
@@ -136,13 +144,18 @@ def resume(
     """
     load_into(path, training_state(model, optimizer))
     state = read_train_state(path, rank)
-    optimizer.set_steps_taken(state["step"])
+    # Checkpoints of earlier versions have no skipped steps.
+    skipped = SkippedSteps(**state.get("skipped", {}))
+    progress = Progress(
+        state["step"], state["consumed_samples"], _planned_samples(state), skipped
+    )
+    optimizer.set_steps_taken(progress.num_updates)
     optimizer.publish()
     # A rank that did not exist in the saving layout keeps the stream of its seed.
     if "rng" in state:
         raw = bytearray(base64.b64decode(state["rng"]["cpu"]))
         torch.set_rng_state(torch.frombuffer(raw, dtype=torch.uint8).clone())
-    return Progress(state["step"], state["consumed_samples"], _planned_samples(state))
+    return progress
 
 
 def _planned_samples(state: Mapping[str, Any]) -> tuple[int, ...]:

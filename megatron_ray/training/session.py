@@ -102,6 +102,7 @@ class TrainingSession:
             data,
             attempt=attempt,
             on_written=report,
+            weights=resume_from or start_from,
         )
         progress = self._load(resume_from, start_from)
         self.progress = progress.planned_for(

@@ -15,7 +15,7 @@ from megatron_ray.models.batch import Batch
 from megatron_ray.models.forward_context import ForwardMode
 from megatron_ray.optimizer.finalize_grads import finalize_grads, squared_grad_norm
 from megatron_ray.optimizer.sharded import ShardedOptimizer
-from megatron_ray.optimizer.step_sums import NUM_FIXED, StepSums
+from megatron_ray.optimizer.step_sums import NUM_FIXED, SkipRule, StepSums
 from megatron_ray.parallelize.parallelize import ParallelModel
 from megatron_ray.training.stages import loss_sum, run_stages
 
@@ -54,13 +54,15 @@ def reduce_step(
     loss_sum: Tensor,
     num_tokens: int,
     votes: Sequence[float] = (),
+    skip_rule: SkipRule = SkipRule.NEVER,
 ) -> StepSums:
     """Completes the gradients, then sums the step's numbers over the world.
 
     `num_tokens` are this replica's. `votes` are summed too, so that ranks agree on a
-    command without a separate collective.
+    command without a separate collective. `skip_rule` determines whether the step
+    changes the model.
     """
-    model.finish_reductions(mesh)
+    model.finish_reductions()
     finalize_grads(optimizer, mesh)
     aux_losses = model.aux_losses.values()
     votes_start = NUM_FIXED + len(aux_losses)
@@ -79,4 +81,6 @@ def reduce_step(
     # A copy from the host, so only if there are votes.
     if any(votes):
         values[votes_start:] = torch.tensor(votes, dtype=torch.float64)
-    return StepSums(collectives.all_reduce(values, mesh.world_group))
+    sums = StepSums(collectives.all_reduce(values, mesh.world_group), skip_rule)
+    model.update_expert_biases(mesh, sums.skip)
+    return sums

@@ -7,37 +7,66 @@ from collections.abc import Callable
 from math import isfinite
 
 from megatron_ray.config.train_config import TrainConfig
+from megatron_ray.config.training import TrainingConfig
 from megatron_ray.distributed import device
 from megatron_ray.distributed.mesh import ParallelMesh
 from megatron_ray.exceptions import ErrorKind, MegatronRayError
 from megatron_ray.planning.flops import flops_per_token
-from megatron_ray.reports import Report, StepReport
+from megatron_ray.reports import Report, SkippedStepReport, StepReport
+from megatron_ray.training.progress import SkippedSteps
 from megatron_ray.training.step_numbers import StepNumbers
 
 
 class NonFiniteLossError(MegatronRayError):
-    """The loss or the gradient norm of a step is not finite.
+    """The loss or the gradient norm of a step is not finite, and it may not be skipped.
 
     Every rank raises it at the same step.
     """
 
     failure_kind = ErrorKind.NUMERICS
 
-    def __init__(self, report: StepReport) -> None:
+    def __init__(
+        self, report: StepReport, skipped: SkippedSteps, training: TrainingConfig
+    ) -> None:
         super().__init__(
             f"the loss of step {report.step} is {report.loss} and its gradient norm "
-            f"{report.grad_norm}; lower optimizer.lr, lengthen schedule.warmup_steps or "
-            "look at the data from an earlier checkpoint on"
+            f"{report.grad_norm}{_exceeded_limit(skipped, training)}; lower optimizer.lr, "
+            "lengthen schedule.warmup_steps, leave the step's samples out with "
+            f"training.skip_steps=[{report.step}], or look at the data from an earlier "
+            "checkpoint on"
         )
 
 
+def _exceeded_limit(skipped: SkippedSteps, training: TrainingConfig) -> str:
+    """Returns which limit one more skipped step exceeds, if any may be skipped."""
+    if training.max_skipped_steps == 0:
+        return ""
+    if skipped.total > training.max_skipped_steps:
+        limit = training.max_skipped_steps
+        return f", after the {limit} skipped steps of training.max_skipped_steps"
+    limit = training.max_consecutive_skipped_steps
+    return (
+        f", after {limit} skipped steps in a row (training.max_consecutive_skipped_steps)"
+    )
+
+
 class StepReporter:
-    """Turns the numbers of steps into reports."""
+    """Turns the numbers of steps into reports, and counts the skipped ones.
+
+    `skipped` are those of the run before its first step here.
+    """
 
     def __init__(
-        self, config: TrainConfig, mesh: ParallelMesh, report: Callable[[Report], None]
+        self,
+        config: TrainConfig,
+        mesh: ParallelMesh,
+        report: Callable[[Report], None],
+        skipped: SkippedSteps,
     ) -> None:
         self._report = report
+        self._training = config.training
+        self.skipped = skipped
+        """Counts up to the last step that was reported."""
         self._other_losses = tuple(config.model.aux_losses)
         # MFU is tokens per second x FLOPs per token / peak of all devices; only the first
         # factor varies.
@@ -51,9 +80,12 @@ class StepReporter:
         """Reports one step.
 
         Raises NonFiniteLossError, after the report, when its loss or gradient norm is
-        not finite.
+        not finite and no further step may be skipped.
         """
         host = numbers.host
+        is_finite = isfinite(numbers.loss) and isfinite(numbers.grad_norm)
+        is_left_out = host.progress.step in self._training.skip_steps
+        self.skipped = self.skipped.after_step(is_finite=is_finite, is_left_out=is_left_out)
         rate = numbers.num_tokens / host.times.total_s
         report = StepReport(
             step=host.progress.step,
@@ -68,10 +100,28 @@ class StepReporter:
             memory_bytes=host.memory_bytes,
             split_s=host.times.parts_s,
             other_losses=dict(zip(self._other_losses, numbers.other_losses, strict=True)),
+            skipped_steps=self.skipped.total,
         )
         self._report(report)
-        if not (isfinite(report.loss) and isfinite(report.grad_norm)):
-            raise NonFiniteLossError(report)
+        if is_left_out:
+            self._report_skipped(report, "training.skip_steps leaves its samples out")
+        elif not is_finite:
+            self._check_limits(report)
+            allowed = self._training.max_skipped_steps
+            reason = f"not finite, {self.skipped.total} of at most {allowed} skipped steps"
+            self._report_skipped(report, reason)
+
+    def _check_limits(self, report: StepReport) -> None:
+        """Raises NonFiniteLossError when the skipped step is one too many."""
+        training = self._training
+        if (
+            self.skipped.total > training.max_skipped_steps
+            or self.skipped.consecutive > training.max_consecutive_skipped_steps
+        ):
+            raise NonFiniteLossError(report, self.skipped, training)
+
+    def _report_skipped(self, report: StepReport, reason: str) -> None:
+        self._report(SkippedStepReport(report.step, report.loss, report.grad_norm, reason))
 
     def steps(self, numbers_of_steps: list[StepNumbers]) -> None:
         """Reports steps in their order. Raises NonFiniteLossError likewise."""

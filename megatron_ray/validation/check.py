@@ -9,7 +9,16 @@ from megatron_ray.config.parallelism import ParallelismConfig
 from megatron_ray.config.problem import Problem
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.parallel_dims import ParallelDims
-from megatron_ray.validation import experts, freezing, latent_attention, layout, recompute
+from megatron_ray.validation import (
+    experts,
+    freezing,
+    intervals,
+    latent_attention,
+    layout,
+    parameter_groups,
+    recompute,
+    schedule,
+)
 from megatron_ray.validation import model as model_rules
 from megatron_ray.validation import resume as resume_rules
 from megatron_ray.validation import training as training_rules
@@ -27,12 +36,23 @@ _RULES = (
     model_rules.model_problems,
     training_rules.length_problems,
     training_rules.sample_problems,
-    training_rules.schedule_problems,
+    schedule.schedule_problems,
     training_rules.dropout_problems,
+    intervals.skipping_problems,
     recompute.recompute_problems,
     resume_rules.resume_changes_problems,
 )
 """Rules in the order in which their problems are listed."""
+_WARNINGS = (
+    schedule.schedule_warnings,
+    intervals.decay_warnings,
+    intervals.clipping_warnings,
+    intervals.interval_warnings,
+    intervals.skipping_warnings,
+    intervals.source_warnings,
+    intervals.model_warnings,
+)
+"""Rules of what is legal but without effect, likewise."""
 
 
 def find_problems(config: TrainConfig, world_size: int | None = None) -> list[Problem]:
@@ -47,7 +67,22 @@ def find_problems(config: TrainConfig, world_size: int | None = None) -> list[Pr
     if problems:
         return problems
     # The rules below enumerate parameters and ranks, which requires a consistent layout.
-    return [*freezing.freezing_problems(config), *_batch_problems(config, world_size)]
+    return [
+        *freezing.freezing_problems(config),
+        *parameter_groups.group_problems(config),
+        *_batch_problems(config, world_size),
+    ]
+
+
+def find_warnings(config: TrainConfig) -> list[Problem]:
+    """Returns what is legal in a config and has no effect, or not the expected one.
+
+    Such a config runs; its warnings are shown before it starts.
+    """
+    warnings = list[Problem]()
+    for rule in _WARNINGS:
+        warnings += rule(config)
+    return warnings
 
 
 def _batch_problems(config: TrainConfig, world_size: int | None) -> list[Problem]:

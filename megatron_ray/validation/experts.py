@@ -93,6 +93,12 @@ def _shape_problems(model: ModelConfig, moe: MoEConfig) -> list[Problem]:
             "give one per layer"
         )
         problems.append(Problem("/model/moe/layer_pattern", "layer_pattern", detail))
+    elif model.mlp_bias and not model.has_plain_mlp:
+        detail = (
+            "mlp_bias has no effect: every layer has routed experts only, and these have no "
+            "biases; leave it out"
+        )
+        problems.append(Problem("/model/mlp_bias", "experts_bias", detail))
     return problems
 
 
@@ -124,7 +130,10 @@ def _group_problems(moe: MoEConfig) -> list[Problem]:
     groups = moe.num_groups
     chosen = moe.group_top_k
     if groups is None and chosen is None:
-        return []
+        if moe.scores_per_group is None:
+            return []
+        detail = "scores_per_group ranks groups, and there are none; leave it out"
+        return [Problem("/model/moe/scores_per_group", "groups", detail)]
     if groups is None or chosen is None:
         missing = "num_groups" if groups is None else "group_top_k"
         detail = "num_groups and group_top_k belong together; give both, or none"
@@ -135,14 +144,36 @@ def _group_problems(moe: MoEConfig) -> list[Problem]:
             "does"
         )
         return [Problem("/model/moe/num_groups", "groups", detail)]
+    group_size = moe.num_experts // groups
+    if moe.scores_per_group is not None:
+        return _ranked_group_problems(moe, groups, chosen, moe.scores_per_group)
     # A group is ranked by its best top_k / group_top_k scores, so it needs that many
     # experts.
-    group_size = moe.num_experts // groups
     if chosen > groups or moe.top_k % chosen or moe.top_k // chosen > group_size:
         detail = (
             f"group_top_k={chosen} must be at most num_groups={groups} and divide "
             f"top_k={moe.top_k}, and each of those groups of {group_size} experts must have "
             "top_k / group_top_k of them; change one"
+        )
+        return [Problem("/model/moe/group_top_k", "groups", detail)]
+    return []
+
+
+def _ranked_group_problems(
+    moe: MoEConfig, groups: int, chosen: int, num_scores: int
+) -> list[Problem]:
+    """Returns problems of groups that a given number of scores ranks."""
+    group_size = moe.num_experts // groups
+    if num_scores > group_size:
+        detail = (
+            f"scores_per_group={num_scores} is more than the {group_size} experts of a group; "
+            "lower it"
+        )
+        return [Problem("/model/moe/scores_per_group", "groups", detail)]
+    if chosen > groups or moe.top_k > chosen * group_size:
+        detail = (
+            f"group_top_k={chosen} must be at most num_groups={groups}, and that many groups "
+            f"of {group_size} experts must have top_k={moe.top_k} of them; change one"
         )
         return [Problem("/model/moe/group_top_k", "groups", detail)]
     return []

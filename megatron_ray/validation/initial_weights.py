@@ -30,6 +30,9 @@ _MOE_TRAINING_ONLY = (
     "pad_to_capacity",
     "drop_policy",
 )
+_FIRST_FIELDS = {"moe": "num_experts", "mla": "kv_lora_rank"}
+"""Groups of fields, each with the one that is None in the signature of a model without
+the group."""
 _LONG_CONTEXT_FIELDS = ("rope_theta", "rope_scaling", "sliding_window")
 """Fields that a run may change intentionally, to train on longer sequences. Default
 values were more likely forgotten."""
@@ -48,8 +51,11 @@ def model_signature(model: ModelConfig) -> dict[str, Any]:
         fields["sliding_window"] = [
             model.window_on(layer) for layer in range(model.num_layers)
         ]
-    # linear_bias implies it.
+    # linear_bias implies all of them.
+    del fields["linear_bias"]
     fields["qkv_bias"] = model.has_qkv_bias
+    fields["attention_output_bias"] = model.has_attention_output_bias
+    fields["mlp_bias"] = model.has_mlp_bias
     # Fields without effect get one value, whatever they were set to.
     if model.position_embedding != "rope":
         fields["rope_theta"] = None
@@ -63,9 +69,10 @@ def model_signature(model: ModelConfig) -> dict[str, Any]:
     ffn_width = fields.pop("ffn_hidden_size")
     if all(model.experts_on(layer) is not None for layer in range(model.num_layers)):
         ffn_width = None  # no layer has a plain MLP
-    del fields["moe"]
-    for name, value in _moe_signature(model).items():
-        fields[f"moe.{name}"] = value
+    for group, values in (("moe", _moe_signature(model)), ("mla", _mla_signature(model))):
+        del fields[group]
+        for name, value in values.items():
+            fields[f"{group}.{name}"] = value
     fields["ffn_hidden_size"] = ffn_width
     return fields
 
@@ -79,7 +86,16 @@ def _moe_signature(model: ModelConfig) -> dict[str, Any]:
     fields["layer_pattern"] = [
         model.moe.on_layer(layer) for layer in range(model.num_layers)
     ]
+    # Without groups nothing is ranked.
+    if model.moe.num_groups is not None:
+        fields["scores_per_group"] = model.moe.group_score_count
     return fields
+
+
+def _mla_signature(model: ModelConfig) -> dict[str, Any]:
+    if model.mla is None:
+        return {"kv_lora_rank": None}
+    return model.mla.model_dump(mode="json")
 
 
 def contradictions(model: ModelConfig, weights: ModelConfig) -> list[Problem]:
@@ -91,11 +107,12 @@ def contradictions(model: ModelConfig, weights: ModelConfig) -> list[Problem]:
     """
     own = model_signature(model)
     expected = model_signature(weights)
-    if (model.moe is None) != (weights.moe is None):
-        # One problem reports that only one of them has experts; the fields inside `moe`
-        # would only repeat it.
-        own = _without_moe_details(own)
-        expected = _without_moe_details(expected)
+    # One problem reports that only one of them has experts, or latent attention; the other
+    # fields inside the group would only repeat it.
+    for group, first in _FIRST_FIELDS.items():
+        if (getattr(model, group) is None) != (getattr(weights, group) is None):
+            own = _without_details(own, group, first)
+            expected = _without_details(expected, group, first)
     defaults = model_signature(
         ModelConfig(
             num_layers=model.num_layers,
@@ -119,12 +136,13 @@ def contradictions(model: ModelConfig, weights: ModelConfig) -> list[Problem]:
     return problems
 
 
-def _without_moe_details(signature: dict[str, Any]) -> dict[str, Any]:
-    return {
-        name: value
-        for name, value in signature.items()
-        if name == "moe.num_experts" or not name.startswith("moe.")
-    }
+def _without_details(signature: dict[str, Any], group: str, first: str) -> dict[str, Any]:
+    """Returns a signature with only the first field of a group."""
+    kept = {}
+    for name, value in signature.items():
+        if name == f"{group}.{first}" or not name.startswith(f"{group}."):
+            kept[name] = value
+    return kept
 
 
 def _may_differ(model: ModelConfig, field: str, value: Any) -> bool:

@@ -49,7 +49,6 @@ def _excluded_fields(model: ModelConfig) -> list[Problem]:
     is_set = {
         "qk_norm": model.qk_norm,
         "linear_bias": model.linear_bias,
-        "qkv_bias": model.qkv_bias,
         "sliding_window": model.sliding_window is not None,
     }
     problems = []

@@ -26,6 +26,9 @@ FREE_ON_RESUME = (
     "training.deterministic",
     "training.eval_every_steps",
     "training.eval_samples",
+    "training.max_skipped_steps",
+    "training.max_consecutive_skipped_steps",
+    "training.skip_steps",
     "data.cache",
     "checkpoint",
     "storage",
@@ -94,6 +97,9 @@ class ResumeComparison:
     """Whether samples come from other data or in another order."""
 
 
+_NOT_OF_SAMPLES = {"max_bad_records", "name"}
+"""Fields of a source that do not change its samples."""
+
 _ORDER_FIELDS = ("data", "training.seq_length", "training.seed")
 
 
@@ -122,6 +128,8 @@ def compare(config: TrainConfig, saved: TrainConfig, path: str) -> ResumeCompari
         changed.append(name)
         if _is_fixed(name) or not _is_within(name, config.checkpoint.resume_changes):
             detail = _describe(name, value, saved_value, path)
+            if name == "training.steps" and config.schedule.min_lr > 0:
+                detail += f", or set schedule.decay_steps to {saved_value} to stay at min_lr"
             problems.append(Problem(_pointer(name), "resume_change", detail))
         else:
             accepted.append(f"{name} is {value}, and was {saved_value} until now")
@@ -242,7 +250,10 @@ def _model_values(config: TrainConfig) -> dict[str, Any]:
 
 def _data_values(config: TrainConfig) -> dict[str, Any]:
     data = config.data
-    values: dict[str, Any] = {}
+    sources = []
+    for source in data.train:
+        sources.append(source.model_dump(mode="json", exclude=_NOT_OF_SAMPLES))
+    values: dict[str, Any] = {"data.train": sources}
     # Other validation data leave the training data alone, unless documents of these are
     # held out.
     if data.validation:
@@ -272,9 +283,4 @@ def _describe(field: str, value: object, saved: object, path: str) -> str:
         if _is_within(field, (section,)):
             detail = f"{detail}, and {effect}"
             break
-    if field == "training.steps":
-        return (
-            f"{detail}; set schedule.decay_steps to {saved} to keep the rate, or add {field} to "
-            "checkpoint.resume_changes to change it"
-        )
     return f"{detail}; set it back, or add {field} to checkpoint.resume_changes to go on with it"

@@ -1,4 +1,4 @@
-"""Checks lengths, the number of samples, the learning rate and dropout.
+"""Checks lengths, the number of samples and dropout.
 
 Pure. Must not know: how many ranks there are.
 """
@@ -80,16 +80,6 @@ def _vocabulary_problems(config: TrainConfig) -> list[Problem]:
         f"model.vocab_size={vocab_size}; lower the first or raise the second"
     )
     return [Problem("/data/tokenizer/vocab_size", "vocab_fits", detail)]
-
-
-def schedule_problems(config: TrainConfig) -> list[Problem]:
-    """Returns a problem when the learning rate would decay upwards."""
-    min_lr = config.schedule.min_lr
-    lr = config.optimizer.lr
-    if min_lr <= lr:
-        return []
-    detail = f"min_lr={min_lr:g} is above optimizer.lr={lr:g}; lower it"
-    return [Problem("/schedule/min_lr", "min_lr", detail)]
 
 
 def dropout_problems(config: TrainConfig) -> list[Problem]:

@@ -12,14 +12,15 @@ from pydantic import BaseModel, ValidationError
 from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 
+from megatron_ray.config.errors.messages import plain_message
+from megatron_ray.config.errors.spec_problems import pointer_to
 from megatron_ray.config.problem import Problem
 from service.exceptions import RequestInvalidError
 from service.http.dependencies import Context, ContextDep
 from service.jobs import cluster_fit, ingest, lifecycle, queue
+from service.jobs.agents import CheckedPaths
 from service.jobs.capacity import ClusterCapacity
 from service.jobs.cluster_fit import Resolution
-from service.jobs.spec_errors import pointer_to
-from service.pydantic_messages import plain_message
 from service.store.schema import ClusterRow, JobRow
 from workers.protocol.states import DesiredState
 from workers.protocol.wire import (
@@ -106,7 +107,8 @@ async def check_result(request: Request, context: ContextDep) -> dict[str, bool]
     problems = []
     for item in result.problems:
         problems.append(Problem(item.pointer, item.code, item.detail))
-    context.agents.finish_check(result.check_id, tuple(problems))
+    checked = CheckedPaths(tuple(problems), result.notes)
+    context.agents.finish_check(result.check_id, checked)
     return {"ok": True}
 
 
@@ -259,6 +261,7 @@ def _desired(context: Context, job: JobRow) -> DesiredJob:
         token=context.auth.job_token(job.id),
         final_checkpoint=job.final_checkpoint,
         checkpoint_requests=job.checkpoint_requests,
+        resumes=job.resumes,
     )
 
 

@@ -1,4 +1,4 @@
-"""Serves /v1/jobs: create, list, show, cancel, checkpoint, delete."""
+"""Serves /v1/jobs: create, list, show, cancel, pause, resume, checkpoint, delete."""
 
 from collections.abc import Callable
 from functools import partial
@@ -11,15 +11,23 @@ from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 
 from service.api import render
-from service.api.models import CancelRequest, Job, JobId, JobSummary, Page
-from service.exceptions import RequestInvalidError
+from service.api.models import (
+    CancelRequest,
+    Job,
+    JobId,
+    JobSummary,
+    Page,
+    PauseRequest,
+    ResumeRequest,
+)
+from service.exceptions import JobActiveError, RequestInvalidError
 from service.http.dependencies import Context, ContextDep, CurrentCaller
 from service.http.idempotency import IdempotentRequest, StoredResponse
-from service.jobs import lifecycle, queue
+from service.jobs import lifecycle, pausing, queue
 from service.jobs.submit import Submitter
 from service.store.schema import JobRow, LabelRow
 from workers.protocol.job import JobSpec
-from workers.protocol.states import JobState
+from workers.protocol.states import JobState, StatusReason
 
 router = APIRouter(prefix="/v1", tags=["jobs"])
 IdempotencyKey = Annotated[
@@ -132,6 +140,59 @@ def cancel_job(
         queue.admit_jobs(session, lifecycle.lock_cluster(session, job.cluster))
 
     return _change(context, job_id, repeatable, cancel)
+
+
+@router.post("/jobs/{job_id}/pause", status_code=202, response_model=Job)
+def pause_job(
+    job_id: JobId,
+    context: ContextDep,
+    caller: CurrentCaller,
+    body: PauseRequest | None = None,
+    key: IdempotencyKey = None,
+) -> Response:
+    """Pauses a job until it is resumed.
+
+    A running job writes a checkpoint and releases its resources. Pausing a paused job
+    changes nothing.
+    """
+    options = body or PauseRequest()
+    path = f"/v1/jobs/{job_id}/pause"
+    repeatable = IdempotentRequest.of(key, caller.token_id, path, options.model_dump())
+    pause = partial(pausing.pause, reason=StatusReason(options.reason))
+    return _change(context, job_id, repeatable, pause)
+
+
+@router.post("/jobs/{job_id}/resume", status_code=202, response_model=Job)
+def resume_job(
+    job_id: JobId,
+    context: ContextDep,
+    caller: CurrentCaller,
+    body: ResumeRequest | None = None,
+    key: IdempotencyKey = None,
+) -> Response:
+    """Resumes a paused or ended job from its newest checkpoint.
+
+    It continues in its folder as if it had never stopped. An ended job gets a new
+    restart budget, and `changes` of its spec, such as more steps.
+    """
+    options = body or ResumeRequest()
+    path = f"/v1/jobs/{job_id}/resume"
+    repeatable = IdempotentRequest.of(key, caller.token_id, path, options.model_dump())
+    submitter = Submitter(context.settings, context.store, context.agents)
+
+    def resume(session: Session, job: JobRow) -> None:
+        if JobState(job.status).is_terminal:
+            submitter.resume(session, job, options.changes)
+        elif options.changes:
+            raise JobActiveError(
+                f"the job is {job.status}; a spec can only be changed after the job's end"
+            )
+        else:
+            pausing.resume(session, job)
+        session.flush()
+        queue.admit_jobs(session, lifecycle.lock_cluster(session, job.cluster))
+
+    return _change(context, job_id, repeatable, resume)
 
 
 @router.post("/jobs/{job_id}/checkpoint", status_code=202, response_model=Job)

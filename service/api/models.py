@@ -8,7 +8,7 @@ from datetime import datetime
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
 from fastapi import Path
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from megatron_ray.config.problem import Problem
 from workers.protocol.states import DesiredState, JobState, StatusReason
@@ -87,6 +87,11 @@ class JobSummary(Body):
     """Explanation of the current state for people."""
     desired_state: DesiredState
     """State that the job's driver works towards."""
+    pause_reason: StatusReason | None
+    """Why the job is paused or being paused: `user_paused`, or `stack_stopped` when
+    `megatron-ray down` has stopped its stack. Null: it is not."""
+    resumes: int
+    """Number of times that the job was resumed after its end."""
     cluster: str
     priority: int
     """Jobs of higher priority are scheduled first."""
@@ -330,6 +335,21 @@ class CancelRequest(Body):
 
     checkpoint: bool = True
     """Whether to write a final checkpoint first."""
+
+
+class PauseRequest(Body):
+    """Options of a pause."""
+
+    reason: Literal["user_paused", "stack_stopped"] = "user_paused"
+    """`stack_stopped`: the stack is about to stop; its next start resumes the job."""
+
+
+class ResumeRequest(Body):
+    """Options of a resume."""
+
+    changes: dict[str, Any] = Field(default_factory=dict, max_length=64)
+    """For an ended job: fields of its spec to change, nested as in the spec, such as
+    `{"training": {"steps": 2000}}`. Default: the job continues unchanged."""
 
 
 # What a node reports, as `workers.protocol.wire.NodeInfo` carries it.

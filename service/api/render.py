@@ -185,6 +185,8 @@ def _summary(row: JobRow, labels: dict[str, str]) -> JobSummary:
         status_reason=_status_reason(row),
         message=row.message,
         desired_state=DesiredState(row.desired),
+        pause_reason=_pause_reason(row),
+        resumes=row.resumes,
         cluster=row.cluster,
         priority=row.priority,
         metadata=labels,
@@ -205,6 +207,12 @@ def _status_reason(row: JobRow) -> StatusReason | None:
     if row.status_reason is None:
         return None
     return StatusReason(row.status_reason)
+
+
+def _pause_reason(row: JobRow) -> StatusReason | None:
+    if row.pause_reason is None:
+        return None
+    return StatusReason(row.pause_reason)
 
 
 def _problem(row: JobRow) -> dict[str, Any] | None:

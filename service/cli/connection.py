@@ -69,6 +69,19 @@ def connect(url: str | None, token: str | None, data_dir: Path | None) -> Client
 
     Raises CommandError when there is neither.
     """
+    client = connect_if_up(url, token, data_dir)
+    if client is None:
+        raise CommandError(
+            f"no local stack is up (data dir {resolve_data_dir(data_dir)})",
+            remedy="start one with `megatron-ray up`, or set --url",
+        )
+    return client
+
+
+def connect_if_up(
+    url: str | None, token: str | None, data_dir: Path | None
+) -> Client | None:
+    """Returns a client of the service at `url`, or of the local stack if one is up."""
     secret = _read_token(token)
     if url is not None:
         if not url.startswith(("http://", "https://")):
@@ -77,14 +90,10 @@ def connect(url: str | None, token: str | None, data_dir: Path | None) -> Client
             )
         # The local stack's token is never sent to another service.
         return Client(url, secret)
-    folder = resolve_data_dir(data_dir)
-    record = local_stack(folder)
+    record = local_stack(resolve_data_dir(data_dir))
     # A stack that is starting has a record, but its address only when the service listens.
     if record is None or not record.url:
-        raise CommandError(
-            f"no local stack is up (data dir {folder})",
-            remedy="start one with `megatron-ray up`, or set --url",
-        )
+        return None
     return Client(record.url, secret or record.token)
 
 
@@ -93,7 +102,7 @@ def _read_token(option: str | None) -> str | None:
     if option is None or not option.startswith("@"):
         return option
     try:
-        return Path(option[1:]).expanduser().read_text().strip()
+        return Path(option[1:]).expanduser().read_text("utf-8-sig").strip()
     except OSError as error:
         raise CommandError(
             f"--token {option}: {error.strerror}",

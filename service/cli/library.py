@@ -7,9 +7,10 @@ work of the commands.
 import json
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from service.cli.connection import connect
 from service.cli.failure import CommandError
@@ -46,31 +47,62 @@ def as_arguments(options: Mapping[str, Any]) -> list[str]:
     return arguments
 
 
-def run_library(module: str, arguments: Sequence[str], needed: str) -> dict[str, Any]:
+def run_library(
+    module: str,
+    arguments: Sequence[str],
+    needed: str,
+    on_piece: Callable[[str], None] | None = None,
+) -> dict[str, Any]:
     """Returns the JSON object that the command prints, which must have the key `needed`.
 
-    Raises CommandError with the last line of its stderr.
+    With `on_piece` the command also streams: it prints JSON strings, one per line, which
+    are passed on at once. Raises CommandError with the last line of its stderr.
     """
     # The same interpreter, whose environment has torch installed.
     command = [sys.executable, "-m", module, *arguments, "--json"]
+    if on_piece is not None:
+        command.append("--stream")
+    # Not a pipe, which would block the command once it is full.
+    with tempfile.TemporaryFile("w+") as errors:
+        try:
+            lines, exit_code = _run(command, errors, on_piece)
+        except KeyboardInterrupt:
+            raise SystemExit(130) from None
+        if exit_code != 0:
+            errors.seek(0)
+            # A traceback or warnings of libraries may precede the last line.
+            message = f"{module} failed with exit code {exit_code}"
+            error_lines = errors.read().strip().splitlines()
+            if error_lines:
+                message = error_lines[-1].removeprefix("error: ")
+            raise CommandError(message)
     try:
-        done = subprocess.run(
-            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
-        )
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
-    if done.returncode != 0:
-        # A traceback or warnings of libraries may precede the last line.
-        message = f"{module} failed with exit code {done.returncode}"
-        error_lines = done.stderr.strip().splitlines()
-        if error_lines:
-            message = error_lines[-1].removeprefix("error: ")
-        raise CommandError(message)
-    try:
-        answer: dict[str, Any] = json.loads(done.stdout)
+        answer: dict[str, Any] = json.loads("".join(lines))
         answer[needed]
     except (ValueError, KeyError, TypeError) as error:
         raise CommandError(
             f"{module} did not print JSON with the key {needed!r}"
         ) from error
     return answer
+
+
+def _run(
+    command: Sequence[str], errors: IO[str], on_piece: Callable[[str], None] | None
+) -> tuple[list[str], int]:
+    """Runs a command; returns its lines that are no pieces, and its exit code."""
+    lines = []
+    with subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=errors,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            # A line is a JSON string or, at the end, a JSON object.
+            if on_piece is not None and line.startswith('"'):
+                on_piece(json.loads(line))
+            else:
+                lines.append(line)
+    return lines, process.returncode

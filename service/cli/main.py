@@ -4,23 +4,55 @@ The exit code is 0 only if the command succeeded. Must not know: the work of com
 """
 
 import sys
+from typing import Annotated
 
 import typer
 
-from service.cli.commands import convert, data, demo, generate, inspect, jobs, plan, stack
+from service.cli.commands import (
+    convert,
+    data,
+    demo,
+    generate,
+    inspect,
+    jobs,
+    pausing,
+    plan,
+    stack,
+)
 from service.cli.failure import CommandError, from_service, show_failure
 from service.client import ServiceError
+from workers.protocol.version import code_version
 
 app = typer.Typer(
     name="megatron-ray",
     help="Train GPT-class models on a Ray cluster.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 # The order in which `--help` lists them.
-for commands in (stack, plan, jobs, inspect, generate, convert, data, demo):
+for commands in (stack, plan, jobs, pausing, inspect, generate, convert, data, demo):
     commands.register(app)
+
+
+def _print_version(is_requested: bool) -> None:
+    if is_requested:
+        typer.echo(f"megatron-ray {code_version()}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            callback=_print_version,
+            is_eager=True,
+            help="Print the version and exit.",
+        ),
+    ] = False,
+) -> None:
+    """Declares the options that go before a command; typer acts on them."""
 
 
 def main() -> None:

@@ -54,6 +54,14 @@ def read_spec(path: Path, overrides: Iterable[str] | None) -> dict[str, Any]:
             exit_code=2,
         ) from error
     _check_json(values, path)
+    return override(values, overrides)
+
+
+def override(values: dict[str, Any], overrides: Iterable[str] | None) -> dict[str, Any]:
+    """Returns a spec, or a part of one, with overrides applied and paths made absolute.
+
+    Raises CommandError with the override that cannot be read.
+    """
     try:
         values = apply_overrides(values, overrides or ())
     except ValueError as error:

@@ -18,10 +18,11 @@ from sqlalchemy.exc import OperationalError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
+from megatron_ray.config.errors.messages import plain_message, short_value
+from megatron_ray.config.errors.spec_problems import pointer_to, problems_from_pydantic
 from megatron_ray.config.problem import Problem
 from service.exceptions import RequestInvalidError, ServiceProblemError, SpecInvalidError
-from service.jobs.spec_errors import pointer_to, problems_from_pydantic
-from service.pydantic_messages import plain_message, short_value
+from workers.protocol.job import JobSpec
 
 MEDIA_TYPE = "application/problem+json"
 logger = logging.getLogger("service")
@@ -161,9 +162,11 @@ async def _on_validation(request: Request, error: Exception) -> Response:
         return _respond(request, _invalid_parameters(details))
     # `skip`: each location starts with "body".
     if _takes_job_spec(request):
-        problems = problems_from_pydantic(in_body, error.body, skip=1)
+        problems = problems_from_pydantic(
+            in_body, error.body, skip=1, model=JobSpec, expected="a job spec"
+        )
         return _respond(request, SpecInvalidError(problems))
-    problems = problems_from_pydantic(in_body, error.body, skip=1, model=None)
+    problems = problems_from_pydantic(in_body, error.body, skip=1)
     return _respond(request, RequestInvalidError.of_problems(problems))
 
 
@@ -177,7 +180,7 @@ def _json_detail(item: Mapping[str, Any]) -> str:
 
 def _takes_job_spec(request: Request) -> bool:
     path = getattr(request.scope.get("route"), "path", "")
-    return path.endswith(("/jobs", "/plans"))
+    return path.endswith(("/jobs", "/plans", "/plans/suggest"))
 
 
 def _invalid_parameters(details: Sequence[Mapping[str, Any]]) -> RequestInvalidError:

@@ -94,7 +94,7 @@ def read_tokens(path: Path) -> dict[Scope, str]:
 
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text("utf-8-sig"))
     except OSError as error:
         reason = error.strerror
     except ValueError:

@@ -13,7 +13,17 @@ from typing import Any
 from megatron_ray.config.problem import Problem
 from workers.protocol.wire import CheckRequest
 
-CheckFuture = asyncio.Future[tuple[Problem, ...]]
+
+@dataclass(frozen=True)
+class CheckedPaths:
+    """What the agent answers to a check."""
+
+    problems: tuple[Problem, ...]
+    notes: tuple[str, ...] = ()
+    """What of the data is left out, one sentence each."""
+
+
+CheckFuture = asyncio.Future[CheckedPaths]
 
 
 class Agents:
@@ -66,13 +76,13 @@ class Agents:
         self._checks.setdefault(cluster, {})[request.check_id] = check
         return check
 
-    def finish_check(self, check_id: str, problems: tuple[Problem, ...]) -> None:
+    def finish_check(self, check_id: str, checked: CheckedPaths) -> None:
         """Passes the agent's result to the submission, if it is still waiting."""
         for checks in self._checks.values():
             check = checks.get(check_id)
             # The agent may send a result twice: the first one counts.
             if check is not None and not check.future.done():
-                check.future.set_result(problems)
+                check.future.set_result(checked)
 
     def forget_check(self, check: "PathCheck") -> None:
         """Removes a check whose request has stopped waiting for it."""
@@ -88,7 +98,7 @@ class PathCheck:
     request: CheckRequest
     future: CheckFuture
 
-    async def result(self, timeout_s: float) -> tuple[Problem, ...] | None:
+    async def result(self, timeout_s: float) -> CheckedPaths | None:
         """Returns the agent's result; None when it did not answer in time.
 
         The check is over either way.

@@ -13,8 +13,10 @@ from sqlalchemy.orm import Session
 
 from megatron_ray.config.checkpoint import StorageConfig
 from megatron_ray.config.problem import Problem
+from megatron_ray.planning.answers import estimates
+from megatron_ray.planning.hardware import Hardware
 from megatron_ray.validation import check, resolution
-from service.jobs import estimates, lifecycle
+from service.jobs import lifecycle
 from service.jobs.capacity import ClusterCapacity, ResourceRequest, resource_request
 from service.store.schema import ClusterRow, JobRow
 from workers.protocol.job import JobSpec
@@ -69,20 +71,32 @@ def check_fit(spec: JobSpec, capacity: ClusterCapacity) -> list[Problem]:
     return problems or _check_memory(spec, request, capacity)
 
 
-def resolve(spec: JobSpec, capacity: ClusterCapacity, job_dir: str) -> ResolvedSpec:
+def resolve(
+    spec: JobSpec,
+    capacity: ClusterCapacity,
+    job_dir: str,
+    *,
+    hardware: Hardware | None = None,
+    ranks: int | None = None,
+) -> ResolvedSpec:
     """Fills in dp, sequence parallelism, accelerator and storage.
 
     An unknown cluster counts as one that has room for one replica and no GPUs.
+    `hardware` and `ranks` stand for the cluster's device and room.
     """
     request = _smallest_request(spec, capacity)
-    ranks = request.ranks
-    # `dp: auto` takes as many ranks as the empty cluster can hold.
-    if capacity.is_known:
-        ranks = capacity.max_ranks(request)
+    if ranks is None:
+        ranks = request.ranks
+        # `dp: auto` takes as many ranks as the empty cluster can hold.
+        if capacity.is_known:
+            ranks = capacity.max_ranks(request)
     resolved = resolution.resolve(spec, ranks)
     assert isinstance(resolved, JobSpec)
+    has_gpu = request.gpu
+    if hardware is not None and spec.resources.accelerator == "auto":
+        has_gpu = hardware.device.type == "cuda"
     accelerator = "cpu"
-    if request.gpu:
+    if has_gpu:
         accelerator = "gpu"
     resources = resolved.resources.model_copy(update={"accelerator": accelerator})
     storage = StorageConfig(path=job_dir)

@@ -1,4 +1,4 @@
-"""Changes jobs. Only this module and `service.jobs.queue` do so.
+"""Changes jobs. Only this module, `queue` and `pausing` do so.
 
 Owns: creation, transitions, requests (cancel, checkpoint, delete) and events. Works
 inside the caller's transaction. Must not know: HTTP, waiting, how records arrive.
@@ -175,14 +175,7 @@ def create(
 
     `is_agent_ready`: whether a live agent can start preparing it now.
     """
-    job.status = JobState.PREPARING
-    job.desired = DesiredState.PREPARE
-    if is_agent_ready:
-        job.status_reason = StatusReason.PREPARING_DATA
-        job.message = ""
-    else:
-        job.status_reason = StatusReason.WAITING_AGENT
-        job.message = f"waiting for the agent of cluster {job.cluster!r}"
+    enter_preparing(job, is_agent_ready=is_agent_ready)
     job.progress = {}
     job.last_seq = 0
     job.epoch = 0
@@ -196,6 +189,22 @@ def create(
     event = NewEvent("job.created", f"job {job.name!r} created", actor="user")
     add_event(session, job, event)
     desired_changed(session, job)
+
+
+def enter_preparing(job: JobRow, *, is_agent_ready: bool) -> None:
+    """Sets a new or resumed job to preparing.
+
+    `is_agent_ready`: whether a live agent can start preparing it now.
+    """
+    job.status = JobState.PREPARING
+    job.desired = DesiredState.PREPARE
+    job.pause_reason = None
+    if is_agent_ready:
+        job.status_reason = StatusReason.PREPARING_DATA
+        job.message = ""
+    else:
+        job.status_reason = StatusReason.WAITING_AGENT
+        job.message = f"waiting for the agent of cluster {job.cluster!r}"
 
 
 def transition(
@@ -225,8 +234,9 @@ def transition(
     if new is JobState.RUNNING and job.started_at is None:
         job.started_at = at
     if new is JobState.QUEUED:
-        # A job that returns to the queue must be admitted again.
-        job.desired = DesiredState.PREPARE
+        # A job that returns to the queue must be admitted again, unless it is being paused.
+        if job.desired != DesiredState.PAUSE:
+            job.desired = DesiredState.PREPARE
         _assign_queue_number(session, job)
     if new.is_terminal:
         job.ended_at = at
@@ -257,6 +267,7 @@ def cancel(session: Session, job: JobRow, *, final_checkpoint: bool) -> None:
     if JobState(job.status).is_terminal or job.desired == DesiredState.CANCEL:
         return
     job.desired = DesiredState.CANCEL
+    job.pause_reason = None
     job.final_checkpoint = final_checkpoint
     data = {"checkpoint": final_checkpoint}
     event = NewEvent("job.cancelling", "cancellation requested", data=data, actor="user")

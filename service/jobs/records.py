@@ -12,12 +12,12 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from sqlalchemy.orm import Session
 
+from megatron_ray.config.errors.messages import plain_message
+from megatron_ray.config.errors.spec_problems import pointer_to
 from megatron_ray.config.problem import Problem
 from service.exceptions import RequestInvalidError
 from service.jobs import lifecycle, queue
 from service.jobs.lifecycle import NewEvent
-from service.jobs.spec_errors import pointer_to
-from service.pydantic_messages import plain_message
 from service.store import metrics
 from service.store.database import Store, wake
 from service.store.metrics import Finite, StepRow
@@ -28,6 +28,8 @@ from workers.protocol.wire import Record
 _SMOOTHING = 0.9
 """Weight of the past in the step time that the ETA is computed from."""
 _MAX_KIND_CHARS = 50
+_MAX_NOTES = 50
+_MAX_NOTE_CHARS = 2000
 
 
 class _Data(BaseModel):
@@ -131,19 +133,21 @@ class RecordApplier:
 
     def _apply_state(self, record: Record) -> None:
         data = _StateData.model_validate(record.data)
+        reason = data.reason
+        # The driver carries out a pause without knowing who has requested it.
+        if data.state is JobState.PAUSED and self._job.pause_reason is not None:
+            reason = StatusReason(self._job.pause_reason)
         has_failed = data.state is JobState.FAILED
         # Recoveries are info: attempt.failed and policy.decision say why they happened.
         event = self._event(record, f"job.{data.state}", data.message)
         if has_failed:
             event = dataclasses.replace(event, level="error")
         # A state that may not follow is kept as an event and changes nothing.
-        if not lifecycle.transition(
-            self._session, self._job, data.state, data.reason, event
-        ):
+        if not lifecycle.transition(self._session, self._job, data.state, reason, event):
             return
         if has_failed:
-            self._job.problem = _failure(data.reason or StatusReason.INTERNAL, data.message)
-        if data.state.is_terminal or data.state is JobState.QUEUED:
+            self._job.problem = _failure(reason or StatusReason.INTERNAL, data.message)
+        if data.state.is_terminal or data.state in (JobState.QUEUED, JobState.PAUSED):
             self._needs_admission = True
 
     def _apply_event(self, record: Record) -> None:
@@ -206,6 +210,9 @@ class RecordApplier:
         job.progress = {**job.progress, "unigram_nats": finite(unigram_nats)}
         message = _prepared_message(record.data.get("num_train_tokens"), manifest)
         self._add(self._event(record, "job.prepared", message))
+        for note in _notes(manifest):
+            # Not numbered: the record already has an event with its number.
+            self._add(NewEvent("data.note", note, at=record.at))
         # A restarted driver reports it again: only the first time does it queue the job.
         if job.status == JobState.PREPARING:
             queued = NewEvent("job.queued", "ready to run", at=record.at)
@@ -372,6 +379,17 @@ def _prepared_message(num_tokens: Any, manifest: dict[str, Any]) -> str:
     if not isinstance(num_tokens, int) or not isinstance(vocab_size, int):
         return "data ready"
     return f"data ready: {num_tokens:,} tokens, vocabulary {vocab_size:,}"
+
+
+def _notes(manifest: dict[str, Any]) -> list[str]:
+    """Returns what the preparation reports about the data, one sentence each."""
+    notes = manifest.get("notes")
+    if not isinstance(notes, list | tuple):
+        return []
+    sentences = [str(note)[:_MAX_NOTE_CHARS] for note in notes[:_MAX_NOTES]]
+    if len(notes) > _MAX_NOTES:
+        sentences.append(f"and {len(notes) - _MAX_NOTES} more notes on the data")
+    return sentences
 
 
 def _count(number: int, noun: str) -> str:

@@ -11,10 +11,10 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
+from megatron_ray.config.errors.spec_problems import pointer_to
 from megatron_ray.config.problem import Problem
 from megatron_ray.validation import check
 from service.jobs import lifecycle
-from service.jobs.spec_errors import pointer_to
 from service.settings import Settings
 from service.store.schema import JobRow
 from workers.protocol.job import JobSpec

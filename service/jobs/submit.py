@@ -14,9 +14,10 @@ from anyio.to_thread import run_sync
 from sqlalchemy.orm import Session
 
 from megatron_ray.config.problem import Problem
+from megatron_ray.validation import check
 from service.exceptions import SpecInvalidError
-from service.jobs import cluster_fit, lifecycle, spec_checks
-from service.jobs.agents import Agents
+from service.jobs import cluster_fit, lifecycle, pausing, spec_checks
+from service.jobs.agents import Agents, CheckedPaths
 from service.jobs.capacity import ClusterCapacity
 from service.settings import Settings
 from service.store.database import Store
@@ -53,9 +54,9 @@ class Submitter:
         job_id = new_job_id()
         job_dir = self.job_dir(spec, job_id)
         # The agent's check of paths comes last, because it takes longest.
-        path_problems = await self.check_paths(spec, capacity, job_dir)
-        if path_problems:
-            raise SpecInvalidError(path_problems)
+        checked = await self.check_paths(spec, capacity, job_dir)
+        if checked is not None and checked.problems:
+            raise SpecInvalidError(checked.problems)
         job = JobRow(id=job_id, name=spec.name, cluster=spec.cluster)
         job.priority = spec.priority
         job.created_at = time.time()
@@ -82,7 +83,27 @@ class Submitter:
             raise SpecInvalidError(problems)
         is_agent_ready = job.world_size is not None and self.agents.is_live(job.cluster)
         lifecycle.create(session, job, spec.metadata, is_agent_ready=is_agent_ready)
+        for warning in check.find_warnings(spec):
+            data = {"pointer": warning.pointer, "code": warning.code}
+            message = f"{warning.pointer}: {warning.detail}"
+            event = lifecycle.NewEvent("spec.warning", message, "warn", data)
+            lifecycle.add_event(session, job, event)
         session.flush()
+
+    def resume(self, session: Session, job: JobRow, changes: dict[str, Any]) -> None:
+        """Resumes an ended job in the caller's transaction, which has locked it.
+
+        Raises SpecInvalidError with everything that is wrong with the changed spec.
+        """
+        changed = pausing.changed_spec(job, changes)
+        spec = JobSpec.from_mapping(changed.resolved)
+        problems = spec_checks.check_storage(session, spec)
+        if changes:
+            problems += self._check(spec, cluster_fit.capacity_of(session, job.cluster))
+        if problems:
+            raise SpecInvalidError(problems)
+        is_agent_ready = job.world_size is not None and self.agents.is_live(job.cluster)
+        pausing.resume_ended(session, job, changed, is_agent_ready=is_agent_ready)
 
     def read_cluster(self, spec: JobSpec) -> tuple[ClusterCapacity, list[Problem]]:
         """Returns the spec's cluster, and why its folder cannot be used."""
@@ -92,8 +113,8 @@ class Submitter:
 
     async def check_paths(
         self, spec: JobSpec, capacity: ClusterCapacity, job_dir: str
-    ) -> list[Problem] | None:
-        """Returns the problems that the agent finds in the spec's paths.
+    ) -> CheckedPaths | None:
+        """Returns what the agent finds in the spec's paths.
 
         The service itself cannot see the cluster's files. Returns None when no agent
         answers in time.
@@ -105,10 +126,7 @@ class Submitter:
         path_check = self.agents.start_check(spec.cluster, resolved, job_dir)
         # The check is added before the agent's long poll is woken to fetch it.
         await run_sync(self._wake_agent, spec.cluster)
-        problems = await path_check.result(self.settings.check_wait_s)
-        if problems is None:
-            return None
-        return list(problems)
+        return await path_check.result(self.settings.check_wait_s)
 
     def job_dir(self, spec: JobSpec, job_id: str) -> str:
         """Returns the folder or URI of everything that the job writes."""

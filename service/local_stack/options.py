@@ -15,7 +15,7 @@ class StackOptions:
     ready_timeout_s: float = 120.0
     """Longest wait for the service, and then for agent and Ray, in seconds."""
     job_grace_s: float = 20.0
-    """Seconds that jobs may take to end before their processes are killed."""
+    """Seconds that jobs may take to pause before their processes are killed."""
     # Both command lines are options so that tests can run stand-ins.
     service_command: tuple[str, ...] = (sys.executable, "-m", "service.main")
     agent_command: tuple[str, ...] = (sys.executable, "-m", "workers.agent")

@@ -10,13 +10,14 @@ import secrets
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO
 
 from service.http.tokens import Scope
 from service.local_stack.files import StackFiles
 from service.local_stack.interruption import Interruption, StackError, StartInterruptedError
+from service.local_stack.job_stops import Report, StoppedJobs, resume_jobs, stop_jobs
 from service.local_stack.options import StackOptions
 from service.local_stack.processes import LABELS, StackProcesses
 from service.local_stack.ray_head import MAX_TEMP_DIR_LENGTH
@@ -37,7 +38,7 @@ from service.local_stack.starting import (
     wait_for_service,
     wait_until_ready,
 )
-from service.local_stack.teardown import Report, TeardownReport, end_recorded
+from service.local_stack.teardown import TeardownReport, end_recorded
 
 _SUPERVISE_POLL_S = 0.03
 
@@ -70,7 +71,7 @@ class LocalStack:
         previous = read_record(data_dir)
         if previous is not None:
             self.report("cleaning up a stack that was not stopped")
-            end_recorded(previous, self.report, job_grace_s=0)
+            end_recorded(previous)
         # The record comes before all that it names, the temp dir included.
         record = _new_record(data_dir)
         write_record(record)
@@ -83,6 +84,7 @@ class LocalStack:
         )
         self._start_processes(processes)
         processes.update_record(phase="ready")
+        resume_jobs(processes.record, self.report)
         return processes.record
 
     def _start_processes(self, processes: StackProcesses) -> None:
@@ -165,17 +167,26 @@ class LocalStack:
                 return TeardownReport(was_up=False)
             # Cleared first, so that a second call does not repeat the teardown.
             self._processes = None
-            teardown = end_recorded(
-                processes.record,
-                self.report,
-                self.options.job_grace_s,
-                is_urgent=lambda: self.interruption.is_urgent,
-            )
+            try:
+                jobs = self._stop_jobs(processes.record)
+            # Whatever happens to the jobs, no process outlives this one.
+            finally:
+                teardown = end_recorded(processes.record)
             processes.wait()
-            return teardown
+            return replace(teardown, jobs=jobs)
         finally:
             if self._lock is not None:
                 self._lock.close()
+
+    def _stop_jobs(self, record: StackRecord) -> StoppedJobs:
+        if record.phase != "ready":
+            return StoppedJobs()
+        return stop_jobs(
+            record,
+            self.report,
+            self.options.job_grace_s,
+            is_urgent=lambda: self.interruption.is_urgent,
+        )
 
 
 def _new_record(data_dir: Path) -> StackRecord:

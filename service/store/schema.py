@@ -21,7 +21,7 @@ from sqlalchemy import (
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 Json = dict[str, Any]
-REVISION = "0002"
+REVISION = "0004"
 """The newest migration, after which a database has exactly these tables."""
 BigKey = BigInteger().with_variant(Integer, "sqlite")
 """64 bits everywhere: SQLite gives rows a number only when the type is called INTEGER."""
@@ -102,6 +102,10 @@ class JobRow(Table):
     desired_revision: Mapped[int] = mapped_column(default=0)
     final_checkpoint: Mapped[bool] = mapped_column(default=True)
     checkpoint_requests: Mapped[int] = mapped_column(default=0)
+    pause_reason: Mapped[str | None] = mapped_column(String(32))
+    """Why the job is paused or being paused; None: it is not."""
+    resumes: Mapped[int] = mapped_column(default=0)
+    """Number of times that the job was resumed after its end."""
 
     # Observed state.
     status: Mapped[str] = mapped_column(String(16))
@@ -193,6 +197,7 @@ class MetricRow(Table):
     memory_bytes: Mapped[int | None]
     split_s: Mapped[Json | None]
     other_losses: Mapped[Json | None]
+    skipped_steps: Mapped[int | None]
 
 
 class AttemptRow(Table):

@@ -369,7 +369,17 @@ def test_a_resolved_spec_means_what_it_meant(path: Path) -> None:
 def test_a_given_spec_is_filled_with_the_same_values() -> None:
     spec = json.loads((PREVIOUS / "spec" / "every-field.json").read_text())
     filled = JobSpec.from_mapping(spec["given"]).model_dump(mode="json")
-    assert {part: filled[part] for part in spec["resolved"]} == spec["resolved"]
+    assert known_then(filled, spec["resolved"]) == spec["resolved"]
+
+
+def known_then(filled: Any, resolved: Any) -> Any:
+    """A spec without the fields that have been added since."""
+    if isinstance(resolved, dict):
+        return {name: known_then(filled[name], resolved[name]) for name in resolved}
+    if isinstance(resolved, list):
+        pairs = zip(filled, resolved, strict=True)
+        return [known_then(value, then) for value, then in pairs]
+    return filled
 
 
 @pytest.mark.parametrize("name", MESSAGES)

@@ -1,5 +1,5 @@
 """The road a newcomer walks, by the command line alone: up, plan, submit, look,
-generate, cancel, down.
+generate, cancel, resume, down and up again.
 """
 
 import json
@@ -140,12 +140,50 @@ def test_mistakes_are_one_message(cli: CommandLine) -> None:
     assert "already up" in cli.run("up").stderr
 
 
-def test_down_cancels_what_runs_and_leaves_nothing(cli: CommandLine) -> None:
-    cli.ok("submit", "spec.yaml", *ONE_RANK, "--set", "training.steps=100000")
+def await_step(cli: CommandLine, job_id: str, step: int) -> None:
+    deadline = time.monotonic() + 90
+    while (json.loads(cli.ok("show", job_id, "--json"))["progress"]["step"] or 0) < step:
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
+def losses(cli: CommandLine, job_id: str) -> list[tuple[int, float]]:
+    rows = json.loads(cli.ok("metrics", job_id, "--json", "--max-points", "1000"))["data"]
+    return [(row["step"], row["loss"]) for row in rows]
+
+
+def test_a_job_that_was_cancelled_and_whose_stack_was_stopped_is_as_if_undisturbed(
+    cli: CommandLine,
+) -> None:
+    long = (*ONE_RANK, "--set", "training.steps=400", "--set", "checkpoint.every_steps=300")
+    undisturbed = json.loads(cli.ok("submit", "spec.yaml", *long, "--json"))["id"]
+    cli.ok("watch", undisturbed)
+
+    job_id = json.loads(cli.ok("submit", "spec.yaml", *long, "--json"))["id"]
+    await_step(cli, job_id, 20)
+    cli.ok("cancel", job_id)
+    cli.ok("resume", job_id)
+    await_step(cli, job_id, 60)
     record = read_record(cli.data_dir)
     assert record is not None
-    cli.ok("down")
+    output = cli.ok("down")
+    assert f"paused: {job_id}; the next `up` resumes them" in output
     assert members(entry.session for entry in record.sessions) == []
     assert not Path(record.temp_dir).exists()
     assert read_record(cli.data_dir) is None
     assert "nothing is up" in cli.ok("down")
+
+    cli.ok("up", "--detach", "--cpus", "2")
+    assert cli.ok("watch", job_id).rstrip().endswith("succeeded")
+    assert losses(cli, job_id) == losses(cli, undisturbed)
+    attempts = json.loads(cli.ok("show", job_id, "--json"))["attempt"]
+    assert attempts == 3, "one to the cancel, one to the stop, one to the end"
+
+
+def test_down_cancels_jobs_when_asked_to(cli: CommandLine) -> None:
+    job = json.loads(
+        cli.ok("submit", "spec.yaml", *ONE_RANK, "--set", "training.steps=100000", "--json")
+    )
+    assert f"ended: {job['id']}" in cli.ok("down", "--cancel-jobs")
+    cli.ok("up", "--detach", "--cpus", "2")
+    assert json.loads(cli.ok("show", job["id"], "--json"))["status"] == "cancelled"

@@ -16,7 +16,8 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Decod
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.data.loader import BatchMaker
 from megatron_ray.distributed.mesh import ParallelMesh
-from megatron_ray.inference.generate import Sampling, generate_tokens
+from megatron_ray.inference.generate import generate_tokens
+from megatron_ray.inference.sampling import Sampling
 from megatron_ray.optimizer.finalize_grads import scale_and_clip
 from megatron_ray.optimizer.sharded import ShardedOptimizer
 from megatron_ray.parallelize.parallelize import ParallelModel
@@ -43,9 +44,11 @@ YARN = {
     "mscale_all_dim": 0.8,
 }
 CASES: dict[str, dict[str, Any]] = {
-    "experts": {"q_lora_rank": 24, "yarn": True, "dense": 1},
-    "dense": {"q_lora_rank": None, "yarn": False, "dense": 2},
+    "experts": {"q_lora_rank": 24, "yarn": True, "dense": 1, "bias": True},
+    "dense": {"q_lora_rank": None, "yarn": False, "dense": 2, "bias": False},
 }
+# Not the eps of the latents' norms, which no key of config.json changes.
+EPS = 1e-4
 IMPLEMENTATIONS: dict[str, Any] = {
     "attn_implementation": "sdpa",
     "experts_implementation": "eager",  # the others know no float64
@@ -74,6 +77,8 @@ def judge(case: dict[str, Any], seed: int = 1) -> DeepseekV3ForCausalLM:
         num_experts_per_tok=4,
         first_k_dense_replace=case["dense"],
         max_position_embeddings=128,
+        rms_norm_eps=EPS,
+        attention_bias=case["bias"],
         rope_parameters={"rope_theta": 10000.0}
         | (YARN if case["yarn"] else {"rope_type": "default"}),
         **IMPLEMENTATIONS,
@@ -95,7 +100,9 @@ def config_of(case: dict[str, Any], **changes: Any) -> TrainConfig:
         "num_attention_heads": 4,
         "ffn_hidden_size": 96,
         "vocab_size": VOCABULARY,
-        "norm_eps": 1e-6,
+        "norm_eps": EPS,
+        "qkv_bias": case["bias"],
+        "attention_output_bias": case["bias"],
         "mla": {
             "q_lora_rank": case["q_lora_rank"],
             "kv_lora_rank": 16,

@@ -15,13 +15,12 @@ from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.data.tokenizer import Tokenizer
 from megatron_ray.distributed.mesh import ParallelMesh
 from megatron_ray.inference.generate import (
-    Sampling,
-    choose,
     generate,
     generate_tokens,
     load_model,
     main,
 )
+from megatron_ray.inference.sampling import Sampling, choose
 from megatron_ray.models.gpt import GPT
 from megatron_ray.training.session import build
 from tests.support.parity import GPT2_FIELDS
@@ -248,6 +247,12 @@ def test_top_k_and_top_p_keep_the_likeliest(sampling: Sampling, allowed: set[int
         ({"top_k": 0}, "top_k=0 must be at least 1"),
         ({"top_p": 1.5}, "top_p=1.5 must be between 0 and 1"),
         ({"max_new_tokens": 0}, "max_new_tokens=0 must be at least 1"),
+        ({"max_new_tokens": -3}, "max_new_tokens=-3 must be at least 1"),
+        ({"seed": 1 << 64}, "seed=18446744073709551616 must be between"),
+        (
+            {"max_new_tokens": 10**15},
+            "new ones need more than the .*; ask for at most",
+        ),
     ],
 )
 def test_senseless_values_are_refused(
@@ -274,6 +279,29 @@ def test_learned_positions_end_somewhere(tmp_path: Path) -> None:
         len(generate_tokens(model, [1] * 60, 4, Sampling(0), 0, stop=-1, vocabulary=257))
         == 4
     )
+
+
+def test_memory_for_keys_and_values_ends_somewhere(
+    loaded: tuple[GPT, Tokenizer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokenizer = loaded
+    config = model.config
+    token_bytes = 2 * 4 * config.num_layers * config.kv_heads * config.head_width
+    monkeypatch.setattr(
+        "megatron_ray.inference.caches.free_memory_bytes", lambda _: 10 * token_bytes
+    )
+    with pytest.raises(
+        ValueError,
+        match="4 prompt tokens and 6 new ones need more than the 9 tokens that the free "
+        "memory has room for; ask for at most 5 new tokens",
+    ):
+        generate(model, tokenizer, "four", 6)
+    with pytest.raises(
+        ValueError,
+        match="the prompt has 9 tokens, the free memory has room for 9; shorten the prompt",
+    ):
+        generate(model, tokenizer, "nine char", 1)
+    assert len(generate(model, tokenizer, "four", 5).tokens) <= 5
 
 
 def test_rotary_positions_go_on(tmp_path: Path) -> None:
@@ -332,6 +360,11 @@ def test_the_command_prints_text_or_json(
     answer = json.loads(capsys.readouterr().out)
     assert answer["prompt"] == "import "
     assert len(answer["tokens"]) <= 12
+    assert main([*common, "--json", "--stream"]) == 0
+    *pieces, whole = map(json.loads, capsys.readouterr().out.splitlines())
+    assert whole == answer
+    assert "".join(pieces) == answer["text"]
+    assert len(pieces) > 1
     assert main(common) == 0
     assert capsys.readouterr().out == f"import {answer['text']}\n"
 

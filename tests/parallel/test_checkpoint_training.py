@@ -182,6 +182,20 @@ def test_resuming_is_exact_and_other_layouts_go_on(
     assert len(generate(model, tokenizer, "line 7: ", 24, temperature=0).tokens) > 0
 
 
+def test_a_run_that_has_skipped_a_step_resumes_exactly(
+    run_ranks: Run, tmp_path: Path, corpus: PreparedData
+) -> None:
+    """Bias correction counts updates, and not steps."""
+
+    def skipping(settings: TrainConfig) -> TrainConfig:
+        training = settings.training.model_copy(update={"skip_steps": (2, 6)})
+        return settings.model_copy(update={"training": training})
+
+    here = skipping(config(tmp_path / "one", 1, 1))
+    there = skipping(config(tmp_path / "two", 2, 1))
+    goes_on_here_and_elsewhere(run_ranks, here, there, corpus, rel=2e-5)
+
+
 @pytest.mark.parametrize(
     "parallel",
     [

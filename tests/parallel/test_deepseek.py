@@ -51,6 +51,7 @@ YARN = {
     "original_max_position_embeddings": 16,
     "mscale_all_dim": 1.0,
 }
+BIASES = {"qkv_bias": True, "attention_output_bias": True, "mlp_bias": True}
 ROUTER: dict[str, Any] = {
     "num_experts": 8,
     "top_k": 2,
@@ -70,7 +71,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "latent-direct-queries": BASE | {"mla": MLA | {"q_lora_rank": None}},
     "mtp": LLAMA | {"mtp": MTP},
     "mtp-tied": LLAMA | {"mtp": MTP, "tie_embeddings": True},
-    "both": BASE | {"mla": MLA, "mtp": MTP, "rope_scaling": YARN},
+    "both": BASE | BIASES | {"mla": MLA, "mtp": MTP, "rope_scaling": YARN},
     "deepseek": BASE
     | {"mla": MLA, "mtp": MTP | {"num_layers": 1}, "moe": ROUTER, "rope_scaling": YARN},
 }

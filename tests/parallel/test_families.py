@@ -26,6 +26,7 @@ EVERYTHING: dict[str, Any] = LLAMA | {
     "head_dim": 12,
     "qk_norm": True,
     "qkv_bias": True,
+    "attention_output_bias": True,
     "sliding_window": 11,
     "full_attention_every": 2,
     "rope_scaling": {

@@ -20,6 +20,7 @@ from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.data.loader import StepLoader
 from megatron_ray.distributed.mesh import ParallelMesh, World
 from megatron_ray.optimizer.finalize_grads import scale_and_clip
+from megatron_ray.optimizer.step_sums import SkipRule
 from megatron_ray.parallel_dims import ParallelDims
 from megatron_ray.training.session import batch_maker, build
 from megatron_ray.training.step import forward_backward, reduce_step
@@ -128,9 +129,10 @@ def step(
                 loss,
                 sum(batch.num_tokens for batch in batches),
                 nothing,
+                SkipRule.IF_NOT_FINITE,
             )
             scale_and_clip(optimizer, stats, 1.0)
-            optimizer.step(1e-3)
+            optimizer.step(1e-3, stats.skip)
         assert stats.values.device.type == device
 
 

@@ -101,16 +101,28 @@ class FakeControlPlane:
         self.state = JobState.PREPARING
         self.ignored: list[str] = []
         """State records that the table of transitions does not allow."""
+        self.resumes = 0
         self._revision = 1
         self._fields = {"job_id": JOB_ID, "spec": spec, "job_dir": job_dir, "token": "t"}
         self.desired: DesiredJob | None = self._desired(DesiredState.PREPARE)
 
     def _desired(self, state: DesiredState) -> DesiredJob:
-        return DesiredJob(desired=state, revision=self._revision, **self._fields)
+        return DesiredJob(
+            desired=state, revision=self._revision, resumes=self.resumes, **self._fields
+        )
 
     def desire(self, state: DesiredState) -> None:
         self._revision += 1
         self.desired = self._desired(state)
+
+    def _is_admitted(self) -> bool:
+        return self.desired is None or self.desired.desired is not DesiredState.PAUSE
+
+    def resume(self) -> None:
+        """Resumes the job after its end."""
+        self.resumes += 1
+        self.state = JobState.PREPARING
+        self.desire(DesiredState.PREPARE)
 
     def take(self, record: Record) -> None:
         if record.n <= len(self.records):
@@ -119,7 +131,8 @@ class FakeControlPlane:
         self.records.append(record)
         if record.kind == "prepared" and self.state is JobState.PREPARING:
             self.state = JobState.QUEUED
-            self.desire(DesiredState.RUN)
+            if self._is_admitted():
+                self.desire(DesiredState.RUN)
         if record.kind == "state":
             self._take_state(JobState(record.data["state"]))
 
@@ -128,6 +141,8 @@ class FakeControlPlane:
             self.ignored.append(f"{new} after {self.state}")
             return
         self.state = new
+        if new is JobState.QUEUED:
+            self.desire(DesiredState.RUN)
         # A paused job is resumed some day: here, at once.
         if new is JobState.PAUSED:
             self.state = JobState.QUEUED

@@ -55,7 +55,7 @@ _GPT2 = {
     "bos_token_id": 0,
     "eos_token_id": 0,
 }
-_DEEPSEEK = _COMMON | {
+_LATENT = _COMMON | {
     "num_key_value_heads": 4,
     "num_hidden_layers": 3,
     "n_routed_experts": 8,
@@ -63,31 +63,31 @@ _DEEPSEEK = _COMMON | {
     "moe_intermediate_size": 24,
     "n_shared_experts": 1,
     "first_k_dense_replace": 1,
-    "n_group": 4,
-    "topk_group": 2,
     "q_lora_rank": 16,
     "kv_lora_rank": 24,
     "qk_rope_head_dim": 8,
     "qk_nope_head_dim": 16,
     "v_head_dim": 12,
     "rope_parameters": _YARN,
-    "num_nextn_predict_layers": 0,
+    "rms_norm_eps": 1e-4,
 }
+_DEEPSEEK_V2 = _LATENT | {"attention_bias": True, "mlp_bias": True, "n_shared_experts": 2}
+_DEEPSEEK_V3 = _LATENT | {"n_group": 4, "topk_group": 2, "num_nextn_predict_layers": 0}
 
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("GPT2", _GPT2),
     "llama": ("Llama", _GROUPED | {"rms_norm_eps": 1e-5}),
-    "llama-tied": ("Llama", _GROUPED | {"tie_word_embeddings": True}),
-    "llama3": ("Llama", _GROUPED | {"rope_parameters": _LLAMA3}),
+    "llama-tied": ("Llama", _GROUPED | {"tie_word_embeddings": True, "mlp_bias": True}),
+    "llama3": ("Llama", _GROUPED | {"rope_parameters": _LLAMA3, "attention_bias": True}),
     "mistral": ("Mistral", _GROUPED | {"sliding_window": 16}),
     "mixtral": ("Mixtral", _GROUPED | {"num_local_experts": 4, "num_experts_per_tok": 2}),
-    "gemma": ("Gemma", _WIDE | {"num_key_value_heads": 1}),
+    "gemma": ("Gemma", _WIDE | {"num_key_value_heads": 1, "attention_bias": True}),
     "qwen2": (
         "Qwen2",
         _GROUPED
         | {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 0},
     ),
-    "qwen3": ("Qwen3", _WIDE),
+    "qwen3": ("Qwen3", _WIDE | {"attention_bias": True}),
     "qwen3_moe": (
         "Qwen3Moe",
         _WIDE
@@ -98,10 +98,26 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "norm_topk_prob": True,
             "num_hidden_layers": 3,
             "mlp_only_layers": [1],
+            "attention_bias": True,
         },
     ),
-    "deepseek_v3": ("DeepseekV3", _DEEPSEEK),
-    "deepseek_v3-mtp": ("DeepseekV3", _DEEPSEEK | {"q_lora_rank": None}),
+    "deepseek_v2": ("DeepseekV2", _DEEPSEEK_V2 | {"topk_method": "greedy"}),
+    "deepseek_v2-groups": (
+        "DeepseekV2",
+        _DEEPSEEK_V2
+        | {
+            "topk_method": "group_limited_greedy",
+            "n_group": 4,
+            "topk_group": 2,
+            "q_lora_rank": None,
+        },
+    ),
+    # The number of chosen experts does not follow from the groups.
+    "deepseek_v3": ("DeepseekV3", _DEEPSEEK_V3 | {"num_experts_per_tok": 3}),
+    "deepseek_v3-mtp": (
+        "DeepseekV3",
+        _DEEPSEEK_V3 | {"q_lora_rank": None, "attention_bias": True},
+    ),
 }
 
 

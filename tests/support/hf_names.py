@@ -30,6 +30,8 @@ def decoder_logical(state: dict[str, Tensor], config: ModelConfig) -> dict[str, 
     }
     if config.has_qkv_bias:
         names |= {f"attention.{part}.bias": f"self_attn.{part}_proj.bias" for part in "qkv"}
+    if config.has_attention_output_bias:
+        names["attention.o.bias"] = "self_attn.o_proj.bias"
     if config.qk_norm:
         names |= {
             f"attention.{part}_norm.weight": f"self_attn.{part}_norm.weight"
@@ -40,6 +42,11 @@ def decoder_logical(state: dict[str, Tensor], config: ModelConfig) -> dict[str, 
             f"mlp.{part}.weight": f"mlp.{part}_proj.weight"
             for part in ("gate", "up", "down")
         }
+        if config.has_mlp_bias:
+            names |= {
+                f"mlp.{part}.bias": f"mlp.{part}_proj.bias"
+                for part in ("gate", "up", "down")
+            }
     for layer in range(config.num_layers):
         hf_prefix = f"model.layers.{layer}."
         tensors |= {
@@ -113,6 +120,15 @@ def deepseek_block(
         f"{ours}{name}.weight": state[f"{hf_prefix}{part}.weight"]
         for name, part in names.items()
     }
+    for name in ("q_down", "kv_down", "o"):
+        has_bias = config.has_attention_output_bias if name == "o" else config.has_qkv_bias
+        if has_bias and name in attention:
+            bias = state[f"{hf_prefix}self_attn.{attention[name]}.bias"]
+            tensors[f"{ours}attention.{name}.bias"] = bias
+    key_bias = f"{ours}attention.kv_down.bias"
+    if key_bias in tensors:
+        order = _rotated_rows(config.num_attention_heads, mla)["kv_down"]
+        tensors[key_bias] = tensors[key_bias][order]
     for name, order in _rotated_rows(config.num_attention_heads, mla).items():
         if f"{ours}attention.{name}.weight" in tensors:
             tensors[f"{ours}attention.{name}.weight"] = tensors[

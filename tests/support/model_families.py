@@ -92,6 +92,7 @@ YARN = {
     "beta_slow": 1.0,
 }
 QK_NORM = {"qk_norm": True, "head_dim": 24}
+ATTENTION_BIAS = {"qkv_bias": True, "attention_output_bias": True}
 EXPERTS = {"num_experts": 4, "top_k": 2, "ffn_hidden_size": 48}
 
 FAMILIES: dict[str, Family] = {
@@ -128,8 +129,8 @@ FAMILIES: dict[str, Family] = {
     ),
     "llama-yarn": Family(
         "Llama",
-        {"rope_parameters": ROPE | {"rope_type": "yarn"} | YARN},
-        {"rope_scaling": {"kind": "yarn"} | YARN},
+        {"rope_parameters": ROPE | {"rope_type": "yarn"} | YARN, "mlp_bias": True},
+        {"rope_scaling": {"kind": "yarn"} | YARN, "mlp_bias": True},
     ),
     "mistral": Family(
         "Mistral", {"sliding_window": 11, "head_dim": None}, {"sliding_window": 11}
@@ -156,8 +157,8 @@ FAMILIES: dict[str, Family] = {
     ),
     "qwen3": Family(
         "Qwen3",
-        {"head_dim": 24, "tie_word_embeddings": True},
-        QK_NORM | {"tie_embeddings": True},
+        {"head_dim": 24, "tie_word_embeddings": True, "attention_bias": True},
+        QK_NORM | ATTENTION_BIAS | {"tie_embeddings": True},
     ),
     "qwen3-moe": Family(
         "Qwen3Moe",

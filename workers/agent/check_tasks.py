@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from megatron_ray.checkpoint.initial_model import resolve_initial_model
+from megatron_ray.config.errors.spec_problems import problems_from_pydantic
 from megatron_ray.config.problem import Problem
 from megatron_ray.data.preparation.check import check_data
 from megatron_ray.storage.errors import StorageError
@@ -20,8 +21,8 @@ from workers.protocol.job import JobSpec
 NONCE_FOLDER = ".megatron-ray"
 
 
-def check_task(spec: dict[str, Any], storage_path: str) -> list[dict[str, str]]:
-    """Returns the problems of a spec's paths as seen from the cluster, as JSON.
+def check_task(spec: dict[str, Any], storage_path: str) -> dict[str, Any]:
+    """Returns problems of a spec's paths as seen from the cluster, and notes, as JSON.
 
     Quick: nothing is tokenized.
     """
@@ -29,20 +30,12 @@ def check_task(spec: dict[str, Any], storage_path: str) -> list[dict[str, str]]:
     try:
         job = JobSpec.from_mapping(spec)
     except ValidationError as error:
-        return _validation_rows(error)
+        problems = problems_from_pydantic(error.errors(), spec, model=JobSpec)
+        return {"problems": problem_rows(problems), "notes": []}
     _, model_problems = resolve_initial_model(job.checkpoint, job.model)
-    problems = list(check_data(job.data, job.training.seq_length, storage_path))
-    problems += model_problems
-    problems += _find_other_job(storage_path)
-    return problem_rows(problems)
-
-
-def _validation_rows(error: ValidationError) -> list[dict[str, str]]:
-    rows = []
-    for item in error.errors():
-        pointer = "/" + "/".join(map(str, item["loc"]))
-        rows.append({"pointer": pointer, "code": str(item["type"]), "detail": item["msg"]})
-    return rows
+    checked = check_data(job.data, job.training.seq_length, storage_path)
+    problems = [*checked.problems, *model_problems, *_find_other_job(storage_path)]
+    return {"problems": problem_rows(problems), "notes": checked.notes}
 
 
 def _find_other_job(storage_path: str) -> list[Problem]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron_ray.storage.errors import StorageError
 from workers.agent.check_tasks import check_task, nonce_matches, write_nonce
-from workers.protocol.wire import CheckRequest, CheckResult, NodeInfo, ProblemMessage
+from workers.protocol.wire import CheckRequest, CheckResult, NodeInfo
 from workers.ray.tasks import TaskFailedError, anywhere, is_done, on_node, result
 from workers.service_client import (
     ServiceClient,
@@ -61,21 +61,22 @@ class CheckRunner:
             if not is_done(call):
                 continue
             del self._running[check_id]
-            problems = tuple(ProblemMessage(**row) for row in _problem_rows(call))
+            fields = _result_fields(call)
             try:
-                self._client.check_result(CheckResult(check_id=check_id, problems=problems))
+                self._client.check_result(CheckResult(check_id=check_id, **fields))
             except (ServiceUnavailableError, ServiceRefusedError) as error:
                 _LOG.warning("%s", error)
 
 
-def _problem_rows(call: Any) -> list[dict[str, str]]:
-    """Returns the problems that a check found; a failed check is itself a problem."""
+def _result_fields(call: Any) -> dict[str, Any]:
+    """Returns a check's problems and notes; a failed check is itself a problem."""
     try:
-        rows: list[dict[str, str]] = result(call)
+        fields: dict[str, Any] = result(call)
     except TaskFailedError as error:
         detail = f"the paths could not be checked on the cluster: {error}"
-        return [{"pointer": "", "code": "check_failed", "detail": detail}]
-    return rows
+        row = {"pointer": "", "code": "check_failed", "detail": detail}
+        return {"problems": [row]}
+    return fields
 
 
 class StorageChecks:

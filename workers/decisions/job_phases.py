@@ -28,6 +28,7 @@ it. Must not know: how anything is done, clocks, Ray, torch, HTTP.
     RUNNING ──AttemptFinished, AttemptStopped(cancel)──> ENDING
     RECOVERING ──RestartDecided(give up)──> ENDING
     SCHEDULING, RECOVERING ──NothingToResume──> ENDING
+    ENDING ──ResumeRequested──> PREPARING, or READY when the data are prepared
 
 The driver works in a phase until it observes something, calls `next_phase`, sends the
 records of the transition and writes the journal. If it dies anywhere in between, its
@@ -39,7 +40,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from workers.decisions.failures import Failure, FailureKind
+from workers.decisions.failures import FailureKind
 from workers.decisions.journal_entry import (
     DeadRank,
     Ending,
@@ -48,7 +49,24 @@ from workers.decisions.journal_entry import (
     Phase,
     ResourcesReleased,
 )
-from workers.decisions.restart_policy import RestartDecision
+from workers.decisions.observations import (
+    AttemptAbandoned,
+    AttemptFailed,
+    AttemptFinished,
+    AttemptStopped,
+    DataPrepared,
+    DataRejected,
+    NothingToResume,
+    Observation,
+    Placed,
+    PlacementTimedOut,
+    PreparationFailed,
+    RanksStarted,
+    RestartDecided,
+    ResumeRequested,
+    RunRequested,
+    StopRequested,
+)
 from workers.exceptions import WorkersError
 from workers.protocol.states import AttemptState, DesiredState, JobState, StatusReason
 
@@ -58,126 +76,6 @@ _MAX_DETAIL = 4000
 
 class InvalidTransitionError(WorkersError):
     """Something was observed in a phase in which it cannot happen: a bug."""
-
-
-# ---- what a driver observes
-
-
-@dataclass(frozen=True)
-class DataPrepared:
-    """The data task is done; `prepared` is PreparedData as JSON."""
-
-    prepared: Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class DataRejected:
-    """The data cannot be used; the problems are already recorded in the service."""
-
-    message: str
-
-
-@dataclass(frozen=True)
-class PreparationFailed:
-    """The data task failed for a reason that is not the user's."""
-
-    message: str
-
-
-@dataclass(frozen=True)
-class RunRequested:
-    """The service has admitted the job."""
-
-
-@dataclass(frozen=True)
-class StopRequested:
-    """The job is to be cancelled or paused while no attempt runs."""
-
-    desired: DesiredState
-    revision: int
-
-
-@dataclass(frozen=True)
-class Placed:
-    """The placement group is ready; the next attempt can start."""
-
-    code_version: str
-    checkpoint_path: str | None
-    """Newest committed checkpoint; None: from the beginning."""
-    checkpoint_step: int = 0
-
-
-@dataclass(frozen=True)
-class NothingToResume:
-    """Checkpoints were committed, and none of them can be loaded any more."""
-
-    message: str
-
-
-@dataclass(frozen=True)
-class PlacementTimedOut:
-    """The placement group did not become ready in time."""
-
-    message: str
-    revision: int
-
-
-@dataclass(frozen=True)
-class RanksStarted:
-    """Every rank runs its training thread."""
-
-
-@dataclass(frozen=True)
-class AttemptAbandoned:
-    """A restarted driver has ended ranks whose start its predecessor did not finish."""
-
-
-@dataclass(frozen=True)
-class AttemptFinished:
-    """Every rank has completed its last step, and all checkpoints are committed."""
-
-
-@dataclass(frozen=True)
-class AttemptStopped:
-    """The ranks stopped, or the grace period ran out; `desired` is the state to reach."""
-
-    desired: DesiredState
-    revision: int
-    message: str = ""
-
-
-@dataclass(frozen=True)
-class AttemptFailed:
-    """The attempt failed, while starting or running."""
-
-    cause: Failure
-    dead_ranks: tuple[int, ...] = ()
-    """Ranks whose process has died or must be ended."""
-
-
-@dataclass(frozen=True)
-class RestartDecided:
-    """The failure is recorded, and the restart policy has decided."""
-
-    decision: RestartDecision
-
-
-Observation = (
-    DataPrepared
-    | DataRejected
-    | PreparationFailed
-    | RunRequested
-    | StopRequested
-    | Placed
-    | NothingToResume
-    | PlacementTimedOut
-    | RanksStarted
-    | AttemptAbandoned
-    | AttemptFinished
-    | AttemptStopped
-    | AttemptFailed
-    | RestartDecided
-)
 
 
 # ---- what follows
@@ -264,6 +162,34 @@ def _stop_requested(entry: JournalEntry, observed: StopRequested) -> Transition:
 def _start_cancelled(entry: JournalEntry, observed: StopRequested) -> Transition:
     # Unlike in the other phases, the end of an attempt must be recorded.
     return _stop(observed.desired, observed.revision, AttemptStatus(AttemptState.STOPPED))
+
+
+def _resume_requested(entry: JournalEntry, observed: ResumeRequested) -> Transition:
+    # Attempt, epoch and the newest commit stay: the job continues where it ended.
+    journal = {
+        "resumes": observed.resumes,
+        "spec": dict(observed.spec),
+        "ending": None,
+        "stopping": None,
+        "failed": None,
+        "dead": (),
+        # A new budget: the user has decided that the job is worth further attempts.
+        "failures": 0,
+        "preemptions": 0,
+        "commits_at_failure": (),
+        "given_back": None,
+    }
+    if entry.prepared is None:
+        return Transition(Phase.PREPARING, journal)
+    # The same prepared data, so that the order of samples continues. The state is recorded
+    # on entry into READY, like that of a job that has released its resources.
+    journal["given_back"] = ResourcesReleased(
+        state=JobState.QUEUED.value,
+        reason=None,
+        message="ready to run",
+        revision=observed.revision,
+    )
+    return Transition(Phase.READY, journal)
 
 
 def _placed(entry: JournalEntry, observed: Placed) -> Transition:
@@ -432,5 +358,7 @@ TRANSITIONS: dict[tuple[Phase, type], Rule] = {
     (Phase.RECOVERING, NothingToResume): _nothing_to_resume,
     (Phase.RECOVERING, PlacementTimedOut): _placement_timed_out,
     (Phase.RECOVERING, StopRequested): _stop_requested,
+    # The end, which only the user's request reverses.
+    (Phase.ENDING, ResumeRequested): _resume_requested,
 }
-"""All transitions; ENDING is final and has none."""
+"""All transitions."""

@@ -118,4 +118,6 @@ class JournalEntry(BaseModel):
     dead: tuple[DeadRank, ...] = ()
     """Dead ranks whose files may not have been fetched yet."""
     given_back: ResourcesReleased | None = None
+    resumes: int = 0
+    """Requests to resume the ended job that were carried out."""
     ending: Ending | None = None

@@ -7,6 +7,7 @@ Used by the driver under Ray and by rank 0 under torchrun, so that both follow t
 rule.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -81,7 +82,7 @@ class CheckpointLedger:
         loss = None
         for record in included:
             if record["kind"] == StepReport.kind:
-                loss = record["data"]["loss"]
+                loss = _finite_or_none(record["data"]["loss"])
         return WholeCheckpoint(
             step=step,
             attempt=self.attempt,
@@ -114,6 +115,13 @@ class CheckpointLedger:
     def is_waiting(self) -> bool:
         """Whether some rank has written a step that is not whole yet."""
         return bool(self._written)
+
+
+def _finite_or_none(loss: float) -> float | None:
+    """Returns the loss, or None for a skipped step: JSON has no NaN."""
+    if math.isfinite(loss):
+        return loss
+    return None
 
 
 def commit_whole(

@@ -8,8 +8,9 @@ from typing import Any
 
 from megatron_ray.checkpoint.directory import RunIdentity
 from megatron_ray.parallel_dims import ParallelDims
-from workers.decisions.job_phases import StopRequested, Transition
+from workers.decisions.job_phases import Transition
 from workers.decisions.journal_entry import JournalEntry, Phase
+from workers.decisions.observations import ResumeRequested, StopRequested
 from workers.decisions.slot_assignment import num_slots
 from workers.driver.commit import contained_records
 from workers.driver.journal import ForeignJournalError, Journal
@@ -20,6 +21,8 @@ from workers.protocol.job import JobSpec
 from workers.protocol.states import DesiredState
 from workers.protocol.wire import DesiredJob
 from workers.rank.messages import Fence
+
+_ATTACH_TURN_S = 0.2
 
 
 class DriverReplacedError(WorkersError):
@@ -62,6 +65,8 @@ class JobContext:
         """Changes fields of the journal entry, durable on return."""
         self.entry = self.entry.model_copy(update=changes)
         self._journal.write(self.entry)
+        if "spec" in changes:
+            self._spec = None
 
     def commit(self, transition: Transition) -> None:
         """Records and journals a transition, which enters its phase."""
@@ -147,13 +152,38 @@ class JobContext:
     def stop_requested(self) -> StopRequested | None:
         """Returns the request to cancel or pause the job, if any.
 
-        A job that holds no resources has nothing to pause. Raises DriverReplacedError.
+        Data are prepared to the end, because that holds no resources; a job in READY is
+        paused once. Raises DriverReplacedError.
         """
         self.check_replaced()
         desired = self.desired_state
-        holds_resources = self.entry.phase not in (Phase.PREPARING, Phase.READY)
         if desired is DesiredState.CANCEL or (
-            desired is DesiredState.PAUSE and holds_resources
+            desired is DesiredState.PAUSE and not self._is_pause_done()
         ):
             return StopRequested(desired, self.revision)
         return None
+
+    def _is_pause_done(self) -> bool:
+        """Whether a pause has nothing to do in this phase, now or yet."""
+        if self.entry.phase is Phase.PREPARING:
+            return True
+        released = self.entry.given_back
+        return (
+            self.entry.phase is Phase.READY
+            and released is not None
+            and released.revision >= self.revision
+        )
+
+    def resume_requested(self, timeout_s: float) -> ResumeRequested | None:
+        """Returns the request to resume the ended job, if any.
+
+        Waits up to `timeout_s` for the service's first request.
+        """
+        deadline = self.ports.clock() + timeout_s
+        while self.desired is None and self.ports.clock() < deadline:
+            self.check_replaced()
+            self.ports.outbox.wait(_ATTACH_TURN_S)
+        desired = self.desired
+        if desired is None or desired.resumes <= self.entry.resumes:
+            return None
+        return ResumeRequested(desired.resumes, desired.spec, desired.revision)

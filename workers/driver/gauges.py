@@ -11,6 +11,7 @@ from ray.util.metrics import Gauge
 _GAUGES = {
     "step": ("megatron_ray_step", "Optimizer updates done"),
     "loss": ("megatron_ray_loss", "Training loss, nats per token"),
+    "skipped_steps": ("megatron_ray_skipped_steps", "Steps skipped, not finite"),
     "tokens_per_s": ("megatron_ray_tokens_per_s", "Tokens per second, all ranks"),
 }
 

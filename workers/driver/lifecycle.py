@@ -8,17 +8,16 @@ creation is get-or-create, and nothing is recorded twice, so a restarted driver 
 in the journaled phase.
 """
 
-from workers.decisions.job_phases import (
+from workers.decisions.job_phases import Transition, next_phase
+from workers.decisions.journal_entry import Ending, Phase
+from workers.decisions.observations import (
     AttemptFailed,
     AttemptFinished,
     AttemptStopped,
     Observation,
     RanksStarted,
     StopRequested,
-    Transition,
-    next_phase,
 )
-from workers.decisions.journal_entry import Ending, Phase
 from workers.driver.attempt.outcome import RanksStopped
 from workers.driver.attempt.plan import AttemptPlan
 from workers.driver.attempt.progress import JobProgress
@@ -32,6 +31,7 @@ from workers.driver.recovering import WITH_RANKS, Recovery
 from workers.driver.scheduling import Scheduling
 from workers.protocol.states import DesiredState, JobState, StatusReason
 
+_ATTACH_S = 10.0
 _RETIRE_S = 2.0
 _SWEEP_S = 5.0
 _LATE_SWEEP_S = 60.0
@@ -72,6 +72,7 @@ class JobLifecycle:
         FencedError, StorageError.
         """
         job = self._job
+        self._resume_ended()
         self._record_takeover()
         if ending is not None and job.entry.ending is None:
             job.commit(Transition(Phase.ENDING, {"ending": ending}))
@@ -85,9 +86,20 @@ class JobLifecycle:
             self._carry_out(next_phase(job.entry, self._work()))
         self._end()
 
+    def _resume_ended(self) -> None:
+        """Reopens a job that an earlier incarnation has ended and the user has resumed."""
+        job = self._job
+        if job.entry.phase is not Phase.ENDING:
+            return
+        # Asked before the clean-up, which would take seconds and record the end again. The
+        # agent attaches every new driver at once.
+        request = job.resume_requested(_ATTACH_S)
+        if request is not None:
+            job.commit(next_phase(job.entry, request))
+
     def _record_takeover(self) -> None:
         previous = self._job.previous_entry
-        if previous is None:
+        if previous is None or self._job.entry.resumes > previous.resumes:
             return
         message = (
             f"driver incarnation {self._job.entry.epoch} took over in phase "

@@ -5,7 +5,7 @@ Owns: the phase PREPARING. Must not know: Ray, how data are prepared.
 
 from megatron_ray.data.prepared import PreparedData
 from workers.data_tasks import prepare_task
-from workers.decisions.job_phases import (
+from workers.decisions.observations import (
     DataPrepared,
     DataRejected,
     PreparationFailed,
@@ -69,4 +69,8 @@ class DataPreparation:
             if job.desired is None:
                 job.ports.outbox.wait(1.0)
             else:
-                job.write(spec=job.desired.spec, code_version=job.ports.code_version)
+                job.write(
+                    spec=job.desired.spec,
+                    resumes=job.desired.resumes,
+                    code_version=job.ports.code_version,
+                )

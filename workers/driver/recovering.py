@@ -8,13 +8,13 @@ from typing import Any
 
 from megatron_ray.checkpoint.directory import list_checkpoints
 from workers.decisions.failures import Failure, FailureKind
-from workers.decisions.job_phases import (
+from workers.decisions.journal_entry import FailedAttempt, Phase
+from workers.decisions.observations import (
     AttemptAbandoned,
     AttemptFailed,
     RestartDecided,
     StopRequested,
 )
-from workers.decisions.journal_entry import FailedAttempt, Phase
 from workers.decisions.restart_policy import (
     RestartDecision,
     RestartHistory,

@@ -6,7 +6,13 @@ Owns: the events that reports become, and their wording. Pure.
 import json
 from typing import Any
 
-from megatron_ray.reports import CheckpointReport, EvalReport, PhaseReport, StepReport
+from megatron_ray.reports import (
+    CheckpointReport,
+    EvalReport,
+    PhaseReport,
+    SkippedStepReport,
+    StepReport,
+)
 from workers.decisions.failures import FailureKind, describe_error
 from workers.rank.spool import Line
 
@@ -43,6 +49,11 @@ def _describe(kind: str, data: dict[str, Any]) -> tuple[str, str]:
         return "info", (
             f"wrote {data['bytes_written']} bytes of the checkpoint of step {data['step']} in "
             f"{data['seconds']:.2f} s"
+        )
+    if kind == SkippedStepReport.kind:
+        return "warn", (
+            f"step {data['step']} skipped, weights unchanged: loss {data['loss']}, gradient "
+            f"norm {data['grad_norm']} ({data['reason']})"
         )
     if kind == "failed":
         return _describe_failure(data)

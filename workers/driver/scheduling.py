@@ -10,7 +10,7 @@ from megatron_ray.checkpoint.resume_point import (
     NoWholeCheckpointError,
     choose_resume_point,
 )
-from workers.decisions.job_phases import (
+from workers.decisions.observations import (
     NothingToResume,
     Placed,
     PlacementTimedOut,

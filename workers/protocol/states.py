@@ -23,7 +23,7 @@ class JobState(StrEnum):
 
     @property
     def is_terminal(self) -> bool:
-        """Whether the state is final: it never changes again."""
+        """Whether the job has ended; only a request to resume it changes the state."""
         return self in (JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED)
 
     @property
@@ -70,6 +70,8 @@ class StatusReason(StrEnum):
     NO_PROGRESS = "no_progress"
     BUDGET_SPENT = "budget_spent"
     USER_CANCELLED = "user_cancelled"
+    USER_PAUSED = "user_paused"
+    STACK_STOPPED = "stack_stopped"
     SPEC_INVALID = "spec_invalid"
     STORAGE_ERROR = "storage_error"
     INTERNAL = "internal"

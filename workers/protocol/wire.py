@@ -88,6 +88,8 @@ class CheckResult(Message):
     protocol: int = PROTOCOL
     check_id: str
     problems: tuple[ProblemMessage, ...] = ()
+    notes: tuple[str, ...] = ()
+    """What of the data is left out, one sentence each."""
 
 
 # ---- desired jobs, for agent and drivers
@@ -110,6 +112,8 @@ class DesiredJob(Message):
     """Whether cancel and pause write a final checkpoint."""
     checkpoint_requests: int = 0
     """Counter: each increase requests one checkpoint now."""
+    resumes: int = 0
+    """Counter: each increase resumes the job after its end, with the spec above."""
 
 
 class DesiredReply(Message):

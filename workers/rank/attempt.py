@@ -24,6 +24,7 @@ from megatron_ray.reports import (
     EvalReport,
     PhaseReport,
     Report,
+    SkippedStepReport,
     StepReport,
 )
 from workers.rank.environment import raise_priority
@@ -217,4 +218,6 @@ def _log_message(item: Report) -> str:
         )
     if isinstance(item, EvalReport):
         return f"step {item.step}: {item.split} loss {item.loss:.4f} over {item.num_tokens} tokens"
+    if isinstance(item, SkippedStepReport):
+        return f"step {item.step} skipped, weights unchanged: {item.reason}"
     return f"step {item.step}: loss {item.loss:.4f}"

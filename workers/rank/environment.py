@@ -197,7 +197,7 @@ def agent_token(
 
 def _read_token(path: Path) -> str:
     try:
-        return path.read_text().strip()
+        return path.read_text("utf-8-sig").strip()
     except OSError as error:
         raise ProcessEnvironmentError(
             f"cannot read the agent's token file {path}: {error.strerror}"

@@ -83,6 +83,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"{result.path}: {result.tensors} tensors of {result.model_type}, "
             f"{result.bytes} bytes\n"
         )
+        for note in result.notes:
+            sys.stdout.write(f"note: {note}\n")
     return 0
 
 

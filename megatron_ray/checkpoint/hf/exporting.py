@@ -1,6 +1,6 @@
 """Writes a committed checkpoint of this library as a folder in Hugging Face format.
 
-Owns: config.json, safetensors files and their index, the tokenizer beside them.
+Owns: safetensors files and their index; `published` has the files beside them.
 
 Tensors are written one by one, and the folder appears complete or not at all. Must not
 know: training, ranks.
@@ -18,11 +18,18 @@ from torch import Tensor
 
 from megatron_ray.checkpoint.directory import CheckpointError
 from megatron_ray.checkpoint.hf.families.family import Family
-from megatron_ray.checkpoint.hf.families.registry import FAMILIES, family_for
+from megatron_ray.checkpoint.hf.families.registry import family_for, find_family
 from megatron_ray.checkpoint.hf.files import CONFIG, SHARDS, SINGLE
 from megatron_ray.checkpoint.hf.files import TOKENIZER as HF_TOKENIZER
 from megatron_ray.checkpoint.hf.folder import logical_shapes
 from megatron_ray.checkpoint.hf.output_folder import new_folder
+from megatron_ray.checkpoint.hf.published.beside_weights import files_beside_weights
+from megatron_ray.checkpoint.hf.published.config import config_values
+from megatron_ray.checkpoint.hf.published.files import (
+    PublishedFiles,
+    parsed,
+    read_published,
+)
 from megatron_ray.checkpoint.hf.tensor_locations import TensorLocation, find_locations
 from megatron_ray.checkpoint.hf.weights import DTYPES
 from megatron_ray.checkpoint.load import SavedCheckpoint, bytes_of
@@ -74,6 +81,8 @@ class Exported:
     files: tuple[str, ...]
     tokenizer: bool
     """Whether the checkpoint's tokenizer was written too."""
+    notes: tuple[str, ...]
+    """What a user may not expect of the folder, in sentences."""
 
 
 def export_folder(
@@ -92,15 +101,20 @@ def export_folder(
     """
     train_state = read_train_state(checkpoint, 0)
     model = saved_model(checkpoint, train_state)
-    family = _family(model, train_state.get("family"))
+    published = read_published(checkpoint)
+    family = _family(model, published)
     saved = SavedCheckpoint(checkpoint)
     # All errors are raised before a folder is created.
     outputs = _outputs(saved, family, model, dtype)
+    beside = files_beside_weights(
+        published, _tokenizer_of(checkpoint), train_state.get("end_of_document")
+    )
+    values = _config_values(model, family, published, outputs[0].dtype)
+    values.update(beside.token_ids)
     with new_folder(out) as folder:
         files = _write_shards(folder, saved, outputs, shard_bytes)
-        has_tokenizer = _write_tokenizer(folder, checkpoint, train_state)
-        config = _config(family, model, train_state, outputs)
-        (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        _write_files(folder, beside.files)
+        (folder / CONFIG).write_text(json.dumps(values, indent=2) + "\n")
     return Exported(
         path=out,
         model_type=family.model_type,
@@ -108,15 +122,29 @@ def export_folder(
         tensors=len(outputs),
         bytes=sum(output.num_bytes for output in outputs),
         files=files,
-        tokenizer=has_tokenizer,
+        tokenizer=HF_TOKENIZER in beside.files,
+        notes=beside.notes,
     )
 
 
-def _family(model: ModelConfig, imported_as: str | None) -> Family:
-    """Returns the family of the imported weights, or else the nearest family."""
-    if imported_as in FAMILIES:
-        return FAMILIES[imported_as]
-    return family_for(model)
+def _config_values(
+    model: ModelConfig, family: Family, published: PublishedFiles, dtype: torch.dtype
+) -> dict[str, Any]:
+    """Returns the values of config.json, without the ids of tokens."""
+    config = parsed(published, CONFIG)
+    # A model that has become one of another family has nothing in common with it.
+    if config and find_family(config, CONFIG) is not family:
+        config = {}
+    name = _CONFIG_NAMES.get(dtype, "float32")
+    return config_values(family, model, config, dtype=name)
+
+
+def _family(model: ModelConfig, published: PublishedFiles) -> Family:
+    """Returns the family of the published weights, or else the nearest family."""
+    config = parsed(published, CONFIG)
+    if not config:
+        return family_for(model)
+    return family_for(model, find_family(config, CONFIG))
 
 
 def _outputs(
@@ -243,41 +271,16 @@ def _state(name: str, tensor: Tensor) -> ShardedState:
     return {f"model/{name}": whole_tensor(tensor)}
 
 
-def _config(
-    family: Family,
-    model: ModelConfig,
-    train_state: Mapping[str, Any],
-    outputs: Sequence[Output],
-) -> dict[str, Any]:
-    """Returns the values of config.json."""
-    end = train_state.get("end_of_document")
-    # Imported models have their own token ids; others use the end of a document for both.
-    token_ids = train_state.get("token_ids") or {
-        "bos_token_id": end,
-        "eos_token_id": end,
-        "pad_token_id": None,
-    }
-    values = {
-        "architectures": [family.architecture],
-        "model_type": family.model_type,
-        "torch_dtype": _CONFIG_NAMES.get(outputs[0].dtype, "float32"),
-    }
-    return values | family.write(model) | dict(token_ids)
+def _write_files(folder: Path, files: Mapping[str, bytes]) -> None:
+    for name, content in files.items():
+        path = folder / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(content)
 
 
-def _write_tokenizer(folder: Path, checkpoint: str, train_state: Mapping[str, Any]) -> bool:
-    """Writes the checkpoint's tokenizer and the settings that transformers needs.
-
-    Returns whether the checkpoint has one.
-    """
+def _tokenizer_of(checkpoint: str) -> bytes | None:
+    """Returns the tokenizer.json that the run used, if it trained on text."""
     try:
-        tokenizer = open_storage(checkpoint).read_bytes(TOKENIZER)
+        return open_storage(checkpoint).read_bytes(TOKENIZER)
     except MissingFileError:
-        return False
-    (folder / HF_TOKENIZER).write_bytes(tokenizer)
-    settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
-    for token in json.loads(tokenizer).get("added_tokens", []):
-        if token["id"] == train_state.get("end_of_document"):
-            settings.setdefault("eos_token", token["content"])
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
-    return True
+        return None

@@ -8,6 +8,7 @@ Torch-free. Must not know: what is done with the tensors (`weights` reads them).
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from functools import cached_property
 
@@ -21,11 +22,14 @@ from megatron_ray.checkpoint.hf.files import (
     StoredTensor,
     open_folder,
 )
+from megatron_ray.checkpoint.hf.stored_values import have_equal_values
 from megatron_ray.checkpoint.hf.tensor_locations import TensorLocation, find_locations
 from megatron_ray.config.model import ModelConfig
 from megatron_ray.config.problem import ConfigError
 from megatron_ray.sharding.parameters import logical_parameters
 
+HEAD = "lm_head.weight"
+"""Name of the output head in every family."""
 SCALES = "_scale_inv"
 """Suffix of the tensor with a factor for each block of an fp8 weight."""
 _MAX_NAMES = 4
@@ -86,9 +90,13 @@ class HfFolder:
         """Rows and columns of the blocks of fp8 weights."""
         self.tensors = _full_names(stored, self.family)
         """Stored tensors by name."""
+        self.notes: list[str] = []
+        """What a user may not expect of this folder, in sentences."""
         # config.json may list parts of the model that the files do not contain.
         model = read_model(self.family, stored.config, where)
-        self.model = self.family.present(model, self.tensors)
+        model = self.family.present(model, self.tensors)
+        self.model = self._with_stored_head(model)
+        """The model of the tensors in the files."""
         self.shapes = logical_shapes(self.model)
         """Logical tensors by name."""
         self.locations = self._find_locations()
@@ -99,11 +107,35 @@ class HfFolder:
         for name in self.locations:
             self._check_shape(name)
 
+    def _with_stored_head(self, model: ModelConfig) -> ModelConfig:
+        """Returns the model with a head of its own where the files have one.
+
+        Some programs save such a head with a config.json for a tied one; transformers
+        uses the head.
+        """
+        embedding = self.tensors.get(_embedding_name(self.family, model))
+        head = self.tensors.get(HEAD)
+        if not model.tie_embeddings or head is None or embedding is None:
+            return model
+        # A head that repeats the embedding is stored by some programs too.
+        if have_equal_values(self.storage, head, embedding):
+            return model
+        self.notes.append(
+            f"{self.path}: {HEAD} differs from {embedding.name}, so it is used as a head of "
+            f"its own, although {CONFIG} has tie_word_embeddings=true"
+        )
+        return model.model_copy(update={"tie_embeddings": False})
+
     def _find_locations(self) -> dict[str, TensorLocation]:
         """Raises ConfigError when the family has no name for a tensor of the model."""
         locations = dict[str, TensorLocation]()
         unknown = []
         candidates = find_locations(self.family.rules(self.model), self.shapes)
+        # A file may have a part of the tensors in another layout.
+        for rules in self.family.other_layouts(self.model):
+            for name, location in find_locations(rules, self.shapes).items():
+                if location is not None and location.name in self.tensors:
+                    candidates[name] = location
         for name, location in candidates.items():
             if location is None:
                 unknown.append(name)
@@ -120,13 +152,25 @@ class HfFolder:
         # One stored tensor may contain several logical tensors.
         needed = {location.name for location in self.locations.values()}
         missing = sorted(needed - self.tensors.keys())
-        if missing:
+        unknown = self.tensors.keys() - needed - self.copies.keys()
+        extra = sorted(name for name in unknown if not self._is_expected(name, needed))
+        if missing == [HEAD]:
             raise ConfigError(
+                f"{self.path} lacks {HEAD}, which its {CONFIG} asks for with "
+                "tie_word_embeddings=false (the default of some families); set it to true "
+                "there if the head is the embedding, or download the missing file"
+            )
+        if missing:
+            reason = (
                 f"{self.path} lacks {len(missing)} of the {len(needed)} tensors that its "
                 f"{CONFIG} asks for: {_some(missing)}"
             )
-        unknown = self.tensors.keys() - needed - self.copies.keys()
-        extra = sorted(name for name in unknown if not self._is_expected(name, needed))
+            # These may be the same weights in a layout that is not known here.
+            if extra:
+                reason += (
+                    f"; it holds {len(extra)} others that are not known: {_some(extra)}"
+                )
+            raise ConfigError(reason)
         if extra:
             raise ConfigError(
                 f"{self.path} holds {len(extra)} tensors that a {self.family.model_type} model "
@@ -144,7 +188,8 @@ class HfFolder:
         weight = name.removesuffix(SCALES)
         if weight in self.copies:
             return True
-        return weight in needed and self.tensors[weight].dtype == FP8
+        stored = self.tensors.get(weight)
+        return weight in needed and stored is not None and stored.dtype == FP8
 
     @cached_property
     def copies(self) -> Mapping[str, str]:
@@ -152,11 +197,30 @@ class HfFolder:
         # With tied embeddings some files contain the head too, others do not.
         copies = dict(self.family.copies(self.model))
         if self.model.tie_embeddings:
-            rules = self.family.rules(self.model)
-            embedding = find_locations(rules, ["embedding.weight"])["embedding.weight"]
-            assert embedding is not None
-            copies["lm_head.weight"] = embedding.name
+            copies[HEAD] = _embedding_name(self.family, self.model)
         return {copy: name for copy, name in copies.items() if copy in self.tensors}
+
+    def check_copies(self) -> None:
+        """Compares tensors that the files have twice and the model has once.
+
+        Raises ConfigError where the two differ.
+        """
+        for copy, original in self.copies.items():
+            # A tied head has been compared already.
+            if copy == HEAD:
+                continue
+            if not have_equal_values(
+                self.storage, self.tensors[copy], self.tensors[original]
+            ):
+                raise self.unequal(copy, original)
+
+    def unequal(self, copy: str, original: str) -> ConfigError:
+        """Returns the error to raise for a copy that differs."""
+        return ConfigError(
+            f"{self.path}: tensor {copy!r} differs from {original!r}, but the model has them "
+            f"once ({CONFIG}: num_nextn_predict_layers); leave out the tensors of these "
+            "layers and set that to 0, or store the two alike"
+        )
 
     def _check_shape(self, name: str) -> None:
         """Raises ConfigError when a logical tensor is stored in another shape or type."""
@@ -194,6 +258,13 @@ class HfFolder:
         )
 
 
+def _embedding_name(family: Family, model: ModelConfig) -> str:
+    rules = family.rules(model)
+    location = find_locations(rules, ["embedding.weight"])["embedding.weight"]
+    assert location is not None
+    return location.name
+
+
 def _field_of(name: str) -> str:
     for pattern, field in _FIELDS.items():
         if fnmatchcase(name, pattern):
@@ -213,7 +284,8 @@ def _full_names(stored: StoredModel, family: Family) -> dict[str, StoredTensor]:
         if name.startswith("lm_head."):
             tensors[name] = tensor
         else:
-            tensors[family.prefix + name] = tensor
+            full_name = family.prefix + name
+            tensors[full_name] = replace(tensor, name=full_name)
     return tensors
 
 

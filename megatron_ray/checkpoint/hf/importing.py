@@ -17,6 +17,7 @@ from megatron_ray.checkpoint.digests import DigestedFiles
 from megatron_ray.checkpoint.directory import FORMAT_VERSION, INDEX, CheckpointError, commit
 from megatron_ray.checkpoint.hf.files import TOKENIZER as HF_TOKENIZER
 from megatron_ray.checkpoint.hf.output_folder import new_folder
+from megatron_ray.checkpoint.hf.published.files import inside_checkpoint, read_published
 from megatron_ray.checkpoint.hf.weights import HfWeights, load_whole
 from megatron_ray.checkpoint.index import BoxSpec, RankPlan, data_file, plan_all
 from megatron_ray.checkpoint.load import bytes_of
@@ -27,7 +28,6 @@ from megatron_ray.sharding.boxes import Box
 from megatron_ray.storage.storage import Writable, open_storage
 
 SPEC = "spec.yaml"
-TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _MAX_SEQ_LENGTH = 4096
 """Maximum sequence length in the spec, which users may change."""
 
@@ -42,6 +42,8 @@ class Imported:
     bytes: int
     spec: str
     """Path of a job spec that starts from these weights."""
+    notes: tuple[str, ...]
+    """What a user may not expect of the folder, in sentences."""
 
 
 def import_folder(source: str, out: str) -> Imported:
@@ -53,8 +55,8 @@ def import_folder(source: str, out: str) -> Imported:
     model is not supported.
     """
     weights = HfWeights(source)
-    # Files may contain tied weights twice, the checkpoint contains them once, so both must
-    # be equal.
+    # Files may contain weights twice, the checkpoint contains them once, so both must be
+    # equal.
     weights.check_copies()
     with new_folder(out) as folder:
         storage = DigestedFiles(open_storage(str(folder)))
@@ -66,6 +68,8 @@ def import_folder(source: str, out: str) -> Imported:
             tokenizer = weights.storage.read_bytes(HF_TOKENIZER)
             storage.write_bytes_atomic(TOKENIZER, tokenizer)
             tokenizer_path = f"{final}/{TOKENIZER}"
+        for name, content in inside_checkpoint(read_published(source)).items():
+            storage.write_bytes_atomic(name, content)
         config = _train_config(weights.model, tokenizer_path)
         train_state = json.dumps(_train_state(weights, config))
         storage.write_bytes_atomic(TRAIN_STATE, train_state.encode())
@@ -79,6 +83,7 @@ def import_folder(source: str, out: str) -> Imported:
         tensors=len(weights.shapes),
         bytes=num_bytes,
         spec=f"{out}/{SPEC}",
+        notes=tuple(weights.notes),
     )
 
 
@@ -128,9 +133,8 @@ def _train_config(model: ModelConfig, tokenizer: str | None) -> TrainConfig:
 
 
 def _train_state(weights: HfWeights, config: TrainConfig) -> dict[str, Any]:
-    token_ids = {name: weights.config.get(name) for name in TOKEN_IDS}
     # Some models list several end tokens; the first one ends documents.
-    end_of_document = token_ids["eos_token_id"]
+    end_of_document = weights.config.get("eos_token_id")
     if isinstance(end_of_document, list) and end_of_document:
         end_of_document = end_of_document[0]
     return {
@@ -139,8 +143,6 @@ def _train_state(weights: HfWeights, config: TrainConfig) -> dict[str, Any]:
         "consumed_samples": 0,
         "config": config.model_dump(mode="json"),
         "end_of_document": end_of_document,
-        "family": weights.family.model_type,
-        "token_ids": token_ids,
     }
 
 

@@ -71,10 +71,15 @@ class TensorLocation:
     """Whether the tensor is stored as [inputs, outputs], as in GPT-2's Conv1D."""
     rotary: InterleavedRotary | None = None
     """Order of the stored rows, if different."""
+    num_experts: int | None = None
+    """Number of experts that the stored tensor's first dimension counts. `part` and
+    `parts` are those of its first two dimensions as one."""
 
     def stored_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         """Returns the shape of the stored tensor for a logical shape."""
         whole = (shape[0] * self.parts, *shape[1:])
+        if self.num_experts is not None:
+            return (self.num_experts, whole[0] // self.num_experts, *shape[1:])
         if self.transposed:
             return whole[::-1]
         return whole
@@ -82,7 +87,8 @@ class TensorLocation:
     def pieces(self, shape: Sequence[int], box: Box) -> Iterator[tuple[Box, Box]]:
         """Yields a box of the logical tensor as pairs of (logical box, stored box).
 
-        The stored box of a transposed tensor is transposed too.
+        The stored box of a transposed tensor is transposed too. That of a tensor of all
+        experts has the first two dimensions as one.
         """
         start = box.offset[0]
         rows = box.size[0]
@@ -114,18 +120,27 @@ class Rule:
     rotary: InterleavedRotary | None = None
     first_layer: int = 0
     """Added to the first number of the stored name."""
+    num_experts: int | None = None
+    """Number of experts in one stored tensor; the last number of the logical name is
+    that of the expert, and `part` one of the `parts` of each."""
 
     def location(self, numbers: Sequence[str]) -> TensorLocation:
         """Returns the location of the tensor with these numbers in its name."""
+        part = self.part
+        parts = self.parts
+        if self.num_experts is not None:
+            part += int(numbers[-1]) * parts
+            parts *= self.num_experts
         stored_numbers = list(numbers)
         if stored_numbers:
             stored_numbers[0] = str(int(stored_numbers[0]) + self.first_layer)
         return TensorLocation(
             self.stored.format(*stored_numbers),
-            self.part,
-            self.parts,
+            part,
+            parts,
             self.transposed,
             self.rotary,
+            self.num_experts,
         )
 
 
@@ -144,11 +159,28 @@ def find_locations(
     return locations
 
 
-def linear(logical: str, stored: str, *, bias: bool = False) -> list[Rule]:
+def linear(
+    logical: str,
+    stored: str,
+    *,
+    bias: bool = False,
+    rotary: InterleavedRotary | None = None,
+    first_layer: int = 0,
+) -> list[Rule]:
     """Returns the rules of a weight and, optionally, of its bias."""
-    rules = [Rule(f"{logical}.weight", f"{stored}.weight")]
+    kinds = ["weight"]
     if bias:
-        rules.append(Rule(f"{logical}.bias", f"{stored}.bias"))
+        kinds.append("bias")
+    rules = []
+    for kind in kinds:
+        rules.append(
+            Rule(
+                f"{logical}.{kind}",
+                f"{stored}.{kind}",
+                rotary=rotary,
+                first_layer=first_layer,
+            )
+        )
     return rules
 
 

@@ -7,7 +7,7 @@ Must not know: optimizers, layouts.
 """
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from math import prod
 
 import torch
@@ -19,7 +19,6 @@ from megatron_ray.checkpoint.hf.folder import SCALES, HfFolder
 from megatron_ray.checkpoint.hf.tensor_locations import TensorLocation
 from megatron_ray.checkpoint.index import Slot
 from megatron_ray.checkpoint.load import Read, read_all
-from megatron_ray.config.problem import ConfigError
 from megatron_ray.sharding.boxes import Box
 from megatron_ray.sharding.sharded_state import ShardedState, ShardedTensor, whole_tensor
 
@@ -74,6 +73,8 @@ class HfWeights(HfFolder):
             else:
                 reads_by_file[stored.file] += reads
         read_all(self.storage.open_input, reads_by_file)
+        for file_reads in reads_by_file.values():
+            self._check_copies(file_reads)
         # fp8 boxes need several reads, of values and of factors.
         for read in fp8_reads:
             self._read_fp8(read)
@@ -111,34 +112,37 @@ class HfWeights(HfFolder):
     def _read_box(self, stored: StoredTensor, box: Box, target: Tensor) -> None:
         read_all(self.storage.open_input, {stored.file: [Read(_slot(stored), box, target)]})
 
-    def check_copies(self) -> None:
-        """Compares tied tensors that the files store twice.
+    def _check_copies(self, reads: Iterable[Read]) -> None:
+        """Compares what was read with its copies in the files.
 
-        Raises ConfigError where the two differ.
+        Only these boxes are compared, so all ranks together read each copy once per
+        reader of the original. Raises ConfigError where the two differ.
         """
-        for name, original in self.copies.items():
-            if not self._are_equal(self.tensors[name], self.tensors[original]):
-                raise ConfigError(
-                    f"{self.path}: tensor {name!r} differs from {original!r}, but the model "
-                    "has them once (config.json: tie_word_embeddings, "
-                    "num_nextn_predict_layers)"
-                )
+        copies = defaultdict[str, list[StoredTensor]](list)
+        for copy, original in self.copies.items():
+            copies[original].append(self.tensors[copy])
+        for read in reads:
+            for stored in copies.get(read.slot.fqn, ()):
+                if not self._is_equal(read, stored):
+                    raise self.unequal(stored.name, read.slot.fqn)
 
-    def _are_equal(self, one: StoredTensor, other: StoredTensor) -> bool:
-        if one.shape != other.shape:
+    def _is_equal(self, read: Read, stored: StoredTensor) -> bool:
+        """Returns whether a box that was read is the same in another stored tensor."""
+        if self.tensors[read.slot.fqn].shape != stored.shape:
             return False
-        pairs = zip(self._chunks(one), self._chunks(other), strict=True)
-        return all(torch.equal(left, right) for left, right in pairs)
-
-    def _chunks(self, stored: StoredTensor) -> Iterator[Tensor]:
-        """Yields a stored tensor in fp32, a few rows at once."""
-        step = max(1, _CHUNK_ELEMENTS // prod(stored.shape[1:]))
-        for start in range(0, stored.shape[0], step):
-            size = (min(step, stored.shape[0] - start), *stored.shape[1:])
-            offset = (start,) + (0,) * (len(size) - 1)
-            chunk = torch.empty(size, dtype=DTYPES[stored.dtype])
-            self._read_box(stored, Box(offset, size), chunk)
-            yield chunk.float()  # a type that can be compared, whatever the stored one
+        first_row, *offsets = read.part.offset
+        rows, *sizes = read.part.size
+        # A few rows at once, which bounds memory.
+        step = max(1, _CHUNK_ELEMENTS // prod(sizes))
+        for start in range(0, rows, step):
+            count = min(step, rows - start)
+            own = read.target.narrow(0, start, count)
+            other = torch.empty_like(own)
+            box = Box((first_row + start, *offsets), (count, *sizes))
+            self._read_box(stored, box, other)
+            if not torch.equal(own, other):
+                return False
+        return True
 
 
 def load_whole(weights: HfWeights, name: str) -> Tensor:
@@ -166,7 +170,11 @@ def _reads(
 
 def _slot(stored: StoredTensor) -> Slot:
     """Returns a stored tensor as a slot of a checkpoint's index."""
-    whole = Box((0,) * len(stored.shape), stored.shape)
+    shape = stored.shape
+    # The matrices of several experts follow each other, as the rows of one matrix.
+    if len(shape) > 2:
+        shape = (prod(shape[:-1]), shape[-1])
+    whole = Box((0,) * len(shape), shape)
     return Slot(stored.name, whole, DTYPES[stored.dtype], stored.start)
 
 

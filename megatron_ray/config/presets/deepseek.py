@@ -45,6 +45,7 @@ DEEPSEEK: dict[str, dict[str, Any]] = {
             "top_k": 2,
             "num_groups": 4,
             "group_top_k": 2,
+            "scores_per_group": 2,
             "ffn_hidden_size": 128,
             "shared_expert_ffn_hidden_size": 128,
             "layer_pattern": [0, 1, 1, 1],

@@ -3,22 +3,40 @@
 Owns: the checks that take at most a second. Must not know: tokenizing, caches, jobs.
 """
 
+import itertools
+from collections.abc import Iterator
+from typing import NamedTuple
+
 from megatron_ray.config.data import DataConfig
 from megatron_ray.config.problem import Problem
 from megatron_ray.data.indexed import IndexedDataset
-from megatron_ray.data.preparation.documents import read_file_chunks
+from megatron_ray.data.preparation.data_files import SourceAt, find_data
+from megatron_ray.data.preparation.documents import new_tally, read_file_chunks
 from megatron_ray.data.preparation.errors import DataError, UnusableDataError
-from megatron_ray.data.preparation.sources import SourceAt, SourceFiles, find_data
+from megatron_ray.data.preparation.formats.records import TextChunk
+from megatron_ray.data.preparation.formats.suffixes import file_format
+from megatron_ray.data.preparation.sources import SourceFiles
 from megatron_ray.data.preparation.tokenizer_choice import read_tokenizer
 from megatron_ray.storage.errors import StorageError
-from megatron_ray.storage.files import check_writable
+from megatron_ray.storage.files import FileStat, check_writable
 from megatron_ray.storage.location import parse_location
 
+_CHECKED_CHUNKS = 256
+_CHECKED_CHARS = 1 << 18
 
-def check_data(data: DataConfig, seq_length: int, storage_path: str) -> list[Problem]:
-    """Returns the definite problems of the data.
 
-    Checks paths, the first document of each source, the tokenizer, the amount of text,
+class DataCheck(NamedTuple):
+    """What is known of the data without preparing them."""
+
+    problems: list[Problem]
+    notes: list[str]
+    """Sentences about files that are left out."""
+
+
+def check_data(data: DataConfig, seq_length: int, storage_path: str) -> DataCheck:
+    """Returns the definite problems of the data, and what is left out of them.
+
+    Checks paths, the first documents of each source, the tokenizer, the amount of text,
     and write access to storage. Reads a few kilobytes and tokenizes nothing, so
     `prepare` may find more problems. Writes and deletes one small file below
     `storage_path` (and data.cache), and creates no folder on a local disk.
@@ -29,7 +47,7 @@ def check_data(data: DataConfig, seq_length: int, storage_path: str) -> list[Pro
     required_for_training = required
     # Held-out documents are taken from the same text, so a single source must be long
     # enough for both.
-    if len(data.train) == 1 and not data.validation and data.validation_fraction:
+    if len(data.train) == 1 and not data_files.validation and data.validation_fraction:
         required_for_training = 2 * required
     for source_at in data_files.train:
         problems += _source_problems(source_at, data, required_for_training)
@@ -44,7 +62,7 @@ def check_data(data: DataConfig, seq_length: int, storage_path: str) -> list[Pro
     problems += _storage_problems("/storage/path", storage_path)
     if data.cache is not None:
         problems += _storage_problems("/data/cache", data.cache)
-    return problems
+    return DataCheck(problems, data_files.notes)
 
 
 def _source_problems(source_at: SourceAt, data: DataConfig, required: int) -> list[Problem]:
@@ -66,23 +84,44 @@ def _source_problems(source_at: SourceAt, data: DataConfig, required: int) -> li
 def _max_tokens(source_files: SourceFiles, data: DataConfig) -> int | None:
     """Returns an upper bound of the tokens; None if the size implies none.
 
-    Raises DataError when the first document is unreadable.
+    Raises DataError when the first documents are unreadable.
     """
     if source_files.kind == "prepared":
         return _num_prepared_tokens(source_files)
     files = source_files.files
-    first_chunk = next(read_file_chunks(source_files, files[0]), None)
-    if first_chunk is None and len(files) == 1:
+    tally = new_tally(source_files)
+    has_text = _read_beginning(read_file_chunks(source_files, files[0], tally))
+    tally.require_few_bad(of_all=False)
+    if not has_text and len(files) == 1:
         detail = f"{source_files.source.path} holds no text; give files with text in them"
         raise DataError("empty", detail)
     # Compressed text is longer than its file, and a user's tokenizer may normalize text to
     # longer text.
-    is_compressed = any(file.path.lower().endswith(".parquet") for file in files)
+    is_compressed = any(_is_compressed(file) for file in files)
     if is_compressed or data.tokenizer.kind == "file":
         return None
     # A byte-level token has at least one byte, and each file's last document adds an end
     # token. In jsonl the syntax has more bytes than there are end tokens.
     return source_files.num_bytes + len(files)
+
+
+def _read_beginning(chunks: Iterator[TextChunk]) -> bool:
+    """Reads the first documents of a file, whose tally shows what is wrong with them.
+
+    Returns whether there are any.
+    """
+    num_chars = 0
+    for chunk in itertools.islice(chunks, _CHECKED_CHUNKS):
+        num_chars += len(chunk.text)
+        if num_chars > _CHECKED_CHARS:
+            break
+    return num_chars > 0
+
+
+def _is_compressed(file: FileStat) -> bool:
+    form = file_format(file.path)
+    # Files of the builtin corpus have no format.
+    return form is not None and (form.kind == "parquet" or form.compression is not None)
 
 
 def _num_prepared_tokens(source_files: SourceFiles) -> int | None:

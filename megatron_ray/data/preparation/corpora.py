@@ -8,6 +8,7 @@ over the same tokens, so a split copies nothing (if the disk supports links).
 """
 
 import hashlib
+import json
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,8 +24,9 @@ from megatron_ray.data.indexed import (
     token_dtype,
     write_index,
 )
-from megatron_ray.data.preparation.documents import TextChunk, read_chunks
+from megatron_ray.data.preparation.documents import new_tally, read_chunks
 from megatron_ray.data.preparation.errors import DataError
+from megatron_ray.data.preparation.formats.records import TextChunk
 from megatron_ray.data.preparation.sources import SourceFiles
 from megatron_ray.data.preparation.split import split_documents
 from megatron_ray.data.tokenizer import Tokenizer
@@ -35,6 +37,8 @@ IntArray = npt.NDArray[Any]
 DocumentHashes = npt.NDArray[np.uint64]
 
 COUNTS = "counts.npy"
+RECORDS = "records.json"
+"""Tally of the records of a source of text."""
 _BATCH_CHARS = 1 << 22
 _BATCH_CHUNKS = 1024
 _COUNT_TOKENS = 1 << 20
@@ -146,9 +150,13 @@ def _tokenize(
     dtype = token_dtype(tokenizer.vocab_size)
     with IndexedDatasetBuilder(prefix, dtype) as builder:
         writer = _TokenWriter(tokenizer, builder)
+        tally = new_tally(source_files)
         reported_at = time.monotonic()
         # In batches, which the tokenizer processes on all cores.
-        for batch in _batches(read_chunks(source_files)):
+        for batch in _batches(read_chunks(source_files, tally)):
+            # The rest is only counted, so that one message covers all bad records.
+            if tally.has_too_many_bad:
+                continue
             writer.write(batch)
             if time.monotonic() - reported_at > _PROGRESS_EVERY_S:
                 reported_at = time.monotonic()
@@ -158,6 +166,7 @@ def _tokenize(
                 )
     if not writer.hashes:
         raise DataError("empty", f"{name} holds no text; give files with text in them")
+    prefix.with_name(RECORDS).write_text(json.dumps(tally.to_json()))
     progress(
         f"tokenized {name}: {len(writer.hashes)} documents, "
         f"{writer.num_tokens / 1e6:.2f} million tokens"

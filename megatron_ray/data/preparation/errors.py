@@ -55,8 +55,13 @@ def errors_at(pointer: str) -> Iterator[None]:
 
 
 @contextmanager
-def read_errors(name: str) -> Iterator[None]:
-    """Converts errors of reading the file `name` to DataError."""
+def read_errors(
+    name: str, remedy: str = "check the path and the credentials"
+) -> Iterator[None]:
+    """Converts errors of reading the file `name` to DataError.
+
+    `remedy` is that of errors which do not show their cause.
+    """
     try:
         yield
     except UnicodeDecodeError as error:
@@ -73,7 +78,7 @@ def read_errors(name: str) -> Iterator[None]:
         detail = f"{name} does not exist where the job runs; check the path"
         raise DataError("not_found", detail) from error
     except (OSError, pa.ArrowException) as error:
-        detail = f"{name} cannot be read: {short_cause(error)}; check the path and the credentials"
+        detail = f"{name} cannot be read: {short_cause(error)}; {remedy}"
         raise DataError("unreadable", detail) from error
 
 

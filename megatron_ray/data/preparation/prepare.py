@@ -9,6 +9,7 @@ only.
 """
 
 import io
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,10 +23,16 @@ from megatron_ray.config.data import DataConfig, DataSource
 from megatron_ray.config.problem import Problem
 from megatron_ray.data.preparation.build_cache import get_or_build
 from megatron_ray.data.preparation.cache_keys import digest
-from megatron_ray.data.preparation.corpora import COUNTS, ProgressCallback, build_corpus
+from megatron_ray.data.preparation.corpora import (
+    COUNTS,
+    RECORDS,
+    ProgressCallback,
+    build_corpus,
+)
+from megatron_ray.data.preparation.data_files import SourceAt, find_data
 from megatron_ray.data.preparation.documents import fingerprint
 from megatron_ray.data.preparation.errors import UnusableDataError, cause, errors_at
-from megatron_ray.data.preparation.sources import SourceAt, find_data
+from megatron_ray.data.preparation.formats.records import tally_of_json
 from megatron_ray.data.preparation.tokenizer_choice import make_tokenizer
 from megatron_ray.data.prepared import PreparedCorpus, PreparedData
 from megatron_ray.data.tokenizer import Tokenizer
@@ -70,9 +77,18 @@ def prepare(
     # seq_length use the same tokens.
     required = seq_length + 1
     _require_length(train, "train", required)
-    _require_length(validation, "validation", required)
-    if held_out_fraction and not validation:
-        validation = _long_enough(train, required, progress)
+    if data.validation:
+        _require_length(validation, "validation", required)
+    elif held_out_fraction:
+        held_out = [built for built in train if built.has("validation")]
+        validation = _long_enough([*validation, *held_out], required, progress)
+    notes = data_files.notes
+    for built in [*train, *validation]:
+        notes.extend(built.record_notes())
+    # A source may be both trained and evaluated on.
+    notes = list(dict.fromkeys(notes))
+    for note in notes:
+        progress(note)
     return PreparedData(
         train=_manifests(train, "train"),
         validation=_manifests(validation, "validation"),
@@ -80,6 +96,7 @@ def prepare(
         vocab_size=tokenizer.vocab_size,
         end_of_document=tokenizer.end_of_document,
         unigram_nats=unigram_nats(_counts_by_weight(validation)),
+        notes=tuple(notes),
     )
 
 
@@ -122,6 +139,9 @@ class _BuiltCorpus:
         self._entry_uri = entry_uri
         self._description = description
 
+    def has(self, split: str) -> bool:
+        return self._description[split] is not None
+
     def num_tokens(self, split: str) -> int:
         return int(self._description[split]["num_tokens"])
 
@@ -138,6 +158,14 @@ class _BuiltCorpus:
             num_tokens=part["num_tokens"],
             num_documents=part["num_documents"],
         )
+
+    def record_notes(self) -> list[str]:
+        """Returns sentences about records that are left out."""
+        # Only sources of text have records.
+        if RECORDS not in self._description["files"]:
+            return []
+        tally = tally_of_json(json.loads(read_bytes(self._entry / RECORDS)))
+        return tally.notes(self.source.path)
 
     def read_counts(self) -> npt.NDArray[np.int64]:
         content = read_bytes(self._entry / COUNTS)
@@ -174,6 +202,9 @@ class _CorpusBuilder:
 
     def _build(self, source_at: SourceAt, held_out_fraction: float | None) -> _BuiltCorpus:
         pointer, source_files = source_at
+        # Files of validation data replace a share of the documents.
+        if held_out_fraction and source_files.validation_files:
+            held_out_fraction = 0.0
 
         def build(work: Path) -> dict[str, Any]:
             return build_corpus(

@@ -1,30 +1,35 @@
 """Finds the files of each data source.
 
-Owns: listing files, globs. Must not know: the contents of files, caches.
+Owns: listing files, globs. Must not know: the contents of files, caches, the meaning of
+names.
 """
 
 import fnmatch
 import hashlib
 import os
 import sysconfig
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
-from megatron_ray.config.data import DataConfig, DataSource
-from megatron_ray.config.problem import Problem
+from megatron_ray.config.data import DataSource
 from megatron_ray.data.preparation.errors import DataError, read_errors, short_cause
+from megatron_ray.data.preparation.file_selection import (
+    Role,
+    Selection,
+    named_files,
+    select_files,
+)
+from megatron_ray.data.preparation.formats.suffixes import TYPES, file_format, remedy_of
 from megatron_ray.storage.errors import InvalidLocationError
-from megatron_ray.storage.files import FileStat, file_stat, is_folder, walk
+from megatron_ray.storage.files import FileStat, broken_links, file_stat, is_folder, walk
 from megatron_ray.storage.location import Location, parse_location
 
 STDLIB = "builtin://python-stdlib"
 
-_TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet")
 _REMEDY = (
-    "give .txt, .jsonl or .parquet files, a folder or glob of them, the prefix of prepared "
-    ".bin/.idx files, or " + STDLIB
+    "give .txt, .jsonl or .parquet files (text and lines also as .gz, .zst or .bz2), a "
+    "folder or glob of them, the prefix of prepared .bin/.idx files, or " + STDLIB
 )
 _SKIPPED_STDLIB_FOLDERS = frozenset(
     {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
@@ -42,6 +47,20 @@ class SourceFiles:
     """The source's path; for `prepared` the prefix, for `builtin` the folder."""
     files: tuple[FileStat, ...]
     """Files of the source in reading order."""
+    validation_files: tuple[FileStat, ...] = ()
+    """Files beside them that are named as validation data."""
+    notes: tuple[str, ...] = ()
+    """Sentences about files of the path that are left out."""
+
+    @property
+    def is_named(self) -> bool:
+        """Whether the path is that of the files themselves: no folder and no pattern."""
+        return self.kind != "text" or self.files[0].path == self.root.path
+
+    @property
+    def folder(self) -> str:
+        """The folder to which names in messages are relative."""
+        return _fixed_folder(self.root).path
 
     @property
     def num_bytes(self) -> int:
@@ -53,59 +72,11 @@ class SourceFiles:
         return Location(self.root.filesystem, file.path, self.root.is_local)
 
 
-SourceAt = tuple[str, SourceFiles]
-"""The JSON pointer of a source in the spec, and its files."""
-
-
-@dataclass(frozen=True)
-class DataFiles:
-    """The files of all sources of a config, and a problem for each source without files."""
-
-    train: list[SourceAt]
-    validation: list[SourceAt]
-    problems: list[Problem]
-
-
-def find_data(data: DataConfig) -> DataFiles:
-    """Finds the files of every source; a source without files is a problem."""
-    problems: list[Problem] = []
-    train = _find_each(data.train, "/data/train", problems)
-    validation = _find_each(data.validation, "/data/validation", problems)
-    # Prepared tokens determine the vocabulary.
-    prepared_at = _first_prepared(train + validation)
-    if prepared_at is not None and data.tokenizer.kind == "bpe":
-        detail = (
-            f"{prepared_at}/path is already tokenized and a tokenizer trained now would not "
-            "fit; use kind `file` with the one it was made with"
-        )
-        problems.append(Problem("/data/tokenizer/kind", "tokenizer_needed", detail))
-    return DataFiles(train, validation, problems)
-
-
-def _find_each(
-    sources: Sequence[DataSource], pointer: str, problems: list[Problem]
-) -> list[SourceAt]:
-    sources_at = []
-    for number, source in enumerate(sources):
-        source_pointer = f"{pointer}/{number}"
-        try:
-            sources_at.append((source_pointer, find_source(source)))
-        except DataError as error:
-            problems.append(error.problem(source_pointer))
-    return sources_at
-
-
-def _first_prepared(sources_at: Sequence[SourceAt]) -> str | None:
-    for pointer, source in sources_at:
-        if source.kind == "prepared":
-            return pointer
-    return None
-
-
-def find_source(source: DataSource) -> SourceFiles:
+def find_source(source: DataSource, role: Role = "train") -> SourceFiles:
     """Lists a source's files without reading them.
 
-    Raises DataError when there are none or their type is unknown.
+    `role` is the use of its text, on which depends what a folder or pattern stands for.
+    Raises DataError when there are no files or their type is unknown.
     """
     with read_errors(source.path):
         if source.path.startswith("builtin://"):
@@ -121,10 +92,10 @@ def find_source(source: DataSource) -> SourceFiles:
         if file is not None:
             return _find_file(source, root, file)
         if is_folder(root):
-            return _text_files(source, root, _readable_files(source, root))
+            return _find_in_folder(source, root, role)
         # Tested last, so that an existing file with a bracket in its name is not a pattern.
         if _has_wildcard(root.path):
-            return _text_files(source, root, _glob(root))
+            return _find_matching(source, root, role)
         return _find_prepared(source, root)
 
 
@@ -133,7 +104,51 @@ def _find_file(source: DataSource, root: Location, file: FileStat) -> SourceFile
     if root.path.endswith((".bin", ".idx")):
         prefix = Location(root.filesystem, root.path[:-4], root.is_local)
         return _find_prepared(source, prefix)
-    return _text_files(source, root, [file])
+    if file_format(file.path) is None:
+        raise _unknown_type(file)
+    return _text_files(source, root, Selection([file], [], []))
+
+
+def _unknown_type(file: FileStat) -> DataError:
+    remedy = _REMEDY
+    specific = remedy_of(file.path)
+    if specific is not None:
+        remedy = f"{specific}; {_REMEDY}"
+    detail = f"{file.path} is of a type that cannot be read; {remedy}"
+    return DataError("file_type", detail)
+
+
+def _find_in_folder(source: DataSource, folder: Location, role: Role) -> SourceFiles:
+    files = list(walk(folder))
+    _require_targets(source, folder)
+    selection = select_files(source.path, folder.path, files, role, is_folder=True)
+    if not selection.files:
+        detail = f"the folder {source.path} holds no {TYPES} file; {_REMEDY}"
+        raise DataError("no_files", detail)
+    return _text_files(source, folder, selection)
+
+
+def _require_targets(source: DataSource, folder: Location) -> None:
+    """Raises DataError when a link to data leads nowhere."""
+    broken = [file for file in broken_links(folder) if file_format(file.path) is not None]
+    if broken:
+        detail = (
+            f"{source.path} has links to data that do not exist: "
+            f"{named_files(broken, folder.path)}; restore the data or remove the links"
+        )
+        raise DataError("not_found", detail)
+
+
+def _find_matching(source: DataSource, root: Location, role: Role) -> SourceFiles:
+    base = _fixed_folder(root)
+    files = _glob(base, root.path)
+    if not files:
+        detail = f"no file matches {source.path} where the job runs; check the pattern"
+        raise DataError("not_found", detail)
+    selection = select_files(source.path, base.path, files, role, is_folder=False)
+    if not selection.files:
+        raise _unknown_type(files[0])
+    return _text_files(source, root, selection)
 
 
 def _find_builtin(source: DataSource) -> SourceFiles:
@@ -185,48 +200,27 @@ def _find_prepared(source: DataSource, prefix: Location) -> SourceFiles:
     raise DataError("incomplete_prefix", detail)
 
 
-def _readable_files(source: DataSource, folder: Location) -> list[FileStat]:
-    files = []
-    for file in walk(folder):
-        if suffix_of(file.path) in _TEXT_SUFFIXES and not _is_hidden(
-            file.path, folder.path
-        ):
-            files.append(file)
-    if not files:
-        types = ", ".join(_TEXT_SUFFIXES)
-        detail = f"the folder {source.path} holds no {types} file; {_REMEDY}"
-        raise DataError("no_files", detail)
-    return files
-
-
-def _is_hidden(path: str, root: str) -> bool:
-    # Relative to the source, because its parent folders may be hidden.
-    parts = PurePosixPath(path.removeprefix(root)).parts
-    for part in parts:
-        # `_` as in Spark's _SUCCESS and _logs.
-        if part.startswith((".", "_")):
-            return True
-    return False
-
-
 def _has_wildcard(path: str) -> bool:
     return any(wildcard in path for wildcard in _WILDCARDS)
 
 
-def _glob(root: Location) -> list[FileStat]:
-    patterns = PurePosixPath(root.path).parts
-    # Matches are below the last folder without a wildcard.
+def _fixed_folder(root: Location) -> Location:
+    """Returns the last folder of a pattern without a wildcard; matches are below it."""
     fixed = []
-    for pattern in patterns:
+    for pattern in PurePosixPath(root.path).parts:
         if _has_wildcard(pattern):
             break
         fixed.append(pattern)
-    base_path = ""
+    path = ""
     if fixed:
-        base_path = str(PurePosixPath(*fixed))
-    base = Location(root.filesystem, base_path, root.is_local)
+        path = str(PurePosixPath(*fixed))
+    return Location(root.filesystem, path, root.is_local)
+
+
+def _glob(base: Location, path: str) -> list[FileStat]:
     if not is_folder(base):
         return []
+    patterns = PurePosixPath(path).parts
     matching = []
     for file in walk(base):
         if _matches(PurePosixPath(file.path).parts, patterns):
@@ -250,30 +244,24 @@ def _matches(parts: tuple[str, ...], patterns: tuple[str, ...]) -> bool:
     return _matches(parts[1:], patterns[1:])
 
 
-def _text_files(source: DataSource, root: Location, files: list[FileStat]) -> SourceFiles:
-    if not files:
-        detail = f"no file matches {source.path} where the job runs; check the pattern"
-        raise DataError("not_found", detail)
-    num_bytes = 0
-    for file in files:
-        num_bytes += file.size
-        if suffix_of(file.path) not in _TEXT_SUFFIXES:
-            detail = f"{file.path} is of a type that cannot be read; {_REMEDY}"
-            raise DataError("file_type", detail)
-    if not num_bytes:
+def _text_files(source: DataSource, root: Location, selection: Selection) -> SourceFiles:
+    files = selection.files
+    if not sum(file.size for file in files):
         detail = f"{source.path} is empty; give files with text in them"
         raise DataError("empty", detail)
-    return SourceFiles(source, "text", root, _by_path(files))
+    return SourceFiles(
+        source,
+        "text",
+        root,
+        _by_path(files),
+        _by_path(selection.validation),
+        tuple(selection.notes),
+    )
 
 
 def _by_path(files: list[FileStat]) -> tuple[FileStat, ...]:
     # Filesystems list in arbitrary order, on which the corpus must not depend.
     return tuple(sorted(files, key=lambda file: file.path))
-
-
-def suffix_of(path: str) -> str:
-    """Returns the suffix of a path in lower case, with its dot."""
-    return PurePosixPath(path).suffix.lower()
 
 
 def in_sampling_order(source_files: SourceFiles) -> list[FileStat]:

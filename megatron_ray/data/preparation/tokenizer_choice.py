@@ -15,9 +15,10 @@ from megatron_ray.config.problem import Problem
 from megatron_ray.data.preparation.build_cache import get_or_build
 from megatron_ray.data.preparation.cache_keys import digest
 from megatron_ray.data.preparation.corpora import ProgressCallback
+from megatron_ray.data.preparation.data_files import SourceAt
 from megatron_ray.data.preparation.documents import fingerprint, read_file_chunks
 from megatron_ray.data.preparation.errors import UnusableDataError, cause, errors_at
-from megatron_ray.data.preparation.sources import SourceAt, SourceFiles, in_sampling_order
+from megatron_ray.data.preparation.sources import SourceFiles, in_sampling_order
 from megatron_ray.data.tokenizer import Tokenizer, TokenizerError
 from megatron_ray.storage.files import read_bytes
 from megatron_ray.storage.location import Location, parse_location

@@ -65,9 +65,8 @@ def _top_experts(moe: MoEConfig, ranking_TE: Tensor) -> Tensor:
         # Group-limited routing (DeepSeek-V3): with a group per node, a token's experts are
         # on few nodes.
         by_group = ranking_TE.view(len(ranking_TE), moe.num_groups, -1)
-        # A group's score is the sum of its best top_k / group_top_k scores.
-        per_group = moe.top_k // moe.group_top_k
-        group_scores = by_group.topk(per_group, -1).values.sum(-1)
+        # A group's score is the sum of its best scores.
+        group_scores = by_group.topk(moe.group_score_count, -1).values.sum(-1)
         best = group_scores.topk(moe.group_top_k, -1).indices
         is_excluded = torch.ones_like(group_scores, dtype=torch.bool)
         is_excluded.scatter_(1, best, False)

@@ -121,4 +121,6 @@ def _show(answer: dict[str, Any], as_json: bool, next_step: str) -> None:
         f"wrote {escape(str(answer['path']))}: {answer['tensors']} tensors of "
         f"{answer['model_type']}, {size(answer['bytes'])}"
     )
+    for note in answer["notes"]:
+        out.print(f"note: {escape(note)}")
     out.print(f"[dim]{escape(next_step)}[/dim]")

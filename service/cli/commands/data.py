@@ -1,17 +1,15 @@
 """The command that tokenizes data ahead of a job, as its preparing state would."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from pydantic import ValidationError
 from rich.markup import escape
 
-from service.cli.failure import CommandError, with_field_lines
+from service.cli.failure import CommandError
+from service.cli.offline_plan import parse_spec, problems_failure
 from service.cli.output import AsJson, console, print_json
 from service.cli.spec_file import Overrides, SpecFile, read_spec
-from service.pydantic_messages import plain_message
-from workers.protocol.job import JobSpec
 
 data_app = typer.Typer(
     name="data", help="Tokenize and index corpora ahead of a job.", no_args_is_help=True
@@ -41,7 +39,7 @@ def prepare(
     Jobs with the same data and cache use these files.
     """
     # Checked here, because no service takes part.
-    job = validated(read_spec(spec, overrides))
+    job = parse_spec(read_spec(spec, overrides))
     folder = job.data.cache
     if cache is not None:
         folder = str(cache.expanduser().absolute())
@@ -65,8 +63,7 @@ def prepare(
             job.data, folder, seq_length=job.training.seq_length, progress=print_progress
         )
     except UnusableDataError as error:
-        problems = [(problem.pointer, problem.detail) for problem in error.problems]
-        raise problems_failure("the data cannot be used", problems) from error
+        raise problems_failure("the data cannot be used", error.problems) from error
     if as_json:
         print_json(prepared.model_dump(mode="json"))
         return
@@ -75,28 +72,3 @@ def prepare(
         f"data ready in {escape(folder)}: {num_tokens:,} training tokens, vocabulary "
         f"{prepared.vocab_size:,}"
     )
-
-
-def validated(values: dict[str, Any]) -> JobSpec:
-    """Returns the spec as the library reads it.
-
-    Raises CommandError with one line per invalid field.
-    """
-    try:
-        return JobSpec.model_validate(values)
-    except ValidationError as error:
-        problems: list[tuple[str, str]] = []
-        for item in error.errors():
-            pointer = "/" + "/".join(map(str, item["loc"]))
-            problems.append((pointer, plain_message(item)))
-        raise problems_failure("the job spec is invalid", problems) from error
-
-
-def problems_failure(title: str, problems: list[tuple[str, str]]) -> CommandError:
-    """Returns an error with one line per (JSON pointer, detail)."""
-    errors: list[dict[str, str]] = []
-    for pointer, detail in problems:
-        errors.append({"pointer": pointer, "detail": detail})
-    # The shape of the service's problem documents.
-    body = {"title": title, "detail": title, "errors": errors}
-    return CommandError(with_field_lines(title, problems), exit_code=2, body=body)

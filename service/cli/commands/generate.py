@@ -1,6 +1,7 @@
 """The command that generates text from a checkpoint."""
 
 import sys
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
@@ -60,20 +61,40 @@ def generate(
         "--top-p": top_p,
         "--seed": seed,
     }
-    answer = run_generation(path, prompt, options)
     if as_json:
-        print_json(answer)
-    # Not through rich, which would read brackets of the text as markup.
-    else:
-        sys.stdout.write(f"{answer['prompt']}{answer['text']}\n")
+        print_json(run_generation(path, prompt, options))
+        return
+    printed = _Printed(prompt)
+    run_generation(path, prompt, options, printed.add)
+    printed.add("\n")
 
 
-def run_generation(checkpoint: str, prompt: str, options: dict[str, Any]) -> dict[str, Any]:
+class _Printed:
+    """Prints a prompt and its continuation as it is generated."""
+
+    def __init__(self, prompt: str) -> None:
+        self._rest = prompt
+
+    def add(self, text: str) -> None:
+        """Prints the next text, after the prompt if it is the first."""
+        # Not through rich, which would read brackets of the text as markup.
+        sys.stdout.write(self._rest + text)
+        sys.stdout.flush()
+        self._rest = ""
+
+
+def run_generation(
+    checkpoint: str,
+    prompt: str,
+    options: dict[str, Any],
+    on_text: Callable[[str], None] | None = None,
+) -> dict[str, Any]:
     """Returns {prompt, text, ...} from the library's command.
 
-    Raises CommandError with the last line of its stderr.
+    `on_text` gets the text in pieces, as they are generated. Raises CommandError with
+    the last line of the command's stderr.
     """
     # The answer may hold its own prompt; a prompt given here is the default.
     arguments = ["--checkpoint", checkpoint, "--prompt", prompt, *as_arguments(options)]
-    answer = run_library(_MODULE, arguments, "text")
+    answer = run_library(_MODULE, arguments, "text", on_text)
     return {"prompt": prompt, **answer, "text": str(answer["text"])}

@@ -67,6 +67,13 @@ def submit(
                 f"submitted [bold]{job_id}[/bold]; follow it with "
                 f"`megatron-ray watch {job_id}`"
             )
+            _print_warnings(client, job["id"])
+
+
+def _print_warnings(client: Client, job_id: str) -> None:
+    """Prints what the service has noted about a spec that it has accepted."""
+    for event in client.events(job_id, types="spec.warning")["data"]:
+        typer.echo(f"warning: {event['message']}", err=True)
 
 
 def cancel(

@@ -4,12 +4,15 @@ Must not know: how anything is estimated.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
 
-from service.cli.connection import DataDir, Token, Url, connect
+from megatron_ray.planning.answers.estimates import MAX_RANKS
+from service.cli import offline_plan
+from service.cli.connection import DataDir, Token, Url, connect_if_up
 from service.cli.failure import CommandError, with_field_lines
 from service.cli.output import (
     AsJson,
@@ -21,6 +24,7 @@ from service.cli.output import (
     size,
 )
 from service.cli.spec_file import Overrides, SpecFile, read_spec
+from service.client import Client, ServiceError
 
 _MAX_RANK_ROWS = 64
 _AXES = ("tp", "cp", "ep", "dp", "pp")
@@ -61,26 +65,40 @@ def plan(
         int | None,
         typer.Option(
             min=1,
-            help="With --suggest: number of ranks. Default: as many as the job would get.",
+            max=MAX_RANKS,
+            help="With --suggest or --hardware: number of ranks. Default: as many as the job "
+            "would get.",
         ),
     ] = None,
+    offline: Annotated[
+        bool,
+        typer.Option(
+            "--offline",
+            help="Check and plan the spec alone, without a service. Default: only when no "
+            "local stack is up and no --url is given.",
+        ),
+    ] = False,
     url: Url = None,
     token: Token = None,
     data_dir: DataDir = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show how a job would run, without starting it. Exit code 0 only when it fits."""
+    """Check a job and show how it would run, without starting it.
+
+    Exit code 0 only when it fits. Without a service it is planned from the spec alone.
+    """
     values = read_spec(spec, overrides)
-    # Without --suggest the number would be ignored silently.
-    if ranks is not None and not suggest:
+    # The number would be ignored silently.
+    if ranks is not None and not (suggest or hardware or offline):
         raise CommandError(
-            "--ranks needs --suggest; a plan's ranks follow from its parallel degrees"
+            "--ranks needs --suggest or --hardware; the ranks of a job on the cluster follow "
+            "from its parallel degrees"
         )
-    with connect(url, token, data_dir) as client:
-        if suggest:
-            answer = client.suggest(values, hardware=hardware, ranks=ranks)
-        else:
-            answer = client.plan(values, hardware=hardware)
+    question = _Question(values, suggest, hardware, ranks)
+    client = None
+    if not offline:
+        client = connect_if_up(url, token, data_dir)
+    answer = question.answer_of(client, is_service_named=url is not None)
     if as_json:
         print_json(answer)
     elif suggest:
@@ -88,6 +106,39 @@ def plan(
     else:
         _print_plan(answer)
     _check_fits(answer, suggest, as_json)
+
+
+@dataclass(frozen=True)
+class _Question:
+    """What is asked of a spec."""
+
+    spec: Json
+    suggest: bool
+    hardware: str | None
+    ranks: int | None
+
+    def answer_of(self, client: Client | None, *, is_service_named: bool) -> dict[str, Any]:
+        """Returns the service's answer, or without a service one from the spec alone."""
+        if client is None:
+            return self._from_spec()
+        try:
+            with client:
+                return self._from_service(client)
+        except ServiceError as error:
+            # The record of a local stack may be older than its end.
+            if is_service_named or error.code != "unreachable":
+                raise
+            return self._from_spec()
+
+    def _from_service(self, client: Client) -> dict[str, Any]:
+        if self.suggest:
+            return client.suggest(self.spec, hardware=self.hardware, ranks=self.ranks)
+        return client.plan(self.spec, hardware=self.hardware, ranks=self.ranks)
+
+    def _from_spec(self) -> dict[str, Any]:
+        if self.suggest:
+            return offline_plan.make_suggestions(self.spec, self.hardware, self.ranks)
+        return offline_plan.make_plan(self.spec, self.hardware, self.ranks)
 
 
 def _check_fits(answer: dict[str, Any], suggest: bool, as_json: bool) -> None:
@@ -98,7 +149,9 @@ def _check_fits(answer: dict[str, Any], suggest: bool, as_json: bool) -> None:
     if as_json:
         body = answer
     if suggest and not answer.get("data"):
-        raise CommandError("no layout can be suggested", body=body)
+        raise CommandError(
+            "no layout can be suggested", remedy="see the notes above", body=body
+        )
     problems = answer.get("problems") or ()
     if problems or answer.get("fits") is False:
         fields: list[tuple[str, str]] = []
@@ -204,7 +257,7 @@ def _print_suggestions(answer: Json) -> None:
     rows: list[list[str]] = []
     for suggestion in suggestions:
         rows.append(_suggestion_row(suggestion))
-    print_table(columns, rows, empty="no layout fits")
+    print_table(columns, rows, empty="no layouts")
     _print_notes(answer)
 
 

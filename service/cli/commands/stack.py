@@ -5,6 +5,7 @@ Must not know: how it is started or stopped (service/local_stack).
 
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
@@ -16,6 +17,7 @@ from service.cli.connection import DataDir, resolve_data_dir
 from service.cli.failure import CommandError
 from service.cli.output import AsJson, console, print_json
 from service.local_stack.interruption import Interruption, StackError, StartInterruptedError
+from service.local_stack.job_stops import StopJobs
 from service.local_stack.options import StackOptions
 from service.local_stack.record import RecordUnreadableError, StackRecord
 from service.local_stack.stack import LocalStack
@@ -139,13 +141,21 @@ def end_and_report(stack: LocalStack, screen: Console) -> TeardownReport:
 def describe(teardown: TeardownReport) -> str:
     """Returns one to three lines about a teardown."""
     lines = [f"stopped: {teardown.processes_killed} processes, temp dir removed"]
-    if teardown.jobs_cancelled:
-        lines.append(f"cancelled: {', '.join(teardown.jobs_cancelled)}")
-    if teardown.jobs_interrupted:
-        job_ids = ", ".join(teardown.jobs_interrupted)
+    if teardown.ended_by_up:
+        # The number of processes is on the terminal of `up`.
+        lines = ["stopped; no process is left"]
+    jobs = teardown.jobs
+    if jobs.ended:
+        lines.append(f"ended: {', '.join(jobs.ended)}")
+    if jobs.paused:
+        lines.append(f"paused: {', '.join(jobs.paused)}; the next `up` resumes them")
+    if jobs.interrupted:
         lines.append(
-            f"interrupted: {job_ids}; the next `up` resumes from the last checkpoint"
+            f"interrupted: {', '.join(jobs.interrupted)}; the next `up` resumes them from "
+            "their last checkpoint"
         )
+    if jobs.waiting:
+        lines.append(f"kept as they were: {', '.join(jobs.waiting)}")
     return "\n".join(lines)
 
 
@@ -155,21 +165,32 @@ def down(
         float,
         typer.Option(
             min=0,
-            help="Seconds that running jobs may take for a final checkpoint; 0 kills them.",
+            help="Seconds that running jobs may take to write a checkpoint; 0 kills them, "
+            "and they continue from their last one.",
         ),
     ] = 20.0,
+    cancel_jobs: Annotated[
+        bool,
+        typer.Option(
+            "--cancel-jobs",
+            help="Cancel the jobs. Default: they are paused, and the next `up` resumes them.",
+        ),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Stop the local stack and everything it started.
+    """Stop the local stack and everything it started; jobs are paused.
 
-    Works even if `up` was killed, and may be repeated.
+    The next `up` resumes them. Works even if `up` was killed, and may be repeated.
     """
     folder = resolve_data_dir(data_dir)
     # Messages come while jobs are ending, which can take the whole grace period.
     screen = _screen(as_json)
+    stop = StopJobs.PAUSE
+    if cancel_jobs:
+        stop = StopJobs.CANCEL
     try:
         teardown = end_stack(
-            folder, lambda message: screen.print(escape(message)), job_grace_s
+            folder, lambda message: screen.print(escape(message)), job_grace_s, stop
         )
     except RecordUnreadableError as error:
         raise CommandError(str(error)) from error
@@ -180,14 +201,12 @@ def down(
             {
                 "was_up": teardown.was_up,
                 "processes_killed": teardown.processes_killed,
+                "jobs": asdict(teardown.jobs),
                 "data_dir": str(folder),
             }
         )
     elif not teardown.was_up:
         console().print(f"nothing is up (data dir {escape(str(folder))})")
-    elif teardown.ended_by_up:
-        # The counts are on the terminal of `up`.
-        console().print("stopped; no process is left")
     else:
         console().print(escape(describe(teardown)))
 

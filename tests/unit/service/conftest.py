@@ -172,21 +172,22 @@ class Agent:
         assert response.status_code == 200, response.text
         return DesiredReply.model_validate(response.json())
 
-    def answer_checks(self, *problems: Json) -> None:
+    def answer_checks(self, *problems: Json, notes: tuple[str, ...] = ()) -> None:
         """From now on every question gets this answer, until `stop`."""
 
-        def answer() -> None:
+        def answer_all() -> None:
             after = -1
             while not self._stop.is_set():
                 reply = self.desired(after, 1.0)
                 after = reply.revision
                 for check in reply.checks:
+                    answer = {"problems": problems, "notes": notes}
                     self.http.post(
                         "/internal/v1/agent/checks",
-                        json={"check_id": check.check_id, "problems": problems},
+                        json={"check_id": check.check_id, **answer},
                     )
 
-        self._answering = threading.Thread(target=answer)
+        self._answering = threading.Thread(target=answer_all)
         self._answering.start()
 
     def __enter__(self) -> Self:

@@ -151,6 +151,9 @@ def test_tokens_file(tmp_path: Path) -> None:
         write_tokens(path)
     assert read_tokens(path) == tokens
     assert list(path.parent.iterdir()) == [path], "no rest of the second try"
+    # An editor may add a byte order mark.
+    path.write_text(path.read_text(), encoding="utf-8-sig")
+    assert read_tokens(path) == tokens
     secret = "s" * 20
     for content in (
         "",

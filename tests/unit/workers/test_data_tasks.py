@@ -80,7 +80,7 @@ def spec(tmp_path: Path) -> dict[str, Any]:
 
 
 def test_weights_that_fit_are_no_problem(spec: dict[str, Any]) -> None:
-    assert check_task(spec, spec["storage"]["path"]) == []
+    assert check_task(spec, spec["storage"]["path"])["problems"] == []
     assert prepare_data(JobSpec.from_mapping(spec)).vocab_size == 257
 
 
@@ -88,7 +88,7 @@ def test_weights_of_another_model_are_found_before_the_data_are_prepared(
     spec: dict[str, Any], tmp_path: Path
 ) -> None:
     spec["model"]["ffn_hidden_size"] = 32
-    (problem,) = check_task(spec, spec["storage"]["path"])
+    (problem,) = check_task(spec, spec["storage"]["path"])["problems"]
     assert (problem["pointer"], problem["code"]) == (
         "/model/ffn_hidden_size",
         "start_from_model",
@@ -111,6 +111,6 @@ def test_weights_that_are_not_there_or_too_few_for_the_tokenizer(
     ):
         prepare_data(JobSpec.from_mapping(spec))
     (tmp_path / "hf" / "model.safetensors").unlink()
-    (problem,) = check_task(spec, spec["storage"]["path"])
+    (problem,) = check_task(spec, spec["storage"]["path"])["problems"]
     assert problem["pointer"] == "/checkpoint/start_from"
     assert "holds neither model.safetensors nor" in problem["detail"]

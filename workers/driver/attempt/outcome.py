@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from megatron_ray.commands import Command
 from workers.decisions.failures import Failure, FailureKind, root_cause
-from workers.decisions.job_phases import AttemptFailed, AttemptFinished
+from workers.decisions.observations import AttemptFailed, AttemptFinished
 from workers.driver.attempt.plan import AttemptPlan
 from workers.protocol.states import DesiredState
 from workers.protocol.wire import DesiredJob

@@ -7,11 +7,7 @@ a start that fails, HTTP, torch.
 from dataclasses import dataclass, field
 
 from workers.decisions.failures import Failure
-from workers.decisions.job_phases import (
-    AttemptFailed,
-    RanksStarted,
-    StopRequested,
-)
+from workers.decisions.observations import AttemptFailed, RanksStarted, StopRequested
 from workers.decisions.placement import PlacementPlan, RankPlace, assign_ranks
 from workers.decisions.slot_assignment import SlotAssignment, assign_slots
 from workers.driver.context import JobContext

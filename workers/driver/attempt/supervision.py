@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from megatron_ray.commands import Command
 from megatron_ray.reports import PhaseReport, StepReport
-from workers.decisions.job_phases import AttemptFailed, AttemptFinished
+from workers.decisions.observations import AttemptFailed, AttemptFinished
 from workers.driver.attempt.committer import CheckpointCommitter, Committed
 from workers.driver.attempt.outcome import (
     RanksStopped,

@@ -60,6 +60,17 @@ def read_decoder(
     }
 
 
+def read_attention_bias(config: HfConfig) -> dict[str, Any]:
+    """Reads the key that stands for the biases of all projections of attention."""
+    has_bias = config.flag("attention_bias", False)
+    return {"qkv_bias": has_bias, "attention_output_bias": has_bias}
+
+
+def write_attention_bias(model: ModelConfig) -> dict[str, Any]:
+    """Writes the key that `read_attention_bias` reads."""
+    return {"attention_bias": model.has_attention_output_bias}
+
+
 def write_sizes(model: ModelConfig) -> dict[str, Any]:
     """Writes the fields that `read_sizes` and `read_rope` read."""
     return {
@@ -178,10 +189,13 @@ def decoder_rules(model: ModelConfig) -> list[Rule]:
     rules = frame_rules(model) + norm_rules()
     for name in "qkv":
         rules += linear(attention + name, f"{stored}{name}_proj", bias=model.has_qkv_bias)
-    rules += linear(attention + "o", stored + "o_proj", bias=model.linear_bias)
+    rules += linear(
+        attention + "o", stored + "o_proj", bias=model.has_attention_output_bias
+    )
     if model.qk_norm:
         rules += linears({"q_norm": "q_norm", "k_norm": "k_norm"}, attention, stored)
     for logical_name, stored_name in MLP.items():
         logical = f"{LAYER}mlp.{logical_name}"
-        rules += linear(logical, f"{STORED_LAYER}mlp.{stored_name}", bias=model.linear_bias)
+        stored_mlp = f"{STORED_LAYER}mlp.{stored_name}"
+        rules += linear(logical, stored_mlp, bias=model.has_mlp_bias)
     return rules

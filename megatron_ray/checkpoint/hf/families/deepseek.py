@@ -1,8 +1,7 @@
-"""Describes DeepSeek-V3.
+"""Describes DeepSeek-V2 and DeepSeek-V3.
 
-It has latent attention with rotated parts stored in pairs, a balancing bias, shared
-experts, and multi-token prediction (MTP) layers, which are stored after the last layer.
-Pure. Must not know: files, torch.
+DeepSeek-V3 has a balancing bias and multi-token prediction (MTP) layers, which are
+stored after the last layer. Pure. Must not know: files, torch.
 """
 
 from collections.abc import Collection, Mapping
@@ -10,35 +9,25 @@ from typing import Any
 
 from megatron_ray.checkpoint.hf.families.decoder import (
     LAYER,
-    MLP,
-    SILU,
     STORED_LAYER,
     frame_rules,
-    norm_rules,
-    read_sizes,
     weight_rules,
-    write_sizes,
 )
-from megatron_ray.checkpoint.hf.families.experts import (
-    expert_rules,
-    layers_with_experts,
-    mixture,
-)
+from megatron_ray.checkpoint.hf.families.experts import mixture, stacked_expert_rules
 from megatron_ray.checkpoint.hf.families.family import Family
-from megatron_ray.checkpoint.hf.families.rope import read_rope
+from megatron_ray.checkpoint.hf.families.latent_attention import (
+    latent_layer_rules,
+    read_experts,
+    read_groups,
+    read_latent_decoder,
+    write_latent_decoder,
+)
 from megatron_ray.checkpoint.hf.hf_config import HfConfig
-from megatron_ray.checkpoint.hf.tensor_locations import InterleavedRotary, Rule
-from megatron_ray.config.latent import LatentAttentionConfig
+from megatron_ray.checkpoint.hf.tensor_locations import Rule
 from megatron_ray.config.model import ModelConfig
 
 _MTP_BLOCK = "mtp.{}.block."
 """Prefix of the logical names of an MTP layer's transformer block."""
-_LATENT_SIZES = {
-    "kv_lora_rank": 512,
-    "qk_nope_head_dim": 128,
-    "qk_rope_head_dim": 64,
-    "v_head_dim": 128,
-}
 _MTP_WEIGHTS = {
     "embedding_norm": "enorm",
     "hidden_norm": "hnorm",
@@ -46,171 +35,107 @@ _MTP_WEIGHTS = {
     "final_norm": "shared_head.norm",
 }
 """Weights of an MTP layer outside its block."""
-_FFNS = {"mlp.": "mlp.", "moe.shared.": "mlp.shared_experts."}
-_EPS = 1e-6
-_SCORES_PER_GROUP = 2
+_BIAS = "mlp.gate.e_score_correction_bias"
+_V2_SCORES = 1
+_V3_SCORES = 2
 """Number of best scores whose sum ranks a group of experts."""
+_GREEDY = ("greedy", "gready")
+"""Two spellings of published files."""
+_GROUPS = "group_limited_greedy"
 
 
-def _read(config: HfConfig) -> dict[str, Any]:
+def _read_v2(config: HfConfig) -> dict[str, Any]:
+    # Smaller relatives, in documents' readers, have ordinary attention.
+    config.one_of("use_mla", (True,), True)
+    # Transformers ignores norm_topk_prob, the published code does not.
+    config.one_of("norm_topk_prob", (False,), False)
+    config.one_of("scoring_func", ("softmax",), "softmax")
+    method = config.one_of("topk_method", (*_GREEDY, _GROUPS), _GREEDY[0])
+    fields = read_latent_decoder(config)
+    num_layers = fields["num_layers"]
+    top_k = config.number("num_experts_per_tok")
+    moe = read_experts(config, num_layers, dense_layers=0, width=1407, shared=2) | {
+        "num_experts": config.number("n_routed_experts", 64),
+        "top_k": top_k,
+        "pre_softmax": True,
+        "scaling_factor": config.number("routed_scaling_factor", 1.0),
+    }
+    if method == _GROUPS:
+        moe |= read_groups(config, top_k, _V2_SCORES)
+    return fields | {"moe": moe, "mlp_bias": config.flag("mlp_bias", False)}
+
+
+def _write_v2(model: ModelConfig) -> dict[str, Any]:
+    is_limited = mixture(model).num_groups is not None
+    return write_latent_decoder(model, _V2_SCORES) | {
+        "mlp_bias": model.has_mlp_bias,
+        "norm_topk_prob": False,
+        "scoring_func": "softmax",
+        "topk_method": _GROUPS if is_limited else _GREEDY[0],
+    }
+
+
+def _v2_rules(model: ModelConfig) -> list[Rule]:
+    return frame_rules(model) + latent_layer_rules(model)
+
+
+def _read_v3(config: HfConfig) -> dict[str, Any]:
     # Variants that ModelConfig does not support must be switched off.
-    config.one_of("attention_bias", (False,), False)
     config.one_of("rope_interleave", (True,), True)
     config.one_of("norm_topk_prob", (True,), True)
     config.one_of("scoring_func", ("sigmoid",), "sigmoid")
     config.one_of("topk_method", ("noaux_tc",), "noaux_tc")
-    config.one_of("moe_layer_freq", (1,), 1)
-    # transformers ignores the key for the norms of latents and always uses this value.
-    config.one_of("rms_norm_eps", (_EPS,), _EPS)
-    activation = SILU[config.one_of("hidden_act", SILU, "silu")]
-    fields = {
-        **read_sizes(config, eps=_EPS),
-        **read_rope(config),
-        "activation": activation,
+    fields = read_latent_decoder(config)
+    num_layers = fields["num_layers"]
+    top_k = config.number("num_experts_per_tok", 8)
+    moe = read_experts(config, num_layers, dense_layers=3, width=2048, shared=1) | {
+        "num_experts": config.number("n_routed_experts", 256),
+        "top_k": top_k,
+        "score_function": "sigmoid",
+        "expert_bias": True,
+        "scaling_factor": config.number("routed_scaling_factor", 2.5),
+        **read_groups(config, top_k, _V3_SCORES),
     }
-    num_heads = fields["num_attention_heads"]
-    if config.get("num_key_value_heads", num_heads) != num_heads:
-        raise config.error(
-            "num_key_value_heads differs from num_attention_heads: latent attention has no "
-            "query groups"
-        )
-    # A missing key means the default rank, null means no query latent.
-    mla = {"q_lora_rank": config.values.get("q_lora_rank", 1536)}
-    for name, size in _LATENT_SIZES.items():
-        mla[name] = config.number(name, size)
-    fields |= {"mla": mla, "moe": _read_moe(config, fields["num_layers"]), "mtp": None}
+    fields |= {"moe": moe, "mtp": None}
     num_mtp_layers = config.number("num_nextn_predict_layers", 0)
     if num_mtp_layers:
         fields["mtp"] = {"num_layers": num_mtp_layers}
     return fields
 
 
-def _read_moe(config: HfConfig, num_layers: int) -> dict[str, Any]:
-    dense = min(config.number("first_k_dense_replace", 3), num_layers)
-    width = config.number("moe_intermediate_size", 2048)
-    # 0 shared experts become null.
-    shared_width = width * config.number("n_shared_experts", 1) or None
-    top_k = config.number("num_experts_per_tok", 8)
-    groups = config.number("n_group", 1)
-    group_top_k = config.number("topk_group", 1)
-    # Routing is not group-limited with one group, or with a choice among all groups.
-    is_limited = groups > 1 and group_top_k < groups
-    if is_limited and top_k // group_top_k != _SCORES_PER_GROUP:
-        raise config.error(
-            f"num_experts_per_tok={top_k} with topk_group={group_top_k} is not supported: "
-            f"groups are ranked by their best {_SCORES_PER_GROUP} scores there, by "
-            "num_experts_per_tok / topk_group here"
-        )
-    return {
-        "num_experts": config.number("n_routed_experts", 256),
-        "top_k": top_k,
-        "ffn_hidden_size": width,
-        "layer_pattern": [0] * dense + [1] * (num_layers - dense),
-        "score_function": "sigmoid",
-        "expert_bias": True,
-        "scaling_factor": config.number("routed_scaling_factor", 2.5),
-        "num_groups": groups if is_limited else None,
-        "group_top_k": group_top_k if is_limited else None,
-        "shared_expert_ffn_hidden_size": shared_width,
-    }
-
-
-def _write(model: ModelConfig) -> dict[str, Any]:
-    moe = mixture(model)
-    mla = latent(model)
-    width = model.expert_width
-    return write_sizes(model) | {
-        "num_key_value_heads": model.num_attention_heads,
-        "hidden_act": "silu",
-        "attention_bias": False,
+def _write_v3(model: ModelConfig) -> dict[str, Any]:
+    return write_latent_decoder(model, _V3_SCORES) | {
         "rope_interleave": True,
-        "q_lora_rank": mla.q_lora_rank,
-        "kv_lora_rank": mla.kv_lora_rank,
-        "qk_nope_head_dim": mla.qk_nope_head_dim,
-        "qk_rope_head_dim": mla.qk_rope_head_dim,
-        "v_head_dim": mla.v_head_dim,
-        "n_routed_experts": moe.num_experts,
-        "num_experts_per_tok": moe.top_k,
-        "moe_intermediate_size": width,
-        # Shared experts are written as a multiple of the routed experts' width.
-        "n_shared_experts": (moe.shared_expert_ffn_hidden_size or 0) // width,
-        # The number of layers before the first with experts.
-        "first_k_dense_replace": [*layers_with_experts(model), 1].index(1),
-        "moe_layer_freq": 1,
-        "n_group": moe.num_groups or 1,
-        "topk_group": moe.group_top_k or 1,
         "norm_topk_prob": True,
         "scoring_func": "sigmoid",
         "topk_method": "noaux_tc",
-        "routed_scaling_factor": moe.scaling_factor,
         "num_nextn_predict_layers": model.num_mtp_layers,
     }
 
 
-def latent(model: ModelConfig) -> LatentAttentionConfig:
-    """Returns the latent attention of a model; raises ValueError when it has none."""
-    if model.mla is None:
-        raise ValueError("the model has no latent attention")
-    return model.mla
-
-
-def _rules(model: ModelConfig) -> list[Rule]:
-    rules = frame_rules(model) + _layer_rules(model, LAYER, 0)
+def _v3_rules(model: ModelConfig) -> list[Rule]:
+    rules = frame_rules(model) + _v3_layer_rules(model, LAYER, 0)
     if model.mtp is not None:
         first = model.num_layers
-        rules += _layer_rules(model, _MTP_BLOCK, first)
+        rules += _v3_layer_rules(model, _MTP_BLOCK, first)
         rules += weight_rules(_MTP_WEIGHTS, "mtp.{}.", STORED_LAYER, first)
     return rules
 
 
-def _layer_rules(model: ModelConfig, logical: str, first: int) -> list[Rule]:
-    """Returns the rules of a layer with an MLP or experts; a layer has one of both."""
-    rules = norm_rules(logical, STORED_LAYER, first)
-    rules += expert_rules(logical, first_layer=first)
-    bias = STORED_LAYER + "mlp.gate.e_score_correction_bias"
-    rules.append(Rule(logical + "moe.expert_bias", bias, first_layer=first))
-    for logical_name, stored_name in _FFNS.items():
-        rules += weight_rules(
-            MLP, logical + logical_name, STORED_LAYER + stored_name, first
-        )
-    return rules + _attention_rules(latent(model), logical + "attention.", first)
+def _v3_layer_rules(model: ModelConfig, logical: str, first: int) -> list[Rule]:
+    bias = Rule(logical + "moe.expert_bias", STORED_LAYER + _BIAS, first_layer=first)
+    return [*latent_layer_rules(model, logical, first), bias]
 
 
-def _attention_rules(mla: LatentAttentionConfig, logical: str, first: int) -> list[Rule]:
-    stored = STORED_LAYER + "self_attn."
-    # The rotated part comes last in each query head, and last in the rows that project to
-    # the key-value latent.
-    query_order = InterleavedRotary(
-        mla.qk_head_dim, mla.qk_nope_head_dim, mla.qk_rope_head_dim
-    )
-    key_order = InterleavedRotary(
-        mla.kv_lora_rank + mla.qk_rope_head_dim, mla.kv_lora_rank, mla.qk_rope_head_dim
-    )
-    names: dict[str, tuple[str, InterleavedRotary | None]] = {
-        "kv_down": ("kv_a_proj_with_mqa", key_order),
-        "kv_norm": ("kv_a_layernorm", None),
-        "kv_up": ("kv_b_proj", None),
-        "o": ("o_proj", None),
-    }
-    if mla.q_lora_rank is None:
-        names["q"] = ("q_proj", query_order)
-    else:
-        names |= {
-            "q_down": ("q_a_proj", None),
-            "q_norm": ("q_a_layernorm", None),
-            "q_up": ("q_b_proj", query_order),
-        }
-    rules = []
-    for logical_name, (stored_name, rotary) in names.items():
-        rules.append(
-            Rule(
-                f"{logical}{logical_name}.weight",
-                f"{stored}{stored_name}.weight",
-                rotary=rotary,
-                first_layer=first,
-            )
-        )
-    return rules
+def _v2_other_layouts(model: ModelConfig) -> list[list[Rule]]:
+    return [stacked_expert_rules(model)]
+
+
+def _v3_other_layouts(model: ModelConfig) -> list[list[Rule]]:
+    rules = stacked_expert_rules(model)
+    if model.mtp is not None:
+        rules += stacked_expert_rules(model, _MTP_BLOCK, first_layer=model.num_layers)
+    return [rules]
 
 
 def _copies(model: ModelConfig) -> Mapping[str, str]:
@@ -235,12 +160,21 @@ def _present(model: ModelConfig, names: Collection[str]) -> ModelConfig:
     return model.model_copy(update={"mtp": None})
 
 
+DEEPSEEK_V2 = Family(
+    "deepseek_v2",
+    "DeepseekV2ForCausalLM",
+    _read_v2,
+    _write_v2,
+    _v2_rules,
+    other_layouts=_v2_other_layouts,
+)
 DEEPSEEK_V3 = Family(
     "deepseek_v3",
     "DeepseekV3ForCausalLM",
-    _read,
-    _write,
-    _rules,
+    _read_v3,
+    _write_v3,
+    _v3_rules,
+    other_layouts=_v3_other_layouts,
     copies=_copies,
     present=_present,
 )

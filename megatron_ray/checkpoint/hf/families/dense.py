@@ -3,14 +3,15 @@
 Owns: their differences. Pure. Must not know: files, torch.
 """
 
-import json
 from math import isclose, sqrt
 from typing import Any
 
 from megatron_ray.checkpoint.hf.families.decoder import (
     decoder_rules,
+    read_attention_bias,
     read_decoder,
     read_windows,
+    write_attention_bias,
     write_decoder,
     write_windows,
 )
@@ -24,20 +25,18 @@ treats them so too."""
 
 
 def _read_llama(config: HfConfig) -> dict[str, Any]:
-    attention = config.flag("attention_bias", False)
-    mlp = config.flag("mlp_bias", False)
-    if attention != mlp:
-        raise config.error(
-            f"attention_bias={json.dumps(attention)} with mlp_bias={json.dumps(mlp)} is not "
-            "supported: all linear layers have a bias, or none"
-        )
-    return read_decoder(config) | {"linear_bias": attention}
+    return {
+        **read_decoder(config),
+        **read_attention_bias(config),
+        "mlp_bias": config.flag("mlp_bias", False),
+    }
 
 
 def _write_llama(model: ModelConfig) -> dict[str, Any]:
-    return write_decoder(model) | {
-        "attention_bias": model.linear_bias,
-        "mlp_bias": model.linear_bias,
+    return {
+        **write_decoder(model),
+        **write_attention_bias(model),
+        "mlp_bias": model.has_mlp_bias,
     }
 
 
@@ -66,18 +65,16 @@ def _write_qwen2(model: ModelConfig) -> dict[str, Any]:
 
 
 def _read_qwen3(config: HfConfig) -> dict[str, Any]:
-    config.one_of("attention_bias", (False,), False)
     # Qwen3's heads do not divide hidden_size, so their width has a default of its own.
-    fields = read_decoder(config, head_dim=128)
+    fields = read_decoder(config, head_dim=128) | read_attention_bias(config)
     return fields | read_windows(config, fields["num_layers"]) | {"qk_norm": True}
 
 
 def _write_qwen3(model: ModelConfig) -> dict[str, Any]:
-    return write_decoder(model) | write_windows(model) | {"attention_bias": False}
+    return write_decoder(model) | write_windows(model) | write_attention_bias(model)
 
 
 def _read_gemma(config: HfConfig) -> dict[str, Any]:
-    config.one_of("attention_bias", (False,), False)
     config.one_of("use_bidirectional_attention", (False,), False)
     # The newer key takes precedence.
     key = "hidden_activation" if config.get("hidden_activation") else "hidden_act"
@@ -85,6 +82,7 @@ def _read_gemma(config: HfConfig) -> dict[str, Any]:
     # All other fields are read as for Llama, which accepts only its own activation.
     as_llama = HfConfig({**config.values, "hidden_act": "silu"}, config.where)
     fields = {
+        **read_attention_bias(config),
         "activation": "geglu_tanh",
         "zero_centered_norm": True,
         "embedding_scale": sqrt(config.number("hidden_size")),
@@ -99,9 +97,9 @@ def _write_gemma(model: ModelConfig) -> dict[str, Any]:
     if not isclose(model.embedding_scale, sqrt(model.hidden_size), rel_tol=1e-6):
         return values
     return values | {
+        **write_attention_bias(model),
         "hidden_act": "gelu_pytorch_tanh",
         "hidden_activation": "gelu_pytorch_tanh",
-        "attention_bias": False,
     }
 
 

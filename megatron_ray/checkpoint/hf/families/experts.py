@@ -1,4 +1,7 @@
-"""Describes Mixtral and Qwen3-MoE, which store a tensor per expert and matrix.
+"""Describes Mixtral and Qwen3-MoE.
+
+Published files have a tensor per expert and matrix; transformers has the matrices of
+all experts of a layer in one tensor, and reads and writes files of both layouts.
 
 Pure. Must not know: files, torch.
 """
@@ -10,25 +13,29 @@ from megatron_ray.checkpoint.hf.families.decoder import (
     MLP,
     STORED_LAYER,
     decoder_rules,
+    read_attention_bias,
     read_decoder,
     read_windows,
     weight_rules,
+    write_attention_bias,
     write_decoder,
     write_windows,
 )
-from megatron_ray.checkpoint.hf.families.family import Family
+from megatron_ray.checkpoint.hf.families.family import Family, UnsupportedFieldError
 from megatron_ray.checkpoint.hf.hf_config import HfConfig
 from megatron_ray.checkpoint.hf.tensor_locations import Rule, linear, linears
 from megatron_ray.config.model import ModelConfig
 from megatron_ray.config.moe import MoEConfig
 
 _EXPERTS = LAYER + "moe.experts.{}."
+_STORED_MOE = STORED_LAYER + "mlp."
+_MIXTRAL_MOE = STORED_LAYER + "block_sparse_moe."
 
 
 def mixture(model: ModelConfig) -> MoEConfig:
-    """Returns the mixture of a model; raises ValueError when it has none."""
+    """Returns the mixture of a model; raises UnsupportedFieldError when it has none."""
     if model.moe is None:
-        raise ValueError("the model has no experts")
+        raise UnsupportedFieldError("moe", " is null, and every such model has experts")
     return model.moe
 
 
@@ -61,19 +68,29 @@ def _write_mixtral(model: ModelConfig) -> dict[str, Any]:
 
 
 def _mixtral_rules(model: ModelConfig) -> list[Rule]:
-    stored = STORED_LAYER + "block_sparse_moe."
+    return decoder_rules(model) + _numbered_matrices(_MIXTRAL_MOE)
+
+
+def _numbered_matrices(stored: str) -> list[Rule]:
     # Mixtral numbers its matrices; w1 and w3 are the two inputs of the gated MLP.
     matrices = {"gate": "w1", "up": "w3", "down": "w2"}
     return [
-        *decoder_rules(model),
         *linear(LAYER + "moe.router", stored + "gate"),
         *linears(matrices, _EXPERTS, stored + "experts.{}."),
     ]
 
 
+def _other_mixtral_layouts(model: ModelConfig) -> list[list[Rule]]:
+    # The module has another name in transformers than in published files.
+    return [
+        _numbered_matrices(_STORED_MOE),
+        stacked_expert_rules(model),
+        stacked_expert_rules(model, stored=_MIXTRAL_MOE),
+    ]
+
+
 def _read_qwen3_moe(config: HfConfig) -> dict[str, Any]:
-    config.one_of("attention_bias", (False,), False)
-    fields = read_decoder(config)
+    fields = read_decoder(config) | read_attention_bias(config)
     num_layers = fields["num_layers"]
     every = config.number("decoder_sparse_step", 1)
     dense_layers = config.get("mlp_only_layers", [])
@@ -114,13 +131,17 @@ def _write_qwen3_moe(model: ModelConfig) -> dict[str, Any]:
         "norm_topk_prob": not moe.pre_softmax,
         "decoder_sparse_step": 1,
         "mlp_only_layers": dense_layers,
-        "attention_bias": False,
     }
-    return write_decoder(model) | write_windows(model) | values
+    return {
+        **write_decoder(model),
+        **write_windows(model),
+        **write_attention_bias(model),
+        **values,
+    }
 
 
 def expert_rules(
-    logical: str = LAYER, stored: str = STORED_LAYER + "mlp.", first_layer: int = 0
+    logical: str = LAYER, stored: str = _STORED_MOE, first_layer: int = 0
 ) -> list[Rule]:
     """Returns the rules of router and experts, as Qwen and DeepSeek name them."""
     names = {"router": "gate"}
@@ -129,13 +150,59 @@ def expert_rules(
     return weight_rules(names, f"{logical}moe.", stored, first_layer)
 
 
+def stacked_expert_rules(
+    model: ModelConfig,
+    logical: str = LAYER,
+    stored: str = _STORED_MOE,
+    first_layer: int = 0,
+) -> list[Rule]:
+    """Returns the rules of experts in two tensors per layer, as transformers has them.
+
+    Of each expert the first has the rows of the gate and then those of `up`.
+    """
+    stacked = stored + "experts."
+    # Stored name, part, parts.
+    places = {
+        "gate": ("gate_up_proj", 0, 2),
+        "up": ("gate_up_proj", 1, 2),
+        "down": ("down_proj", 0, 1),
+    }
+    rules = weight_rules({"router": "gate"}, f"{logical}moe.", stored, first_layer)
+    for name, (stored_name, part, parts) in places.items():
+        rules.append(
+            Rule(
+                f"{logical}moe.experts.{{}}.{name}.weight",
+                stacked + stored_name,
+                part,
+                parts,
+                first_layer=first_layer,
+                num_experts=mixture(model).num_experts,
+            )
+        )
+    return rules
+
+
 def _qwen3_moe_rules(model: ModelConfig) -> list[Rule]:
     return decoder_rules(model) + expert_rules()
 
 
+def _other_qwen3_moe_layouts(model: ModelConfig) -> list[list[Rule]]:
+    return [stacked_expert_rules(model)]
+
+
 MIXTRAL = Family(
-    "mixtral", "MixtralForCausalLM", _read_mixtral, _write_mixtral, _mixtral_rules
+    "mixtral",
+    "MixtralForCausalLM",
+    _read_mixtral,
+    _write_mixtral,
+    _mixtral_rules,
+    other_layouts=_other_mixtral_layouts,
 )
 QWEN3_MOE = Family(
-    "qwen3_moe", "Qwen3MoeForCausalLM", _read_qwen3_moe, _write_qwen3_moe, _qwen3_moe_rules
+    "qwen3_moe",
+    "Qwen3MoeForCausalLM",
+    _read_qwen3_moe,
+    _write_qwen3_moe,
+    _qwen3_moe_rules,
+    other_layouts=_other_qwen3_moe_layouts,
 )

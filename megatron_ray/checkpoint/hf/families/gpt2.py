@@ -6,7 +6,7 @@ Pure. Must not know: files, torch.
 
 from typing import Any
 
-from megatron_ray.checkpoint.hf.families.family import Family
+from megatron_ray.checkpoint.hf.families.family import Family, UnsupportedFieldError
 from megatron_ray.checkpoint.hf.hf_config import HfConfig
 from megatron_ray.checkpoint.hf.tensor_locations import Rule, linear
 from megatron_ray.config.model import ModelConfig
@@ -57,9 +57,11 @@ def _read(config: HfConfig) -> dict[str, Any]:
 
 
 def _write(model: ModelConfig) -> dict[str, Any]:
-    activation: str = model.activation
-    if activation == "gelu_tanh":
-        activation = "gelu_new"  # the name that GPT-2 was published with
+    # gelu_tanh has the name that GPT-2 was published with.
+    names = {"gelu_tanh": "gelu_new", "gelu": "gelu"}
+    if model.activation not in names:
+        detail = f"={model.activation!r} is not one of {', '.join(map(repr, names))}"
+        raise UnsupportedFieldError("activation", detail)
     return {
         "n_layer": model.num_layers,
         "n_embd": model.hidden_size,
@@ -68,7 +70,7 @@ def _write(model: ModelConfig) -> dict[str, Any]:
         "vocab_size": model.vocabulary,
         "n_positions": model.max_sequence_length,
         "n_ctx": model.max_sequence_length,
-        "activation_function": activation,
+        "activation_function": names[model.activation],
         "layer_norm_epsilon": model.norm_eps,
         "tie_word_embeddings": model.tie_embeddings,
         "resid_pdrop": model.hidden_dropout,

@@ -8,14 +8,14 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from megatron_ray.checkpoint.hf.families.deepseek import DEEPSEEK_V3
+from megatron_ray.checkpoint.hf.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
 from megatron_ray.checkpoint.hf.families.dense import GEMMA, LLAMA, MISTRAL, QWEN2, QWEN3
 from megatron_ray.checkpoint.hf.families.experts import MIXTRAL, QWEN3_MOE
-from megatron_ray.checkpoint.hf.families.family import Family
+from megatron_ray.checkpoint.hf.families.family import Family, UnsupportedFieldError
 from megatron_ray.checkpoint.hf.families.gpt2 import GPT2
 from megatron_ray.checkpoint.hf.hf_config import HfConfig
 from megatron_ray.config.model import ModelConfig
-from megatron_ray.config.problem import ConfigError
+from megatron_ray.config.problem import ConfigError, Problem
 from megatron_ray.validation.initial_weights import model_signature
 
 FAMILIES = {
@@ -29,6 +29,7 @@ FAMILIES = {
         GEMMA,
         MIXTRAL,
         QWEN3_MOE,
+        DEEPSEEK_V2,
         DEEPSEEK_V3,
     )
 }
@@ -79,28 +80,55 @@ def read_model(family: Family, values: Mapping[str, Any], where: str) -> ModelCo
         ) from error
 
 
-def family_for(model: ModelConfig) -> Family:
+def family_for(model: ModelConfig, published_as: Family | None = None) -> Family:
     """Returns the family that a model can be exported as.
 
-    Raises ConfigError with the field that its nearest family does not support.
+    It is the one that its weights were published as, if any and if the model still is
+    one of it. Raises ConfigError with the field that its nearest family does not
+    support.
     """
-    family = _nearest(model)
+    if published_as is not None and _unsupported(published_as, model) is None:
+        return published_as
+    nearest = _nearest(model)
+    unsupported = _unsupported(nearest, model)
+    if unsupported is not None:
+        raise unsupported
+    return nearest
+
+
+def export_warnings(model: ModelConfig) -> list[Problem]:
+    """Returns the field because of which checkpoints of a model cannot be exported.
+
+    The model's vocabulary may be unknown.
+    """
+    # Every family has any vocabulary.
+    if model.vocab_size is None:
+        model = model.model_copy(update={"vocab_size": 2})
+    unsupported = _unsupported(_nearest(model), model)
+    if unsupported is None:
+        return []
+    pointer = f"/model/{unsupported.field.replace('.', '/')}"
+    detail = f"checkpoints cannot be exported in Hugging Face's format: {unsupported}"
+    return [Problem(pointer, "not_exportable", detail)]
+
+
+def _unsupported(family: Family, model: ModelConfig) -> UnsupportedFieldError | None:
+    """Returns why a model is not one of a family, or None."""
     # A family supports a model if writing and reading its config.json preserves the model.
     try:
-        read_back = read_model(family, family.write(model), family.model_type)
-    except ConfigError as error:
-        raise ConfigError(
-            f"the model cannot be written as {family.model_type}: {error}"
-        ) from error
-    signature = model_signature(read_back)
+        values = family.write(model)
+    except UnsupportedFieldError as error:
+        detail = str(error).removeprefix(f"model.{error.field}")
+        return UnsupportedFieldError(error.field, f"{detail} ({family.model_type})")
+    signature = model_signature(read_model(family, values, family.model_type))
     for field, value in model_signature(model).items():
-        if signature[field] != value:
-            raise ConfigError(
-                f"model.{field}={value!r} cannot be expressed in the config.json of "
-                f"{family.model_type}, the nearest known family (it would be read as "
-                f"{signature[field]!r})"
+        if signature.get(field) != value:
+            detail = (
+                f"={value!r} cannot be expressed in the config.json of {family.model_type}, "
+                f"the nearest known family (it would be read as {signature.get(field)!r})"
             )
-    return family
+            return UnsupportedFieldError(field, detail)
+    return None
 
 
 def _nearest(model: ModelConfig) -> Family:
@@ -109,13 +137,19 @@ def _nearest(model: ModelConfig) -> Family:
     if model.position_embedding == "learned" or model.norm == "layernorm":
         return GPT2
     if model.mla is not None:
-        return DEEPSEEK_V3
+        return _nearest_of_deepseek(model)
     if model.moe is not None:
         return QWEN3_MOE if model.qk_norm else MIXTRAL
     if model.zero_centered_norm or model.activation == "geglu_tanh":
         return GEMMA
     if model.qk_norm:
         return QWEN3
-    if model.qkv_bias:
+    if model.has_qkv_bias and not model.has_attention_output_bias:
         return QWEN2
     return MISTRAL if model.sliding_window is not None else LLAMA
+
+
+def _nearest_of_deepseek(model: ModelConfig) -> Family:
+    if model.moe is not None and model.moe.score_function == "softmax":
+        return DEEPSEEK_V2
+    return DEEPSEEK_V3

@@ -74,6 +74,11 @@ def test_save_and_load(tmp_path: Path) -> None:
         assert loaded.end_of_document == 0
 
 
+def test_a_byte_order_mark_changes_nothing_in_a_tokenizer() -> None:
+    plain = Tokenizer.of_bytes().to_json()
+    assert Tokenizer.from_json("\ufeff" + plain).to_json() == plain
+
+
 def test_settings_of_other_uses_are_dropped() -> None:
     inner = Inner.from_str(BPE.to_json())
     inner.enable_truncation(3)

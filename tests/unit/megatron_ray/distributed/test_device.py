@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from megatron_ray.distributed import device
@@ -56,6 +57,7 @@ def test_freed_memory_is_kept_in_a_thread_too() -> None:
 # Frees 200 MB of which nothing lies at the heap's end, where glibc would return it
 # unasked.
 HOLES = """
+import pytest
 import torch
 from megatron_ray.distributed import device
 torch.set_num_threads(1)
@@ -93,3 +95,34 @@ def test_cpu_facts() -> None:
     assert device.peak_flops(cpu) is None
     assert device.peak_memory_bytes(cpu) > 1 << 20
     device.synchronize(cpu)
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({}, None),
+        ({"/proc/meminfo": ["MemTotal: 9 kB", "MemAvailable: 8 kB"]}, 8192),
+        (
+            {
+                "/proc/meminfo": ["MemAvailable: 8 kB"],
+                "/sys/fs/cgroup/memory.max": ["6000"],
+                "/sys/fs/cgroup/memory.current": ["1000"],
+            },
+            5000,
+        ),
+        (
+            {
+                "/proc/meminfo": ["MemAvailable: 8 kB"],
+                "/sys/fs/cgroup/memory.max": ["max"],
+                "/sys/fs/cgroup/memory.current": ["1000"],
+            },
+            8192,
+        ),
+    ],
+    ids=["unknown", "system", "limited", "unlimited"],
+)
+def test_free_memory_is_that_of_the_system_and_of_its_limit(
+    monkeypatch: pytest.MonkeyPatch, files: dict[str, list[str]], expected: int | None
+) -> None:
+    monkeypatch.setattr(device, "_lines_of", lambda path: files.get(path, []))
+    assert device.free_memory_bytes(torch.device("cpu")) == expected

@@ -3,11 +3,13 @@
 import pytest
 
 from megatron_ray.config.model import ModelConfig
+from megatron_ray.config.optimizer import OptimizerConfig
 from megatron_ray.optimizer.partition import flat_runs, pieces
 from megatron_ray.parallel_dims import ParallelDims
 from megatron_ray.sharding.buckets import ALIGNMENT, default_bucket_elements, plan_buckets
 from megatron_ray.sharding.parameters import freeze, local_parameters
 
+CONFIG = OptimizerConfig(lr=1.0, weight_decay=0.1)
 TABLE = local_parameters(
     ModelConfig.model_validate({"preset": "gpt2-tiny", "vocab_size": 300}),
     ParallelDims(tp=2),
@@ -21,7 +23,7 @@ def test_every_element_is_owned_once(dp: int, bucket_elements: int | None) -> No
     plan = plan_buckets(TABLE, dp, bucket_elements)
     owned = [0] * plan.num_elements
     for rank in range(dp):
-        runs = flat_runs(plan, rank, dp, sharded=True)
+        runs = flat_runs(plan, CONFIG, rank, dp, sharded=True)
         assert [run.shard_start for run in runs] == [
             sum(r.end - r.start for r in runs[:i]) for i in range(len(runs))
         ]
@@ -32,7 +34,7 @@ def test_every_element_is_owned_once(dp: int, bucket_elements: int | None) -> No
     covered = sum(
         piece.end - piece.start
         for rank in range(dp)
-        for piece in pieces(plan, flat_runs(plan, rank, dp, sharded=True))
+        for piece in pieces(plan, flat_runs(plan, CONFIG, rank, dp, sharded=True))
     )
     assert covered == sum(parameter.num_elements for parameter in TABLE)
 
@@ -41,12 +43,13 @@ def test_every_element_is_owned_once(dp: int, bucket_elements: int | None) -> No
 def test_runs_keep_rules_apart(dp: int) -> None:
     plan = plan_buckets(TABLE, dp, 20_000)
     for rank in range(dp):
-        runs = flat_runs(plan, rank, dp, sharded=True)
+        runs = flat_runs(plan, CONFIG, rank, dp, sharded=True)
         for piece in pieces(plan, runs):
             (run,) = [run for run in runs if run.start <= piece.start < run.end]
-            assert (run.decay, run.tp_sharded) == (
-                piece.placed.parameter.decay,
-                piece.placed.parameter.tp_sharded,
+            parameter = piece.placed.parameter
+            assert (run.rule.weight_decay > 0, run.tp_sharded) == (
+                parameter.parts[0].logical.decay,
+                parameter.tp_sharded,
             )
 
 
@@ -75,7 +78,7 @@ def test_what_is_frozen_lies_behind_the_gradients_and_belongs_to_nobody() -> Non
         sum(
             run.end - run.start
             for rank in range(3)
-            for run in flat_runs(plan, rank, 3, sharded=True)
+            for run in flat_runs(plan, CONFIG, rank, 3, sharded=True)
         )
         == plan.num_trainable
     )
@@ -83,7 +86,7 @@ def test_what_is_frozen_lies_behind_the_gradients_and_belongs_to_nobody() -> Non
     assert (
         everything.num_trainable,
         everything.buckets,
-        flat_runs(everything, 0, 2, sharded=True),
+        flat_runs(everything, CONFIG, 0, 2, sharded=True),
     ) == (0, (), ())
 
 
@@ -97,6 +100,6 @@ def test_default_bucket_size_is_megatrons_but_for_small_models() -> None:
 def test_without_sharding_every_rank_owns_everything() -> None:
     plan = plan_buckets(TABLE, 4)
     assert (
-        sum(run.end - run.start for run in flat_runs(plan, 2, 4, sharded=False))
+        sum(run.end - run.start for run in flat_runs(plan, CONFIG, 2, 4, sharded=False))
         == plan.num_elements
     )

@@ -28,7 +28,7 @@ sys.meta_path.insert(0, Blocked())
 import time
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.planning.hardware import HARDWARE
-from service.jobs.estimates import check_memory, estimates, rank_map
+from megatron_ray.planning.answers.estimates import check_memory, estimates, rank_map
 config = TrainConfig.from_mapping({
     "model": {"preset": "llama3-405b"},
     "parallel": {

@@ -13,6 +13,7 @@ from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.data.loader import StepLoader
 from megatron_ray.distributed.mesh import ParallelMesh
 from megatron_ray.optimizer.finalize_grads import scale_and_clip
+from megatron_ray.optimizer.step_sums import SkipRule
 from megatron_ray.reports import Report, StepReport
 from megatron_ray.training.components import TrainingComponents
 from megatron_ray.training.loop import train
@@ -123,10 +124,15 @@ def test_a_step_never_waits_for_the_device(
         try:
             loss = forward_backward(model, mesh, batches)
             stats = reduce_step(
-                model, optimizer, mesh, loss, sum(batch.num_tokens for batch in batches)
+                model,
+                optimizer,
+                mesh,
+                loss,
+                sum(batch.num_tokens for batch in batches),
+                skip_rule=SkipRule.IF_NOT_FINITE,
             )
             scale_and_clip(optimizer, stats, 1.0)
-            optimizer.step(1e-3)
+            optimizer.step(1e-3, stats.skip)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 

@@ -9,7 +9,7 @@ from megatron_ray.commands import Command, strongest_voted, votes_for
 from megatron_ray.distributed.mesh import ParallelMesh
 from megatron_ray.optimizer.step_sums import StepSums
 from megatron_ray.reports import Report, StepReport
-from megatron_ray.training.progress import Progress, is_due
+from megatron_ray.training.progress import Progress, SkippedSteps, is_due
 from megatron_ray.training.step_numbers import StepsInFlight
 from megatron_ray.training.step_reporter import NonFiniteLossError, StepReporter
 from megatron_ray.training.step_timer import StepTimer, StepTimes
@@ -80,7 +80,10 @@ def test_on_cuda_numbers_are_read_one_step_late(monkeypatch: pytest.MonkeyPatch)
 def test_a_step_is_reported_and_what_is_not_finite_is_refused_behind_its_report() -> None:
     reports: list[Report] = []
     reporter = StepReporter(
-        make_config(LLAMA, {"dp": 1}, steps=1), ParallelMesh.single(), reports.append
+        make_config(LLAMA, {"dp": 1}, steps=1),
+        ParallelMesh.single(),
+        reports.append,
+        SkippedSteps(),
     )
     in_flight = StepsInFlight(CPU, num_aux=0)
     for step, loss_sum in ((1, 20.0), (2, float("nan")), (3, 20.0)):

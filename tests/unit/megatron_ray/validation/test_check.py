@@ -372,6 +372,79 @@ def test_a_good_config_has_no_problem() -> None:
             "min_lr=0.1 is above optimizer.lr=0.001; lower it",
         ),
         (
+            {"schedule": {"warmup_steps": 10, "decay_steps": 5}},
+            None,
+            "/schedule/decay_steps",
+            "decay_steps=5 is not after warmup_steps=10, so the rate would drop from "
+            "optimizer.lr=0.001 to min_lr=0 at once; decay_steps counts from step 0 with the "
+            "warm-up included: leave it out to decay until the last step",
+        ),
+        (
+            {"schedule": {"warmup_steps": 5, "decay_steps": 5, "min_lr": 1e-4}},
+            None,
+            "/schedule/decay_steps",
+            "decay_steps=5 is not after warmup_steps=5",
+        ),
+        (
+            {"schedule": {"kind": "linear", "decay_steps": 8}},
+            None,
+            "/schedule/decay_steps",
+            "decay_steps=8 with min_lr=0 leaves a rate of 0 for 3 of training.steps=10; set "
+            "min_lr above 0, leave decay_steps out, or lower steps to 8",
+        ),
+        (
+            {"training": {"steps": 2, "skip_steps": [2, 1]}},
+            None,
+            "/training/skip_steps",
+            "all of training.steps=2 are left out; keep one",
+        ),
+        (
+            {"optimizer": {"groups": [{"parameters": ["*.bias"], "weight_decay": 0}]}},
+            None,
+            "/optimizer/groups/0/parameters",
+            "no parameter matches '*.bias'; names are such as 'embedding.weight'",
+        ),
+        (
+            {"optimizer": {"groups": [{"parameters": ["embeding.*"], "lr_scale": 2}]}},
+            None,
+            "/optimizer/groups/0/parameters",
+            "no parameter matches 'embeding.*'; did you mean 'embedding.*'?",
+        ),
+        (
+            {"optimizer": {"freeze": ["layers.1.attn.q.weight"]}},
+            None,
+            "/optimizer/freeze",
+            "no parameter matches 'layers.1.attn.q.weight'; did you mean "
+            "'layers.*.attention.q.weight'?",
+        ),
+        (
+            {
+                "model": {"tie_embeddings": True},
+                "optimizer": {"groups": [{"parameters": ["head.*"], "lr_scale": 2}]},
+            },
+            None,
+            "/optimizer/groups/0/parameters",
+            "no parameter matches 'head.*'; the head is tied to 'embedding.weight', so name "
+            "that",
+        ),
+        (
+            {"optimizer": {"groups": [{"parameters": ["embedding.*"]}]}},
+            None,
+            "/optimizer/groups/0",
+            "the group sets nothing; give weight_decay, lr_scale, beta1, beta2 or eps",
+        ),
+        (
+            {
+                "optimizer": {
+                    "freeze": ["embedding.*"],
+                    "groups": [{"parameters": ["embedding.*"], "weight_decay": 0}],
+                }
+            },
+            None,
+            "/optimizer/groups/0/parameters",
+            "all parameters of the group are frozen by optimizer.freeze",
+        ),
+        (
             {"optimizer": {"freeze": ["layers.0.*", "layers.4.*"]}},
             None,
             "/optimizer/freeze",
@@ -463,16 +536,10 @@ def latent(**changes: Any) -> dict[str, Any]:
     ("model", "parallel", "pointer", "words"),
     [
         (
-            latent(qkv_bias=True),
-            {},
-            "/model/qkv_bias",
-            "qkv_bias is not supported with mla; leave it out, or leave out mla",
-        ),
-        (
-            latent(linear_bias=True),
+            latent(qkv_bias=True, attention_output_bias=True, linear_bias=True),
             {},
             "/model/linear_bias",
-            "linear_bias is not supported with mla",
+            "linear_bias is not supported with mla; leave it out, or leave out mla",
         ),
         (latent(qk_norm=True), {}, "/model/qk_norm", "qk_norm is not supported with mla"),
         (
@@ -661,6 +728,24 @@ def with_experts(
             "those groups of 2 experts",
         ),
         (
+            {"scores_per_group": 2},
+            {},
+            "/model/moe/scores_per_group",
+            "scores_per_group ranks groups, and there are none; leave it out",
+        ),
+        (
+            {"num_groups": 4, "group_top_k": 1, "scores_per_group": 3},
+            {},
+            "/model/moe/scores_per_group",
+            "scores_per_group=3 is more than the 2 experts of a group; lower it",
+        ),
+        (
+            {"num_groups": 4, "group_top_k": 1, "scores_per_group": 2, "top_k": 3},
+            {},
+            "/model/moe/group_top_k",
+            "that many groups of 2 experts must have top_k=3 of them",
+        ),
+        (
             {},
             {"ep": 2, "dp": 4, "pp": 2, "order": "tp-cp-ep-pp-dp"},
             "/parallel/order",
@@ -689,6 +774,21 @@ def test_experts_have_no_biases() -> None:
     assert [problem.detail for problem in problems] == [
         "experts have no biases in this version; set linear_bias to false"
     ]
+    (problem,) = check.find_problems(with_experts({}, {}, mlp_bias=True))
+    assert problem.pointer == "/model/mlp_bias"
+    assert problem.detail.startswith("mlp_bias has no effect: every layer has routed")
+
+
+@pytest.mark.parametrize(
+    "moe", [{"layer_pattern": {"every": 2}}, {"shared_expert_ffn_hidden_size": 64}]
+)
+def test_an_mlp_beside_experts_may_have_biases(moe: dict[str, Any]) -> None:
+    assert check.find_problems(with_experts(moe, {}, mlp_bias=True)) == []
+
+
+def test_groups_may_be_ranked_by_any_number_of_their_scores() -> None:
+    groups = {"num_groups": 4, "group_top_k": 3, "scores_per_group": 2, "top_k": 4}
+    assert check.find_problems(with_experts(groups, {})) == []
 
 
 @pytest.mark.parametrize(("world", "dp"), [(1, 4), (4, 4), (7, 4), (100, 4)])
@@ -727,3 +827,126 @@ def test_good_experts_have_no_problem() -> None:
         )
         == []
     )
+
+
+@pytest.mark.parametrize(
+    ("groups", "pointer", "words"),
+    [
+        (
+            {"schedule": {"warmup_steps": 100}},
+            "/schedule/warmup_steps",
+            "warmup_steps=100 is not shorter than training.steps=10: the rate only climbs, to "
+            "0.0001 in the last step (optimizer.lr=0.001)",
+        ),
+        (
+            {"schedule": {"min_lr": 1e-3}},
+            "/schedule/min_lr",
+            "min_lr=0.001 equals optimizer.lr, so the rate does not decay",
+        ),
+        (
+            {"optimizer": {"clip_grad_norm": 1e-9}},
+            "/optimizer/clip_grad_norm",
+            "clip_grad_norm=1e-09 is not above eps=1e-08",
+        ),
+        (
+            {"schedule": {"decay_steps": 100}},
+            "/schedule/decay_steps",
+            "decay_steps=100 is beyond training.steps=10: the rate does not come down to "
+            "min_lr=0",
+        ),
+        (
+            {"training": {"steps": 100}, "schedule": {"decay_steps": 95}},
+            "/schedule/min_lr",
+            "the rate is 0 in 6 of 100 steps, since the decay ends at min_lr=0 in step 95",
+        ),
+        ({"training": {"steps": 1}}, "/schedule/min_lr", "the rate is 0 in 1 of 1 steps"),
+        (
+            {"schedule": {"kind": "constant", "min_lr": 1e-4}},
+            "/schedule/min_lr",
+            "min_lr=0.0001 has no effect with kind=constant",
+        ),
+        (
+            {"schedule": {"kind": "constant", "decay_steps": 5}},
+            "/schedule/decay_steps",
+            "decay_steps=5 has no effect with kind=constant",
+        ),
+        ({"optimizer": {"lr": 1e-30}}, "/optimizer/lr", "lr=1e-30 is too small"),
+        (
+            {"optimizer": {"lr": 2.0, "weight_decay": 0.5}},
+            "/optimizer/weight_decay",
+            "lr x weight_decay = 2 x 0.5 = 1: a step subtracts at least the whole weight",
+        ),
+        (
+            {
+                "optimizer": {
+                    "lr": 0.1,
+                    "weight_decay": 1.0,
+                    "groups": [{"parameters": ["head.*"], "lr_scale": 20}],
+                }
+            },
+            "/optimizer/groups/0",
+            "lr x weight_decay = 2 x 1 = 2",
+        ),
+        (
+            {"training": {"eval_every_steps": 11}},
+            "/training/eval_every_steps",
+            "eval_every_steps=11 is beyond training.steps=10: the run is evaluated after its "
+            "last step only",
+        ),
+        (
+            {"training": {"eval_every_steps": 5}, "data": {"validation_fraction": 0}},
+            "/training/eval_every_steps",
+            "eval_every_steps=5, but there is no validation data",
+        ),
+        (
+            {"checkpoint": {"every_steps": 11}},
+            "/checkpoint/every_steps",
+            "every_steps=11 is beyond training.steps=10: the only checkpoint is that of the "
+            "last step",
+        ),
+        (
+            {"data": {"train": [{"path": "a"}, {"path": "b", "weight": 1e-6}]}},
+            "/data/train/1/weight",
+            "less than one of the run's 160 samples, so b is hardly used",
+        ),
+        (
+            {"training": {"skip_steps": [3, 11]}},
+            "/training/skip_steps",
+            "step 11 is beyond training.steps=10; steps count from 1",
+        ),
+        (
+            {"training": {"max_skipped_steps": 10}},
+            "/training/max_skipped_steps",
+            "max_skipped_steps=10 allows all of training.steps=10 to be skipped",
+        ),
+        (
+            {"model": {"mtp": {"loss_coeff": 0}}},
+            "/model/mtp/loss_coeff",
+            "loss_coeff=0 computes the MTP layers in every step and never trains them",
+        ),
+        (
+            {"model": {"sliding_window": 8, "full_attention_every": 5}},
+            "/model/full_attention_every",
+            "full_attention_every=5 is beyond num_layers=4",
+        ),
+    ],
+)
+def test_what_is_legal_and_without_effect_is_noted(
+    groups: dict[str, Any], pointer: str, words: str
+) -> None:
+    noted = config(**groups)
+    assert check.find_problems(noted) == []
+    warnings = check.find_warnings(noted)
+    assert [warning.pointer for warning in warnings] == [pointer]
+    assert words in warnings[0].detail
+
+
+def test_a_usual_config_has_no_warning() -> None:
+    usual = config(
+        training={"eval_every_steps": 5},
+        schedule={"warmup_steps": 2, "min_lr": 1e-4, "decay_steps": 8},
+        checkpoint={"every_steps": 5},
+    )
+    assert check.find_problems(usual) == []
+    assert check.find_warnings(usual) == []
+    assert check.find_warnings(config()) == []

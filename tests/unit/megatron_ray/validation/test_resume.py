@@ -46,6 +46,8 @@ FREE: list[dict[str, Any]] = [
     {"checkpoint__start_from": "/weights"},
     {"storage__path": "/moved"},
     {"data__cache": "/elsewhere"},
+    {"data__train": [{"path": "/a.txt", "max_bad_records": 3}]},
+    {"training__skip_steps": [21], "training__max_skipped_steps": 2},
     {"model__init_std": 0.5},
     {"model__vocab_multiple": 64},
     {"model__max_sequence_length": 512},
@@ -125,10 +127,15 @@ def test_a_message_names_both_values_the_effect_and_the_remedies() -> None:
     (problem,) = compare({"training__steps": 40}).problems
     assert problem.detail == (
         "40, but the checkpoint /c/step-20 was made with 20, and the learning rate would decay "
-        "over another number of steps; set schedule.decay_steps to 20 to keep the rate, or add "
-        "training.steps to checkpoint.resume_changes to change it"
+        "over another number of steps; set it back, or add training.steps to "
+        "checkpoint.resume_changes to go on with it"
     )
-    assert compare({"training__steps": 40, "schedule__decay_steps": 20}).problems == ()
+    floor = {"schedule__min_lr": 1e-4}
+    (problem,) = compare({"training__steps": 40, **floor}, floor).problems
+    assert problem.detail.endswith(", or set schedule.decay_steps to 20 to stay at min_lr")
+    remedied = {"training__steps": 40, "schedule__decay_steps": 20, **floor}
+    assert compare(remedied, floor).problems == ()
+    assert find_problems(config(**remedied)) == []
 
 
 def test_more_steps_are_free_where_the_rate_does_not_depend_on_them() -> None:

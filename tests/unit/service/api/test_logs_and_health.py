@@ -174,6 +174,8 @@ def test_openapi_describes_the_public_routes_only(service: Any) -> None:
     parts = (
         "",
         "/cancel",
+        "/pause",
+        "/resume",
         "/checkpoint",
         "/events",
         "/metrics",

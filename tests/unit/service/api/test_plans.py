@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 
 from megatron_ray.parallel_dims import ParallelDims
+from megatron_ray.planning.answers import estimates as planning
 from megatron_ray.planning.suggest import nearest
 from megatron_ray.sharding.parameters import local_parameters
-from service.jobs import estimates as planning
 from workers.protocol.job import JobSpec
 
 
@@ -391,3 +391,41 @@ def test_the_quickest_layouts_that_fit_are_suggested(
         ]
         == "/query/hardware"
     )
+
+
+def test_a_plan_for_other_devices_does_not_ask_the_cluster_for_room(
+    service: Any, spec: dict[str, Any], make_node: Any
+) -> None:
+    service.agent.report(make_node(cpus=2))
+    request = spec | LARGE | {"parallel": {"tp": 8, "pp": 4, "sequence_parallel": True}}
+    response = service.user.post("/v1/plans?hardware=H100&ranks=64", json=request)
+    answer = response.json()
+    assert (answer["world_size"], answer["problems"]) == (64, [])
+    assert (answer["fits"], answer["room"]) == (None, None)
+    assert answer["resolved_spec"]["resources"]["accelerator"] == "gpu"
+    assert answer["time"]["step_s"] > 0
+    assert "the cluster was not looked at" in answer["notes"]
+    wrong = service.user.post("/v1/plans?hardware=H100&ranks=16", json=request)
+    assert wrong.status_code == 422
+    assert "= 32 ranks, but there is room for 16" in wrong.json()["errors"][0]["detail"]
+
+
+def test_numbers_without_effect_are_in_the_plan_and_in_the_jobs_history(
+    service: Any, spec: dict[str, Any]
+) -> None:
+    request = spec | {"schedule": {"warmup_steps": 100}}
+    words = "/schedule/warmup_steps: warmup_steps=100 is not shorter than training.steps=20"
+    assert any(words in note for note in plan(service, request)["notes"])
+    job = service.submit(request)
+    events = service.user.get(f"/v1/jobs/{job['id']}/events?level=warn").json()["data"]
+    assert [event["type"] for event in events] == ["spec.warning"]
+    assert events[0]["message"].startswith(words)
+
+
+def test_a_plan_shows_what_groups_of_parameters_set(
+    service: Any, spec: dict[str, Any]
+) -> None:
+    groups = [{"parameters": ["embedding.*", "head.*"], "weight_decay": 0}]
+    request = spec | {"optimizer": {"lr": 1e-3, "weight_decay": 0.1, "groups": groups}}
+    notes = plan(service, request)["notes"]
+    assert "optimizer.groups[0] sets weight_decay=0 for 2 of 39 trained tensors" in notes

@@ -93,7 +93,13 @@ FIELDS = [
         "layers do not divide evenly into 3 stages; nearest: num_layers=",
     ),
     ("/training/global_batch_size", 7, "/training/global_batch_size", "make it one"),
-    ("/model", {"preset": "gpt-9"}, "/model", "unknown preset 'gpt-9'; known:"),
+    (
+        "/model",
+        {"preset": "gpt-tniy"},
+        "/model/preset",
+        "unknown preset 'gpt-tniy'; did you mean 'gpt-tiny'?",
+    ),
+    ("/model", {"preset": "x{9}"}, "/model/preset", "unknown preset 'x{9}'; known:"),
     ("/model", 7, "/model", "must be a JSON object, got 7"),
     (
         "/model",

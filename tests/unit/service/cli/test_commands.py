@@ -78,6 +78,16 @@ def test_refused_spec_names_field_and_remedy(run: Run, service: FakeService) -> 
     assert json.loads(err) == problem
 
 
+def test_submit_shows_what_was_noted_about_the_spec(run: Run, service: FakeService) -> None:
+    service.routes["POST /v1/jobs"] = (201, JOB)
+    warning = {"type": "spec.warning", "message": "/schedule/warmup_steps: too long [b]"}
+    service.routes["GET /v1/jobs/job-abc/events"] = (200, {"data": [warning]})
+    code, out, err = run("submit", "spec.yaml", "--url", service.url)
+    assert code == 0
+    assert "submitted job-abc" in out
+    assert err == "warning: /schedule/warmup_steps: too long [b]\n"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -99,7 +109,7 @@ def test_refused_spec_names_field_and_remedy(run: Run, service: FakeService) -> 
             "--set 'training.steps=[1': the value is not valid YAML",
         ),
         (
-            ["spec.yaml", "--set", "name=2026-11-20"],
+            ["spec.yaml", "--set", "name=!!timestamp 2026-11-20"],
             "--set has a value that JSON does not support",
         ),
         (
@@ -114,7 +124,7 @@ def test_unreadable_specs(
     (tmp_path / "broken.yaml").write_text("a: [1")
     (tmp_path / "list.yaml").write_text("- 1")
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00\xd8")
-    (tmp_path / "date.yaml").write_text("name: 2026-11-20")
+    (tmp_path / "date.yaml").write_text("name: !!timestamp 2026-11-20")
     code, out, err = run("submit", *arguments, "--url", service.url)
     assert code == 2
     assert message in err

@@ -1,6 +1,7 @@
 """Commands that work on this machine: generate, convert, data, down, demo."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 from service.cli.commands import generate as generate_module
 from service.cli.failure import CommandError
 from tests.support.fake_rest_service import FakeService, Run
+from workers.protocol.version import code_version
 
 
 def test_generate_takes_the_newest_checkpoint_of_a_job(
@@ -16,8 +18,15 @@ def test_generate_takes_the_newest_checkpoint_of_a_job(
 ) -> None:
     asked: list[tuple[str, str, dict[str, Any]]] = []
 
-    def generated(checkpoint: str, prompt: str, options: dict[str, Any]) -> dict[str, Any]:
+    def generated(
+        checkpoint: str,
+        prompt: str,
+        options: dict[str, Any],
+        on_text: Callable[[str], None],
+    ) -> dict[str, Any]:
         asked.append((checkpoint, prompt, options))
+        on_text("(self)")
+        on_text(":")
         return {"prompt": prompt, "text": "(self):"}
 
     monkeypatch.setattr(generate_module, "run_generation", generated)
@@ -151,3 +160,16 @@ def test_usage_mistakes_end_with_code_2(run: Run) -> None:
     assert run("submit")[0] == 2
     assert run("nonsense")[0] == 2
     assert run("jobs", "--limit", "0")[0] == 2
+
+
+def test_the_version_is_printed_without_a_command(run: Run) -> None:
+    code, out, _ = run("--version")
+    assert (code, out) == (0, f"megatron-ray {code_version()}\n")
+
+
+def test_a_shell_completes_commands(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("_MEGATRON_RAY_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", "megatron-ray ch")
+    monkeypatch.setenv("COMP_CWORD", "1")
+    code, out, _ = run()
+    assert (code, out.split()) == (0, ["checkpoints"])

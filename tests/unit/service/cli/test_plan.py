@@ -1,7 +1,12 @@
 """`plan` and its suggestions, for people and as JSON."""
 
+import json
+from pathlib import Path
+
 import pytest
 
+from service.api.models import Plan, Suggestions
+from service.client import Client
 from tests.support.fake_rest_service import FakeService, Run
 
 TIME = {
@@ -117,3 +122,114 @@ def test_ranks_of_a_plan_are_those_of_its_degrees(run: Run, service: FakeService
     assert code == 1
     assert "--ranks needs --suggest" in err
     assert service.requests == []
+
+
+def test_without_a_service_a_plan_is_made_from_the_spec_alone(run: Run) -> None:
+    bf16 = ("--set", "training.precision=bf16")
+    code, out, err = run("plan", "spec.yaml", "--hardware", "h100", "--ranks", "4", *bf16)
+    assert (code, err) == (0, "")
+    assert "4 ranks  tp=1 x cp=1 x ep=1 x dp=4 x pp=1" in out
+    assert "on H100, estimated:" in out
+    assert "neither its paths nor a cluster were looked at" in out
+    assert "every rank fits into the memory of one H100" in out
+    code, out, _ = run("plan", "spec.yaml", "--hardware", "H100", *bf16, "--json")
+    answer = Plan.model_validate_json(out)
+    assert (code, answer.world_size, answer.fits, answer.room) == (0, 1, None, None)
+    assert answer.resolved_spec["resources"]["accelerator"] == "gpu"
+    assert "dp: auto counts as 1, the least; set --ranks for more" in answer.notes
+    code, out, _ = run("plan", "spec.yaml", "--hardware", "H100", "--ranks", "3")
+    assert code == 0
+    assert "the layout and the batch use 2 of 3 ranks" in out
+    # Without a device the spec is checked, and its memory estimated.
+    code, out, _ = run("plan", "spec.yaml", "--offline")
+    assert code == 0
+    assert "memory is estimated for GPUs" in out
+
+
+def test_a_plan_from_the_spec_alone_names_what_to_change(run: Run) -> None:
+    fp32 = run("plan", "spec.yaml", "--hardware", "H100")
+    assert fp32[0] == 0
+    assert "no fp32 timings for H100; set training.precision=bf16" in fp32[1]
+    code, out, err = run("plan", "spec.yaml", "--hardware", "H100", "--suggest")
+    assert code == 1
+    assert "layouts cannot be compared; set training.precision=bf16" in out
+    assert "no layout can be suggested" in err
+    code, out, _ = run(
+        *("plan", "spec.yaml", "--hardware", "H100", "--suggest", "--json", "--ranks", "2"),
+        *("--set", "training.precision=bf16"),
+    )
+    assert code == 0
+    assert {entry.changes["parallel.dp"] for entry in Suggestions(**json.loads(out)).data}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (
+            ["--set", "modl.preset=x"],
+            2,
+            "/modl: unknown field 'modl'; did you mean 'model'?",
+        ),
+        (
+            ["--set", "model.preset=gpt-tyni"],
+            2,
+            "/model/preset: unknown preset 'gpt-tyni'; ",
+        ),
+        (["--set", "schedule.min_lr=1"], 2, "/schedule/min_lr: min_lr=1 is above"),
+        (["--hardware", "abacus"], 2, "unknown hardware 'abacus'; known: A100"),
+        (
+            ["--hardware", "H100", "--ranks", "3", "--set", "parallel.dp=4"],
+            2,
+            "= 1 x 1 x 1 x 4 = 4 ranks, but there is room for 3",
+        ),
+        (
+            [
+                *("--hardware", "H100", "--set", "parallel.dp=100000"),
+                *("--set", "training.global_batch_size=100000"),
+            ],
+            2,
+            "/parallel: a plan lists at most 65536 ranks, and this one has 100000; lower",
+        ),
+        (["--suggest"], 1, "no device to suggest layouts for"),
+        (
+            [
+                *("--hardware", "H100", "--set", "parallel.tp=16"),
+                *("--set", "model.num_attention_heads=16", "--set", "model.head_dim=8"),
+            ],
+            1,
+            "/parallel/tp: tp=16 ranks must share a node, and a node has 8 H100; lower tp",
+        ),
+        (
+            ["--hardware", "H100", "--set", "model.preset=llama3-70b"],
+            1,
+            "and H100 has 80; no layouts are compared for fp32 on H100",
+        ),
+    ],
+)
+def test_what_is_wrong_with_a_spec_is_told_without_a_service(
+    run: Run, arguments: list[str], code: int, words: str
+) -> None:
+    ended, _, err = run("plan", "spec.yaml", *arguments)
+    assert ended == code
+    assert words in err
+
+
+def test_a_stack_that_no_longer_answers_counts_as_none(
+    run: Run, monkeypatch: pytest.MonkeyPatch, service: FakeService
+) -> None:
+    gone = FakeService()
+    gone.close()
+    monkeypatch.setattr("service.client._RETRY_WAITS_S", ())
+
+    def stale(url: str | None, token: str | None, data_dir: Path | None) -> Client:
+        return Client(url or gone.url)
+
+    monkeypatch.setattr("service.cli.commands.plan.connect_if_up", stale)
+    assert run("plan", "spec.yaml")[0] == 0
+    code, _, err = run("plan", "spec.yaml", "--url", gone.url)
+    assert code == 1
+    assert "no service answers at" in err
+    # A service that is up and refuses has the last word.
+    service.routes["POST /v1/plans"] = (422, {"title": "The spec is wrong"})
+    assert run("plan", "spec.yaml", "--url", service.url)[0] == 1
+    assert run("plan", "spec.yaml", "--url", service.url, "--offline")[0] == 0

@@ -205,6 +205,18 @@ def test_gpus_are_taken_where_there_are_any(
     assert job["resolved_spec"]["parallel"]["dp"] == 2
 
 
+def test_notes_on_the_data_are_events(service: Any, make_node: Callable[..., Any]) -> None:
+    service.agent.report(make_node(cpus=4))
+    job_id = service.submit()["id"]
+    notes = ["set: 2 files (a.md, b.md) of other types: not read", *map(str, range(60))]
+    service.driver(job_id).send(("prepared", {"manifest": {"notes": notes}}))
+    messages = []
+    for event in service.events(job_id):
+        if event["type"] == "data.note":
+            messages.append(event["message"])
+    assert messages == [*notes[:50], "and 11 more notes on the data"]
+
+
 def test_second_job_waits_for_room_and_is_admitted_when_the_first_ends(
     service: Any, make_node: Callable[..., Any]
 ) -> None:
@@ -605,7 +617,7 @@ def test_agents_look_at_the_paths_refuses_before_anything_is_stored(
     }
     service.agent.report(make_node())
     with service.agent as agent:
-        agent.answer_checks(problem)
+        agent.answer_checks(problem, notes=("corpus: 1 file (a.md) is not read",))
         response = service.user.post("/v1/jobs", json=spec)
         plan = service.user.post("/v1/plans", json=spec).json()
     assert response.status_code == 422
@@ -613,7 +625,7 @@ def test_agents_look_at_the_paths_refuses_before_anything_is_stored(
     assert service.user.get("/v1/jobs").json()["data"] == []
     assert plan["problems"] == [problem]
     assert plan["fits"] is True
-    assert plan["notes"] == []
+    assert plan["notes"] == ["corpus: 1 file (a.md) is not read"]
 
 
 def test_silent_agent_does_not_hold_a_submission_back(

@@ -192,13 +192,14 @@ def test_nothing_is_killed_after_a_reboot_or_in_another_container(
     gated.abandon()
 
 
-def test_down_kills_an_up_that_ignores_sigterm(
+def test_down_kills_an_up_that_ignores_signals(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("service.local_stack.teardown._UP_GRACE_S", 0.3)
     script = (
-        "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('ready', "
-        "flush=True); time.sleep(100)"
+        "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
+        "signal.signal(signal.SIGINT, signal.SIG_IGN); print('ready', flush=True); "
+        "time.sleep(100)"
     )
     stubborn = subprocess.Popen(
         [sys.executable, "-c", script], stdout=subprocess.PIPE, text=True

@@ -8,24 +8,9 @@ import pytest
 from workers.decisions.failures import Failure, FailureKind
 from workers.decisions.job_phases import (
     TRANSITIONS,
-    AttemptAbandoned,
-    AttemptFailed,
-    AttemptFinished,
     AttemptStatus,
-    AttemptStopped,
-    DataPrepared,
-    DataRejected,
     InvalidTransitionError,
     JobStatus,
-    NothingToResume,
-    Observation,
-    Placed,
-    PlacementTimedOut,
-    PreparationFailed,
-    RanksStarted,
-    RestartDecided,
-    RunRequested,
-    StopRequested,
     Transition,
     next_phase,
 )
@@ -37,6 +22,24 @@ from workers.decisions.journal_entry import (
     Phase,
     ResourcesReleased,
 )
+from workers.decisions.observations import (
+    AttemptAbandoned,
+    AttemptFailed,
+    AttemptFinished,
+    AttemptStopped,
+    DataPrepared,
+    DataRejected,
+    NothingToResume,
+    Observation,
+    Placed,
+    PlacementTimedOut,
+    PreparationFailed,
+    RanksStarted,
+    RestartDecided,
+    ResumeRequested,
+    RunRequested,
+    StopRequested,
+)
 from workers.decisions.placement import RankPlace
 from workers.decisions.restart_policy import RestartDecision, RestartHistory
 from workers.protocol.states import AttemptState, DesiredState, JobState, StatusReason
@@ -47,6 +50,7 @@ GIVE_UP = RestartDecision(False, 0.0, StatusReason.BUDGET_SPENT, "died", HISTORY
 CAUSE = Failure(FailureKind.PROCESS_DIED, "died", rank=1, detail="x" * 5000)
 CANCEL = StopRequested(DesiredState.CANCEL, 7)
 PAUSE = StopRequested(DesiredState.PAUSE, 7)
+RESUME = ResumeRequested(1, {"name": "longer"}, 9)
 
 ROWS: list[tuple[Phase, Observation, Phase]] = [
     (Phase.PREPARING, DataPrepared({"train": []}), Phase.READY),
@@ -55,6 +59,7 @@ ROWS: list[tuple[Phase, Observation, Phase]] = [
     (Phase.PREPARING, CANCEL, Phase.ENDING),
     (Phase.READY, RunRequested(), Phase.SCHEDULING),
     (Phase.READY, CANCEL, Phase.ENDING),
+    (Phase.READY, PAUSE, Phase.READY),
     (Phase.SCHEDULING, Placed("2", "/c/4", 4), Phase.STARTING),
     (Phase.SCHEDULING, NothingToResume("all damaged"), Phase.ENDING),
     (Phase.SCHEDULING, PlacementTimedOut("too full", 7), Phase.READY),
@@ -77,6 +82,7 @@ ROWS: list[tuple[Phase, Observation, Phase]] = [
     (Phase.RECOVERING, PlacementTimedOut("too full", 7), Phase.READY),
     (Phase.RECOVERING, CANCEL, Phase.ENDING),
     (Phase.RECOVERING, PAUSE, Phase.READY),
+    (Phase.ENDING, RESUME, Phase.PREPARING),
 ]
 
 
@@ -126,7 +132,10 @@ def test_each_transition_leads_to_its_phase(
 def test_the_rows_above_are_the_whole_table() -> None:
     assert {(phase, type(seen)) for phase, seen, _ in ROWS} == set(TRANSITIONS)
     assert {kind for _, kind in TRANSITIONS} == set(get_args(Observation))
-    assert {phase for phase, _ in TRANSITIONS} == set(Phase) - {Phase.ENDING}
+    assert {phase for phase, _ in TRANSITIONS} == set(Phase)
+    assert [kind for phase, kind in TRANSITIONS if phase is Phase.ENDING] == [
+        ResumeRequested
+    ], "only the user reverses the end"
 
 
 @pytest.mark.parametrize("phase", Phase)
@@ -139,15 +148,35 @@ def test_everything_else_is_a_bug(phase: Phase) -> None:
                 next_phase(entry(phase), observation)
 
 
-def test_every_phase_can_be_cancelled_and_only_phases_with_resources_paused() -> None:
+def test_every_phase_can_be_cancelled_and_all_after_preparation_paused() -> None:
     for phase in set(Phase) - {Phase.ENDING, Phase.RUNNING}:
         ending = next_phase(entry(phase), CANCEL).journal["ending"]
         assert ending == Ending(state="cancelled", reason="user_cancelled")
-    for phase in (Phase.SCHEDULING, Phase.STARTING, Phase.RECOVERING):
+    for phase in (Phase.READY, Phase.SCHEDULING, Phase.STARTING, Phase.RECOVERING):
         released = next_phase(entry(phase), PAUSE).journal["given_back"]
         assert released == ResourcesReleased(
             state="paused", reason=None, message="", revision=7
         )
+
+
+def test_a_resumed_job_continues_with_a_new_budget_and_the_same_data() -> None:
+    before = entry(
+        Phase.ENDING,
+        prepared={"train": []},
+        failures=2,
+        commits_at_failure=(4,),
+        last_commit=4,
+        ending=Ending(state="failed", reason="budget_spent"),
+    )
+    written = after(next_phase(before, RESUME), before)
+    assert written.phase is Phase.READY, "data are not prepared a second time"
+    assert written.given_back == ResourcesReleased(
+        state="queued", reason=None, message="ready to run", revision=9
+    )
+    assert (written.spec, written.resumes) == ({"name": "longer"}, 1)
+    assert (written.failures, written.commits_at_failure) == (0, ())
+    assert (written.attempt, written.last_commit) == (3, 4)
+    assert written.ending is None
 
 
 def test_an_attempt_that_is_stopped_while_it_starts_is_closed() -> None:

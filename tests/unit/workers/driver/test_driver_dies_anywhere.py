@@ -268,6 +268,50 @@ def test_a_paused_job_releases_its_resources_and_goes_on(tmp_path: Path) -> None
         assert set(attempt_states(job).values()) <= {"stopped", "failed", "succeeded"}
 
 
+def test_a_cancelled_job_is_resumed(tmp_path: Path) -> None:
+    """The first driver ends the job; the one that resumes it dies at any act."""
+
+    def cancel_at_step_3(job: FakeJob) -> None:
+        cancelled: list[int] = []
+
+        def cancel(process: FakeProcess) -> None:
+            if process.step == 3 and not cancelled:
+                cancelled.append(process.step)
+                job.control_plane.desire(DesiredState.CANCEL)
+                job.control_plane.state = JobState.CANCELLING
+
+        job.cluster.on_step = cancel
+        job.run_driver(FaultInjector())
+        assert job.control_plane.state is JobState.CANCELLED
+        job.control_plane.resume()
+
+    for die_at, job in jobs(tmp_path, cancel_at_step_3, dies=None):
+        where = f"died at act {die_at}"
+        job.assert_nothing_left()
+        assert job.control_plane.state is JobState.SUCCEEDED, where
+        assert sorted(job.control_plane.steps) == list(range(1, 9)), where
+        states = [record.data["state"] for record in job.control_plane.of_kind("state")]
+        assert states.count("cancelled") == 1, where
+        assert states.count("succeeded") == 1, where
+        assert len(job.control_plane.of_kind("prepared")) == 1, where
+        latest = Journal(job_storage(job)).latest()
+        assert latest is not None
+        assert latest.resumes == 1, where
+
+
+def test_a_job_is_paused_before_it_runs(tmp_path: Path) -> None:
+    def pause(job: FakeJob) -> None:
+        job.control_plane.desire(DesiredState.PAUSE)
+
+    for die_at, job in jobs(tmp_path, pause, dies=None):
+        where = f"died at act {die_at}"
+        job.assert_nothing_left()
+        assert job.control_plane.state is JobState.SUCCEEDED, where
+        states = [record.data["state"] for record in job.control_plane.of_kind("state")]
+        assert states.count("paused") == 1, where
+        assert states.count("scheduling") == 1, where
+
+
 def test_a_stop_that_was_begun_holds_while_the_service_is_away(tmp_path: Path) -> None:
     """The stop is in the journal: a driver that comes back without having reached the
     service does not start the job again.

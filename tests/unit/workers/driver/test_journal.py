@@ -79,10 +79,10 @@ def test_a_spec_that_names_a_folder_in_use_is_refused_before_it_is_a_job(
         "training": {"seq_length": 16, "global_batch_size": 2, "steps": 1},
         "optimizer": {"lr": 0.001},
     }
-    (problem,) = check_task(spec, str(storage))
+    (problem,) = check_task(spec, str(storage))["problems"]
     assert (problem["pointer"], problem["code"]) == ("/storage/path", "in_use")
     assert (
         "already holds another job (job-old); give this job a folder of its own"
         in problem["detail"]
     )
-    assert check_task(spec, str(tmp_path / "fresh")) == []
+    assert check_task(spec, str(tmp_path / "fresh"))["problems"] == []

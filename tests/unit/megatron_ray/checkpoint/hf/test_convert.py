@@ -3,7 +3,9 @@ judged by transformers, and clear about what is bad.
 """
 
 import json
+import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +21,11 @@ from megatron_ray.checkpoint.hf.__main__ import main
 from megatron_ray.checkpoint.hf.exporting import export_folder
 from megatron_ray.checkpoint.hf.importing import import_folder
 from megatron_ray.checkpoint.hf.weights import HfWeights, load_whole
-from megatron_ray.checkpoint.initial_model import initial_model
+from megatron_ray.checkpoint.initial_model import initial_model, resolve_initial_model
 from megatron_ray.checkpoint.train_state import read_train_state
+from megatron_ray.config.checkpoint import CheckpointConfig
+from megatron_ray.config.model import ModelConfig
+from megatron_ray.config.problem import ConfigError, Problem
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.data.tokenizer import Tokenizer
 from megatron_ray.distributed.mesh import ParallelMesh
@@ -262,6 +267,162 @@ def test_blocks_of_fp8_are_undone(tmp_path: Path, name: str) -> None:
     )
 
 
+def fused(folder: Path, model: nn.Module) -> None:
+    """Writes the tensors as transformers has them in memory."""
+    names = {re.sub(r"\\d+", "{}", name) for name in model.state_dict()}
+    assert any(name.endswith("experts.gate_up_proj") for name in names)
+    edit_tensors(folder, lambda _: dict(model.state_dict()))
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "deepseek_v2", "deepseek_v3"])
+def test_experts_in_one_tensor_are_those_of_published_files(
+    tmp_path: Path, name: str
+) -> None:
+    model = publish(name, tmp_path / "hf")
+    published = HfWeights(str(tmp_path / "hf"))
+    expected = {key: load_whole(published, key) for key in published.shapes}
+    fused(tmp_path / "hf", model)
+    weights = HfWeights(str(tmp_path / "hf"))
+    assert_equal(expected, {key: load_whole(weights, key) for key in weights.shapes})
+    # A part of one expert, as a rank reads it.
+    expert = "layers.2.moe.experts.1.up.weight"
+    if name == "mixtral":
+        expert = "layers.1.moe.experts.1.up.weight"
+    part = torch.zeros(9, 13)
+    box = TensorBox(Box((5, 3), (9, 13)), part)
+    weights.load_into(
+        {f"model/{expert}": ShardedTensor(tuple(expected[expert].shape), [box])}
+    )
+    assert torch.equal(part, expected[expert][5:14, 3:16])
+
+
+def test_other_layouts_of_mixtral_are_read(tmp_path: Path) -> None:
+    model = publish("mixtral", tmp_path / "hf")
+    import_folder(str(tmp_path / "hf"), str(tmp_path / "ours"))
+    published = tensors_of(tmp_path / "hf")
+    for old, new in ((".block_sparse_moe.", ".mlp."), (".mlp.", ".block_sparse_moe.")):
+        source = published if new == ".mlp." else dict(model.state_dict())
+        renamed = {name.replace(old, new): tensor for name, tensor in source.items()}
+        edit_tensors(tmp_path / "hf", partial(_replace, renamed))
+        weights = HfWeights(str(tmp_path / "hf"))
+        for name in ("layers.1.moe.experts.3.down.weight", "layers.0.moe.router.weight"):
+            tensor = load_whole(weights, name)
+            (saved,) = [t for key, t in published.items() if key == stored_name(name)]
+            assert torch.equal(tensor, saved)
+
+
+def _replace(new: dict[str, Tensor], old: dict[str, Tensor]) -> dict[str, Tensor]:
+    return new
+
+
+def stored_name(name: str) -> str:
+    """Of Mixtral's router or down matrix."""
+    name = name.replace("moe.router", "block_sparse_moe.gate")
+    name = name.replace("moe.experts", "block_sparse_moe.experts").replace("down", "w2")
+    return f"model.{name}"
+
+
+def test_an_unknown_layout_of_experts_is_refused_by_its_name(tmp_path: Path) -> None:
+    model = publish("qwen3_moe", tmp_path / "hf")
+    fused(tmp_path / "hf", model)
+    edit_tensors(
+        tmp_path / "hf",
+        lambda tensors: {
+            name.replace("gate_up_proj", "gate_up_blocks"): tensor
+            for name, tensor in tensors.items()
+        },
+    )
+    with pytest.raises(ConfigError, match=r"it holds 2 others .*gate_up_blocks"):
+        HfWeights(str(tmp_path / "hf"))
+    edit_tensors(
+        tmp_path / "hf",
+        lambda _: {
+            name: tensor.mT if name.endswith("down_proj") else tensor
+            for name, tensor in model.state_dict().items()
+        },
+    )
+    words = r"experts.down_proj' has shape \[4, 24, 32\], \[4, 32, 24\] is expected"
+    with pytest.raises(ConfigError, match=words):
+        HfWeights(str(tmp_path / "hf"))
+
+
+def start_problems(folder: Path, **model: Any) -> list[Problem]:
+    """As a job that begins with the folder gets them before it starts."""
+    fields = HfWeights(str(folder)).model.model_dump(mode="json") | model
+    checkpoint = CheckpointConfig(start_from=str(folder))
+    _, problems = resolve_initial_model(
+        checkpoint, ModelConfig.model_validate(fields), compare_copies=True
+    )
+    return problems
+
+
+def test_a_head_of_its_own_is_used_whatever_the_flag_says(tmp_path: Path) -> None:
+    publish("llama", tmp_path / "hf")
+    edit_config(tmp_path / "hf", tie_word_embeddings=True)
+    imported = import_folder(str(tmp_path / "hf"), str(tmp_path / "ours"))
+    (note,) = imported.notes
+    assert "lm_head.weight differs from model.embed_tokens.weight" in note
+    export_folder(str(tmp_path / "ours"), str(tmp_path / "again"))
+    assert_equal(tensors_of(tmp_path / "hf"), tensors_of(tmp_path / "again"))
+    config = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert config["tie_word_embeddings"] is False
+    # A job that begins with the folder gets the same answer.
+    assert start_problems(tmp_path / "hf", tie_embeddings=False) == []
+    (problem,) = start_problems(tmp_path / "hf", tie_embeddings=True)
+    assert problem.pointer == "/model/tie_embeddings"
+    assert problem.detail.endswith(f"made with False; set it to that. {note}")
+    tokens = torch.arange(SEQUENCE)[None]
+    expected = logits_there(
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "again"), tokens
+    )
+    measured = logits_here(str(tmp_path / "hf"), tokens).view_as(expected)
+    assert (measured - expected).norm() / expected.norm() <= LOGITS_BAR
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_head_that_repeats_the_embedding_is_tied(
+    tmp_path: Path, dtype: torch.dtype
+) -> None:
+    publish("llama-tied", tmp_path / "hf", dtype=torch.bfloat16)
+    edit_tensors(
+        tmp_path / "hf",
+        lambda tensors: (
+            tensors
+            | {"lm_head.weight": tensors["model.embed_tokens.weight"].to(dtype, copy=True)}
+        ),
+    )
+    weights = HfWeights(str(tmp_path / "hf"))
+    assert weights.model.tie_embeddings
+    assert weights.notes == []
+
+
+def test_copies_that_differ_are_refused_on_every_road(tmp_path: Path) -> None:
+    publish("deepseek_v3-mtp", tmp_path / "hf")
+    name = "model.layers.3.shared_head.head.weight"
+
+    def change_last_row(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        tensors[name][-1] += 1
+        return tensors
+
+    edit_tensors(tmp_path / "hf", change_last_row)
+    words = f"tensor {name!r} differs from 'lm_head.weight'"
+    with pytest.raises(ConfigError, match=words):
+        import_folder(str(tmp_path / "hf"), str(tmp_path / "ours"))
+    (problem,) = start_problems(tmp_path / "hf")
+    assert words in problem.detail
+    # Each rank compares the rows that it reads.
+    weights = HfWeights(str(tmp_path / "hf"))
+    shape = (VOCABULARY, 32)
+    for first, is_refused in ((0, False), (VOCABULARY - 8, True)):
+        box = TensorBox(Box((first, 0), (8, 32)), torch.zeros(8, 32))
+        state = {"model/head.weight": ShardedTensor(shape, [box])}
+        if is_refused:
+            with pytest.raises(ConfigError, match=words):
+                weights.load_into(state)
+        else:
+            weights.load_into(state)
+
+
 Damage = Callable[[Path], None]
 
 
@@ -350,9 +511,10 @@ def with_config(**changed: Any) -> Damage:
         ),
         (with_config(vocab_size=300), "look at model.vocab_size or model.hidden_size"),
         (
-            with_config(tie_word_embeddings=True),
-            "tensor 'lm_head.weight' differs from 'model.embed_tokens.weight', but the "
-            "model has them",
+            without("lm_head.weight"),
+            "lacks lm_head.weight, which its config.json asks for with "
+            "tie_word_embeddings=false (the default of some families); set it to true there "
+            "if the head is the embedding, or download the missing file",
         ),
         (
             with_config(quantization_config={"quant_method": "gptq"}),
@@ -417,7 +579,7 @@ def test_what_fails_half_way_leaves_nothing(
 
     publish("llama", tmp_path / "hf")
     import_folder(str(tmp_path / "hf"), str(tmp_path / "ours"))
-    monkeypatch.setattr(exporting, "_write_tokenizer", full)
+    monkeypatch.setattr(exporting, "_write_files", full)
     with pytest.raises(
         CheckpointError, match=r"cannot write .*/out: No space left on device"
     ):

@@ -14,6 +14,7 @@ from safetensors import safe_open
 
 from megatron_ray.checkpoint.hf.families.registry import (
     FAMILIES,
+    export_warnings,
     family_for,
     find_family,
     read_model,
@@ -21,6 +22,7 @@ from megatron_ray.checkpoint.hf.families.registry import (
 from megatron_ray.checkpoint.hf.folder import logical_shapes
 from megatron_ray.checkpoint.hf.tensor_locations import InterleavedRotary, TensorLocation
 from megatron_ray.config.model import ModelConfig
+from megatron_ray.config.presets.presets import PRESETS
 from megatron_ray.config.problem import ConfigError
 from megatron_ray.sharding.boxes import Box
 from megatron_ray.validation.initial_weights import contradictions, model_signature
@@ -227,8 +229,8 @@ def test_both_spellings_of_rope_are_one() -> None:
         ),
         ({"hidden_act": "relu"}, "hidden_act='relu' is not supported; known: 'silu'"),
         (
-            {"attention_bias": True},
-            "attention_bias=true with mlp_bias=false is not supported",
+            {"attention_bias": "yes"},
+            "attention_bias is 'yes', true or false is needed",
         ),
         (
             {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
@@ -271,8 +273,16 @@ def test_both_spellings_of_rope_are_one() -> None:
             "rope_interleave=False is not supported",
         ),
         (
-            {"model_type": "deepseek_v3", "architectures": None, "rms_norm_eps": 1e-5},
-            "rms_norm_eps=1e-05 is not supported",
+            {"model_type": "deepseek_v3", "architectures": None, "norm_topk_prob": False},
+            "norm_topk_prob=False is not supported; known: True",
+        ),
+        (
+            {"model_type": "deepseek_v2", "architectures": None, "norm_topk_prob": True},
+            "norm_topk_prob=True is not supported; known: False",
+        ),
+        (
+            {"model_type": "deepseek_v2", "architectures": None, "use_mla": False},
+            "use_mla=False is not supported; known: True",
         ),
     ],
 )
@@ -305,15 +315,46 @@ def test_what_is_not_supported_is_named(changed: dict[str, Any], words: str) -> 
             {"position_embedding": "none"},
             "model.position_embedding='none' cannot be expressed",
         ),
+        (
+            {"qkv_bias": True, "attention_output_bias": True, "sliding_window": 8},
+            "model.qkv_bias=True cannot be expressed in the config.json of mistral",
+        ),
+        ({"attention_output_bias": True}, "model.qkv_bias=False cannot be expressed"),
+        ({"norm": "layernorm"}, "model.activation='swiglu' is not one of 'gelu_tanh'"),
+        ({"mla": {}}, "model.moe is null, and every such model has experts (deepseek_v3)"),
+        (
+            {"preset": "deepseek-tiny", "moe": {"scores_per_group": 1}},
+            "model.moe.scores_per_group=1 is not the 2 of every such model",
+        ),
+        (
+            {"preset": "deepseek-tiny", "mla": {"norm_eps": 1e-5}},
+            "model.mla.norm_eps=1e-05 cannot be expressed",
+        ),
     ],
 )
-def test_a_model_that_no_family_can_express_is_refused(
+def test_a_model_that_no_family_can_express_is_refused_and_warned_of(
     changed: dict[str, Any], words: str
 ) -> None:
+    fields = {"preset": "gpt-tiny"} | changed
     with pytest.raises(ConfigError, match=re.escape(words)):
-        family_for(
-            ModelConfig.model_validate({"preset": "gpt-tiny", "vocab_size": 300} | changed)
-        )
+        family_for(ModelConfig.model_validate(fields | {"vocab_size": 300}))
+    # Before training, when the vocabulary may be unknown.
+    (warning,) = export_warnings(ModelConfig.model_validate(fields))
+    field = words.partition("=")[0].partition(" ")[0].removeprefix("model.")
+    assert warning.pointer == f"/model/{field.replace('.', '/')}"
+    assert words in warning.detail
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_can_be_exported(preset: str) -> None:
+    assert export_warnings(ModelConfig.model_validate({"preset": preset})) == []
+
+
+def test_a_model_keeps_the_family_it_was_published_as_while_it_is_one_of_it() -> None:
+    model = ModelConfig.model_validate({"preset": "llama2-7b"})
+    assert family_for(model, FAMILIES["mistral"]) is FAMILIES["mistral"]
+    windowed = model.model_copy(update={"sliding_window": 8})
+    assert family_for(windowed, FAMILIES["llama"]) is FAMILIES["mistral"]
 
 
 def test_rotated_pairs_become_halves() -> None:
@@ -353,6 +394,7 @@ def test_rotated_rows_compute_what_transformers_computes() -> None:
 
 
 BASE = {"preset": "gpt-tiny", "vocab_size": 300}
+OUTPUT_BIAS = "/model/attention_output_bias"
 
 
 @pytest.mark.parametrize(
@@ -395,6 +437,18 @@ BASE = {"preset": "gpt-tiny", "vocab_size": 300}
             ["/model/moe/top_k"],
         ),
         ({}, {"qkv_bias": True}, ["/model/qkv_bias"]),
+        (
+            {"linear_bias": True},
+            {"qkv_bias": True, "attention_output_bias": True, "mlp_bias": True},
+            [],
+        ),
+        ({"linear_bias": True}, {"qkv_bias": True, "mlp_bias": True}, [OUTPUT_BIAS]),
+        (
+            {},
+            {"mla": {}},
+            ["/model/num_query_groups", "/model/head_dim", "/model/mla/kv_lora_rank"],
+        ),
+        ({"mla": {"norm_eps": 1e-5}}, {"mla": {}}, ["/model/mla/norm_eps"]),
         ({"mtp": {}}, {}, ["/model/mtp"]),
         ({}, {"mtp": {}}, []),
     ],

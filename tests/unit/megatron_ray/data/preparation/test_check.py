@@ -24,7 +24,7 @@ def problem_codes(
 ) -> list[tuple[str, str]]:
     return [
         (problem.pointer, problem.code)
-        for problem in check_data(data, seq_length, str(storage))
+        for problem in check_data(data, seq_length, str(storage)).problems
     ]
 
 
@@ -66,7 +66,7 @@ def test_surely_too_short(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("a" * 16)
     no_validation = config(tmp_path / "a.txt", validation_fraction=0)
     assert problem_codes(no_validation, tmp_path, 16) == []
-    (problem,) = check_data(no_validation, 17, str(tmp_path))
+    (problem,) = check_data(no_validation, 17, str(tmp_path)).problems
     assert (problem.pointer, problem.code) == ("/data/train/0/path", "too_short")
     assert (
         "has at most 17 tokens, but at least 18 are needed for samples of seq_length + 1; "
@@ -118,7 +118,23 @@ def test_storage_that_cannot_be_written(tmp_path: Path) -> None:
     assert problem_codes(config(text, cache=str(text)), tmp_path) == [
         ("/data/cache", "not_writable")
     ]
-    (problem,) = check_data(config(text), 8, "nowhere://x/y")
+    (problem,) = check_data(config(text), 8, "nowhere://x/y").problems
     assert problem.pointer == "/storage/path"
     assert "nowhere://x/y cannot be written where the job runs: " in problem.detail
     assert problem.detail.endswith("give a folder or URI that it may write")
+
+
+def test_the_first_rows_are_checked_and_what_is_left_out_is_noted(tmp_path: Path) -> None:
+    folder = tmp_path / "set"
+    folder.mkdir()
+    rows = [json.dumps({"text": "word " * 9})] * 20
+    rows[10] = "no json"
+    (folder / "train.jsonl").write_text("\n".join(rows))
+    (folder / "test.jsonl").write_text(rows[0])
+    (problem,) = check_data(config(folder), 8, str(tmp_path)).problems
+    assert "1 of the first 20 rows cannot be read: " in problem.detail
+    assert "train.jsonl:11 is not JSON" in problem.detail
+    source = DataSource(path=str(folder), max_bad_records=1)
+    checked = check_data(DataConfig(train=(source,)), 8, str(tmp_path))
+    assert checked.problems == []
+    assert checked.notes == [f"{folder}: 1 file (test.jsonl) of test data: not trained on"]

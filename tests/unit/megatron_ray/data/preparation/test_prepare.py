@@ -20,6 +20,8 @@ from megatron_ray.data.datasets import build_dataset
 from megatron_ray.data.indexed import IndexedDataset
 from megatron_ray.data.preparation import prepare as prepare_module
 from megatron_ray.data.preparation import sources, tokenizer_choice
+from megatron_ray.data.preparation.data_files import find_data
+from megatron_ray.data.preparation.errors import UnusableDataError
 from megatron_ray.data.preparation.prepare import prepare, unigram_nats
 from megatron_ray.data.tokenizer import Tokenizer
 from megatron_ray.storage import files, location
@@ -336,7 +338,7 @@ def test_the_tokenizer_sees_a_bounded_sample_by_weight(
     data = DataConfig(
         train=(DataSource(path=str(corpus), weight=3.0), DataSource(path=str(other)))
     )
-    sample = "".join(tokenizer_choice.sample_text(sources.find_data(data).train))
+    sample = "".join(tokenizer_choice.sample_text(find_data(data).train))
     assert (len(sample), sample.count("z")) == (400, 100)
 
 
@@ -376,3 +378,48 @@ def test_a_small_corpus_of_a_blend_may_sit_out_the_evaluation(
         "docs.jsonl: 4 held-out tokens are too few to evaluate on" in line
         for line in messages
     )
+
+
+def test_what_is_left_out_is_in_the_manifest_of_every_run(tmp_path: Path) -> None:
+    folder = tmp_path / "set"
+    folder.mkdir()
+    write(folder / "train.jsonl", TEXTS)
+    write(folder / "dev.jsonl", ["held out " * 4] * 3)
+    with (folder / "train.jsonl").open("a") as file:
+        file.write('{"text": null}\nno json\n')
+    source = DataSource(path=str(folder), max_bad_records=1)
+    data = DataConfig(train=(source,), tokenizer=BYTES)
+    messages: list[str] = []
+    for _ in range(2):
+        prepared = prepare(
+            data, str(tmp_path / "cache"), seq_length=8, progress=messages.append
+        )
+        # The validation files replace a share of the documents.
+        assert prepared.train[0].num_documents == 60
+        assert prepared.validation[0].num_documents == 3
+        assert [note.removeprefix(f"{folder}: ")[:40] for note in prepared.notes] == [
+            "1 file (dev.jsonl) of validation data: n",
+            "1 file (dev.jsonl) evaluated on",
+            "1 of 62 rows has no text: left out",
+            "1 of 62 rows cannot be read, left out: /",
+        ]
+        assert messages[-4:] == list(prepared.notes)
+    stricter = source.model_copy(update={"max_bad_records": 0})
+    with pytest.raises(UnusableDataError, match="1 of 62 rows cannot be read: "):
+        prepare(DataConfig(train=(stricter,)), str(tmp_path / "cache"), seq_length=8)
+
+
+def test_a_blend_is_evaluated_on_validation_files_and_held_out_documents(
+    tmp_path: Path, corpus: Path
+) -> None:
+    folder = tmp_path / "set"
+    folder.mkdir()
+    write(folder / "train.jsonl", TEXTS)
+    write(folder / "valid.jsonl", ["held out " * 4] * 3)
+    prepared = prepare(config(corpus, folder), str(tmp_path / "cache"), seq_length=8)
+    assert [part.num_documents for part in prepared.train] == [54, 60]
+    assert sorted(part.num_documents for part in prepared.validation) == [3, 6]
+    # Too short to evaluate on, they are no reason to end the job.
+    write(folder / "valid.jsonl", ["x"])
+    prepared = prepare(config(corpus, folder), str(tmp_path / "cache"), seq_length=8)
+    assert [part.num_documents for part in prepared.validation] == [6]

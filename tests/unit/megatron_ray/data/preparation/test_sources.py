@@ -11,15 +11,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megatron_ray.config.data import DataConfig, DataSource, TokenizerConfig
-from megatron_ray.data.preparation import documents as documents_module
+from megatron_ray.data.preparation.data_files import find_data
 from megatron_ray.data.preparation.documents import fingerprint, read_chunks
 from megatron_ray.data.preparation.errors import DataError
-from megatron_ray.data.preparation.sources import (
-    STDLIB,
-    find_data,
-    find_source,
-    in_sampling_order,
-)
+from megatron_ray.data.preparation.formats import text as text_module
+from megatron_ray.data.preparation.sources import STDLIB, find_source, in_sampling_order
 
 
 def documents(path: Path | str, text_key: str = "text") -> list[str]:
@@ -70,14 +66,14 @@ def test_kinds_read_the_same_documents(tmp_path: Path) -> None:
 def test_long_documents_come_whole_in_pieces(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
 ) -> None:
-    monkeypatch.setattr(documents_module, "_CHUNK_CHARS", 5)
+    monkeypatch.setattr(text_module, "_CHUNK_CHARS", 5)
     (tmp_path / "a.txt").write_text(text, encoding="utf-8", errors="replace", newline="")
     written = (tmp_path / "a.txt").read_bytes().decode()
     assert documents(tmp_path / "a.txt") == [written]
 
 
 def test_pieces_end_at_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(documents_module, "_CHUNK_CHARS", 4)
+    monkeypatch.setattr(text_module, "_CHUNK_CHARS", 4)
     (tmp_path / "a.txt").write_text("abcdef\nghi\nj")
     assert [
         chunk.text
@@ -186,13 +182,6 @@ def test_paths_that_are_wrong(tmp_path: Path) -> None:
             "path",
         ),
         (
-            '{"body": "a", "id": 1}',
-            "text_key",
-            r"d.jsonl:3 has no field 'text' \(its fields: body, id\); set text_key",
-            "text_key",
-        ),
-        ("{}", "text_key", r"its fields: none", "text_key"),
-        (
             '{"text": 5}',
             "text_key",
             r"d.jsonl:3: field 'text' is a int, not text",
@@ -206,6 +195,19 @@ def test_jsonl_lines_that_are_wrong(
 ) -> None:
     (tmp_path / "d.jsonl").write_text('{"text": "fine"}\n\n' + line + "\n")
     assert_refused(tmp_path / "d.jsonl", code, message, field)
+
+
+@pytest.mark.parametrize(
+    ("line", "fields"),
+    [('{"body": "a", "id": 1}', "body, id"), ("{}", "none")],
+)
+def test_a_field_that_no_line_has(tmp_path: Path, line: str, fields: str) -> None:
+    (tmp_path / "d.jsonl").write_text(f"{line}\n\n{line}\n")
+    message = (
+        rf"d.jsonl has no field 'text' in its first 2 lines \(fields of the first: {fields}\); "
+        "set text_key to the field with the text"
+    )
+    assert_refused(tmp_path / "d.jsonl", "text_key", message, "text_key")
 
 
 def test_parquet_that_is_wrong(tmp_path: Path) -> None:
@@ -241,10 +243,10 @@ def test_unreadable_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     (tmp_path / "a.txt").write_text("a")
 
     def deny(error: OSError) -> None:
-        def opener(where: object) -> None:
+        def opener(*_: object) -> None:
             raise error
 
-        monkeypatch.setattr(documents_module, "open_stream", opener)
+        monkeypatch.setattr(text_module, "open_stream", opener)
 
     deny(PermissionError(13, "denied"))
     assert_refused(

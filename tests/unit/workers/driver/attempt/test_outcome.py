@@ -7,7 +7,7 @@ import pytest
 
 from megatron_ray.commands import Command
 from workers.decisions.failures import Failure, FailureKind
-from workers.decisions.job_phases import AttemptFailed, AttemptFinished
+from workers.decisions.observations import AttemptFailed, AttemptFinished
 from workers.driver.attempt.outcome import (
     RanksStopped,
     StopDecision,

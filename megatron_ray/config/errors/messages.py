@@ -3,7 +3,8 @@
 Owns: the wording of each kind of error. Must not know: HTTP, job specs.
 """
 
-from collections.abc import Mapping
+import difflib
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 MAX_VALUE_CHARS = 80
@@ -39,6 +40,15 @@ _TEMPLATES = {
     "too_long": "must have {max_length} or fewer items",
 }
 
+_EXAMPLES = {
+    "int_parsing": "write it as 1000 or 1e3",
+    "int_type": "write it as 1000 or 1e3",
+    "int_from_float": "write it as 1000 or 1e3",
+    "float_parsing": "write it as 0.001 or 1e-3",
+    "float_type": "write it as 0.001 or 1e-3",
+}
+"""How to write a value that is right."""
+
 
 def plain_message(error: Mapping[str, Any]) -> str:
     """Returns what must hold for the value, without the name of the field.
@@ -56,6 +66,30 @@ def plain_message(error: Mapping[str, Any]) -> str:
         if isinstance(limit, float):
             limits[name] = f"{limit:g}"
     return template.format(**limits)
+
+
+def suggestion(name: str, known: Iterable[str]) -> str | None:
+    """Returns a question that names the closest known name; None without a close one."""
+    # Only the beginning is compared: no name is long, and the cost grows with the length.
+    close = difflib.get_close_matches(name[:MAX_VALUE_CHARS], known, n=1)
+    if not close:
+        return None
+    return f"did you mean {close[0]!r}?"
+
+
+def refusal(error: Mapping[str, Any], value: Any, message: str | None = None) -> str:
+    """Returns what must hold, the wrong value, and how to write one in a spec.
+
+    `message` replaces that of `plain_message`.
+    """
+    text = f"{message or plain_message(error)}, got {short_value(value)}"
+    example = _EXAMPLES.get(error["type"])
+    if example is not None:
+        return f"{text}; {example}"
+    # Numbers and the like are text within quotes.
+    if error["type"] == "string_type" and isinstance(value, int | float):
+        return f'{text}; put it in quotes: "{short_value(value)}"'
+    return text
 
 
 def short_value(value: Any) -> str:

@@ -3,16 +3,19 @@
 Owns: JSON pointers and hints for wrong fields. Pure. Must not know: HTTP.
 """
 
-import difflib
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from pydantic import BaseModel
 
+from megatron_ray.config.errors.messages import (
+    plain_message,
+    refusal,
+    short_value,
+    suggestion,
+)
 from megatron_ray.config.problem import Problem
-from service.pydantic_messages import plain_message, short_value
-from workers.protocol.job import JobSpec
 
 Location = Sequence[str | int]
 NAME_RULE = "must be lower-case letters, digits and dashes, at most 63 characters"
@@ -24,18 +27,25 @@ def problems_from_pydantic(
     body: Any,
     *,
     skip: int = 0,
-    model: type[BaseModel] | None = JobSpec,
+    model: type[BaseModel] | None = None,
+    expected: str = "a JSON object",
 ) -> list[Problem]:
     """Returns one Problem per wrong field of a body.
 
     `skip` leading parts of each location belong to the framework and not to the body.
-    `model` is the body's model, whose fields are suggested for unknown ones.
+    `model` is the body's model, whose fields are suggested for unknown ones; `expected`
+    is what to send instead of nothing.
     """
     problems: dict[str, Problem] = {}
     for error in errors:
         location = tuple(error["loc"])[skip:]
         pointer, value = _locate(location, body, missing=error["type"] == "missing")
-        detail = _detail(error, location, value, model)
+        if _is_repetition(error, value):
+            continue
+        if error["type"] == "missing" and not location:
+            detail = f"the request body is empty; send {expected}"
+        else:
+            detail = _detail(error, location, value, model)
         earlier = problems.get(pointer)
         if earlier is not None:
             # Members of a union complain one by one about the same field.
@@ -59,6 +69,13 @@ def _code(error: Mapping[str, Any]) -> str:
     if error["type"] in _NOT_AN_OBJECT:
         return "model_type"
     return str(error["type"])
+
+
+def _is_repetition(error: Mapping[str, Any], value: Any) -> bool:
+    """Returns whether a list is called too short because its items are wrong."""
+    if error["type"] != "too_short" or not isinstance(value, list | tuple):
+        return False
+    return len(value) >= int(error["ctx"]["min_length"])
 
 
 def _locate(location: Location, body: Any, *, missing: bool) -> tuple[str, Any]:
@@ -93,10 +110,6 @@ def _detail(
 ) -> str:
     kind = error["type"]
     if kind == "missing":
-        if not location and model is JobSpec:
-            return "the request body is empty; send a job spec"
-        if not location:
-            return "the request body is empty; send a JSON object"
         return f"{location[-1]} is required; add it"
     if kind == "extra_forbidden":
         return _unknown_field(str(location[-1]), _fields_at(location[:-1], model))
@@ -104,23 +117,21 @@ def _detail(
     if kind == "string_pattern_mismatch" and tuple(location) == ("name",):
         # The only pattern that users meet; a regular expression would not help them.
         message = NAME_RULE
+    if kind == "unknown_preset":
+        return message
     if kind == "value_error" and isinstance(value, dict | list):
         # Our own validators of whole objects name the values that matter by themselves.
         return message
     if not location:
         message = f"the request body {message}"
-    return f"{message}, got {short_value(value)}"
+    return refusal(error, value, message)
 
 
 def _unknown_field(name: str, known: Sequence[str]) -> str:
-    # Most unknown fields are misspelt ones.
-    close = difflib.get_close_matches(name, known, n=1)
-    if close:
-        hint = f"did you mean {close[0]!r}?"
-    elif known:
-        hint = f"known here: {', '.join(known)}"
-    else:
-        hint = "leave it out"
+    hint = "leave it out"
+    if known:
+        # Most unknown fields are misspelt ones.
+        hint = suggestion(name, known) or f"known here: {', '.join(known)}"
     return f"unknown field {short_value(name)}; {hint}"
 
 

@@ -23,6 +23,8 @@ from megatron_ray.validation import resolution
 
 BYTE_VOCABULARY = 257
 """Bytes and the end of a document."""
+MAX_RANKS = 65536
+"""Most ranks that a plan lists."""
 NUM_LARGEST_TERMS = 3
 """Number of terms of a rank's memory that a message names."""
 _GIB = 2**30
@@ -60,6 +62,17 @@ def rank_map(config: TrainConfig) -> list[dict[str, Any]]:
             {"rank": rank, "coordinates": coordinates, "island": island_of[rank]}
         )
     return entries
+
+
+def size_problems(num_ranks: int) -> list[Problem]:
+    """Returns a problem when a plan would list too many ranks."""
+    if num_ranks <= MAX_RANKS:
+        return []
+    detail = (
+        f"a plan lists at most {MAX_RANKS} ranks, and this one has {num_ranks}; lower a "
+        "degree"
+    )
+    return [Problem("/parallel", "too_many_ranks", detail)]
 
 
 def vocab_size_of(config: TrainConfig) -> int | None:

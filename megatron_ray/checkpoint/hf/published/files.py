@@ -1,0 +1,124 @@
+"""Carries the small files of a published model from checkpoint to checkpoint.
+
+Training does not change them: settings, templates, special tokens. A checkpoint has
+them in a folder of its own, and an export puts them back. Torch-free. Must not know: what
+is in them.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
+from typing import Any
+
+from megatron_ray.checkpoint.directory import COMMITTED, CheckpointError
+from megatron_ray.checkpoint.hf.families.registry import FAMILIES
+from megatron_ray.checkpoint.hf.files import CONFIG, TOKENIZER
+from megatron_ray.checkpoint.train_state import read_train_state, saved_model
+from megatron_ray.storage.storage import Storage, open_storage
+
+FOLDER = "published"
+"""Name of the folder inside a checkpoint."""
+_TEMPLATES = "additional_chat_templates"
+GENERATION_CONFIG = "generation_config.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
+_LICENCES = ("LICENSE*", "NOTICE*")
+"""Licences ask to be passed on with the weights."""
+_PATTERNS = (
+    CONFIG,
+    GENERATION_CONFIG,
+    "chat_template.jinja",
+    "chat_template.json",
+    f"{_TEMPLATES}/*.jinja",
+    TOKENIZER,
+    TOKENIZER_CONFIG,
+    "special_tokens_map.json",
+    "added_tokens.json",
+    # Vocabularies of tokenizers that are not written in Rust, and code that reads them.
+    "tokenizer.model",
+    "*.tiktoken",
+    "tiktoken.model",
+    "sentencepiece.bpe.model",
+    "spiece.model",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "tokenization_*.py",
+    *_LICENCES,
+)
+"""Names of the files that are carried along."""
+
+PublishedFiles = Mapping[str, bytes]
+"""Content of each file by its name in the published folder."""
+
+
+def read_published(path: str) -> dict[str, bytes]:
+    """Returns the published files of a Hugging Face folder or a committed checkpoint.
+
+    A model that was never published has none. Raises StorageError.
+    """
+    storage = open_storage(path)
+    if not storage.exists(COMMITTED):
+        return _read(storage, "")
+    files = _read(storage, f"{FOLDER}/")
+    if CONFIG not in files:
+        files |= _of_earlier_import(path)
+    return files
+
+
+def is_licence(name: str) -> bool:
+    """Returns whether a file holds terms of use and nothing of the tokenizer."""
+    return _matches(name, _LICENCES)
+
+
+def parsed(files: PublishedFiles, name: str) -> dict[str, Any]:
+    """Returns the values of a JSON file; none where it does not exist.
+
+    Raises CheckpointError when it is not readable.
+    """
+    try:
+        values = json.loads(files.get(name, b"{}"))
+    except ValueError as error:
+        raise CheckpointError("read", name, f"it is not valid JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise CheckpointError("read", name, "it does not hold a JSON object")
+    return values
+
+
+def inside_checkpoint(files: PublishedFiles) -> dict[str, bytes]:
+    """Returns the files by their names in a checkpoint."""
+    return {f"{FOLDER}/{name}": content for name, content in files.items()}
+
+
+def _read(storage: Storage, prefix: str) -> dict[str, bytes]:
+    """Returns the files below a folder, which is named with its slash at the end."""
+    names = [entry.name for entry in storage.list(prefix.rstrip("/"))]
+    if _TEMPLATES in names:
+        for entry in storage.list(prefix + _TEMPLATES):
+            names.append(f"{_TEMPLATES}/{entry.name}")
+    files = {}
+    for name in names:
+        if _matches(name, _PATTERNS):
+            files[name] = storage.read_bytes(prefix + name)
+    return files
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _of_earlier_import(path: str) -> dict[str, bytes]:
+    """Returns the config.json of a checkpoint that was imported by an earlier version.
+
+    Such a checkpoint has only the family and the ids of the tokens.
+    """
+    train_state = read_train_state(path, 0)
+    family = FAMILIES.get(str(train_state.get("family")))
+    if family is None:
+        return {}
+    values: dict[str, Any] = {
+        "architectures": [family.architecture],
+        "model_type": family.model_type,
+        **family.write(saved_model(path, train_state)),
+        **train_state.get("token_ids", {}),
+    }
+    return {CONFIG: json.dumps(values).encode()}

@@ -1,0 +1,176 @@
+"""Reads Parquet files, one of whose columns is the text.
+
+Owns: the format .parquet, and which Arrow types are text. Must not know: other formats,
+tokens.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from megatron_ray.data.preparation.errors import DataError, short_cause
+from megatron_ray.data.preparation.formats.json_lines import TOKENIZED
+from megatron_ray.data.preparation.formats.records import (
+    BadRecord,
+    RecordTally,
+    TextChunk,
+    without_mark,
+)
+from megatron_ray.storage.files import open_random_access
+from megatron_ray.storage.location import Location
+
+_ROWS = 1024
+_MAX_NAMES_SHOWN = 8
+_TEXT_TYPES = (
+    pa.types.is_string,
+    pa.types.is_large_string,
+    pa.types.is_string_view,
+    # Some writers mark text as bytes.
+    pa.types.is_binary,
+    pa.types.is_large_binary,
+    pa.types.is_binary_view,
+)
+_LIST_TYPES = (
+    pa.types.is_list,
+    pa.types.is_large_list,
+    pa.types.is_fixed_size_list,
+    pa.types.is_list_view,
+)
+
+
+def read_parquet(
+    location: Location, text_key: str, tally: RecordTally
+) -> Iterator[TextChunk]:
+    """Yields the text of each row; a row without one is counted.
+
+    Raises DataError when there is no such column or it is not text.
+    """
+    with open_random_access(location) as file:
+        try:
+            table = pq.ParquetFile(file)
+        except pa.ArrowInvalid as error:
+            detail = f"{location.path} is not a Parquet file: {short_cause(error)}"
+            raise DataError("file_type", detail) from error
+        path = _column_path(table.schema_arrow, text_key, location.path)
+        first_row = 1
+        # In batches of one column, because a file may be larger than memory.
+        for batch in table.iter_batches(batch_size=_ROWS, columns=[text_key]):
+            tally.num_records += len(batch)
+            for row, value in enumerate(_column(batch, path), first_row):
+                text = _text_of(value, f"{location.path}, row {row}", tally)
+                if text:
+                    yield TextChunk(text, True)
+            first_row += len(batch)
+
+
+def _text_of(value: pa.Scalar, name: str, tally: RecordTally) -> str:
+    """Returns a row's text; nothing if it has none or is bad, which is counted."""
+    try:
+        text = value.as_py() or ""
+        if isinstance(text, bytes):
+            text = text.decode()
+    except UnicodeDecodeError as error:
+        detail = f"{name} is not UTF-8 ({short_cause(error)})"
+        tally.add_bad(BadRecord(detail, "correct or remove the row", "not_utf8"))
+        return ""
+    text = without_mark(text)
+    tally.num_without_text += not text
+    return text
+
+
+def _column(batch: pa.RecordBatch, path: list[str]) -> pa.Array:
+    column = batch.column(path[0])
+    for name in path[1:]:
+        column = pc.struct_field(column, name)
+    return _decoded(column)
+
+
+def _decoded(column: pa.Array) -> pa.Array:
+    """Returns a column whose values are stored one by one."""
+    while not _is_plain_text(column.type):
+        if pa.types.is_dictionary(column.type):
+            column = column.dictionary_decode()
+        elif pa.types.is_run_end_encoded(column.type):
+            column = pc.run_end_decode(column)
+        else:
+            column = column.storage
+    return column
+
+
+def _is_plain_text(kind: pa.DataType) -> bool:
+    return any(is_kind(kind) for is_kind in _TEXT_TYPES)
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    if pa.types.is_dictionary(kind) or pa.types.is_run_end_encoded(kind):
+        return _is_text(kind.value_type)
+    if isinstance(kind, pa.BaseExtensionType):
+        return _is_text(kind.storage_type)
+    return _is_plain_text(kind)
+
+
+def _column_path(schema: pa.Schema, text_key: str, name: str) -> list[str]:
+    """Returns the names that lead to the text column.
+
+    Raises DataError when it does not exist or is not text.
+    """
+    path = _path_to(schema, text_key)
+    texts = ", ".join(_text_columns(schema, "")[:_MAX_NAMES_SHOWN]) or "none"
+    if path is None:
+        columns = ", ".join(schema.names[:_MAX_NAMES_SHOWN])
+        detail = (
+            f"{name} has no column {text_key!r} (its columns: {columns}); set text_key to "
+            f"the column with the text (columns of text: {texts})"
+        )
+        raise DataError("text_key", detail, "text_key")
+    kind = _type_at(schema, path)
+    if _is_text(kind):
+        return path
+    remedy = f"set text_key to a text column (columns of text: {texts})"
+    if _holds_ids(kind):
+        remedy = f"{TOKENIZED} (columns of text: {texts})"
+    detail = f"{name}: column {text_key!r} is {kind}, not text; {remedy}"
+    raise DataError("text_key", detail, "text_key")
+
+
+def _path_to(fields: Iterable[pa.Field], key: str) -> list[str] | None:
+    """Returns the names of nested fields that a dotted key stands for.
+
+    A name with a dot in it precedes a path.
+    """
+    types = {field.name: field.type for field in fields}
+    if key in types:
+        return [key]
+    name, dot, rest = key.partition(".")
+    if not dot or not pa.types.is_struct(types.get(name, pa.null())):
+        return None
+    inner = _path_to(types[name].fields, rest)
+    if inner is None:
+        return None
+    return [name, *inner]
+
+
+def _type_at(schema: pa.Schema, path: list[str]) -> Any:
+    kind = schema.field(path[0]).type
+    for name in path[1:]:
+        kind = kind.field(name).type
+    return kind
+
+
+def _text_columns(fields: Iterable[pa.Field], prefix: str) -> list[str]:
+    names = []
+    for field in fields:
+        name = prefix + field.name
+        if pa.types.is_struct(field.type):
+            names.extend(_text_columns(field.type.fields, f"{name}."))
+        elif _is_text(field.type):
+            names.append(name)
+    return names
+
+
+def _holds_ids(kind: pa.DataType) -> bool:
+    is_list = any(is_kind(kind) for is_kind in _LIST_TYPES)
+    return is_list and bool(pa.types.is_integer(kind.value_type))

@@ -1,0 +1,76 @@
+"""Recognizes the formats of data files by their names.
+
+Owns: the suffixes that are read, and the remedies for those that are not. Pure. Must not
+know: the contents of files.
+"""
+
+from pathlib import PurePosixPath
+from typing import Literal, NamedTuple
+
+TYPES = ".txt, .jsonl, .parquet"
+"""The main suffixes that are read, for messages."""
+
+_KINDS: dict[str, Literal["text", "json_lines", "parquet"]] = {
+    ".txt": "text",
+    ".text": "text",
+    ".jsonl": "json_lines",
+    ".ndjson": "json_lines",
+    ".json": "json_lines",
+    ".parquet": "parquet",
+}
+_COMPRESSIONS = {
+    ".gz": "gzip",
+    ".gzip": "gzip",
+    ".zst": "zstd",
+    ".zstd": "zstd",
+    ".bz2": "bz2",
+}
+"""Suffix -> name of the compression in Arrow."""
+
+_UNPACK = "unpack it"
+_CONVERT = "convert it to .jsonl or .parquet"
+_REMEDIES = (
+    (
+        _UNPACK,
+        ".zip .tar .tgz .tbz .tbz2 .txz .tzst .7z .rar .z .xz .lzma .lz .lz4 .br .sz",
+    ),
+    (_CONVERT, ".csv .tsv .arrow .feather .ipc .orc .avro .xls .xlsx .tfrecord .tfrecords"),
+    (_CONVERT, ".mds .lance .msgpack .pkl .pickle .npy .npz .h5 .hdf5 .db .sqlite .warc"),
+    ("give the pair as a source of its own, by its name without suffix", ".bin .idx"),
+)
+"""Remedies and the suffixes of data in formats that are not read."""
+
+
+class FileFormat(NamedTuple):
+    """How a file is read."""
+
+    kind: Literal["text", "json_lines", "parquet"]
+    compression: str | None
+    """Arrow's name of the compression around the whole file."""
+
+
+def file_format(path: str) -> FileFormat | None:
+    """Returns the format that a file's name stands for; None when it is not read."""
+    name = PurePosixPath(path.lower())
+    compression = _COMPRESSIONS.get(name.suffix)
+    if compression is not None:
+        name = name.with_suffix("")
+    kind = _KINDS.get(name.suffix)
+    # Parquet compresses its own pages and is not read as a stream.
+    if kind is None or (kind == "parquet" and compression is not None):
+        return None
+    return FileFormat(kind, compression)
+
+
+def remedy_of(path: str) -> str | None:
+    """Returns how a file that is not read could be used.
+
+    None when its name does not look like that of data.
+    """
+    suffix = PurePosixPath(path.lower()).suffix
+    if suffix in _COMPRESSIONS:
+        return f"{_UNPACK}, or name it by what it holds, such as .jsonl{suffix}"
+    for remedy, suffixes in _REMEDIES:
+        if suffix in suffixes.split():
+            return remedy
+    return None

@@ -1,0 +1,184 @@
+"""Makes the bodies of plans and suggestions: what users read, as JSON has it.
+
+Owns: their fields and notes, wherever a plan is made. Pure. Must not know: a cluster,
+HTTP.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from megatron_ray.config.problem import Problem
+from megatron_ray.config.train_config import TrainConfig
+from megatron_ray.planning.answers import estimates
+from megatron_ray.planning.answers.estimates import Estimates
+from megatron_ray.planning.hardware import Hardware
+from megatron_ray.planning.suggest import Suggestion, suggest
+from megatron_ray.planning.tally import Tally
+from megatron_ray.validation import check, resolution
+from megatron_ray.validation.parameter_groups import group_notes
+
+_PRECISIONS = ("bf16", "fp32")
+"""Values of training.precision, the one to suggest first."""
+
+
+def plan_body(
+    config: TrainConfig,
+    hardware: Hardware | None,
+    *,
+    fits: bool | None,
+    room: int | None = None,
+    problems: Sequence[Problem] = (),
+    notes: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Returns the plan of a resolved config.
+
+    `fits`, `room`, `problems` and `notes` are those of the place where it would run;
+    notes about the estimates are added.
+    """
+    estimate = estimates.estimates(config, hardware)
+    return {
+        "object": "plan",
+        "resolved_spec": config.model_dump(mode="json"),
+        "world_size": resolution.world_size(config),
+        "ranks": estimates.rank_map(config),
+        "hardware": hardware and hardware.name,
+        "fits": fits,
+        "room": room,
+        "problems": [asdict(problem) for problem in problems],
+        "notes": [
+            *notes,
+            *_spec_notes(config),
+            *_estimate_notes(config, hardware, estimate),
+        ],
+        **_estimated(estimate),
+    }
+
+
+def suggestions_body(
+    config: TrainConfig, world_size: int, hardware: Hardware, notes: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Returns the fastest layouts of a config on `world_size` ranks, and their notes."""
+    all_notes = []
+    layouts: list[Suggestion] = []
+    complete = estimates.with_vocabulary(config)
+    precision = config.training.precision
+    # Memory cannot be computed without a vocabulary, so no layout can be judged.
+    if complete is None:
+        all_notes.append(
+            "no estimate before the tokenizer's file is read; set model.vocab_size"
+        )
+    elif precision not in hardware.efficiencies:
+        all_notes.append(
+            f"no {precision} timings for {hardware.name}, so layouts cannot be compared; "
+            f"{_precision_remedy(hardware)}"
+        )
+    else:
+        layouts = suggest(complete, world_size, hardware)
+        if not layouts:
+            all_notes.append(
+                f"no layout that was tried fits on {world_size} ranks; use more ranks, zero=3 "
+                "or a smaller model"
+            )
+    return {
+        "object": "plan.suggestions",
+        "world_size": world_size,
+        "hardware": hardware.name,
+        "data": [_suggestion(layout) for layout in layouts],
+        "notes": [*all_notes, *notes],
+    }
+
+
+# ---- parts of the bodies
+
+
+def _estimated(estimate: Estimates | None) -> dict[str, Any]:
+    """Returns the fields of a plan that are estimated; None for those that cannot be."""
+    fields: dict[str, Any] = dict.fromkeys(
+        ("memory", "communication", "bubble_share", "time")
+    )
+    if estimate is None:
+        return fields
+    fields["memory"] = {
+        **asdict(estimate.memory),
+        "total_bytes_estimate": estimate.memory.total_bytes,
+        "vocab_size": estimate.vocab_size,
+    }
+    fields["bubble_share"] = estimate.bubble_share
+    if estimate.communication is not None:
+        fields["communication"] = _traffic(estimate.communication)
+    if estimate.time is not None:
+        fields["time"] = asdict(estimate.time)
+    return fields
+
+
+def _traffic(tally: Tally) -> list[dict[str, Any]]:
+    entries = []
+    for (axis, kind), size in tally.bytes.items():
+        operations = tally.operations[axis, kind]
+        entries.append(
+            {"axis": axis, "kind": kind, "operations": operations, "bytes": size}
+        )
+    return entries
+
+
+def _suggestion(layout: Suggestion) -> dict[str, Any]:
+    return {
+        "changes": layout.changes,
+        "total_bytes_estimate": layout.memory.total_bytes,
+        "time": asdict(layout.time),
+    }
+
+
+# ---- notes
+
+
+def _spec_notes(config: TrainConfig) -> list[str]:
+    notes = []
+    for warning in check.find_warnings(config):
+        notes.append(f"warning: {warning.pointer}: {warning.detail}")
+    return notes + group_notes(config)
+
+
+def _estimate_notes(
+    config: TrainConfig, hardware: Hardware | None, estimate: Estimates | None
+) -> list[str]:
+    if estimate is None:
+        return [
+            "no memory estimate before the tokenizer's file is read; set model.vocab_size"
+        ]
+    notes = []
+    # Each note belongs to a field of the plan that is null.
+    if estimate.communication is None:
+        notes.append("communication is not counted with zero=3, where torch does it")
+    if hardware is None:
+        notes.append("memory is estimated for GPUs: the cluster's device is unknown")
+        notes.append("no time estimate: the cluster's device is unknown; set hardware")
+    elif estimate.time is None:
+        notes.append(
+            f"no time estimate: no {config.training.precision} timings for "
+            f"{hardware.name}; {_precision_remedy(hardware)}"
+        )
+    return [*notes, *_assumption_notes(config, hardware)]
+
+
+def _precision_remedy(hardware: Hardware) -> str:
+    """Returns the precision to set for which the device has timings."""
+    for precision in _PRECISIONS:
+        if precision in hardware.efficiencies:
+            return f"set training.precision={precision}"
+    return "name another device"
+
+
+def _assumption_notes(config: TrainConfig, hardware: Hardware | None) -> list[str]:
+    """Returns what the memory estimate assumes of a device that its name leaves open."""
+    if (
+        hardware is None
+        or hardware.device.type != "cpu"
+        or config.training.precision != "bf16"
+    ):
+        return []
+    # Which kernel attends in bf16 depends on the processor's instructions.
+    if hardware.device.bf16_products:
+        return ["memory is estimated for CPUs with bf16 products; others keep other bytes"]
+    return ["memory is estimated for CPUs without bf16 products; others keep other bytes"]

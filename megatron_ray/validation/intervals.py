@@ -1,0 +1,139 @@
+"""Finds numbers that are legal one by one and without effect together.
+
+Owns: what a run would never do although its config asks for it. Rates are judged in
+`schedule`. Pure. Must not know: how many ranks there are, the data.
+"""
+
+from megatron_ray.config.problem import Problem
+from megatron_ray.config.train_config import TrainConfig
+
+
+def interval_warnings(config: TrainConfig) -> list[Problem]:
+    """Returns intervals that are longer than the run, or that repeat nothing."""
+    training = config.training
+    data = config.data
+    warnings = list[Problem]()
+    every = training.eval_every_steps
+    if every is not None and not data.validation and not data.validation_fraction:
+        detail = (
+            f"eval_every_steps={every}, but there is no validation data: data.validation is "
+            "empty and data.validation_fraction is 0, so nothing is evaluated"
+        )
+        warnings.append(Problem("/training/eval_every_steps", "no_validation", detail))
+    elif every is not None and every > training.steps:
+        detail = (
+            f"eval_every_steps={every} is beyond training.steps={training.steps}: the run is "
+            "evaluated after its last step only"
+        )
+        warnings.append(Problem("/training/eval_every_steps", "beyond_the_run", detail))
+    every = config.checkpoint.every_steps
+    if every is not None and every > training.steps:
+        detail = (
+            f"every_steps={every} is beyond training.steps={training.steps}: the only "
+            "checkpoint is that of the last step, and a failure before it loses the run"
+        )
+        warnings.append(Problem("/checkpoint/every_steps", "beyond_the_run", detail))
+    return warnings
+
+
+def skipping_problems(config: TrainConfig) -> list[Problem]:
+    """Returns a problem when every step of the run is left out."""
+    training = config.training
+    # At most 1024 steps can be listed, so long runs are not enumerated.
+    if len(set(training.skip_steps)) < training.steps:
+        return []
+    if not set(range(1, training.steps + 1)) <= set(training.skip_steps):
+        return []
+    detail = f"all of training.steps={training.steps} are left out; keep one"
+    return [Problem("/training/skip_steps", "skip_all", detail)]
+
+
+def skipping_warnings(config: TrainConfig) -> list[Problem]:
+    """Returns steps to skip that the run does not have, and a limit that is none."""
+    training = config.training
+    warnings = list[Problem]()
+    beyond = [step for step in training.skip_steps if step > training.steps]
+    if beyond:
+        detail = f"step {beyond[0]} is beyond training.steps={training.steps}; steps count from 1"
+        warnings.append(Problem("/training/skip_steps", "beyond_the_run", detail))
+    if training.max_skipped_steps >= training.steps:
+        detail = (
+            f"max_skipped_steps={training.max_skipped_steps} allows all of training.steps="
+            f"{training.steps} to be skipped; a few are enough for rare bad batches"
+        )
+        warnings.append(Problem("/training/max_skipped_steps", "no_limit", detail))
+    return warnings
+
+
+def source_warnings(config: TrainConfig) -> list[Problem]:
+    """Returns sources of the blend with a weight of less than one sample in the run."""
+    sources = config.data.train
+    total = sum(source.weight for source in sources)
+    num_samples = config.training.steps * config.training.global_batch_size
+    warnings = []
+    for index, source in enumerate(sources):
+        share = source.weight / total
+        if share * num_samples < 1:
+            detail = (
+                f"weight={source.weight:g} of {total:g} in all is less than one of the run's "
+                f"{num_samples} samples, so {source.path} is hardly used; raise it, or leave "
+                "the source out"
+            )
+            pointer = f"/data/train/{index}/weight"
+            warnings.append(Problem(pointer, "source_unused", detail))
+    return warnings
+
+
+def model_warnings(config: TrainConfig) -> list[Problem]:
+    """Returns parts of the model that cost time and are never used or trained."""
+    model = config.model
+    warnings = []
+    if model.mtp is not None and not model.mtp.loss_coeff:
+        detail = (
+            "loss_coeff=0 computes the MTP layers in every step and never trains them; leave "
+            "model.mtp out, or raise it"
+        )
+        warnings.append(Problem("/model/mtp/loss_coeff", "not_trained", detail))
+    every = model.full_attention_every
+    if every is not None and every > model.num_layers:
+        detail = (
+            f"full_attention_every={every} is beyond num_layers={model.num_layers}: the "
+            "sliding window applies to every layer"
+        )
+        warnings.append(Problem("/model/full_attention_every", "no_effect", detail))
+    return warnings
+
+
+def clipping_warnings(config: TrainConfig) -> list[Problem]:
+    """Returns a limit of the gradient norm below which updates vanish."""
+    optimizer = config.optimizer
+    if not 0 < optimizer.clip_grad_norm <= optimizer.eps:
+        return []
+    detail = (
+        f"clip_grad_norm={optimizer.clip_grad_norm:g} is not above eps={optimizer.eps:g}, so "
+        "that gradients vanish beside it and hardly change a weight; raise it, or use 0 for "
+        "no clipping"
+    )
+    return [Problem("/optimizer/clip_grad_norm", "clip_too_small", detail)]
+
+
+def decay_warnings(config: TrainConfig) -> list[Problem]:
+    """Returns weight decays that turn weights to 0 or beyond in one step."""
+    optimizer = config.optimizer
+    decays = [("/optimizer/weight_decay", optimizer.lr, optimizer.weight_decay)]
+    for index, group in enumerate(optimizer.groups):
+        weight_decay = group.weight_decay
+        if weight_decay is None:
+            weight_decay = optimizer.weight_decay
+        lr = optimizer.lr * (group.lr_scale or 1.0)
+        decays.append((f"/optimizer/groups/{index}", lr, weight_decay))
+    warnings = []
+    for pointer, lr, weight_decay in decays:
+        if lr * weight_decay >= 1:
+            detail = (
+                f"lr x weight_decay = {lr:g} x {weight_decay:g} = {lr * weight_decay:g}: a "
+                "step subtracts at least the whole weight; lower one of them below a product "
+                "of 1"
+            )
+            warnings.append(Problem(pointer, "decay_too_large", detail))
+    return warnings

@@ -1,0 +1,113 @@
+"""Checks the learning rate over the steps of a run.
+
+Owns: which numbers of `schedule` leave steps that train nothing. Pure. Must not know: how
+many ranks there are.
+"""
+
+from megatron_ray.config.problem import Problem
+from megatron_ray.config.train_config import TrainConfig
+
+_MAX_IDLE_SHARE = 0.1
+"""Largest share of a run's steps whose rate may be 0."""
+_SMALLEST_RATE = 1e-10
+"""An Adam update of this size is lost when it is added to an fp32 weight of 0.01."""
+
+
+def schedule_problems(config: TrainConfig) -> list[Problem]:
+    """Returns problems of the decay: upwards, before the warm-up ends, or to 0 too soon."""
+    schedule = config.schedule
+    lr = config.optimizer.lr
+    if schedule.min_lr > lr:
+        detail = f"min_lr={schedule.min_lr:g} is above optimizer.lr={lr:g}; lower it"
+        return [Problem("/schedule/min_lr", "min_lr", detail)]
+    if schedule.kind == "constant" or schedule.decay_steps is None:
+        return []
+    if schedule.decay_steps <= schedule.warmup_steps:
+        detail = (
+            f"decay_steps={schedule.decay_steps} is not after "
+            f"warmup_steps={schedule.warmup_steps}, so the rate would drop from "
+            f"optimizer.lr={lr:g} to min_lr={schedule.min_lr:g} at once; decay_steps counts "
+            "from step 0 with the warm-up included: leave it out to decay until the last step"
+        )
+        return [Problem("/schedule/decay_steps", "decay_after_warmup", detail)]
+    return _idle_problems(config)
+
+
+def _idle_problems(config: TrainConfig) -> list[Problem]:
+    steps = config.training.steps
+    decay_steps = config.schedule.decay_steps
+    idle = idle_steps(config)
+    # At the end of every decay to 0 one step has a rate of 0.
+    if decay_steps is None or idle <= max(1, _MAX_IDLE_SHARE * steps):
+        return []
+    detail = (
+        f"decay_steps={decay_steps} with min_lr=0 leaves a rate of 0 for {idle} of "
+        f"training.steps={steps}; set min_lr above 0, leave decay_steps out, or lower steps "
+        f"to {decay_steps}"
+    )
+    return [Problem("/schedule/decay_steps", "rate_of_zero", detail)]
+
+
+def idle_steps(config: TrainConfig) -> int:
+    """Returns the number of steps whose learning rate is 0."""
+    schedule = config.schedule
+    steps = config.training.steps
+    decay_steps = schedule.decay_steps or steps
+    if schedule.kind == "constant" or schedule.min_lr > 0:
+        return 0
+    # Step `decay_steps` is the first one at min_lr, unless the warm-up includes it.
+    first = max(decay_steps, schedule.warmup_steps + 1)
+    return max(0, steps - first + 1)
+
+
+def schedule_warnings(config: TrainConfig) -> list[Problem]:
+    """Returns numbers of the learning rate that have little or no effect."""
+    schedule = config.schedule
+    steps = config.training.steps
+    lr = config.optimizer.lr
+    warnings = list[Problem]()
+    if lr < _SMALLEST_RATE:
+        detail = f"lr={lr:g} is too small to change fp32 weights; raise it"
+        warnings.append(Problem("/optimizer/lr", "rate_too_small", detail))
+    if schedule.warmup_steps >= steps:
+        highest = lr * steps / schedule.warmup_steps
+        detail = (
+            f"warmup_steps={schedule.warmup_steps} is not shorter than training.steps={steps}: "
+            f"the rate only climbs, to {highest:g} in the last step (optimizer.lr={lr:g})"
+        )
+        warnings.append(Problem("/schedule/warmup_steps", "warmup_too_long", detail))
+    if schedule.kind == "constant":
+        return warnings + _constant_warnings(config)
+    if schedule.min_lr == lr:
+        detail = f"min_lr={lr:g} equals optimizer.lr, so the rate does not decay"
+        warnings.append(Problem("/schedule/min_lr", "no_effect", detail))
+    decay_steps = schedule.decay_steps or steps
+    if decay_steps > steps:
+        detail = (
+            f"decay_steps={decay_steps} is beyond training.steps={steps}: the rate does not "
+            f"come down to min_lr={schedule.min_lr:g}"
+        )
+        warnings.append(Problem("/schedule/decay_steps", "decay_too_long", detail))
+    idle = idle_steps(config)
+    if idle > 1 or idle == steps:
+        detail = (
+            f"the rate is 0 in {idle} of {steps} steps, since the decay ends at "
+            f"min_lr=0 in step {decay_steps}; a min_lr above 0 trains in them too"
+        )
+        warnings.append(Problem("/schedule/min_lr", "rate_of_zero", detail))
+    return warnings
+
+
+def _constant_warnings(config: TrainConfig) -> list[Problem]:
+    warnings = []
+    schedule = config.schedule
+    for name, value in (
+        ("min_lr", schedule.min_lr),
+        ("decay_steps", schedule.decay_steps),
+    ):
+        if value:
+            detail = (
+                f"{name}={value:g} has no effect with kind=constant, which does not decay"
+            )
+            warnings.append(Problem(f"/schedule/{name}", "no_effect", detail))
+    return warnings

@@ -1,0 +1,172 @@
+"""Pauses jobs, and resumes paused and ended ones.
+
+Owns: the requests, and how the spec of an ended job is changed. Works inside the caller's
+transaction. Must not know: HTTP.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from pydantic import ValidationError
+from sqlalchemy.orm import Session
+
+from megatron_ray.config.errors.spec_problems import problems_from_pydantic
+from megatron_ray.config.problem import Problem
+from megatron_ray.validation import resolution
+from service.exceptions import (
+    JobActiveError,
+    JobEndedError,
+    JobNotRunningError,
+    SpecInvalidError,
+)
+from service.jobs import lifecycle
+from service.store.schema import JobRow
+from workers.protocol.job import JobSpec
+from workers.protocol.states import DesiredState, JobState, StatusReason
+
+_END_WORDS = {
+    JobState.SUCCEEDED: "succeeded",
+    JobState.FAILED: "failed",
+    JobState.CANCELLED: "been cancelled",
+}
+
+
+@dataclass(frozen=True)
+class ChangedSpec:
+    """The spec of a job that is resumed, with the user's changes."""
+
+    submitted: dict[str, Any]
+    """Without defaults, as the user would have submitted it."""
+    resolved: dict[str, Any]
+    world_size: int | None
+    changes: dict[str, Any]
+    """The changed fields only, nested as in the spec."""
+
+
+def pause(session: Session, job: JobRow, reason: StatusReason) -> None:
+    """Requests a pause: a final checkpoint, and no resources until the job is resumed.
+
+    Does nothing for a job that is paused or being paused. Raises JobEndedError, and
+    JobNotRunningError for a job that is being cancelled.
+    """
+    state = JobState(job.status)
+    if state.is_terminal:
+        raise JobEndedError(f"the job has ended ({state.value}); nothing is left to pause")
+    if state is JobState.CANCELLING:
+        raise JobNotRunningError("the job is being cancelled; it cannot be paused any more")
+    if job.pause_reason is not None:
+        return
+    job.desired = DesiredState.PAUSE
+    job.pause_reason = reason
+    job.final_checkpoint = True
+    event = lifecycle.NewEvent("job.pausing", "pause requested", data={"reason": reason})
+    if reason is StatusReason.USER_PAUSED:
+        event = replace(event, actor="user")
+    lifecycle.add_event(session, job, event)
+    lifecycle.desired_changed(session, job)
+
+
+def resume(session: Session, job: JobRow) -> None:
+    """Takes back a pause: a paused job returns to its place in the queue.
+
+    Raises JobActiveError for a job that is neither paused nor being paused.
+    """
+    state = JobState(job.status)
+    if job.pause_reason is None:
+        raise JobActiveError(
+            f"the job is {state.value}; only a paused or ended job can be resumed"
+        )
+    job.pause_reason = None
+    job.desired = DesiredState.PREPARE
+    if state.holds_resources:
+        # Its driver has not released them yet, and continues where the ranks stopped.
+        job.desired = DesiredState.RUN
+    event = lifecycle.NewEvent("job.resumed", "resumed", actor="user")
+    if state is JobState.PAUSED:
+        lifecycle.transition(session, job, JobState.QUEUED, None, event)
+    else:
+        lifecycle.add_event(session, job, event)
+        lifecycle.desired_changed(session, job)
+
+
+def resume_ended(
+    session: Session, job: JobRow, spec: ChangedSpec, *, is_agent_ready: bool
+) -> None:
+    """Resumes an ended job from its newest checkpoint, with a new restart budget.
+
+    `is_agent_ready`: whether a live agent can start preparing it now.
+    """
+    previous = job.status
+    job.spec = spec.submitted
+    job.resolved_spec = spec.resolved
+    job.world_size = spec.world_size
+    job.resumes += 1
+    job.failures = 0
+    job.preemptions = 0
+    job.problem = None
+    job.ended_at = None
+    job.final_checkpoint = True
+    # Not by `transition`: no driver may leave a final state, only the user.
+    lifecycle.enter_preparing(job, is_agent_ready=is_agent_ready)
+    data = {"previous": previous, "changes": spec.changes}
+    message = f"resumed after it had {_END_WORDS[JobState(previous)]}"
+    event = lifecycle.NewEvent("job.resumed", message, data=data, actor="user")
+    lifecycle.add_event(session, job, event)
+    lifecycle.desired_changed(session, job)
+
+
+def changed_spec(job: JobRow, changes: Mapping[str, Any]) -> ChangedSpec:
+    """Returns the spec of an ended job with changes, which are nested as in the spec.
+
+    Raises SpecInvalidError when it is not valid, or leaves the job nothing to do.
+    """
+    # The resolved spec is changed too and not resolved again: the cluster may have
+    # another size by now, and the job is to continue with the layout that it had.
+    resolved = merged(job.resolved_spec, changes)
+    try:
+        spec = JobSpec.from_mapping(resolved)
+    except ValidationError as error:
+        problems = problems_from_pydantic(
+            error.errors(include_url=False), resolved, model=JobSpec
+        )
+        raise SpecInvalidError(problems) from error
+    _check_steps(job, spec)
+    world_size = None
+    if job.world_size is not None:
+        world_size = resolution.world_size(spec)
+    return ChangedSpec(
+        submitted=merged(job.spec, changes),
+        resolved=spec.model_dump(mode="json"),
+        world_size=world_size,
+        changes=dict(changes),
+    )
+
+
+def merged(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns nested values in which the changed ones are replaced (RFC 7396).
+
+    Unlike there, null is a value: it sets a field to null.
+    """
+    result = dict(values)
+    for name, change in changes.items():
+        current = result.get(name)
+        if isinstance(change, Mapping) and isinstance(current, Mapping):
+            result[name] = merged(current, change)
+        else:
+            result[name] = change
+    return result
+
+
+def _check_steps(job: JobRow, spec: JobSpec) -> None:
+    """Refuses to resume a job that has completed all of its steps."""
+    if job.status != JobState.SUCCEEDED:
+        return
+    trained = int(job.resolved_spec["training"]["steps"])
+    if spec.training.steps > trained:
+        return
+    detail = (
+        f"{spec.training.steps}, but the job has already completed {trained} steps; set a "
+        "larger number to train on"
+    )
+    raise SpecInvalidError([Problem("/training/steps", "nothing_to_do", detail)])

@@ -1,0 +1,116 @@
+"""No file is trained on and held out at once, however the sources name it."""
+
+from pathlib import Path
+
+import pytest
+
+from megatron_ray.config.data import DataConfig, DataSource
+from megatron_ray.data.preparation.data_files import DataFiles, SourceAt, find_data
+from tests.support.corpus_files import BYTES
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for name in ("a", "b", "c"):
+        (tmp_path / f"{name}.jsonl").write_text('{"text": "x"}')
+    return tmp_path
+
+
+def find(
+    folder: Path,
+    train: list[str],
+    validation: list[str] | None = None,
+    fraction: float = 0.1,
+) -> DataFiles:
+    def sources(names: list[str] | None) -> tuple[DataSource, ...]:
+        return tuple(DataSource(path=str(folder / name)) for name in names or ())
+
+    return find_data(
+        DataConfig(
+            train=sources(train),
+            validation=sources(validation),
+            validation_fraction=fraction,
+            tokenizer=BYTES,
+        )
+    )
+
+
+def stems(sources_at: list[SourceAt]) -> list[str]:
+    return [
+        "".join(Path(file.path).stem for file in source.files) for _, source in sources_at
+    ]
+
+
+@pytest.mark.parametrize(
+    ("train", "validation", "trained", "evaluated"),
+    [
+        (["."], ["a.jsonl"], ["bc"], ["a"]),
+        (["*.jsonl"], ["./b.jsonl", "c.jsonl"], ["a"], ["b", "c"]),
+        (["a.jsonl"], ["."], ["a"], ["bc"]),
+        (["."], ["[ab].jsonl"], ["c"], ["ab"]),
+        (["a.jsonl", "."], ["link.jsonl"], ["a", "abc"], ["link"]),
+    ],
+)
+def test_files_of_validation_sources_are_left_out_of_folders(
+    folder: Path,
+    train: list[str],
+    validation: list[str],
+    trained: list[str],
+    evaluated: list[str],
+) -> None:
+    if "link.jsonl" in validation:
+        (folder / "link.jsonl").symlink_to(folder / "b.jsonl")
+        trained = ["a", "ac"]
+    data = find(folder, train, validation)
+    assert data.problems == []
+    assert (stems(data.train), stems(data.validation)) == (trained, evaluated)
+    assert any(
+        ": not trained on" in note or ": not evaluated" in note for note in data.notes
+    )
+
+
+def test_a_file_named_in_both_lists_is_noted(folder: Path) -> None:
+    data = find(folder, ["a.jsonl"], ["a.jsonl"])
+    assert (stems(data.train), stems(data.validation)) == (["a"], ["a"])
+    assert data.notes == [f"{folder}/a.jsonl is both trained on and evaluated on"]
+
+
+def test_other_fields_of_the_same_file_are_other_text(folder: Path) -> None:
+    other = DataSource(path=str(folder / "a.jsonl"), text_key="title")
+    source = DataSource(path=str(folder))
+    data = find_data(DataConfig(train=(source,), validation=(other,)))
+    assert (stems(data.train), data.notes) == (["abc"], [])
+
+
+def test_a_folder_in_both_lists_is_refused(folder: Path) -> None:
+    data = find(folder, ["."], ["*.jsonl"])
+    (problem,) = data.problems
+    assert (problem.pointer, problem.code) == ("/data/train/0/path", "shared_files")
+    assert "give other files in one of them, or leave data.validation out" in problem.detail
+
+
+def test_each_file_is_held_out_by_one_source(folder: Path) -> None:
+    data = find(folder, ["*.jsonl", "a.jsonl", "[ab].jsonl"])
+    assert stems(data.train) == ["bc", "a", "a"]
+    assert "1 file (a.jsonl) of /data/train/1: read there only" in data.notes[0]
+    # Of equal sources the same documents are held out.
+    assert stems(find(folder, [".", "*.jsonl"]).train) == ["abc", "abc"]
+    # Without a share to hold out, weights may be set by naming a file twice.
+    assert stems(find(folder, [".", "a.jsonl"], fraction=0).train) == ["abc", "a"]
+
+
+def test_validation_files_beside_training_files_are_evaluated_on(folder: Path) -> None:
+    for name in ("set/train.jsonl", "set/valid.jsonl", "set/dev.jsonl"):
+        (folder / "set").mkdir(exist_ok=True)
+        (folder / name).write_text('{"text": "x"}')
+    data = find(folder, ["set", "a.jsonl"])
+    assert stems(data.train) == ["train", "a"]
+    assert [pointer for pointer, _ in data.validation] == ["/data/train/0"]
+    assert stems(data.validation) == ["devvalid"]
+    # Files that another source trains on are not evaluated on.
+    data = find(folder, ["set", "set/dev.jsonl"])
+    assert (stems(data.train), stems(data.validation)) == (["train", "dev"], ["valid"])
+    for data in (find(folder, ["set"], fraction=0), find(folder, ["set"], ["a.jsonl"])):
+        assert stems(data.train) == ["train"]
+        assert any("of validation data: not trained on" in note for note in data.notes)
+    assert stems(find(folder, ["set"], fraction=0).validation) == []

@@ -1,0 +1,35 @@
+"""Which numbers a parameter is updated with."""
+
+import pytest
+
+from megatron_ray.config.optimizer import OptimizerConfig
+from megatron_ray.optimizer.update_rule import UpdateRule, update_rule
+from megatron_ray.sharding.parameter_types import Init, LogicalParameter
+
+GROUPS = [
+    {"parameters": ["embedding.*", "*.bias"], "weight_decay": 0.0, "lr_scale": 0.1},
+    {"parameters": ["layers.1.*"], "weight_decay": 0.3, "beta1": 0.8},
+    {"parameters": ["layers.1.norm.weight"], "eps": 1e-6, "beta2": 0.9},
+]
+CONFIG = OptimizerConfig.model_validate(
+    {"lr": 1.0, "weight_decay": 0.1, "eps": 1e-8, "groups": GROUPS}
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "decay", "expected"),
+    [
+        ("head.weight", True, UpdateRule(0.1, 1.0, 0.9, 0.95, 1e-8)),
+        ("final_norm.weight", False, UpdateRule(0.0, 1.0, 0.9, 0.95, 1e-8)),
+        ("embedding.weight", True, UpdateRule(0.0, 0.1, 0.9, 0.95, 1e-8)),
+        ("layers.1.mlp.up.weight", True, UpdateRule(0.3, 1.0, 0.8, 0.95, 1e-8)),
+        # The last group that sets a number determines it; other numbers stay.
+        ("layers.1.mlp.up.bias", False, UpdateRule(0.3, 0.1, 0.8, 0.95, 1e-8)),
+        ("layers.1.norm.weight", False, UpdateRule(0.3, 1.0, 0.8, 0.9, 1e-6)),
+    ],
+)
+def test_groups_change_the_optimizers_numbers(
+    name: str, decay: bool, expected: UpdateRule
+) -> None:
+    parameter = LogicalParameter(name, (4,), Init("zeros"), None, decay)
+    assert update_rule(parameter, CONFIG) == expected

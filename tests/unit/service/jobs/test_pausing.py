@@ -1,0 +1,223 @@
+"""Jobs that are paused, and jobs that are resumed after a pause or after their end."""
+
+import threading
+from typing import Any
+
+import httpx
+import pytest
+
+from service.local_stack.job_stops import StopJobs, StoppedJobs, resume_jobs, stop_jobs
+from service.local_stack.record import StackRecord
+from tests.unit.service.conftest import USER_TOKEN
+
+
+def change(service: Any, job_id: str, verb: str, **body: Any) -> httpx.Response:
+    response: httpx.Response = service.user.post(f"/v1/jobs/{job_id}/{verb}", json=body)
+    return response
+
+
+def changed(service: Any, job_id: str, verb: str, **body: Any) -> dict[str, Any]:
+    response = change(service, job_id, verb, **body)
+    assert response.status_code == 202, response.text
+    job: dict[str, Any] = response.json()
+    return job
+
+
+def messages(service: Any, job_id: str) -> list[str]:
+    return [event["message"] for event in service.events(job_id)]
+
+
+def record_of(service: Any) -> StackRecord:
+    return StackRecord(
+        stack_id="s",
+        boot_id="b",
+        pid_namespace=1,
+        up_pid=1,
+        up_start_ticks=1,
+        temp_dir="/tmp/mr-s",
+        data_dir=str(service.settings.data_dir),
+        url=service.url,
+        token=USER_TOKEN,
+    )
+
+
+def test_a_running_job_is_paused_and_resumed_at_its_place(service: Any) -> None:
+    job_id, driver = service.running_job()
+    job = changed(service, job_id, "pause")
+    assert (job["status"], job["pause_reason"]) == ("running", "user_paused")
+    assert driver.desired()["desired"] == "pause"
+    assert driver.desired()["final_checkpoint"] is True
+    # Pausing again changes nothing.
+    revision = driver.desired()["revision"]
+    changed(service, job_id, "pause", reason="stack_stopped")
+    assert driver.desired()["revision"] == revision
+
+    driver.states("paused", attempt=1)
+    job = service.job(job_id)
+    assert (job["status"], job["status_reason"]) == ("paused", "user_paused")
+    other = service.submit()["id"]
+    other_driver = service.driver(other)
+    other_driver.send(("prepared", {"manifest": {}}))
+    assert service.job(other)["desired_state"] == "run", "its resources are free"
+
+    job = changed(service, job_id, "resume")
+    assert (job["status"], job["pause_reason"]) == ("queued", None)
+    assert service.job(other)["status"] == "queued"
+    other_driver.states("scheduling", "starting", "succeeded")
+    assert driver.desired()["desired"] == "run"
+
+
+def test_a_job_is_paused_in_every_state_before_it_runs(service: Any) -> None:
+    job_id = service.submit()["id"]
+    changed(service, job_id, "pause")
+    assert service.job(job_id)["status"] == "preparing"
+    service.agent.report({"node_id": "n1", "address": "10.0.0.1", "cpus": 4})
+    driver = service.driver(job_id)
+    driver.send(("prepared", {"manifest": {}}))
+    # Queued, and not admitted: the driver releases nothing and reports the pause.
+    assert service.job(job_id)["status"] == "queued"
+    assert driver.desired()["desired"] == "pause"
+    driver.states("paused")
+    changed(service, job_id, "resume")
+    assert driver.desired()["desired"] == "run"
+
+
+def test_a_pause_is_taken_back_before_it_is_carried_out(service: Any) -> None:
+    job_id, _ = service.running_job()
+    changed(service, job_id, "pause")
+    job = changed(service, job_id, "resume")
+    assert (job["status"], job["desired_state"]) == ("running", "run")
+
+
+@pytest.mark.parametrize("end", ["cancelled", "failed", "succeeded"])
+def test_an_ended_job_is_resumed_with_a_new_budget(service: Any, end: str) -> None:
+    job_id, driver = service.running_job()
+    driver.send(("attempt", {"state": "failed"}), attempt=1)
+    driver.states(end, attempt=1)
+    assert service.job(job_id)["failures"] == 1
+    job = changed(service, job_id, "resume", changes={"training": {"steps": 40}})
+    assert (job["status"], job["desired_state"]) == ("preparing", "prepare")
+    assert (job["failures"], job["resumes"], job["problem"]) == (0, 1, None)
+    assert job["ended_at"] is None
+    assert job["progress"]["steps"] == 40
+    assert job["spec"]["training"]["steps"] == 40
+    assert messages(service, job_id)[-1].startswith("resumed after it had ")
+
+    second = service.driver(job_id, epoch=2)
+    desired = second.desired()
+    assert (desired["resumes"], desired["spec"]["training"]["steps"]) == (1, 40)
+    second.next_n = driver.next_n
+    second.states("queued")
+    assert second.desired()["desired"] == "run"
+    second.states("scheduling", "starting", "running", "succeeded", attempt=2)
+    assert service.job(job_id)["status"] == "succeeded"
+
+
+def test_what_cannot_be_paused_or_resumed_is_refused(service: Any) -> None:
+    job_id, driver = service.running_job()
+    response = change(service, job_id, "resume")
+    assert (response.status_code, response.json()["code"]) == (409, "job_active")
+    assert "only a paused or ended job" in response.json()["detail"]
+    response = change(service, job_id, "resume", changes={"name": "x"})
+    assert "after the job's end" in response.json()["detail"]
+    changed(service, job_id, "cancel")
+    response = change(service, job_id, "pause")
+    assert (response.status_code, response.json()["code"]) == (409, "job_not_running")
+    driver.states("cancelled", attempt=1)
+    response = change(service, job_id, "pause")
+    assert (response.status_code, response.json()["code"]) == (409, "job_ended")
+    assert change(service, "job-x", "resume").status_code == 404
+    assert change(service, job_id, "pause", reason="tired").status_code == 422
+
+
+def test_a_changed_spec_is_checked_before_the_job_is_resumed(service: Any) -> None:
+    job_id, driver = service.running_job()
+    driver.states("succeeded", attempt=1)
+    for changes, pointer in [
+        ({}, "/training/steps"),
+        ({"training": {"steps": 20}}, "/training/steps"),
+        ({"training": {"stepz": 40}}, "/training/stepz"),
+        ({"training": {"steps": "many"}}, "/training/steps"),
+        ({"training": 3}, "/training"),
+    ]:
+        response = change(service, job_id, "resume", changes=changes)
+        assert response.status_code == 422, changes
+        assert response.json()["errors"][0]["pointer"] == pointer, response.text
+    assert service.job(job_id)["status"] == "succeeded"
+
+
+def test_a_folder_that_another_job_uses_by_now_is_refused(service: Any) -> None:
+    spec = {**service.submit()["spec"], "storage": {"path": "/data/shared"}}
+    job_id, driver = service.running_job(spec)
+    driver.states("cancelled", attempt=1)
+    service.submit(spec)
+    response = change(service, job_id, "resume")
+    assert response.status_code == 422
+    assert response.json()["errors"][0]["code"] == "in_use"
+
+
+def test_stopping_a_stack_pauses_its_jobs_and_the_next_start_resumes_them(
+    service: Any,
+) -> None:
+    job_id, driver = service.running_job()
+    queued = service.submit()["id"]
+    waiting = service.driver(queued)
+    waiting.send(("prepared", {"manifest": {}}))
+    preparing = service.submit()["id"]
+    reports: list[str] = []
+    results: list[StoppedJobs] = []
+
+    def stop() -> None:
+        results.append(stop_jobs(record_of(service), reports.append, 20))
+
+    thread = threading.Thread(target=stop)
+    thread.start()
+    while waiting.desired()["desired"] != "pause":
+        pass
+    waiting.states("paused")
+    while driver.desired()["desired"] != "pause":
+        pass
+    driver.states("paused", attempt=1)
+    thread.join(10)
+    (result,) = results
+    assert set(result.paused) == {job_id, queued}
+    assert result.waiting == (preparing,)
+    assert reports == [f"pausing {queued} (tiny)", f"pausing {job_id} (tiny)"], (
+        "the queued one first, so that it is not admitted"
+    )
+    assert service.job(job_id)["status_reason"] == "stack_stopped"
+    # What the user has paused stays paused.
+    changed(service, queued, "resume")
+    changed(service, queued, "pause")
+    waiting.states("paused")
+    reports.clear()
+    resume_jobs(record_of(service), reports.append)
+    assert reports == [f"resuming {job_id} (tiny)"]
+    assert service.job(job_id)["desired_state"] == "run"
+    assert service.job(queued)["status"] == "paused"
+
+
+def test_jobs_that_do_not_stop_in_time_are_interrupted_and_resumed(service: Any) -> None:
+    job_id, driver = service.running_job()
+    result = stop_jobs(record_of(service), lambda text: None, 0.1)
+    assert result == StoppedJobs(interrupted=(job_id,))
+    resume_jobs(record_of(service), lambda text: None)
+    assert driver.desired()["desired"] == "run"
+
+
+def test_jobs_are_cancelled_when_asked_for(service: Any) -> None:
+    job_id = service.submit()["id"]
+    result = stop_jobs(record_of(service), lambda text: None, 20, StopJobs.CANCEL)
+    assert result == StoppedJobs(ended=(job_id,))
+    assert service.job(job_id)["status"] == "cancelled"
+
+
+def test_a_service_that_does_not_answer_does_not_keep_its_stack_alive(
+    service: Any,
+) -> None:
+    record = record_of(service).model_copy(update={"token": "wrong"})
+    reports: list[str] = []
+    assert stop_jobs(record, reports.append, 20) == StoppedJobs()
+    assert reports[0].startswith("could not pause jobs: ")
+    resume_jobs(record, reports.append)
+    assert reports[1].startswith("could not resume jobs: ")
