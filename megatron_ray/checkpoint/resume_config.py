@@ -20,4 +20,4 @@ def compare_with_checkpoint(path: str, config: TrainConfig) -> ResumeComparison:
     except (KeyError, TypeError, ValueError) as error:
         cause = f"it does not say how its run was configured: {error}"
         raise CheckpointError("resume from", path, cause) from error
-    return compare(config, saved, path)
+    return compare(config, saved, f"the checkpoint {path} was made with")

@@ -103,8 +103,11 @@ _NOT_OF_SAMPLES = {"max_bad_records", "name"}
 _ORDER_FIELDS = ("data", "training.seq_length", "training.seed")
 
 
-def compare(config: TrainConfig, saved: TrainConfig, path: str) -> ResumeComparison:
-    """Compares a run's config with that of the checkpoint at `path`, which it resumes."""
+def compare(config: TrainConfig, saved: TrainConfig, origin: str) -> ResumeComparison:
+    """Compares a run's config with the one that it had when it was saved.
+
+    `origin` names the latter in messages, as in "the checkpoint X was made with".
+    """
     own_values = _guarded_values(config)
     saved_values = _guarded_values(saved)
     for field in _explained_by_others(config, saved, {*own_values, *saved_values}):
@@ -127,9 +130,11 @@ def compare(config: TrainConfig, saved: TrainConfig, path: str) -> ResumeCompari
             name = "training.steps"
         changed.append(name)
         if _is_fixed(name) or not _is_within(name, config.checkpoint.resume_changes):
-            detail = _describe(name, value, saved_value, path)
+            detail = _describe(name, value, f"{origin} {saved_value}")
             if name == "training.steps" and config.schedule.min_lr > 0:
-                detail += f", or set schedule.decay_steps to {saved_value} to stay at min_lr"
+                detail += (
+                    f", or set schedule.decay_steps to {saved_value} to stay at min_lr"
+                )
             problems.append(Problem(_pointer(name), "resume_change", detail))
         else:
             accepted.append(f"{name} is {value}, and was {saved_value} until now")
@@ -272,8 +277,8 @@ def _pointer(field: str) -> str:
     return f"/{field.replace('.', '/')}"
 
 
-def _describe(field: str, value: object, saved: object, path: str) -> str:
-    detail = f"{value}, but the checkpoint {path} was made with {saved}"
+def _describe(field: str, value: object, saved: str) -> str:
+    detail = f"{value}, but {saved}"
     if _is_fixed(field):
         return (
             f"{detail}; set it back, or start another run in another storage.path: the "

@@ -28,7 +28,8 @@ def config(**changes: Any) -> TrainConfig:
 def compare(
     new: dict[str, Any], old: dict[str, Any] | None = None
 ) -> resume.ResumeComparison:
-    return resume.compare(config(**new), config(**(old or {})), "/c/step-20")
+    origin = "the checkpoint /c/step-20 was made with"
+    return resume.compare(config(**new), config(**(old or {})), origin)
 
 
 def pointers(new: dict[str, Any], old: dict[str, Any] | None = None) -> list[str]:
