@@ -64,8 +64,10 @@ class EvalReport:
     step: int
     split: str
     loss: float
-    """Mean negative log-likelihood in nats per token."""
+    """Mean negative log-likelihood in nats per token, over the blend of the sources."""
     num_tokens: int
+    source_losses: dict[str, float] = field(default_factory=dict)
+    """The same over the samples of each source, by its name."""
 
 
 @dataclass(frozen=True)

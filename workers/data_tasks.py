@@ -14,13 +14,16 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ray.checkpoint.directory import latest_committed
+from megatron_ray.checkpoint.disk_space import room_problems
 from megatron_ray.checkpoint.initial_model import resolve_initial_model
 from megatron_ray.config.model import ModelConfig
 from megatron_ray.config.problem import Problem
 from megatron_ray.data.preparation.errors import UnusableDataError
 from megatron_ray.data.preparation.prepare import prepare
 from megatron_ray.data.prepared import PreparedData
-from megatron_ray.validation.resolution import with_vocabulary
+from megatron_ray.validation.check import find_problems
+from megatron_ray.validation.resolution import with_length, with_vocabulary
+from megatron_ray.validation.training import sample_problems
 from workers.protocol.job import JobSpec
 from workers.rank.spool import Line, SpoolReader
 
@@ -35,8 +38,9 @@ def prepare_data(
     """Prepares the data of a spec, under its storage path or in data.cache.
 
     The storage path must be resolved; `progress` receives messages. Raises
-    UnusableDataError, also if the tokens do not fit the model or the model does not fit
-    the weights it starts from, and StorageError.
+    UnusableDataError, also if the tokens do not fit the model, the model does not fit the
+    weights it starts from, the epochs have too many samples or the disk has no room left
+    for the checkpoints, and StorageError.
     """
     cache = spec.data_cache
     if cache is None:
@@ -50,11 +54,31 @@ def prepare_data(
         prepared = prepare(spec.data, cache, seq_length=seq_length, progress=progress)
     # Only now is the tokenizer's vocabulary known.
     try:
-        with_vocabulary(spec.model_copy(update={"model": model}), prepared.vocab_size)
+        resolved = with_vocabulary(
+            spec.model_copy(update={"model": model}), prepared.vocab_size
+        )
     except ValueError as error:
         problem = Problem("/model/vocab_size", "vocab_fits", str(error))
         raise UnusableDataError([problem]) from error
+    # Nor was the number of steps of a number of epochs.
+    if spec.training.epochs is not None:
+        _check_epochs(spec, prepared.num_train_tokens)
+    # And how much room the prepared data have left.
+    if spec.storage is not None:
+        problems = room_problems(resolved, spec.storage.path)
+        if problems:
+            raise UnusableDataError(problems)
     return prepared
+
+
+def _check_epochs(spec: JobSpec, num_tokens: int) -> None:
+    """Raises UnusableDataError for problems of the number of steps."""
+    resolved = with_length(spec, num_tokens)
+    problems = sample_problems(spec.training, resolved.training.num_steps)
+    if not problems:
+        problems = find_problems(resolved)
+    if problems:
+        raise UnusableDataError(problems)
 
 
 def _model_with_initial_vocabulary(spec: JobSpec) -> ModelConfig:

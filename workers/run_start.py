@@ -6,7 +6,7 @@ refused before any data are prepared. Must not know: Ray, HTTP, how ranks train.
 
 import uuid
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Self
 
 from megatron_ray.checkpoint.claim import Claim, read_claim
@@ -50,7 +50,9 @@ class RunStart:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Self:
         """Returns the start that `to_json` described."""
-        return cls(**{**values, "run": RunIdentity(**values["run"])})
+        run = values["run"]
+        identity = RunIdentity(**{**run, "damaged": tuple(run["damaged"])})
+        return cls(**{**values, "run": identity})
 
 
 class StartDecision:
@@ -122,9 +124,9 @@ class StartDecision:
         _raise_for(comparison.problems)
         for line in comparison.accepted:
             self._notify(f"resuming with a change: {line}")
-        return RunStart(
-            self._next_attempt(), checkpoint.run, checkpoint.path, checkpoint.step
-        )
+        damaged = [item.info.name for item in point.passed_over if item.info.was_committed]
+        run = replace(checkpoint.run, damaged=(*checkpoint.run.damaged, *damaged))
+        return RunStart(self._next_attempt(), run, checkpoint.path, checkpoint.step)
 
     def _require_own_folder(self) -> None:
         """Raises UserError when another run's checkpoints are in the folder."""

@@ -26,7 +26,7 @@ from megatron_ray.config.problem import Problem
 from megatron_ray.config.train_config import apply_overrides, read_mapping
 from megatron_ray.data.prepared import PreparedData
 from megatron_ray.exceptions import ErrorKind, MegatronRayError
-from megatron_ray.reports import Report, SkippedStepReport
+from megatron_ray.reports import PhaseReport, Report, SkippedStepReport
 from megatron_ray.validation import check, resolution
 from workers.announcements import Announcements
 from workers.data_tasks import prepare_data
@@ -137,9 +137,11 @@ class _Run:
         self._warn()
         try:
             start = self._begin(reports, resume=resume)
-            if start.step >= self._spec.training.steps:
+            if self._is_done(start, self._spec.training.known_steps):
                 return self._nothing_left(start)
             data = self._prepared()
+            if self._is_done(start, self._spec.training.steps_over(data.num_train_tokens)):
+                return self._nothing_left(start)
             request = replace(
                 self._request,
                 data=data.model_dump(mode="json"),
@@ -167,21 +169,29 @@ class _Run:
                 self._spool = _open_spool(reports, start.attempt)
         return start
 
+    def _is_done(self, start: RunStart, steps: int | None) -> bool:
+        # A number of epochs is known in steps only once the data are prepared.
+        return start.resume_from is not None and steps is not None and start.step >= steps
+
     def _nothing_left(self, start: RunStart) -> Ending:
-        if self._env.rank:
-            return Ending()
-        return Ending(
-            f"nothing was left to do: the run has all of its {self._spec.training.steps} "
-            f"steps; newest checkpoint: {start.resume_from}"
+        message = (
+            f"nothing was left to do: the run has all of its {start.step} steps; newest "
+            f"checkpoint: {start.resume_from}"
         )
+        return Ending(self._on_first(message))
 
     def _prepared(self) -> PreparedData:
         """Prepares the data on rank 0 and returns their description on all ranks."""
         if self._env.rank:
             _, value = self._announcements.receive()
             return PreparedData.model_validate(value)
+        started = time.monotonic()
         with self._announcements.refusing_on_error():
             data = prepare_data(self._spec)
+            for note in data.notes:
+                self._notify(f"warning: {note}")
+            seconds = time.monotonic() - started
+            self._write_report(_prepared_report(self._spec, data, seconds))
         self._announcements.announce(_PREPARED, data.model_dump(mode="json"))
         return data
 
@@ -289,6 +299,15 @@ class _Run:
         if newest is None:
             return "none"
         return newest.path
+
+
+def _prepared_report(spec: JobSpec, data: PreparedData, seconds: float) -> PhaseReport:
+    """Returns the first report: the data, and the number of steps on them."""
+    detail: dict[str, Any] = {"steps": spec.training.steps_over(data.num_train_tokens)}
+    for split, corpora in (("train", data.train), ("validation", data.validation)):
+        detail[f"{split}_documents"] = sum(corpus.num_documents for corpus in corpora)
+        detail[f"{split}_tokens"] = sum(corpus.num_tokens for corpus in corpora)
+    return PhaseReport("prepare", seconds, detail | {"notes": list(data.notes)})
 
 
 def _open_spool(path: Path, attempt: int) -> Spool:

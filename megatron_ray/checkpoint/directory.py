@@ -63,6 +63,9 @@ class RunIdentity:
     owns_unnamed: bool = False
     """Whether checkpoints without an id are its own too, because no other run ever
     wrote to the folder."""
+    damaged: tuple[str, ...] = ()
+    """Names of checkpoints with damaged bytes, which a listing does not show. They are
+    never deleted, because a user may restore them."""
 
     @classmethod
     def of_manifest(cls, manifest: Mapping[str, Any]) -> Self:
@@ -71,19 +74,24 @@ class RunIdentity:
             manifest.get("run"),
             manifest.get("first_attempt", 1),
             manifest.get("owns_unnamed", False),
+            tuple(manifest.get("damaged", ())),
         )
 
     def to_manifest(self) -> dict[str, Any]:
         """Returns the fields of a manifest that name the run."""
-        if self.id is None:
-            return {}
-        fields: dict[str, Any] = {"run": self.id, "first_attempt": self.first_attempt}
+        fields: dict[str, Any] = {}
+        if self.id is not None:
+            fields = {"run": self.id, "first_attempt": self.first_attempt}
         if self.owns_unnamed:
             fields["owns_unnamed"] = True
+        if self.damaged:
+            fields["damaged"] = list(self.damaged)
         return fields
 
     def owns(self, info: "CheckpointInfo") -> bool:
-        """Returns whether the run has written a checkpoint."""
+        """Returns whether the run has written a checkpoint, and may delete it."""
+        if info.name in self.damaged:
+            return False
         # An unfinished one has no manifest, but its name contains the attempt.
         if not info.was_committed:
             return info.attempt >= self.first_attempt
@@ -108,6 +116,11 @@ class CheckpointInfo:
     """Training loss at the step; None when not committed or not known."""
     bytes: int
     """Size of all files."""
+
+    @property
+    def name(self) -> str:
+        """Name of the folder."""
+        return self.path.rpartition("/")[2]
 
     @property
     def order(self) -> tuple[int, int]:

@@ -3,9 +3,12 @@
 Must not know: how documents are cut into samples.
 """
 
+import re
+from collections import Counter
+from collections.abc import Container, Sequence
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from megatron_ray.config.base import Config
 
@@ -32,6 +35,46 @@ class DataSource(Config):
     """Bad records (lines that are no JSON object, values that are no text, text that is
     not UTF-8) that are left out and counted; more end the job before it trains. Default:
     any bad record ends it, with a message that names the first and their number."""
+    name: str | None = Field(
+        default=None, pattern=r"^[^\s,/]+(/[^\s,/]+)*$", max_length=200
+    )
+    """Name in reports and metrics, as in `val_loss/NAME`, which no other source of the
+    list has. Default: the last part of the path, or as many parts as distinguish it."""
+
+
+def source_names(sources: Sequence[DataSource]) -> tuple[str, ...]:
+    """Returns a different name for each source: its `name`, or the end of its path."""
+    parts = [_path_parts(source.path) for source in sources]
+    most_parts = max((len(own) for own in parts), default=0)
+    names = [source.name or own[-1] for source, own in zip(sources, parts, strict=True)]
+    # Equal names get one more folder at a time, such as en/a.jsonl and de/a.jsonl.
+    for num_parts in range(2, most_parts + 1):
+        counts = Counter(names)
+        for number, source in enumerate(sources):
+            if source.name is None and counts[names[number]] > 1:
+                names[number] = "/".join(parts[number][-num_parts:])
+    # Equal paths get a number.
+    taken = {source.name for source in sources if source.name is not None}
+    for number, source in enumerate(sources):
+        if source.name is None:
+            names[number] = _unused(names[number], taken)
+            taken.add(names[number])
+    return tuple(names)
+
+
+def _path_parts(path: str) -> list[str]:
+    # A name is one word, and commas separate the names of metrics.
+    parts = re.sub(r"[\s,]+", "_", path).split("/")
+    return [part for part in parts if part] or ["source"]
+
+
+def _unused(name: str, taken: Container[str]) -> str:
+    numbered = name
+    number = 2
+    while numbered in taken:
+        numbered = f"{name}-{number}"
+        number += 1
+    return numbered
 
 
 class TokenizerConfig(Config):
@@ -68,14 +111,33 @@ class DataConfig(Config):
     not trained on. Default (empty): the validation files beside the files of each source
     of `train`, or a share of its documents, see `validation_fraction`."""
     validation_fraction: float = Field(default=0.05, ge=0, lt=1)
-    """Share of the training documents held out for validation when `validation` is
-    empty and a source has no validation files; 0 disables evaluation."""
+    """Share of each source's documents held out for validation when `validation` is
+    empty and the source has no validation files; 0 disables evaluation. All copies of a
+    text are on one side, and documents are chosen so that the share of tokens is near
+    this one too. Where whole documents do not add up to it, the end of one is held out.
+    A share that is not near this one all the same is noted when the data are
+    prepared."""
     tokenizer: TokenizerConfig = TokenizerConfig()
     """How text is turned into tokens."""
+    shuffle: bool = True
+    """Whether samples are taken in a random order, which follows from training.seed.
+    Without it they are taken in the order of the documents: files by path, documents as
+    in their file, pass after pass; a blend takes from each of its corpora in that
+    order. Validation samples are drawn at random in any case."""
     separate_documents: bool = False
     """Isolates documents that are packed into one sample: attention and positions start
     anew in each document, and the first token of a document is not a label
-    (Megatron's reset_attention_mask, reset_position_ids and eod_mask_loss together)."""
+    (Megatron's reset_attention_mask, reset_position_ids and eod_mask_loss together).
+    A document ends as in the .idx file, and after an end-of-document token."""
     cache: str | None = Field(default=None, max_length=4096)
     """Folder of prepared .bin/.idx files and sample indices, which jobs may share.
     Default: `<storage.path>/data`."""
+
+    @field_validator("train", "validation")
+    @classmethod
+    def _names_differ(cls, sources: tuple[DataSource, ...]) -> tuple[DataSource, ...]:
+        counts = Counter(source.name for source in sources if source.name is not None)
+        for name, count in counts.items():
+            if count > 1:
+                raise ValueError(f"{count} sources have the name {name!r}; change one")
+        return sources

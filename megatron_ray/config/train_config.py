@@ -19,7 +19,7 @@ from megatron_ray.config.model import ModelConfig
 from megatron_ray.config.optimizer import OptimizerConfig, ScheduleConfig
 from megatron_ray.config.parallelism import ParallelismConfig
 from megatron_ray.config.parsing.yaml_values import read_yaml
-from megatron_ray.config.training import TrainingConfig
+from megatron_ray.config.training import LENGTHS, TrainingConfig
 
 
 class TrainConfig(Config):
@@ -95,14 +95,28 @@ def _decoded(content: bytes) -> str:
     return content.decode("utf-8-sig")
 
 
+def without_lengths(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a mapping without the length of the training, which another replaces."""
+    training = values.get("training")
+    if not isinstance(training, Mapping):
+        return dict(values)
+    kept = {name: value for name, value in training.items() if name not in LENGTHS}
+    return {**values, "training": kept}
+
+
 def apply_overrides(values: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
     """Returns a copy of a mapping with `path.to.field=value` overrides applied.
 
     Items of lists have numbers from 0, as in `data.train.0.path`. Each value is read as
-    it is in a YAML file. Raises ValueError when an override is malformed.
+    it is in a YAML file. A length of the training replaces one that is given in another
+    unit. Raises ValueError when an override is malformed.
     """
     # A round trip through JSON copies deeply and leaves only plain types.
     result: dict[str, Any] = json.loads(json.dumps(values))
+    overrides = tuple(overrides)
+    overridden = {override.partition("=")[0] for override in overrides}
+    if overridden.intersection(f"training.{length}" for length in LENGTHS):
+        result = without_lengths(result)
     for override in overrides:
         path, equals, raw_value = override.partition("=")
         if not equals or not path:

@@ -5,9 +5,13 @@ Must not know: the model, the layout over ranks.
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
 
 from megatron_ray.config.base import Config
+
+LENGTHS = ("steps", "epochs", "tokens")
+"""Fields of TrainingConfig of which exactly one is given."""
 
 
 class RecomputeConfig(Config):
@@ -56,8 +60,17 @@ class TrainingConfig(Config):
     the GPU better and need more memory."""
     global_batch_size: int = Field(ge=1, le=1 << 24)
     """Samples per optimizer step over all ranks; a multiple of micro_batch_size x dp."""
-    steps: int = Field(ge=1, le=1 << 40)
-    """Number of optimizer steps of the whole job."""
+    epochs: float | None = Field(default=None, gt=0, le=1 << 20)
+    """Instead of `steps`: passes over the training documents. As many whole steps as fit
+    into them, at least one; a plan cannot know the number, so it is reported once the
+    data are prepared. Of a blend, a pass is as many tokens as its corpora have together,
+    taken by their weights."""
+    tokens: int | None = Field(default=None, ge=1, le=1 << 62)
+    """Instead of `steps`: tokens to train on, rounded up to whole steps of
+    global_batch_size x seq_length tokens."""
+    steps: int | None = Field(default=None, ge=1, le=1 << 40)
+    """Number of optimizer steps of the whole job. Exactly one of `steps`, `epochs` and
+    `tokens` is given."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Type of weights and activations in the forward and backward pass. bf16 keeps
     master weights, gradients and optimizer state in fp32."""
@@ -90,3 +103,48 @@ class TrainingConfig(Config):
     """Steps, counted from 1, whose samples are left out: they are skipped like steps
     that are not finite, whatever their numbers are, and are not counted as such. For a
     run that is resumed before a batch that it cannot train on. Default: none."""
+
+    @field_validator("steps")
+    @classmethod
+    def _one_length(cls, steps: int | None, info: ValidationInfo) -> int | None:
+        # A field that is wrong itself is not in the data, and has its own error.
+        lengths = [steps, info.data.get("epochs", 1), info.data.get("tokens", 1)]
+        num_given = len(lengths) - lengths.count(None)
+        if num_given == 0:
+            raise PydanticCustomError(
+                "int_or_other_length",
+                "must be a whole number, got null; or give training.epochs or "
+                "training.tokens instead",
+            )
+        if num_given > 1 and info.data.keys() >= {"epochs", "tokens"}:
+            raise PydanticCustomError(
+                "one_length",
+                "only one of training.steps, training.epochs and training.tokens may be "
+                "given; leave the others out",
+            )
+        return steps
+
+    @property
+    def known_steps(self) -> int | None:
+        """Number of steps; None for `epochs`, which depend on the data."""
+        if self.tokens is None:
+            return self.steps
+        # Ceiling division.
+        return -(-self.tokens // (self.global_batch_size * self.seq_length))
+
+    def steps_over(self, num_tokens: int) -> int:
+        """Returns the number of steps on training data of `num_tokens`."""
+        if self.epochs is None:
+            return self.num_steps
+        # A sample has one extra token, the label of the last input.
+        num_samples = (int(self.epochs * num_tokens) - 1) // self.seq_length
+        # Whole steps only, so that no document is used once more than asked for.
+        return max(1, num_samples // self.global_batch_size)
+
+    @property
+    def num_steps(self) -> int:
+        """Number of steps. Raises ValueError while it depends on the data."""
+        steps = self.known_steps
+        if steps is None:
+            raise ValueError("training.epochs is not resolved")
+        return steps

@@ -31,6 +31,10 @@ class SampleDataset(Protocol):
         """Returns [seq_length + 1] token ids."""
         ...
 
+    def document_starts(self, index: int) -> npt.NDArray[np.bool_]:
+        """Returns [seq_length + 1], which tokens of the sample begin a document."""
+        ...
+
 
 def normalized(weights: Sequence[float]) -> npt.NDArray[np.float64]:
     """Returns the weights scaled to add up to one.
@@ -128,7 +132,19 @@ class BlendedDataset:
 
     def __getitem__(self, index: int) -> npt.NDArray[np.int64]:
         """Returns sample `index` as [seq_length + 1] token ids. Raises IndexError."""
+        dataset, sample = self._locate(index)
+        return dataset[sample]
+
+    def document_starts(self, index: int) -> npt.NDArray[np.bool_]:
+        """Returns [seq_length + 1], which tokens of sample `index` begin a document.
+
+        Raises IndexError.
+        """
+        dataset, sample = self._locate(index)
+        return dataset.document_starts(sample)
+
+    def _locate(self, index: int) -> tuple[SampleDataset, int]:
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
         dataset = self._datasets[int(self.dataset_index[index])]
-        return dataset[int(self.dataset_sample_index[index])]
+        return dataset, int(self.dataset_sample_index[index])

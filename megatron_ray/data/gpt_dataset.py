@@ -7,10 +7,12 @@ the seq_length + 1 tokens from token j * seq_length of that stream (neighbours s
 token: the last label is the next first input). The shuffle index maps position i to j.
 If less than 80% of the last epoch is needed, it is shuffled separately, so that it does
 not thin out the epochs before it. The order is a function of (sequence lengths,
-num_samples, seq_length, seed) alone. Equal to megatron-core's GPTDataset.
+num_samples, seq_length, seed) alone. Equal to megatron-core's GPTDataset. Without
+shuffling both indices count upwards, so samples are in the order of the corpus.
 """
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,10 +108,7 @@ def build_shuffle_index(
     num_samples: int, total: int, random: np.random.RandomState
 ) -> IntArray:
     """Returns [total]: a permutation of the first `num_samples`, then one of the rest."""
-    dtype: type[np.generic] = np.int64
-    if total < np.iinfo(np.uint32).max - 1:
-        dtype = np.uint32
-    # Four bytes per sample while the numbers fit, as in Megatron.
+    dtype = _shuffle_dtype(total)
     head = np.arange(num_samples, dtype=dtype)
     random.shuffle(head)
     if num_samples == total:
@@ -119,8 +118,15 @@ def build_shuffle_index(
     return np.concatenate([head, tail])
 
 
+def _shuffle_dtype(total: int) -> type[np.generic]:
+    # Four bytes per sample while the numbers fit, as in Megatron.
+    if total < np.iinfo(np.uint32).max - 1:
+        return np.uint32
+    return np.int64
+
+
 def build_indices(
-    lengths: IntArray, num_samples: int, seq_length: int, seed: int
+    lengths: IntArray, num_samples: int, seq_length: int, seed: int, *, shuffle: bool = True
 ) -> Arrays:
     """Returns document_index, sample_index and shuffle_index.
 
@@ -131,13 +137,19 @@ def build_indices(
     total = (plan.epochs * tokens - 1) // seq_length
     random = np.random.RandomState(seed)
     # In Megatron's order: both shuffles draw from one generator.
-    documents = build_document_index(len(lengths), plan, random)
+    if shuffle:
+        documents = build_document_index(len(lengths), plan, random)
+    else:
+        documents = np.tile(np.arange(len(lengths), dtype=np.int32), plan.epochs)
     samples = build_sample_index(lengths, documents, total, seq_length)
     shuffled_together = total
     if plan.separate_last:
         shuffled_together = plan.samples_before_last
-    shuffle = build_shuffle_index(shuffled_together, total, random)
-    return {"document_index": documents, "sample_index": samples, "shuffle_index": shuffle}
+    if shuffle:
+        order = build_shuffle_index(shuffled_together, total, random)
+    else:
+        order = np.arange(total, dtype=_shuffle_dtype(total))
+    return {"document_index": documents, "sample_index": samples, "shuffle_index": order}
 
 
 class GPTDataset:
@@ -150,26 +162,34 @@ class GPTDataset:
         seq_length: int,
         seed: int,
         cache_dir: str | None = None,
+        *,
+        shuffle: bool = True,
     ) -> None:
         """Builds the indices or maps them from `cache_dir`.
 
-        Raises ValueError when there are no tokens, OSError from the disk.
+        Without `shuffle` samples are in the order of the corpus. Raises ValueError when
+        there are no tokens, OSError from the disk.
         """
         self._corpus = corpus
         self._seq_length = seq_length
         # Exactly the values that determine the order, see the module's docstring.
         lengths = np.ascontiguousarray(corpus.lengths)
-        fields = {
+        fields: dict[str, object] = {
             "format": 1,
             "lengths": hashlib.sha256(lengths.data).hexdigest(),
             "num_samples": num_samples,
             "seq_length": seq_length,
             "seed": seed,
         }
+        if not shuffle:
+            # Only then, so that earlier indices keep their names.
+            fields["shuffle"] = False
         arrays = load_or_build(
             cache_dir,
             cache_key(fields),
-            lambda: build_indices(corpus.lengths, num_samples, seq_length, seed),
+            lambda: build_indices(
+                corpus.lengths, num_samples, seq_length, seed, shuffle=shuffle
+            ),
         )
         self.document_index = arrays["document_index"]
         self.sample_index = arrays["sample_index"]
@@ -183,13 +203,44 @@ class GPTDataset:
 
         Inputs are all but the last token, labels all but the first. Raises IndexError.
         """
+        tokens = np.empty(self._seq_length + 1, np.int64)
+        filled = 0
+        for sequence, offset, count in self._pieces(index):
+            tokens[filled : filled + count] = self._corpus.get(sequence, offset, count)
+            filled += count
+        return tokens
+
+    def document_starts(self, index: int) -> npt.NDArray[np.bool_]:
+        """Returns [seq_length + 1], which tokens of sample `index` begin a document.
+
+        The first token always does. Raises IndexError.
+        """
+        starts = np.zeros(self._seq_length + 1, np.bool_)
+        filled = 0
+        previous = -1
+        is_new = True
+        for sequence, _, count in self._pieces(index):
+            # Only the next sequence of the same document continues it. Sequences may be
+            # empty, and then the one after them begins the document.
+            if sequence != previous + 1 or self._corpus.begins_document(sequence):
+                is_new = True
+            previous = sequence
+            if count:
+                starts[filled] = is_new
+                is_new = False
+            filled += count
+        return starts
+
+    def _pieces(self, index: int) -> Iterator[tuple[int, int, int]]:
+        """Yields sequence, offset and number of tokens of each part of sample `index`.
+
+        Raises IndexError.
+        """
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
         sample = int(self.shuffle_index[index])
         position, offset = self._start_of(sample)
         last_position, last_offset = self._start_of(sample + 1)
-        tokens = np.empty(self._seq_length + 1, np.int64)
-        filled = 0
         # A sample may span many short sequences.
         while position <= last_position:
             sequence = int(self.document_index[position])
@@ -197,12 +248,9 @@ class GPTDataset:
             if position == last_position:
                 # One extra token for the last label.
                 end = last_offset + 1
-            count = end - offset
-            tokens[filled : filled + count] = self._corpus.get(sequence, offset, count)
-            filled += count
+            yield sequence, offset, end - offset
             position += 1
             offset = 0
-        return tokens
 
     def _start_of(self, sample: int) -> tuple[int, int]:
         position, offset = self.sample_index[sample]

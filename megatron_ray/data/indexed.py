@@ -177,6 +177,12 @@ class IndexedDataset:
         for first, end in pairwise(starts):
             yield range(first, end)
 
+    def begins_document(self, sequence: int) -> bool:
+        """Whether a sequence is the first of its document."""
+        starts = self.table.documents
+        place = int(np.searchsorted(starts, sequence))
+        return place < len(starts) and int(starts[place]) == sequence
+
     def get(self, sequence: int, offset: int = 0, length: int | None = None) -> IntArray:
         """Returns `length` tokens of a sequence from token `offset`, in the stored dtype.
 

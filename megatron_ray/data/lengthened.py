@@ -33,6 +33,14 @@ class LengthenedDataset:
         part, sample = self._locate(index)
         return part[sample]
 
+    def document_starts(self, index: int) -> npt.NDArray[np.bool_]:
+        """Returns [seq_length + 1], which tokens of sample `index` begin a document.
+
+        Raises IndexError.
+        """
+        part, sample = self._locate(index)
+        return part.document_starts(sample)
+
     def _locate(self, index: int) -> tuple[SampleDataset, int]:
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")

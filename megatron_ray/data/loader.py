@@ -8,7 +8,7 @@ Shapes: B samples, S tokens of each (whole sequences, before context parallelism
 them), D multi-token prediction layers.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron_ray.data.blend import SampleDataset
+from megatron_ray.data.datasets import EvaluationSource
 from megatron_ray.data.sampler import sample_ids
 from megatron_ray.models.batch import Batch, MTPTargets, Packed
 from megatron_ray.sharding.sequence_split import SequenceCut
@@ -33,15 +34,35 @@ class BatchMaker:
     cut: SequenceCut = field(default_factory=SequenceCut)
     """This rank's part of each sequence."""
     end_of_document: int | None = None
-    """The token that ends a document. When set, documents are separated: positions
-    restart at 0 in each, and the first token of a document is not a label."""
+    """The token that ends a document. When set, documents are separated, here and where
+    the samples say that one begins: positions restart at 0 in each, and the first token
+    of a document is not a label."""
     num_mtp_layers: int = 0
     """Number of tokens beyond the next one that are predicted."""
 
-    def __call__(self, samples: np.ndarray, counted_rows: int | None = None) -> Batch:
+    def load(
+        self,
+        dataset: SampleDataset,
+        indices: Sequence[int],
+        counted_rows: int | None = None,
+    ) -> Batch:
+        """Returns the batch of samples of a dataset."""
+        samples = np.stack([dataset[index] for index in indices])
+        if self.end_of_document is None:
+            return self(samples, counted_rows)
+        starts = np.stack([dataset.document_starts(index) for index in indices])
+        return self(samples, counted_rows, starts)
+
+    def __call__(
+        self,
+        samples: np.ndarray,
+        counted_rows: int | None = None,
+        starts: np.ndarray | None = None,
+    ) -> Batch:
         """Returns the batch of samples [B, S + 1].
 
-        Only the first `counted_rows` samples (default: all) count in the loss.
+        Only the first `counted_rows` samples (default: all) count in the loss. `starts`
+        [B, S + 1] are first tokens of documents, beside those after an end token.
         """
         rows = samples.shape[0]
         length = samples.shape[1] - 1
@@ -52,10 +73,10 @@ class BatchMaker:
         positions = np.arange(length, dtype=np.int64)[None]
         packed = None
         if self.end_of_document is not None:
-            is_end_BS = samples[:, :-1] == self.end_of_document
-            # The token after an end token starts another document and is not predicted.
-            mask_BS[is_end_BS] = 0
-            starts_BS = _document_starts(is_end_BS)
+            all_starts = _document_starts(samples, self.end_of_document, starts)
+            # The first token of a document is not predicted from the one before.
+            mask_BS[all_starts[:, 1:]] = 0
+            starts_BS = all_starts[:, :-1]
             positions = _positions_in_documents(starts_BS)
             packed = self._packed(starts_BS)
         samples = np.asarray(samples, dtype=np.int64)
@@ -128,12 +149,16 @@ class BatchMaker:
         return tensor.to(self.device, non_blocking=True)
 
 
-def _document_starts(is_end_BS: np.ndarray) -> np.ndarray:
-    """Returns [B, S] whether a token is the first of its document in the sample."""
-    starts_BS = np.zeros(is_end_BS.shape, dtype=bool)
-    starts_BS[:, 0] = True
-    starts_BS[:, 1:] = is_end_BS[:, :-1]
-    return starts_BS
+def _document_starts(
+    samples: np.ndarray, end_of_document: int, starts: np.ndarray | None
+) -> np.ndarray:
+    """Returns [B, S + 1] whether a token is the first of its document in the sample."""
+    all_starts = np.zeros(samples.shape, dtype=bool)
+    if starts is not None:
+        all_starts |= starts
+    all_starts[:, 0] = True
+    all_starts[:, 1:] |= samples[:, :-1] == end_of_document
+    return all_starts
 
 
 def _positions_in_documents(starts_BS: np.ndarray) -> np.ndarray:
@@ -178,35 +203,36 @@ class StepLoader:
         )
         batches = []
         for microbatch_ids in ids:
-            samples = np.stack([self.dataset[int(index)] for index in microbatch_ids])
+            batch = self.make_batch.load(self.dataset, microbatch_ids.tolist())
             # Dropout masks depend on the sample's number, and thus not on dp.
-            batch = replace(self.make_batch(samples), first_sample=int(microbatch_ids[0]))
-            batches.append(batch)
+            batches.append(replace(batch, first_sample=int(microbatch_ids[0])))
         return batches
 
 
 def evaluation_batches(
-    dataset: SampleDataset,
-    num_samples: int,
+    sources: Sequence[EvaluationSource],
     micro_batch_size: int,
     dp_rank: int,
     dp: int,
     make_batch: BatchMaker,
-) -> Iterator[Batch]:
-    """Yields this replica's part of the first `num_samples` samples.
+) -> Iterator[tuple[int, Batch]]:
+    """Yields this replica's part of the sources' samples, as (number of source, batch).
 
-    Every replica gets the same number of batches, because collectives would otherwise
-    hang; batches are padded with samples that do not count.
+    A batch has samples of one source only. Every replica gets the same number of
+    batches, because collectives would otherwise hang; batches are padded with samples
+    that do not count.
     """
-    # Ceiling division: the last blocks may be short or empty.
-    num_batches = -(-num_samples // (micro_batch_size * dp))
-    for number in range(num_batches):
-        start = (number * dp + dp_rank) * micro_batch_size
-        samples = []
-        for index in range(start, start + micro_batch_size):
-            # Past the end the first sample is used as padding.
-            if index >= num_samples:
-                index = 0
-            samples.append(dataset[index])
-        counted_rows = max(0, min(micro_batch_size, num_samples - start))
-        yield make_batch(np.stack(samples), counted_rows)
+    blocks = []
+    for number, source in enumerate(sources):
+        for start in range(0, source.num_samples, micro_batch_size):
+            blocks.append((number, start))
+    while len(blocks) % dp:
+        # Past the end of the source, so that none of its samples count.
+        blocks.append((0, sources[0].num_samples))
+    for number, start in blocks[dp_rank::dp]:
+        source = sources[number]
+        counted_rows = max(0, min(micro_batch_size, source.num_samples - start))
+        # The first sample is used as padding.
+        padding = [0] * (micro_batch_size - counted_rows)
+        indices = [*range(start, start + counted_rows), *padding]
+        yield number, make_batch.load(source.dataset, indices, counted_rows)

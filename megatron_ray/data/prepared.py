@@ -18,6 +18,8 @@ class PreparedCorpus(Config):
     """Tokens in the .bin file, end-of-document tokens included."""
     num_documents: int
     """Number of documents."""
+    name: str = ""
+    """Name of the source in reports and metrics; empty in earlier manifests."""
 
 
 class PreparedData(Config):
@@ -38,3 +40,8 @@ class PreparedData(Config):
     frequencies: the baseline to beat."""
     notes: tuple[str, ...] = ()
     """What differs from what the config asked for, one sentence each."""
+
+    @property
+    def num_train_tokens(self) -> int:
+        """Tokens of all corpora to train on."""
+        return sum(corpus.num_tokens for corpus in self.train)

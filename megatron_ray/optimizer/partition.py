@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from megatron_ray.config.optimizer import OptimizerConfig
-from megatron_ray.optimizer.update_rule import UpdateRule, update_rule
+from megatron_ray.optimizer.update_rule import UpdateRule, UpdateRules
 from megatron_ray.sharding.buckets import Bucket, BucketPlan, PlacedParameter
 from megatron_ray.sharding.parameter_types import Part
 
@@ -94,11 +94,12 @@ def flat_runs(
     Adjacent parameters with the same rules form one run, because an update costs a
     kernel launch per run.
     """
+    rules = UpdateRules(config)
     runs: list[Run] = []
     shard_start = 0
     for bucket in plan.buckets:
         owned_start, owned_end = owned_range(bucket, dp_rank, dp, sharded=sharded)
-        for part_run in _part_runs(bucket, config):
+        for part_run in _part_runs(bucket, rules):
             start = max(part_run.start, owned_start)
             end = min(part_run.end, owned_end)
             if start >= end:
@@ -112,7 +113,7 @@ def flat_runs(
     return tuple(runs)
 
 
-def _part_runs(bucket: Bucket, config: OptimizerConfig) -> Iterator[Run]:
+def _part_runs(bucket: Bucket, rules: UpdateRules) -> Iterator[Run]:
     """Yields one run per part of the bucket's parameters; together they fill the bucket.
 
     Gaps (alignment, padding rows, rounding of the bucket) belong to the previous part.
@@ -131,7 +132,7 @@ def _part_runs(bucket: Bucket, config: OptimizerConfig) -> Iterator[Run]:
             placed.part_start(part),
             end,
             shard_start=0,
-            rule=update_rule(part.logical, config),
+            rule=rules.of(part.logical),
             tp_sharded=parameter.tp_sharded,
             owns_norm=parameter.owns_norm and part.owns_norm,
         )

@@ -4,11 +4,12 @@ Owns: which of `optimizer.groups` applies to a parameter. Pure; torch-free. Must
 buffers, the arithmetic of the update.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from megatron_ray.config.optimizer import OptimizerConfig
 from megatron_ray.sharding.parameter_types import LogicalParameter
-from megatron_ray.sharding.parameters import matches
+from megatron_ray.sharding.parameters import name_matcher
 
 
 @dataclass(frozen=True)
@@ -23,15 +24,25 @@ class UpdateRule:
     eps: float
 
 
-def update_rule(parameter: LogicalParameter, config: OptimizerConfig) -> UpdateRule:
-    """Returns the rule of a parameter: the optimizer's, changed by the groups it is in."""
-    weight_decay = 0.0
-    if parameter.decay:
-        weight_decay = config.weight_decay
-    rule = UpdateRule(weight_decay, 1.0, config.beta1, config.beta2, config.eps)
-    # Later groups override earlier ones, number by number.
-    for group in config.groups:
-        if matches(parameter.name, group.parameters):
+class UpdateRules:
+    """The rules of all parameters: the optimizer's, changed by the groups they are in."""
+
+    def __init__(self, config: OptimizerConfig) -> None:
+        self._config = config
+        self._groups: list[tuple[Callable[[str], bool], dict[str, float]]] = []
+        for group in config.groups:
             numbers = group.model_dump(exclude={"parameters"}, exclude_none=True)
-            rule = replace(rule, **numbers)
-    return rule
+            self._groups.append((name_matcher(group.parameters), numbers))
+
+    def of(self, parameter: LogicalParameter) -> UpdateRule:
+        """Returns the rule of one parameter."""
+        config = self._config
+        weight_decay = 0.0
+        if parameter.decay:
+            weight_decay = config.weight_decay
+        rule = UpdateRule(weight_decay, 1.0, config.beta1, config.beta2, config.eps)
+        # Later groups override earlier ones, number by number.
+        for is_member, numbers in self._groups:
+            if is_member(parameter.name):
+                rule = replace(rule, **numbers)
+        return rule

@@ -5,9 +5,10 @@ checkpoints, conversion, planning) reads this table and never derives layouts it
 Pure Python. Must not know: torch, process groups.
 """
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from fnmatch import fnmatchcase
+from fnmatch import translate
 
 from megatron_ray.config.model import ModelConfig
 from megatron_ray.parallel_dims import ParallelDims
@@ -69,15 +70,20 @@ def freeze(
 
     Parts of one tensor are frozen together or not at all, which validation ensures.
     """
+    is_frozen = name_matcher(patterns)
     frozen = []
     for local in table:
         # Kept in the table, since frozen parameters are still loaded, saved and exported.
-        if any(matches(part.logical.name, patterns) for part in local.parts):
+        if any(is_frozen(part.logical.name) for part in local.parts):
             local = replace(local, trainable=False)
         frozen.append(local)
     return tuple(frozen)
 
 
-def matches(name: str, patterns: Sequence[str]) -> bool:
-    """Returns whether a logical parameter's name matches one of the patterns."""
-    return any(fnmatchcase(name, pattern) for pattern in patterns)
+def name_matcher(patterns: Sequence[str]) -> Callable[[str], bool]:
+    """Returns the function that returns whether a name matches one of the patterns."""
+    if not patterns:
+        return lambda name: False
+    # One expression for all, since a model may have tens of thousands of names.
+    is_match = re.compile("|".join(map(translate, patterns))).match
+    return lambda name: is_match(name) is not None

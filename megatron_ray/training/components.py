@@ -3,16 +3,15 @@
 Owns: the set of components, and the interface of savers.
 """
 
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.data.loader import StepLoader
 from megatron_ray.distributed.mesh import ParallelMesh
-from megatron_ray.models.batch import Batch
 from megatron_ray.optimizer.sharded import ShardedOptimizer
 from megatron_ray.parallelize.parallelize import ParallelModel
+from megatron_ray.training.evaluate import Evaluation
 from megatron_ray.training.progress import Progress
 
 
@@ -35,7 +34,6 @@ class TrainingComponents:
     model: ParallelModel
     optimizer: ShardedOptimizer
     loader: StepLoader
-    evaluation_batches: Callable[[], Iterable[Batch]] | None
-    """Returns new batches of the validation split for each evaluation; None without a
-    validation split."""
+    evaluation: Evaluation | None
+    """The samples of the validation split; None without one."""
     saver: Saver

@@ -43,12 +43,12 @@ def train(
     timer = StepTimer()
     # One iteration is one step and its boundary. All ranks perform an action at the same
     # boundary: due times are equal on all ranks, and commands are agreed on.
-    while progress.step < config.training.steps:
+    while progress.step < config.training.num_steps:
         sums, lr = _train_step(components, progress, poll, timer)
         progress = progress.after_step(config.training.global_batch_size)
         in_flight.add(progress, lr, timer.finish(), sums)
 
-        is_last = progress.step == config.training.steps
+        is_last = progress.step == config.training.num_steps
         steps = in_flight.pop_all() if is_last else in_flight.pop_arrived()
         reporter.steps(steps)
         command = _agreed_command(steps)
@@ -96,7 +96,7 @@ def _train_step(
     )
     timer.mark("reduce")
     lr = learning_rate(
-        progress.step + 1, config.optimizer, config.schedule, config.training.steps
+        progress.step + 1, config.optimizer, config.schedule, config.training.num_steps
     )
     scale_and_clip(components.optimizer, sums, config.optimizer.clip_grad_norm)
     components.optimizer.step(lr, sums.skip)
@@ -120,12 +120,12 @@ def _evaluate(
     timer: StepTimer,
 ) -> None:
     """Reports the loss on the validation split, if any."""
-    if components.evaluation_batches is None:
+    if components.evaluation is None:
         return
     report(
         evaluate(
             components.model,
-            components.evaluation_batches(),
+            components.evaluation,
             components.mesh,
             step=progress.step,
             split="validation",

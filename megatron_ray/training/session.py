@@ -8,7 +8,7 @@ another in a process.
 """
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -17,17 +17,17 @@ from megatron_ray.checkpoint.resume_config import compare_with_checkpoint
 from megatron_ray.commands import Command
 from megatron_ray.config.problem import ConfigError, Problem
 from megatron_ray.config.train_config import TrainConfig
-from megatron_ray.data.datasets import build_dataset
+from megatron_ray.data.datasets import build_dataset, evaluation_sources
 from megatron_ray.data.loader import BatchMaker, StepLoader, evaluation_batches
 from megatron_ray.data.prepared import PreparedData
 from megatron_ray.distributed.mesh import ParallelMesh
-from megatron_ray.models.batch import Batch
 from megatron_ray.models.initialization import init_local
 from megatron_ray.optimizer.sharded import ShardedOptimizer
 from megatron_ray.parallelize.parallelize import ParallelModel, parallelize
 from megatron_ray.reports import PhaseReport, Report
 from megatron_ray.sharding.sequence_split import SequenceCut
 from megatron_ray.training.components import TrainingComponents
+from megatron_ray.training.evaluate import Evaluation
 from megatron_ray.training.loop import Outcome, train
 from megatron_ray.training.progress import Progress
 from megatron_ray.training.saving import TrainingSaver, resume, start_from_weights
@@ -69,6 +69,7 @@ class TrainingSession:
         resume_from: str | None = None,
     ) -> None:
         resolved = resolution.resolve(config, mesh.world_size)
+        resolved = resolution.with_length(resolved, data.num_train_tokens)
         _check(resolved, mesh)
         resolved = _with_initial_vocabulary(resolved, resume_from)
         # Checked after preparation, because a BPE trained on little text may have fewer
@@ -106,7 +107,7 @@ class TrainingSession:
         )
         progress = self._load(resume_from, start_from)
         self.progress = progress.planned_for(
-            self.config.training.steps,
+            self.config.training.num_steps,
             self.config.training.global_batch_size,
             is_same_order=is_same_order,
         )
@@ -117,7 +118,7 @@ class TrainingSession:
             self.model,
             self.optimizer,
             self._loader(data),
-            self._evaluation_batches(data),
+            self._evaluation(data),
             self._saver,
         )
         self._end_phase("data")
@@ -153,7 +154,6 @@ class TrainingSession:
     def _loader(self, data: PreparedData) -> StepLoader:
         training = self.config.training
         mesh = self.mesh
-        make_batch = batch_maker(self.config, mesh, data.end_of_document)
         # Samples of the whole run, also after a resume, because their order is drawn at
         # once.
         *earlier, num_samples = self.progress.planned_samples
@@ -163,7 +163,8 @@ class TrainingSession:
             training.seq_length,
             training.seed,
             self.config.data_cache,
-            earlier,
+            shuffle=self.config.data.shuffle,
+            earlier=earlier,
         )
         return StepLoader(
             dataset,
@@ -171,13 +172,11 @@ class TrainingSession:
             training.global_batch_size,
             mesh.dp_rank,
             mesh.dims.dp,
-            make_batch,
+            batch_maker(self.config, mesh, data.end_of_document),
         )
 
-    def _evaluation_batches(
-        self, data: PreparedData
-    ) -> Callable[[], Iterable[Batch]] | None:
-        """Returns the function that makes validation batches; None without samples."""
+    def _evaluation(self, data: PreparedData) -> Evaluation | None:
+        """Returns the samples of the validation split; None when there are none."""
         training = self.config.training
         mesh = self.mesh
         make_batch = batch_maker(self.config, mesh, data.end_of_document)
@@ -187,20 +186,22 @@ class TrainingSession:
         num_samples = min(training.eval_samples, num_available)
         if num_samples < 1:
             return None
-        dataset = build_dataset(
+        sources = evaluation_sources(
             data.validation,
             num_samples,
             training.seq_length,
             training.seed,
             self.config.data_cache,
         )
-        return lambda: evaluation_batches(
-            dataset,
-            num_samples,
-            training.micro_batch_size,
-            mesh.dp_rank,
-            mesh.dims.dp,
-            make_batch,
+        return Evaluation(
+            sources,
+            lambda: evaluation_batches(
+                sources,
+                training.micro_batch_size,
+                mesh.dp_rank,
+                mesh.dims.dp,
+                make_batch,
+            ),
         )
 
 

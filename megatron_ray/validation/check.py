@@ -5,23 +5,25 @@ fields are functions `..._problems` of the modules beside this one, and only the
 Pure. Must not know: Ray, HTTP.
 """
 
+from collections.abc import Callable
+
 from megatron_ray.config.parallelism import ParallelismConfig
 from megatron_ray.config.problem import Problem
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.parallel_dims import ParallelDims
 from megatron_ray.validation import (
     experts,
-    freezing,
     intervals,
     latent_attention,
     layout,
-    parameter_groups,
     recompute,
     schedule,
 )
 from megatron_ray.validation import model as model_rules
 from megatron_ray.validation import resume as resume_rules
 from megatron_ray.validation import training as training_rules
+from megatron_ray.validation.parameters.freezing import freezing_problems
+from megatron_ray.validation.parameters.groups import group_problems
 from megatron_ray.validation.resolution import expert_dp_multiple, least_dp
 
 _RULES = (
@@ -35,7 +37,7 @@ _RULES = (
     layout.pipeline_problems,
     model_rules.model_problems,
     training_rules.length_problems,
-    training_rules.sample_problems,
+    training_rules.known_sample_problems,
     schedule.schedule_problems,
     training_rules.dropout_problems,
     intervals.skipping_problems,
@@ -43,16 +45,19 @@ _RULES = (
     resume_rules.resume_changes_problems,
 )
 """Rules in the order in which their problems are listed."""
-_WARNINGS = (
+_STEP_WARNINGS = (
     schedule.schedule_warnings,
-    intervals.decay_warnings,
-    intervals.clipping_warnings,
     intervals.interval_warnings,
     intervals.skipping_warnings,
     intervals.source_warnings,
+)
+"""Rules of what is legal but without effect, for a known number of steps."""
+_WARNINGS = (
+    intervals.decay_warnings,
+    intervals.clipping_warnings,
     intervals.model_warnings,
 )
-"""Rules of what is legal but without effect, likewise."""
+"""Such rules for any number of steps."""
 
 
 def find_problems(config: TrainConfig, world_size: int | None = None) -> list[Problem]:
@@ -68,8 +73,8 @@ def find_problems(config: TrainConfig, world_size: int | None = None) -> list[Pr
         return problems
     # The rules below enumerate parameters and ranks, which requires a consistent layout.
     return [
-        *freezing.freezing_problems(config),
-        *parameter_groups.group_problems(config),
+        *freezing_problems(config),
+        *group_problems(config),
         *_batch_problems(config, world_size),
     ]
 
@@ -79,8 +84,12 @@ def find_warnings(config: TrainConfig) -> list[Problem]:
 
     Such a config runs; its warnings are shown before it starts.
     """
+    rules: tuple[Callable[[TrainConfig], list[Problem]], ...] = _WARNINGS
+    # The steps of a number of epochs are not known before the data are prepared.
+    if config.training.known_steps is not None:
+        rules = _STEP_WARNINGS + _WARNINGS
     warnings = list[Problem]()
-    for rule in _WARNINGS:
+    for rule in rules:
         warnings += rule(config)
     return warnings
 

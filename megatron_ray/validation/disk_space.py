@@ -51,11 +51,14 @@ def num_checkpoints(config: TrainConfig) -> int:
     One more than are kept: an old one is deleted once a newer one is committed.
     """
     every = config.checkpoint.every_steps
-    saved = 1
-    if every is not None:
-        # The last step is saved too.
-        saved = -(-config.training.steps // every)
-    return min(config.checkpoint.keep_last + 1, saved)
+    steps = config.training.known_steps
+    if every is None:
+        return 1
+    most = config.checkpoint.keep_last + 1
+    if steps is None:
+        return most
+    # The last step is saved too.
+    return min(most, -(-steps // every))
 
 
 def space_problems(

@@ -20,16 +20,16 @@ def interval_warnings(config: TrainConfig) -> list[Problem]:
             "empty and data.validation_fraction is 0, so nothing is evaluated"
         )
         warnings.append(Problem("/training/eval_every_steps", "no_validation", detail))
-    elif every is not None and every > training.steps:
+    elif every is not None and every > training.num_steps:
         detail = (
-            f"eval_every_steps={every} is beyond training.steps={training.steps}: the run is "
+            f"eval_every_steps={every} is beyond training.steps={training.num_steps}: the run is "
             "evaluated after its last step only"
         )
         warnings.append(Problem("/training/eval_every_steps", "beyond_the_run", detail))
     every = config.checkpoint.every_steps
-    if every is not None and every > training.steps:
+    if every is not None and every > training.num_steps:
         detail = (
-            f"every_steps={every} is beyond training.steps={training.steps}: the only "
+            f"every_steps={every} is beyond training.steps={training.num_steps}: the only "
             "checkpoint is that of the last step, and a failure before it loses the run"
         )
         warnings.append(Problem("/checkpoint/every_steps", "beyond_the_run", detail))
@@ -40,11 +40,12 @@ def skipping_problems(config: TrainConfig) -> list[Problem]:
     """Returns a problem when every step of the run is left out."""
     training = config.training
     # At most 1024 steps can be listed, so long runs are not enumerated.
-    if len(set(training.skip_steps)) < training.steps:
+    steps = training.known_steps
+    if steps is None or len(set(training.skip_steps)) < steps:
         return []
-    if not set(range(1, training.steps + 1)) <= set(training.skip_steps):
+    if not set(range(1, steps + 1)) <= set(training.skip_steps):
         return []
-    detail = f"all of training.steps={training.steps} are left out; keep one"
+    detail = f"all of training.steps={steps} are left out; keep one"
     return [Problem("/training/skip_steps", "skip_all", detail)]
 
 
@@ -52,14 +53,17 @@ def skipping_warnings(config: TrainConfig) -> list[Problem]:
     """Returns steps to skip that the run does not have, and a limit that is none."""
     training = config.training
     warnings = list[Problem]()
-    beyond = [step for step in training.skip_steps if step > training.steps]
+    beyond = [step for step in training.skip_steps if step > training.num_steps]
     if beyond:
-        detail = f"step {beyond[0]} is beyond training.steps={training.steps}; steps count from 1"
+        detail = (
+            f"step {beyond[0]} is beyond training.steps={training.num_steps}; steps count "
+            "from 1"
+        )
         warnings.append(Problem("/training/skip_steps", "beyond_the_run", detail))
-    if training.max_skipped_steps >= training.steps:
+    if training.max_skipped_steps >= training.num_steps:
         detail = (
             f"max_skipped_steps={training.max_skipped_steps} allows all of training.steps="
-            f"{training.steps} to be skipped; a few are enough for rare bad batches"
+            f"{training.num_steps} to be skipped; a few are enough for rare bad batches"
         )
         warnings.append(Problem("/training/max_skipped_steps", "no_limit", detail))
     return warnings
@@ -69,7 +73,7 @@ def source_warnings(config: TrainConfig) -> list[Problem]:
     """Returns sources of the blend with a weight of less than one sample in the run."""
     sources = config.data.train
     total = sum(source.weight for source in sources)
-    num_samples = config.training.steps * config.training.global_batch_size
+    num_samples = config.training.num_steps * config.training.global_batch_size
     warnings = []
     for index, source in enumerate(sources):
         share = source.weight / total

@@ -1,6 +1,6 @@
-"""Resolves open values of a config: the data-parallel size and the vocabulary.
+"""Resolves open values of a config: data-parallel size, number of steps, vocabulary.
 
-Pure: the world size and the tokenizer's size are arguments.
+Pure: the world size, the tokenizer's size and the data's are arguments.
 """
 
 from math import gcd, lcm
@@ -55,7 +55,10 @@ def _replica_dp_multiple(config: TrainConfig) -> int:
 
 
 def resolve(config: TrainConfig, max_world: int) -> TrainConfig:
-    """Fills in dp, and turns sequence parallelism off at tp=1."""
+    """Fills in dp and the steps of a number of tokens.
+
+    Turns sequence parallelism off at tp=1.
+    """
     parallel = config.parallel
     # Sequence parallelism over one rank splits nothing; the layers rely on it being off.
     resolved = parallel.model_copy(
@@ -64,7 +67,22 @@ def resolve(config: TrainConfig, max_world: int) -> TrainConfig:
             "sequence_parallel": parallel.sequence_parallel and parallel.tp > 1,
         }
     )
-    return config.model_copy(update={"parallel": resolved})
+    resolved_config = config.model_copy(update={"parallel": resolved})
+    steps = config.training.known_steps
+    if steps is None:
+        return resolved_config
+    return _with_steps(resolved_config, steps)
+
+
+def with_length(config: TrainConfig, num_tokens: int) -> TrainConfig:
+    """Fills in the steps of a number of epochs over training data of `num_tokens`."""
+    return _with_steps(config, config.training.steps_over(num_tokens))
+
+
+def _with_steps(config: TrainConfig, steps: int) -> TrainConfig:
+    update = {"steps": steps, "epochs": None, "tokens": None}
+    training = config.training.model_copy(update=update)
+    return config.model_copy(update={"training": training})
 
 
 def with_vocabulary(config: TrainConfig, vocab_size: int) -> TrainConfig:

@@ -16,6 +16,7 @@ from pydantic import BaseModel
 
 from megatron_ray.config.problem import Problem
 from megatron_ray.config.train_config import TrainConfig
+from megatron_ray.config.training import LENGTHS
 from megatron_ray.validation.initial_weights import is_same, model_signature
 
 FREE_ON_RESUME = (
@@ -67,6 +68,7 @@ _TRAINING_FIELDS_OF_MOE = tuple(
 )
 
 _DECAY_END = "schedule.decay_steps"
+_OF_DATA = ("model.vocab_size", _DECAY_END)
 
 _DERIVED = {
     "hidden_size": ("head_dim", "ffn_hidden_size", "moe.ffn_hidden_size"),
@@ -121,15 +123,15 @@ def compare(config: TrainConfig, saved: TrainConfig, origin: str) -> ResumeCompa
         saved_value = saved_values.get(field)
         if is_same(value, saved_value):
             continue
-        # The tokenizer's size, which is not known before the data are prepared.
-        if field == "model.vocab_size" and value is None:
+        # What follows from the data is compared once they are prepared.
+        if field in _OF_DATA and value is None:
             continue
         # The decay that ends with the job is another one because the job is.
         name = field
         if field == _DECAY_END and config.schedule.decay_steps is None:
             name = "training.steps"
         changed.append(name)
-        if _is_fixed(name) or not _is_within(name, config.checkpoint.resume_changes):
+        if _is_fixed(name) or not _is_accepted(name, config):
             detail = _describe(name, value, f"{origin} {saved_value}")
             if name == "training.steps" and config.schedule.min_lr > 0:
                 detail += (
@@ -196,6 +198,14 @@ def _is_within(field: str, names: tuple[str, ...]) -> bool:
     return any(field == name or field.startswith(f"{name}.") for name in names)
 
 
+def _is_accepted(field: str, config: TrainConfig) -> bool:
+    names = config.checkpoint.resume_changes
+    if field == "training.steps":
+        # The length may be given in other units.
+        return any(_is_within(f"training.{length}", names) for length in LENGTHS)
+    return _is_within(field, names)
+
+
 def _is_fixed(field: str) -> bool:
     if _is_within(field, (*_CHANGEABLE_OF_MODEL, *FREE_ON_RESUME)):
         return False
@@ -218,12 +228,13 @@ def _guarded_values(config: TrainConfig) -> dict[str, Any]:
     values.update(_data_values(config))
     # A decay that ends with the job depends on its length, any other rate does not. The
     # order of samples never does.
-    del values["training.steps"]
+    for length in LENGTHS:
+        del values[f"training.{length}"]
     if config.schedule.kind == "constant":
         del values[_DECAY_END]
         del values["schedule.min_lr"]
     elif config.schedule.decay_steps is None:
-        values[_DECAY_END] = config.training.steps
+        values[_DECAY_END] = config.training.known_steps
     return values
 
 

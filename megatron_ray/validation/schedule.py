@@ -34,11 +34,13 @@ def schedule_problems(config: TrainConfig) -> list[Problem]:
 
 
 def _idle_problems(config: TrainConfig) -> list[Problem]:
-    steps = config.training.steps
+    steps = config.training.known_steps
     decay_steps = config.schedule.decay_steps
+    if decay_steps is None or steps is None:
+        return []
     idle = idle_steps(config)
     # At the end of every decay to 0 one step has a rate of 0.
-    if decay_steps is None or idle <= max(1, _MAX_IDLE_SHARE * steps):
+    if idle <= max(1, _MAX_IDLE_SHARE * steps):
         return []
     detail = (
         f"decay_steps={decay_steps} with min_lr=0 leaves a rate of 0 for {idle} of "
@@ -51,7 +53,7 @@ def _idle_problems(config: TrainConfig) -> list[Problem]:
 def idle_steps(config: TrainConfig) -> int:
     """Returns the number of steps whose learning rate is 0."""
     schedule = config.schedule
-    steps = config.training.steps
+    steps = config.training.num_steps
     decay_steps = schedule.decay_steps or steps
     if schedule.kind == "constant" or schedule.min_lr > 0:
         return 0
@@ -63,7 +65,7 @@ def idle_steps(config: TrainConfig) -> int:
 def schedule_warnings(config: TrainConfig) -> list[Problem]:
     """Returns numbers of the learning rate that have little or no effect."""
     schedule = config.schedule
-    steps = config.training.steps
+    steps = config.training.num_steps
     lr = config.optimizer.lr
     warnings = list[Problem]()
     if lr < _SMALLEST_RATE:

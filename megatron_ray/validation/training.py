@@ -6,24 +6,40 @@ Pure. Must not know: how many ranks there are.
 from megatron_ray.config.model import ModelConfig
 from megatron_ray.config.problem import Problem
 from megatron_ray.config.train_config import TrainConfig
+from megatron_ray.config.training import TrainingConfig
 
 MAX_SAMPLES = 1 << 31
 """The order of samples is an index of 12 bytes per sample in memory-mapped files, built
 before the first step."""
 
 
-def sample_problems(config: TrainConfig) -> list[Problem]:
-    """Returns a problem when the job has more samples than can be ordered."""
-    training = config.training
-    num_samples = training.steps * training.global_batch_size
+def known_sample_problems(config: TrainConfig) -> list[Problem]:
+    """Returns a problem when the job has more samples than can be ordered.
+
+    The steps of a number of epochs are not known before the data are prepared.
+    """
+    steps = config.training.known_steps
+    if steps is None:
+        return []
+    return sample_problems(config.training, steps)
+
+
+def sample_problems(training: TrainingConfig, steps: int) -> list[Problem]:
+    """Returns a problem when so many steps have more samples than can be ordered."""
+    num_samples = steps * training.global_batch_size
     if num_samples <= MAX_SAMPLES:
         return []
+    field = "steps"
+    if training.epochs is not None:
+        field = "epochs"
+    elif training.tokens is not None:
+        field = "tokens"
     detail = (
-        f"steps x global_batch_size = {training.steps} x {training.global_batch_size} = "
-        f"{num_samples} samples, at most {MAX_SAMPLES} can be ordered; lower steps, or use "
+        f"steps x global_batch_size = {steps} x {training.global_batch_size} = "
+        f"{num_samples} samples, at most {MAX_SAMPLES} can be ordered; lower {field}, or use "
         "longer sequences"
     )
-    return [Problem("/training/steps", "too_many_samples", detail)]
+    return [Problem(f"/training/{field}", "too_many_samples", detail)]
 
 
 def length_problems(config: TrainConfig) -> list[Problem]:

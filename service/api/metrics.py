@@ -1,4 +1,4 @@
-"""Serves /v1/jobs/{id}/metrics: the metrics of each step."""
+"""Serves /v1/jobs/{id}/metrics: what a job has measured, by step."""
 
 from typing import Annotated, Any
 
@@ -8,11 +8,13 @@ from service.api.models import JobId, Page
 from service.exceptions import RequestInvalidError
 from service.http.dependencies import ContextDep
 from service.jobs import lifecycle
-from service.store import metrics
+from service.store import series as store
+from service.store.series import Series
 
 MAX_ROWS = 10_000
 DEFAULT_KEYS = ("loss", "grad_norm", "lr", "tokens_per_s")
-_KNOWN_KEYS = ", ".join(metrics.KEYS)
+_KNOWN_KEYS = ", ".join(store.NAMES)
+_KEYS_WITH_PARTS = ", ".join(f"{name}/NAME" for name in store.WITH_PARTS)
 _ALWAYS_PRESENT = ("", "step", "attempt")
 router = APIRouter(prefix="/v1", tags=["history"])
 
@@ -24,8 +26,9 @@ def list_metrics(
     keys: Annotated[
         str | None,
         Query(
-            description=f"Metrics, separated by commas: {_KNOWN_KEYS}. "
-            f"Default: {', '.join(DEFAULT_KEYS)}."
+            description=f"Metrics, separated by commas: {_KNOWN_KEYS}, and parts of some: "
+            f"{_KEYS_WITH_PARTS}, such as val_loss/SOURCE. Default: "
+            f"{', '.join(DEFAULT_KEYS)}."
         ),
     ] = None,
     from_step: Annotated[
@@ -52,23 +55,24 @@ def list_metrics(
 ) -> Page[dict[str, Any]]:
     """Lists rows {step, attempt, <keys>} in order of step.
 
-    Without `max_points`, a long series comes in pages. For the next page, set `from_step`
-    to the last step plus 1.
+    `val_loss` is null in steps after which nothing was evaluated; asked for alone, it has
+    rows of evaluated steps only. Without `max_points`, a long series comes in pages. For
+    the next page, set `from_step` to the last step plus 1.
     """
-    columns = _columns(keys)
+    series = _series(keys)
     has_more = False
     with context.store.read() as session:
         job = lifecycle.find(session, job_id)
         # A thinned series has a single page, because thinning compares all points.
         if max_points is not None:
-            rows = metrics.read_thinned(
-                session, job, columns, max_points, from_step=from_step, attempt=attempt
+            rows = store.read_thinned(
+                session, job, series, max_points, from_step=from_step, attempt=attempt
             )
         else:
             # One row more than a page, to know whether there is another page.
             limit = MAX_ROWS + 1
-            rows = metrics.read(
-                session, job, columns, from_step=from_step, attempt=attempt, limit=limit
+            rows = store.read(
+                session, job, series, from_step=from_step, attempt=attempt, limit=limit
             )
             has_more = len(rows) > MAX_ROWS
             rows = rows[:MAX_ROWS]
@@ -79,17 +83,22 @@ def list_metrics(
     return Page(data=rows, first_id=first_id, last_id=last_id, has_more=has_more)
 
 
-def _columns(keys: str | None) -> tuple[str, ...]:
+def _series(keys: str | None) -> list[Series]:
     if keys is None:
-        return DEFAULT_KEYS
-    names: list[str] = []
+        keys = ",".join(DEFAULT_KEYS)
+    parsed: list[Series] = []
     for part in keys.split(","):
         name = part.strip()
         # Every row contains step and attempt.
-        if name in _ALWAYS_PRESENT or name in names:
+        if name in _ALWAYS_PRESENT:
             continue
-        if name not in metrics.KEYS:
-            detail = f"unknown key {name[:80]!r}; known: {_KNOWN_KEYS}"
+        series = store.parse_series(name)
+        if series is None:
+            detail = (
+                f"unknown key {name[:80]!r}; known: {_KNOWN_KEYS}, and parts of some: "
+                f"{_KEYS_WITH_PARTS}"
+            )
             raise RequestInvalidError.of_field("/query/keys", "unknown_key", detail)
-        names.append(name)
-    return tuple(names)
+        if series not in parsed:
+            parsed.append(series)
+    return parsed

@@ -48,8 +48,9 @@ class Progress(Body):
 
     step: int | None
     """Last reported step."""
-    steps: int
-    """Number of steps of the whole job."""
+    steps: int | None
+    """Number of steps of the whole job; null until the data of a job whose length is a
+    number of epochs are prepared."""
     loss: float | None
     """Training loss of the last reported step, in nats per token."""
     tokens_per_s: float | None
@@ -60,6 +61,8 @@ class Progress(Body):
     """Model FLOPs utilisation: the share of the devices' peak that the model uses."""
     val_loss: float | None
     """Last validation loss, in nats per token."""
+    source_val_losses: dict[str, float | None]
+    """The same by the name of the source."""
     unigram_nats: float | None
     """Loss of a model that knows only how frequent each token is. A trained model must be
     below it."""

@@ -240,21 +240,30 @@ def _progress(row: JobRow) -> Progress:
     # From the last report, because the step may decrease after a resume.
     return Progress(
         step=values.get("step"),
-        steps=int(row.resolved_spec["training"]["steps"]),
+        steps=_steps(row),
         loss=values.get("loss"),
         tokens_per_s=values.get("tokens_per_s"),
         eta_s=_eta_s(row),
         mfu=values.get("mfu"),
         val_loss=values.get("val_loss"),
+        source_val_losses=values.get("source_val_losses") or {},
         unigram_nats=values.get("unigram_nats"),
     )
+
+
+def _steps(row: JobRow) -> int | None:
+    # Of a number of epochs it is known once the data are prepared.
+    steps: int | None = row.resolved_spec["training"]["steps"]
+    return steps
 
 
 def _eta_s(row: JobRow) -> float | None:
     step = row.progress.get("step")
     step_s = row.progress.get("step_s")
     # The pace of the last steps predicts the end only while the job runs.
-    if row.status != JobState.RUNNING or step is None or step_s is None:
+    steps = _steps(row)
+    if row.status != JobState.RUNNING or steps is None:
         return None
-    steps = int(row.resolved_spec["training"]["steps"])
+    if step is None or step_s is None:
+        return None
     return float(max(0, steps - step) * step_s)

@@ -13,6 +13,8 @@ from sqlalchemy.orm import Session
 
 from megatron_ray.config.errors.spec_problems import problems_from_pydantic
 from megatron_ray.config.problem import Problem
+from megatron_ray.config.train_config import without_lengths
+from megatron_ray.config.training import LENGTHS
 from megatron_ray.validation import check, resolution
 from megatron_ray.validation.resume import compare
 from service.exceptions import (
@@ -124,9 +126,9 @@ def changed_spec(job: JobRow, changes: Mapping[str, Any]) -> ChangedSpec:
     """
     # The resolved spec is changed too and not resolved again: the cluster may have
     # another size by now, and the job is to continue with the layout that it had.
-    resolved = merged(job.resolved_spec, changes)
+    resolved = merged(_changeable(job.resolved_spec, changes), changes)
     try:
-        spec = JobSpec.from_mapping(resolved)
+        spec = _with_length(JobSpec.from_mapping(resolved), job.prepared)
     except ValidationError as error:
         problems = problems_from_pydantic(
             error.errors(include_url=False), resolved, model=JobSpec
@@ -138,11 +140,30 @@ def changed_spec(job: JobRow, changes: Mapping[str, Any]) -> ChangedSpec:
     if job.world_size is not None:
         world_size = resolution.world_size(spec)
     return ChangedSpec(
-        submitted=merged(job.spec, changes),
+        submitted=merged(_changeable(job.spec, changes), changes),
         resolved=spec.model_dump(mode="json"),
         world_size=world_size,
         changes=dict(changes),
     )
+
+
+def _changeable(spec: Mapping[str, Any], changes: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Returns a spec without its length, if the changes have another one."""
+    training = changes.get("training")
+    if isinstance(training, Mapping) and training.keys() & set(LENGTHS):
+        return without_lengths(spec)
+    return spec
+
+
+def _with_length(spec: JobSpec, prepared: Mapping[str, Any] | None) -> JobSpec:
+    """Fills in the steps, which may depend on the prepared data."""
+    corpora = ((prepared or {}).get("manifest") or {}).get("train", ())
+    if spec.training.known_steps is None and not corpora:
+        return spec
+    num_tokens = sum(corpus["num_tokens"] for corpus in corpora)
+    resolved = resolution.with_length(spec, num_tokens)
+    assert isinstance(resolved, JobSpec)
+    return resolved
 
 
 def merged(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -173,11 +194,13 @@ def _check_steps(job: JobRow, spec: JobSpec) -> None:
     """Refuses to resume a job that has completed all of its steps."""
     if job.status != JobState.SUCCEEDED:
         return
-    trained = int(job.resolved_spec["training"]["steps"])
-    if spec.training.steps > trained:
+    # Not from the spec, where the steps of a number of epochs are not known.
+    trained = int(job.progress.get("step") or 0)
+    steps = spec.training.known_steps
+    if steps is None or steps > trained:
         return
     detail = (
-        f"{spec.training.steps}, but the job has already completed {trained} steps; set a "
+        f"{steps}, but the job has already completed {trained} steps; set a "
         "larger number to train on"
     )
     raise SpecInvalidError([Problem("/training/steps", "nothing_to_do", detail)])

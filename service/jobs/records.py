@@ -18,8 +18,9 @@ from megatron_ray.config.problem import Problem
 from service.exceptions import RequestInvalidError
 from service.jobs import lifecycle, queue
 from service.jobs.lifecycle import NewEvent
-from service.store import metrics
+from service.store import evaluations, metrics
 from service.store.database import Store, wake
+from service.store.evaluations import Evaluation, parse_evaluation
 from service.store.metrics import Finite, StepRow
 from service.store.schema import AttemptRow, CheckpointRow, JobRow
 from workers.protocol.states import AttemptState, JobState, StatusReason
@@ -77,11 +78,15 @@ class _ProblemData(_Data):
     problems: tuple[Problem, ...] = Field(min_length=1)
 
 
-class _EvalData(_Data):
-    step: int
-    split: str
-    loss: Finite = None
-    num_tokens: int | None = None
+class _CorpusData(_Data):
+    num_tokens: int
+    num_documents: int
+
+
+class _ManifestData(_Data):
+    train: tuple[_CorpusData, ...]
+    validation: tuple[_CorpusData, ...]
+    vocab_size: int
 
 
 class RecordApplier:
@@ -208,7 +213,10 @@ class RecordApplier:
         unigram_nats = record.data.get("unigram_nats", manifest.get("unigram_nats"))
         job.prepared = finite(record.data)
         job.progress = {**job.progress, "unigram_nats": finite(unigram_nats)}
-        message = _prepared_message(record.data.get("num_train_tokens"), manifest)
+        num_steps = record.data.get("steps")
+        if isinstance(num_steps, int):
+            job.resolved_spec = _with_steps(job.resolved_spec, num_steps)
+        message = _prepared_message(manifest)
         self._add(self._event(record, "job.prepared", message))
         for note in _notes(manifest):
             # Not numbered: the record already has an event with its number.
@@ -272,16 +280,20 @@ class RecordApplier:
         }
 
     def _apply_eval(self, record: Record) -> None:
-        data = _EvalData.model_validate(record.data)
+        evaluation = parse_evaluation(record.data)
+        self._raise_attempt(record.attempt)
+        evaluations.insert(
+            self._store, self._session, self._job, record.attempt, evaluation
+        )
         # Other splits are in the history and not in the progress.
-        if data.split == "validation":
-            result = {"val_loss": data.loss, "val_step": data.step}
+        if evaluation.split == evaluations.VALIDATION:
+            result = {
+                "val_loss": evaluation.loss,
+                "val_step": evaluation.step,
+                "source_val_losses": evaluation.source_losses,
+            }
             self._job.progress = {**self._job.progress, **result}
-        loss = "not finite"
-        if data.loss is not None:
-            loss = f"{data.loss:.4f}"
-        message = f"{data.split} loss at step {data.step}: {loss}"
-        self._add(self._event(record, "eval.completed", message))
+        self._add(self._event(record, "eval.completed", _evaluation_message(evaluation)))
 
     def _keep_unknown(self, record: Record) -> None:
         """Stores a record of an unknown kind, sent by a newer driver."""
@@ -374,11 +386,42 @@ def _smoothed(past: float | None, newest: float | None) -> float | None:
     return past * _SMOOTHING + newest * (1 - _SMOOTHING)
 
 
-def _prepared_message(num_tokens: Any, manifest: dict[str, Any]) -> str:
-    vocab_size = manifest.get("vocab_size")
-    if not isinstance(num_tokens, int) or not isinstance(vocab_size, int):
+def _with_steps(spec: dict[str, Any], num_steps: int) -> dict[str, Any]:
+    """Returns a resolved spec with the steps of its number of epochs."""
+    length = {"steps": num_steps, "epochs": None, "tokens": None}
+    return {**spec, "training": {**spec["training"], **length}}
+
+
+def _prepared_message(manifest: dict[str, Any]) -> str:
+    try:
+        data = _ManifestData.model_validate(manifest)
+    except ValidationError:
+        # A driver of another version may send other fields.
         return "data ready"
-    return f"data ready: {num_tokens:,} tokens, vocabulary {vocab_size:,}"
+    parts = []
+    for split, corpora in (("training", data.train), ("validation", data.validation)):
+        num_tokens = sum(corpus.num_tokens for corpus in corpora)
+        num_documents = sum(corpus.num_documents for corpus in corpora)
+        parts.append(f"{num_tokens:,} {split} tokens in {num_documents:,} documents")
+    return f"data ready: {', '.join(parts)}, vocabulary {data.vocab_size:,}"
+
+
+def _evaluation_message(evaluation: Evaluation) -> str:
+    loss = _loss(evaluation.loss)
+    message = f"{evaluation.split} loss at step {evaluation.step}: {loss}"
+    # A single source has the loss of the blend.
+    if len(evaluation.source_losses) > 1:
+        parts = []
+        for name, source_loss in evaluation.source_losses.items():
+            parts.append(f"{name} {_loss(source_loss)}")
+        message += f" ({', '.join(parts)})"
+    return message
+
+
+def _loss(loss: float | None) -> str:
+    if loss is None:
+        return "not finite"
+    return f"{loss:.4f}"
 
 
 def _notes(manifest: dict[str, Any]) -> list[str]:

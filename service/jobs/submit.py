@@ -83,11 +83,7 @@ class Submitter:
             raise SpecInvalidError(problems)
         is_agent_ready = job.world_size is not None and self.agents.is_live(job.cluster)
         lifecycle.create(session, job, spec.metadata, is_agent_ready=is_agent_ready)
-        for warning in check.find_warnings(spec):
-            data = {"pointer": warning.pointer, "code": warning.code}
-            message = f"{warning.pointer}: {warning.detail}"
-            event = lifecycle.NewEvent("spec.warning", message, "warn", data)
-            lifecycle.add_event(session, job, event)
+        _add_warnings(session, job, spec)
         session.flush()
 
     def resume(self, session: Session, job: JobRow, changes: dict[str, Any]) -> None:
@@ -104,6 +100,8 @@ class Submitter:
             raise SpecInvalidError(problems)
         is_agent_ready = job.world_size is not None and self.agents.is_live(job.cluster)
         pausing.resume_ended(session, job, changed, is_agent_ready=is_agent_ready)
+        if changes:
+            _add_warnings(session, job, spec)
 
     def read_cluster(self, spec: JobSpec) -> tuple[ClusterCapacity, list[Problem]]:
         """Returns the spec's cluster, and why its folder cannot be used."""
@@ -142,3 +140,12 @@ class Submitter:
     def _wake_agent(self, cluster: str) -> None:
         with self.store.write() as session:
             lifecycle.raise_revision(session, cluster)
+
+
+def _add_warnings(session: Session, job: JobRow, spec: JobSpec) -> None:
+    """Adds an event for everything that is legal in a spec and has no effect."""
+    for warning in check.find_warnings(spec):
+        data = {"pointer": warning.pointer, "code": warning.code}
+        message = f"{warning.pointer}: {warning.detail}"
+        event = lifecycle.NewEvent("spec.warning", message, "warn", data)
+        lifecycle.add_event(session, job, event)

@@ -23,6 +23,8 @@ from service.store.schema import JobRow, MetricRow
 _FIELD_TYPES = {field.name: field.type for field in dataclasses.fields(StepReport)}
 KEYS = tuple([name for name in _FIELD_TYPES if name != "step"])
 """Names of the metrics of a step: StepReport's fields, and columns of MetricRow."""
+MAPPING_KEYS = tuple([name for name in KEYS if _FIELD_TYPES[name] == dict[str, float]])
+"""Those whose value is a mapping: the metric has parts."""
 MAX_ROWS_PER_QUERY = 500
 """Rows that one query may name: databases limit the parameters of a statement."""
 
@@ -127,7 +129,7 @@ def read_thinned(
     The first row, the last one and every key's extremes are among them.
     """
     # Mappings have no extremes, and are large: they are read for the kept rows only.
-    number_keys = [key for key in keys if _FIELD_TYPES[key] != dict[str, float]]
+    number_keys = [key for key in keys if key not in MAPPING_KEYS]
     # All numbers are read, because extremes need all values of a stretch.
     points = session.execute(_select(job, number_keys, from_step, attempt)).all()
     # The first two columns are step and attempt.

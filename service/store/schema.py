@@ -21,7 +21,7 @@ from sqlalchemy import (
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 Json = dict[str, Any]
-REVISION = "0004"
+REVISION = "0005"
 """The newest migration, after which a database has exactly these tables."""
 BigKey = BigInteger().with_variant(Integer, "sqlite")
 """64 bits everywhere: SQLite gives rows a number only when the type is called INTEGER."""
@@ -198,6 +198,22 @@ class MetricRow(Table):
     split_s: Mapped[Json | None]
     other_losses: Mapped[Json | None]
     skipped_steps: Mapped[int | None]
+
+
+class EvaluationRow(Table):
+    """The loss over held-out samples after one step of one attempt, and by source.
+
+    The last columns are the fields of `megatron_ray.reports.EvalReport`.
+    """
+
+    __tablename__ = "evaluations"
+    job: Mapped[int] = _job_key()
+    split: Mapped[str] = mapped_column(String(64), primary_key=True)
+    step: Mapped[int] = mapped_column(primary_key=True)
+    attempt: Mapped[int] = mapped_column(primary_key=True)
+    loss: Mapped[float | None]
+    num_tokens: Mapped[int | None]
+    source_losses: Mapped[Json] = mapped_column(default=dict)
 
 
 class AttemptRow(Table):

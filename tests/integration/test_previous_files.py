@@ -173,6 +173,8 @@ def test_every_job_is_listed_and_shown_as_it_was(
     succeeded = service.job(SUCCEEDED)
     assert succeeded["progress"]["step"] == 6
     assert succeeded["progress"]["val_loss"] == pytest.approx(5.4997135400772095)
+    evaluations = answer(service, f"/v1/jobs/{SUCCEEDED}/metrics", keys="val_loss")["data"]
+    assert evaluations[-1]["val_loss"] == succeeded["progress"]["val_loss"]
     assert service.job(FAILED)["problem"]["reason"] == "nan_loss"
 
 

@@ -18,6 +18,7 @@ from megatron_ray.parallel_dims import ParallelDims
 from megatron_ray.reports import EvalReport, Report, StepReport
 from megatron_ray.training.session import TrainingSession
 from megatron_ray.training.step_reporter import NonFiniteLossError
+from tests.support.corpus_files import write_prepared
 
 pytestmark = pytest.mark.parallel
 Run = Callable[..., list[Any]]
@@ -215,3 +216,66 @@ def test_every_layout_saves_resumes_evaluates_and_changes_places(
     piped, _ = goes_on_here_and_elsewhere(run_ranks, settings, flat, corpus, rel=2e-5)
     for step, values in piped.items():
         assert values == pytest.approx(one[step], rel=2e-5), "the evaluation too"
+
+
+def in_order(folder: Path, **parallel: Any) -> TrainConfig:
+    """Prepared documents without end tokens, in their order, and two kinds of validation."""
+    sources = [{"path": str(folder / "long"), "weight": 3}, {"path": str(folder / "short")}]
+    fields = config(folder, 1, 1).model_dump()
+    fields["parallel"] = {"dp": 1, **parallel}
+    fields["data"] |= {
+        "train": [*sources],
+        "validation": [*sources],
+        "shuffle": False,
+        "separate_documents": True,
+    }
+    fields["training"] |= {"steps": None, "epochs": 1.5, "eval_samples": 10}
+    fields["training"] |= {"micro_batch_size": 1, "global_batch_size": 4}
+    fields["checkpoint"]["every_steps"] = 2
+    fields["storage"]["path"] = str(folder / "in_order")
+    return TrainConfig.from_mapping(fields)
+
+
+def losses(
+    rank: int,
+    world_size: int,
+    settings: TrainConfig,
+    data: PreparedData,
+    resume: str | None,
+) -> tuple[dict[int, float], EvalReport]:
+    dims = ParallelDims.of(settings.parallel)
+    reports: list[Report] = []
+    mesh = ParallelMesh.create(dims, World(rank, world_size, rank, "cpu"))
+    TrainingSession(
+        settings, mesh, data, report=reports.append, attempt=2, resume_from=resume
+    ).run()
+    steps = [report for report in reports if isinstance(report, StepReport)]
+    evaluations = [report for report in reports if isinstance(report, EvalReport)]
+    return {step.step: step.loss for step in steps}, evaluations[-1]
+
+
+def test_sources_borders_and_the_given_order_are_the_same_in_every_layout(
+    run_ranks: Run, tmp_path: Path
+) -> None:
+    for name, length in (("long", 20), ("short", 7)):
+        documents = [[[n, *range(60, 59 + length)]] for n in range(200 // length)]
+        write_prepared(tmp_path / name, documents)
+    settings = in_order(tmp_path)
+    data = prepare(settings.data, str(tmp_path / "cache"), seq_length=32)
+    whole, evaluation = run_ranks(losses, 1, settings, data, None)[0]
+    # 396 tokens, 1.5 passes: 18 samples of 32 tokens in steps of 4.
+    assert sorted(whole) == [1, 2, 3, 4]
+    by_source = evaluation.source_losses
+    assert list(by_source) == ["long", "short"]
+    low, high = sorted(by_source.values())
+    assert low < evaluation.loss < high, "the mean over the tokens of both"
+    half = str(tmp_path / "in_order" / "checkpoints" / "step-00000002-a0002")
+    commit(half, {}, [])
+    again = run_ranks(losses, 1, settings, data, half)[0]
+    assert again == ({3: whole[3], 4: whole[4]}, evaluation), "bit for bit"
+    for layout in ({"dp": 2}, {"cp": 2}, {"pp": 2}):
+        steps, there = run_ranks(losses, 2, in_order(tmp_path, **layout), data, None)[0]
+        assert steps == pytest.approx(whole, rel=1e-4)
+        assert there.loss == pytest.approx(evaluation.loss, rel=1e-4)
+        assert there.source_losses == pytest.approx(by_source, rel=1e-4)
+        assert there.num_tokens == evaluation.num_tokens

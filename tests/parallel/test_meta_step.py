@@ -87,6 +87,9 @@ class OneToken:
     def __getitem__(self, index: int) -> np.ndarray:
         return np.full(self.length + 1, END)
 
+    def document_starts(self, index: int) -> np.ndarray:
+        return np.zeros(self.length + 1, bool)
+
 
 @contextmanager
 def world(rank: int, size: int) -> Iterator[None]:

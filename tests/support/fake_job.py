@@ -37,7 +37,7 @@ def fake_train(
         else 0
     )
     with process_group(order):
-        while step < spec.training.steps:
+        while step < spec.training.num_steps:
             step += 1
             time.sleep(float(plan.get("step_s", "0.02")))
             accident(plan, order, rank, step)
@@ -48,7 +48,7 @@ def fake_train(
             report(StepReport(step, 10.0 / step, 1.0, 0.1, 64, step, 0.02, 100.0, 0.0, 0))
             every = spec.checkpoint.every_steps
             saves = command in (Command.CHECKPOINT, Command.CHECKPOINT_AND_STOP)
-            if saves or step == spec.training.steps or (every and step % every == 0):
+            if saves or step == spec.training.num_steps or (every and step % every == 0):
                 save(spec, order, step, report)
             if command >= Command.STOP:
                 return "stopped"

@@ -79,6 +79,11 @@ class RandomDataset:
             else tokens
         )
 
+    def document_starts(self, index: int) -> np.ndarray:
+        """None but the first token: only end tokens tell documents apart."""
+        starts: np.ndarray = np.arange(self.seq_length + 1) == 0
+        return starts
+
 
 class NoSaver:
     """Stands in for checkpoints."""
@@ -290,7 +295,7 @@ def record_choices(config: TrainConfig, one: RankResult) -> np.ndarray:
     length = training.seq_length
     choices = np.full(
         (
-            training.steps,
+            training.num_steps,
             training.global_batch_size,
             length,
             layers,
@@ -306,7 +311,7 @@ def record_choices(config: TrainConfig, one: RankResult) -> np.ndarray:
             samples, length, -1
         )
         seen[layer] += samples
-    assert set(seen.values()) <= {0, training.steps * training.global_batch_size}
+    assert set(seen.values()) <= {0, training.num_steps * training.global_batch_size}
     return choices
 
 

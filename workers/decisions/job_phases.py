@@ -151,8 +151,7 @@ def _preparation_failed(entry: JournalEntry, observed: PreparationFailed) -> Tra
 def _run_requested(entry: JournalEntry, observed: RunRequested) -> Transition:
     # The state is recorded within the phase, not here: a successor that re-enters READY
     # would record the release a second time.
-    # Damaged checkpoints are examined again, because a user may have restored them.
-    return Transition(Phase.SCHEDULING, {"given_back": None, "ranks": (), "damaged": {}})
+    return Transition(Phase.SCHEDULING, {"given_back": None, "ranks": ()})
 
 
 def _stop_requested(entry: JournalEntry, observed: StopRequested) -> Transition:
@@ -172,6 +171,8 @@ def _resume_requested(entry: JournalEntry, observed: ResumeRequested) -> Transit
         "ending": None,
         "stopping": None,
         "failed": None,
+        # Damaged checkpoints are read again, because the user may have restored them.
+        "damaged": {},
         "dead": (),
         # A new budget: the user has decided that the job is worth further attempts.
         "failures": 0,

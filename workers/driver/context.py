@@ -97,7 +97,8 @@ class JobContext:
         The journal keeps other jobs out of the folder, so checkpoints that earlier
         versions wrote there are the job's own.
         """
-        return RunIdentity(self.job_id, owns_unnamed=True)
+        damaged = [path.rpartition("/")[2] for path in self.entry.damaged]
+        return RunIdentity(self.job_id, owns_unnamed=True, damaged=tuple(damaged))
 
     @property
     def world_size(self) -> int:

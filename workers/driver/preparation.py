@@ -56,10 +56,9 @@ class DataPreparation:
     def record_result(self) -> None:
         """Records that the data are ready; the service then queues the job."""
         data = PreparedData.model_validate(self._job.entry.prepared)
-        num_tokens = sum(corpus.num_tokens for corpus in data.train)
-        self._job.records.prepared(
-            data.model_dump(mode="json"), num_tokens, data.unigram_nats
-        )
+        # The number of steps of a number of epochs follows from the data.
+        num_steps = self._job.spec.training.steps_over(data.num_train_tokens)
+        self._job.records.prepared(data, num_steps)
 
     def _await_spec(self) -> None:
         """Waits for a new job's spec, passed by the first `attach` and then journaled."""

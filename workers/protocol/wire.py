@@ -141,7 +141,7 @@ class Record(Message):
         event       {type, level, message, data, ranks}: an entry of the job's history
         attempt     {state, reason, message, world_size}: an attempt began or ended
         ranks       {ranks: [{slot, rank, node_id, address, gpu, pid, coordinates}]}
-        prepared    {manifest, num_train_tokens, ...}: data ready, the job may be queued
+        prepared    {manifest, num_train_tokens, steps, ...}: data ready, the job may be queued
         checkpoint  {action: committed|deleted, step, path, bytes, loss}
         problem     {problems: [{pointer, code, detail}]}: user error found in preparation
         step, eval  the fields of StepReport, EvalReport

@@ -19,7 +19,7 @@ from torch import Tensor
 from megatron_ray.checkpoint.directory import CheckpointError
 from megatron_ray.checkpoint.hf.families.family import Family
 from megatron_ray.checkpoint.hf.families.registry import family_for, find_family
-from megatron_ray.checkpoint.hf.files import CONFIG, SHARDS, SINGLE
+from megatron_ray.checkpoint.hf.files import CONFIG, SHARDS, SINGLE, read_text_file
 from megatron_ray.checkpoint.hf.files import TOKENIZER as HF_TOKENIZER
 from megatron_ray.checkpoint.hf.folder import logical_shapes
 from megatron_ray.checkpoint.hf.output_folder import new_folder
@@ -281,6 +281,6 @@ def _write_files(folder: Path, files: Mapping[str, bytes]) -> None:
 def _tokenizer_of(checkpoint: str) -> bytes | None:
     """Returns the tokenizer.json that the run used, if it trained on text."""
     try:
-        return open_storage(checkpoint).read_bytes(TOKENIZER)
+        return read_text_file(open_storage(checkpoint), TOKENIZER)
     except MissingFileError:
         return None

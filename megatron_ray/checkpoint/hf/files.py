@@ -8,6 +8,7 @@ Owns: files, headers and their errors. Torch-free. Must not know: families, the 
 of tensors.
 """
 
+import codecs
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -89,6 +90,14 @@ def open_folder(path: str) -> StoredModel:
     for file in _weight_files(storage, path, sizes):
         tensors |= _read_header(storage, file, sizes[file])
     return StoredModel(path, storage, _read_json(storage, CONFIG), tensors)
+
+
+def read_text_file(storage: Storage, name: str) -> bytes:
+    """Returns a text file without the byte order mark that an editor may have added.
+
+    Other programs do not expect one in the files of a model. Raises StorageError.
+    """
+    return storage.read_bytes(name).removeprefix(codecs.BOM_UTF8)
 
 
 def _weight_files(storage: Storage, path: str, sizes: Mapping[str, int]) -> list[str]:

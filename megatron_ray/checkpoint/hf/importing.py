@@ -16,6 +16,7 @@ import yaml
 from megatron_ray.checkpoint.digests import DigestedFiles
 from megatron_ray.checkpoint.directory import FORMAT_VERSION, INDEX, CheckpointError, commit
 from megatron_ray.checkpoint.hf.files import TOKENIZER as HF_TOKENIZER
+from megatron_ray.checkpoint.hf.files import read_text_file
 from megatron_ray.checkpoint.hf.output_folder import new_folder
 from megatron_ray.checkpoint.hf.published.files import inside_checkpoint, read_published
 from megatron_ray.checkpoint.hf.weights import HfWeights, load_whole
@@ -65,7 +66,7 @@ def import_folder(source: str, out: str) -> Imported:
         final = str(Path(out).absolute())
         tokenizer_path = None
         if weights.storage.exists(HF_TOKENIZER):
-            tokenizer = weights.storage.read_bytes(HF_TOKENIZER)
+            tokenizer = read_text_file(weights.storage, HF_TOKENIZER)
             storage.write_bytes_atomic(TOKENIZER, tokenizer)
             tokenizer_path = f"{final}/{TOKENIZER}"
         for name, content in inside_checkpoint(read_published(source)).items():

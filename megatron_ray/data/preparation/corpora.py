@@ -11,6 +11,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,23 @@ _HASH_BYTES = 8
 _PROGRESS_EVERY_S = 2.0
 
 
+@dataclass(frozen=True)
+class Borders:
+    """What shows where the documents of prepared tokens begin and end."""
+
+    num_documents: int
+    """Documents of the index."""
+    num_end_tokens: int
+    """Tokens that are the tokenizer's end token."""
+    last_token: int | None
+    """The token that all documents end with; None when they end differently."""
+
+    @property
+    def can_be_separated(self) -> bool:
+        """Whether there is more than one document to be seen."""
+        return self.num_documents > 1 or self.num_end_tokens > 0
+
+
 def build_corpus(
     work: Path,
     source_files: SourceFiles,
@@ -56,25 +74,27 @@ def build_corpus(
 ) -> dict[str, Any]:
     """Fills the folder `work` and describes it.
 
-    Returns {"train": part | None, "validation": part | None}, part = {prefix, num_tokens,
-    num_documents}; a prefix is a name in `work`, or the source's own prefix.
-    `held_out_fraction` is the share of documents for validation; None means that all of
-    it is for validation. Raises DataError, OSError.
+    Returns {"train": part | None, "validation": part | None, "borders": Borders | None},
+    part = {prefix, num_tokens, num_documents}; a prefix is a name in `work`, or the
+    source's own prefix; `borders` are those of prepared tokens. `held_out_fraction` is
+    the share for validation; None means that all of it is for validation. Raises
+    DataError, OSError.
     """
     # A prepared source is used in place; only new indices are written.
     is_prepared = source_files.kind == "prepared"
     prefix = "tokens"
+    borders = None
     if is_prepared:
-        corpus, hashes = _open_prepared(source_files, tokenizer.vocab_size, progress)
+        corpus, hashes, borders = _open_prepared(source_files, tokenizer, progress)
         prefix = corpus.prefix
     else:
         hashes = _tokenize(source_files, tokenizer, work / prefix, progress)
         corpus = IndexedDataset(str(work / prefix))
     if held_out_fraction is None:
         np.save(work / COUNTS, _count_tokens(corpus, tokenizer.vocab_size))
-        return {"train": None, "validation": _describe(prefix, corpus)}
+        return _description(None, _describe(prefix, corpus), borders)
     if held_out_fraction == 0:
-        return {"train": _describe(prefix, corpus), "validation": None}
+        return _description(_describe(prefix, corpus), None, borders)
     # Relative for tokens in the entry, so that the entry can be renamed and moved.
     link_target = None
     if use_links and not is_prepared:
@@ -82,10 +102,8 @@ def build_corpus(
     elif use_links and source_files.root.is_local:
         link_target = source_files.root.path + ".bin"
     train, validation = split_documents(corpus.table, hashes, held_out_fraction)
-    parts = {
-        "train": _write_part(work, "train", corpus, train, link_target),
-        "validation": _write_part(work, "validation", corpus, validation, link_target),
-    }
+    train_part = _write_part(work, "train", corpus, train, link_target)
+    validation_part = _write_part(work, "validation", corpus, validation, link_target)
     if link_target is None and not is_prepared:
         # Both parts have copies of their tokens. (With links, this file is the target.)
         (work / "tokens.bin").unlink()
@@ -93,7 +111,19 @@ def build_corpus(
     # Counted for the unigram baseline while the tokens are in the page cache.
     held_out = IndexedDataset(str(work / "validation"))
     np.save(work / COUNTS, _count_tokens(held_out, tokenizer.vocab_size))
-    return parts
+    return _description(train_part, validation_part, borders)
+
+
+def _description(
+    train: dict[str, Any] | None,
+    validation: dict[str, Any] | None,
+    borders: Borders | None,
+) -> dict[str, Any]:
+    return {
+        "train": train,
+        "validation": validation,
+        "borders": borders and asdict(borders),
+    }
 
 
 def _write_part(
@@ -223,8 +253,8 @@ def _batches(chunks: Iterator[TextChunk]) -> Iterator[list[TextChunk]]:
 
 
 def _open_prepared(
-    source_files: SourceFiles, vocab_size: int, progress: ProgressCallback
-) -> tuple[IndexedDataset, DocumentHashes]:
+    source_files: SourceFiles, tokenizer: Tokenizer, progress: ProgressCallback
+) -> tuple[IndexedDataset, DocumentHashes, Borders]:
     """Opens a prepared corpus and reads every token once.
 
     Tokens outside the vocabulary are thus found now, not during training.
@@ -238,17 +268,34 @@ def _open_prepared(
     if not np.issubdtype(corpus.table.dtype, np.integer):
         detail = f"{name} holds {corpus.table.dtype} values, not tokens"
         raise DataError("bad_corpus", detail)
-    hashes = []
-    for sequences in corpus.document_ranges():
-        digest = hashlib.blake2b(digest_size=_HASH_BYTES)
-        for sequence in sequences:
-            tokens = corpus[sequence]
-            _check_tokens(tokens, vocab_size, name)
-            digest.update(np.ascontiguousarray(tokens).data)
-        hashes.append(_as_int(digest.digest()))
     if not corpus.num_tokens:
         raise DataError("empty", f"{name} holds no tokens; prepare the data again")
-    return corpus, np.array(hashes, np.uint64)
+    return corpus, *_read_documents(corpus, tokenizer, name)
+
+
+def _read_documents(
+    corpus: IndexedDataset, tokenizer: Tokenizer, name: str
+) -> tuple[DocumentHashes, Borders]:
+    hashes = []
+    num_end_tokens = 0
+    last_tokens = set[int]()
+    for sequences in corpus.document_ranges():
+        digest = hashlib.blake2b(digest_size=_HASH_BYTES)
+        last_token: IntArray = np.empty(0, corpus.table.dtype)
+        for sequence in sequences:
+            tokens = corpus[sequence]
+            _check_tokens(tokens, tokenizer.vocab_size, name)
+            digest.update(np.ascontiguousarray(tokens).data)
+            num_end_tokens += int(np.count_nonzero(tokens == tokenizer.end_of_document))
+            if tokens.size:
+                last_token = tokens[-1:]
+        hashes.append(_as_int(digest.digest()))
+        last_tokens.update(last_token.tolist())
+    common_token = None
+    if len(last_tokens) == 1:
+        common_token = last_tokens.pop()
+    borders = Borders(corpus.num_documents, num_end_tokens, common_token)
+    return np.array(hashes, np.uint64), borders
 
 
 def _check_tokens(tokens: IntArray, vocab_size: int, name: str) -> None:

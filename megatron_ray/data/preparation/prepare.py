@@ -19,13 +19,14 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from megatron_ray.config.data import DataConfig, DataSource
+from megatron_ray.config.data import DataConfig, DataSource, source_names
 from megatron_ray.config.problem import Problem
 from megatron_ray.data.preparation.build_cache import get_or_build
 from megatron_ray.data.preparation.cache_keys import digest
 from megatron_ray.data.preparation.corpora import (
     COUNTS,
     RECORDS,
+    Borders,
     ProgressCallback,
     build_corpus,
 )
@@ -33,11 +34,16 @@ from megatron_ray.data.preparation.data_files import SourceAt, find_data
 from megatron_ray.data.preparation.documents import fingerprint
 from megatron_ray.data.preparation.errors import UnusableDataError, cause, errors_at
 from megatron_ray.data.preparation.formats.records import tally_of_json
+from megatron_ray.data.preparation.formats.suffixes import file_format
+from megatron_ray.data.preparation.sources import SourceFiles
+from megatron_ray.data.preparation.split import is_near_share
 from megatron_ray.data.preparation.tokenizer_choice import make_tokenizer
 from megatron_ray.data.prepared import PreparedCorpus, PreparedData
 from megatron_ray.data.tokenizer import Tokenizer
 from megatron_ray.storage.files import read_bytes
 from megatron_ray.storage.location import Location, parse_location
+
+_DEFAULT_TEXT_KEY = DataSource.model_fields["text_key"].default
 
 
 def no_progress(message: str) -> None:
@@ -77,14 +83,20 @@ def prepare(
     # seq_length use the same tokens.
     required = seq_length + 1
     _require_length(train, "train", required)
+    notes = data_files.notes
+    for built in [*train, *validation]:
+        notes.extend(built.record_notes())
+    notes += _key_notes([*data_files.train, *data_files.validation])
+    notes += _border_notes([*train, *validation], tokenizer.end_of_document)
+    if data.separate_documents:
+        _require_borders(train, tokenizer.end_of_document)
     if data.validation:
         _require_length(validation, "validation", required)
     elif held_out_fraction:
         held_out = [built for built in train if built.has("validation")]
-        validation = _long_enough([*validation, *held_out], required, progress)
-    notes = data_files.notes
-    for built in [*train, *validation]:
-        notes.extend(built.record_notes())
+        notes += _share_notes(held_out, held_out_fraction)
+        validation, omissions = _long_enough([*validation, *held_out], required)
+        notes += omissions
     # A source may be both trained and evaluated on.
     notes = list(dict.fromkeys(notes))
     for note in notes:
@@ -139,13 +151,20 @@ class _BuiltCorpus:
         self._entry_uri = entry_uri
         self._description = description
 
+    @property
+    def borders(self) -> Borders | None:
+        """The ends of documents in prepared tokens; None for text."""
+        # Earlier entries of text have none either.
+        borders = self._description.get("borders")
+        return borders and Borders(**borders)
+
     def has(self, split: str) -> bool:
         return self._description[split] is not None
 
     def num_tokens(self, split: str) -> int:
         return int(self._description[split]["num_tokens"])
 
-    def manifest(self, split: str) -> PreparedCorpus:
+    def manifest(self, split: str, name: str) -> PreparedCorpus:
         part = self._description[split]
         prefix = part["prefix"]
         # A bare name is a file of the entry; a path belongs to a prepared source, which is
@@ -157,6 +176,7 @@ class _BuiltCorpus:
             weight=self.source.weight,
             num_tokens=part["num_tokens"],
             num_documents=part["num_documents"],
+            name=name,
         )
 
     def record_notes(self) -> list[str]:
@@ -219,23 +239,37 @@ class _CorpusBuilder:
         with errors_at(pointer):
             # The inputs that determine the token files; weight and seq_length do not.
             key = digest(
-                fingerprint(source_files), self._tokenizer_digest, held_out_fraction
+                fingerprint(source_files),
+                self._tokenizer_digest,
+                held_out_fraction,
+                *_formats(source_files, held_out_fraction),
             )
-            name = f"corpora/{key}"
-            description = get_or_build(self._cache, name, build)
+            entry = f"corpora/{key}"
+            description = get_or_build(self._cache, entry, build)
         return _BuiltCorpus(
             pointer,
             source_files.source,
-            self._cache / name,
-            f"{self.cache_uri}/{name}",
+            self._cache / entry,
+            f"{self.cache_uri}/{entry}",
             description,
         )
 
 
+def _formats(source_files: SourceFiles, held_out_fraction: float | None) -> list[str]:
+    """Returns what changed since earlier entries, which have no such part in their key."""
+    formats = []
+    if held_out_fraction:
+        formats.append("split 2")
+    if source_files.kind == "prepared":
+        formats.append("borders")
+    return formats
+
+
 def _manifests(corpora: Sequence[_BuiltCorpus], split: str) -> tuple[PreparedCorpus, ...]:
+    names = source_names([built.source for built in corpora])
     manifests = []
-    for built in corpora:
-        manifests.append(built.manifest(split))
+    for built, name in zip(corpora, names, strict=True):
+        manifests.append(built.manifest(split, name))
     return tuple(manifests)
 
 
@@ -260,15 +294,81 @@ def _require_length(corpora: Sequence[_BuiltCorpus], split: str, required: int) 
         raise UnusableDataError(problems)
 
 
+def _key_notes(sources: Sequence[SourceAt]) -> list[str]:
+    """Returns notes on sources that have no fields and name one."""
+    notes = []
+    for _, source_files in sources:
+        source = source_files.source
+        formats = {file_format(file.path) for file in source_files.files}
+        kinds = {form.kind for form in formats if form is not None}
+        if source.text_key != _DEFAULT_TEXT_KEY and not kinds & {"json_lines", "parquet"}:
+            notes.append(
+                f"{source.path} has no fields, so text_key={source.text_key!r} has no effect"
+            )
+    return notes
+
+
+def _border_notes(corpora: Sequence[_BuiltCorpus], end_of_document: int) -> list[str]:
+    """Returns notes on prepared tokens without the tokenizer's end token."""
+    notes = []
+    for built in corpora:
+        borders = built.borders
+        if borders is None or borders.num_end_tokens:
+            continue
+        note = (
+            f"{built.source.path} holds no end token {end_of_document}, so a model that is "
+            "trained on it does not learn where documents end"
+        )
+        if borders.last_token is not None and borders.num_documents > 1:
+            note += (
+                f"; its documents end with token {borders.last_token}: if that is their end "
+                "token, set data.tokenizer.end_of_document"
+            )
+        notes.append(note)
+    return notes
+
+
+def _require_borders(corpora: Sequence[_BuiltCorpus], end_of_document: int) -> None:
+    """Raises UnusableDataError when no source shows where documents begin or end."""
+    paths = []
+    for built in corpora:
+        if built.borders is None or built.borders.can_be_separated:
+            return
+        paths.append(built.source.path)
+    detail = (
+        f"{', '.join(paths)} holds no end token {end_of_document}, and its index is of a "
+        "single document, so separate_documents cannot see where documents end; name the "
+        "end token of the data as data.tokenizer.end_of_document, prepare the data with an "
+        "index of every document, or set separate_documents to false"
+    )
+    raise UnusableDataError([Problem("/data/separate_documents", "no_borders", detail)])
+
+
+def _share_notes(train: Sequence[_BuiltCorpus], fraction: float) -> list[str]:
+    """Returns notes on sources of which another share is held out than was asked for."""
+    notes = []
+    for built in train:
+        held_out = built.num_tokens("validation")
+        share = held_out / (held_out + built.num_tokens("train"))
+        if not is_near_share(share, fraction):
+            notes.append(
+                f"{built.source.path}: {share:.1%} of the tokens are held out instead of "
+                f"{fraction:.1%}, because no choice of texts, with all copies of each on "
+                "one side, is nearer"
+            )
+    return notes
+
+
 def _long_enough(
-    train: Sequence[_BuiltCorpus], required: int, progress: ProgressCallback
-) -> list[_BuiltCorpus]:
-    """Returns the corpora with enough held-out tokens for a sample.
+    train: Sequence[_BuiltCorpus], required: int
+) -> tuple[list[_BuiltCorpus], list[str]]:
+    """Returns the corpora with enough held-out tokens for a sample, and notes on others.
 
     Small corpora are left out of the evaluation, unless all are too small. Raises
     UnusableDataError.
     """
     long_enough = []
+    notes = []
     most_tokens = 0
     for built in train:
         num_tokens = built.num_tokens("validation")
@@ -276,7 +376,7 @@ def _long_enough(
         if num_tokens >= required:
             long_enough.append(built)
         else:
-            progress(
+            notes.append(
                 f"{built.source.path}: {num_tokens} held-out tokens are too few to evaluate "
                 "on"
             )
@@ -287,7 +387,7 @@ def _long_enough(
             "training.seq_length, name data.validation sources, or set 0 to evaluate nothing"
         )
         raise UnusableDataError([Problem("/data/validation_fraction", "too_short", detail)])
-    return long_enough
+    return long_enough, notes
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from megatron_ray.planning.hardware import Hardware
 from megatron_ray.planning.suggest import Suggestion, suggest
 from megatron_ray.planning.tally import Tally
 from megatron_ray.validation import check, resolution
-from megatron_ray.validation.parameter_groups import group_notes
+from megatron_ray.validation.parameters.groups import group_notes
 
 _PRECISIONS = ("bf16", "fp32")
 """Values of training.precision, the one to suggest first."""
@@ -135,6 +135,11 @@ def _suggestion(layout: Suggestion) -> dict[str, Any]:
 
 def _spec_notes(config: TrainConfig) -> list[str]:
     notes = []
+    if config.training.epochs is not None:
+        notes.append(
+            "the number of steps of training.epochs follows from the data: `data prepare` "
+            "shows it, and so does the job once its data are prepared"
+        )
     for warning in check.find_warnings(config):
         notes.append(f"warning: {warning.pointer}: {warning.detail}")
     return notes + group_notes(config)

@@ -1,11 +1,14 @@
 """The command that tokenizes data ahead of a job, as its preparing state would."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.markup import escape
 
+from megatron_ray.config.training import TrainingConfig
+from megatron_ray.data.prepared import PreparedCorpus
 from service.cli.failure import CommandError
 from service.cli.offline_plan import parse_spec, problems_failure
 from service.cli.output import AsJson, console, print_json
@@ -67,8 +70,26 @@ def prepare(
     if as_json:
         print_json(prepared.model_dump(mode="json"))
         return
-    num_tokens = sum(corpus.num_tokens for corpus in prepared.train)
     out.print(
-        f"data ready in {escape(folder)}: {num_tokens:,} training tokens, vocabulary "
-        f"{prepared.vocab_size:,}"
+        f"data ready in {escape(folder)}: {_amount('training', prepared.train)}, "
+        f"{_amount('validation', prepared.validation)}, vocabulary {prepared.vocab_size:,}"
+    )
+    if job.training.steps is None:
+        out.print(_length(job.training, prepared.num_train_tokens))
+
+
+def _amount(split: str, corpora: Sequence[PreparedCorpus]) -> str:
+    num_documents = sum(corpus.num_documents for corpus in corpora)
+    num_tokens = sum(corpus.num_tokens for corpus in corpora)
+    return f"{num_tokens:,} {split} tokens in {num_documents:,} documents"
+
+
+def _length(training: TrainingConfig, num_train_tokens: int) -> str:
+    """Returns the steps of a job whose length is given in epochs or tokens."""
+    given = f"training.tokens={training.tokens}"
+    if training.epochs is not None:
+        given = f"training.epochs={training.epochs:g}"
+    return (
+        f"{given} makes {training.steps_over(num_train_tokens):,} steps of "
+        f"{training.global_batch_size} x {training.seq_length} tokens"
     )

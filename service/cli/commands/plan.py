@@ -163,9 +163,11 @@ def _check_fits(answer: dict[str, Any], suggest: bool, as_json: bool) -> None:
 def _print_plan(answer: Json) -> None:
     # Sections without data are left out: what is not known depends on spec and cluster.
     out = console()
-    parallel = (answer.get("resolved_spec") or {}).get("parallel") or {}
+    resolved = answer.get("resolved_spec") or {}
+    parallel = resolved.get("parallel") or {}
     degrees = " x ".join(f"{axis}={parallel[axis]}" for axis in _AXES if axis in parallel)
     out.print(f"[bold]{answer.get('world_size', '?')} ranks[/bold]  {degrees}")
+    _print_length(resolved.get("training") or {})
     _print_memory(answer.get("memory") or {})
     _print_communication(answer.get("communication") or ())
     _print_time(answer)
@@ -173,6 +175,19 @@ def _print_plan(answer: Json) -> None:
         out.print(f"the cluster fits {answer['room']} such ranks")
     _print_notes(answer)
     _print_ranks(answer.get("ranks") or ())
+
+
+def _print_length(training: Json) -> None:
+    steps = training.get("steps")
+    # Of a number of epochs it follows from the data, as a note explains.
+    if steps is None:
+        return
+    batch = training["global_batch_size"]
+    num_tokens = steps * batch * training["seq_length"]
+    console().print(
+        f"[bold]{steps:,} steps[/bold] of {batch} x {training['seq_length']} tokens: "
+        f"{num_tokens:,} tokens"
+    )
 
 
 def _print_memory(memory: Json) -> None:

@@ -116,10 +116,22 @@ def _state(job: Json) -> dict[str, str]:
         "reason": ": ".join(reasons),
         "step": step_of(job),
         "loss": number(progress.get("loss")),
-        "validation loss": number(progress.get("val_loss")),
+        "validation loss": _validation_loss(progress),
         "tokens/s": number(progress.get("tokens_per_s"), 0),
         "ETA": eta,
     }
+
+
+def _validation_loss(progress: Json) -> str:
+    text = number(progress.get("val_loss"))
+    by_source = progress.get("source_val_losses") or {}
+    # A single source has the loss of the blend.
+    if len(by_source) > 1:
+        parts: list[str] = []
+        for name, loss in by_source.items():
+            parts.append(f"{name} {number(loss)}")
+        text += f"  ({', '.join(parts)})"
+    return text
 
 
 def _history(

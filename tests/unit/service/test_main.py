@@ -37,7 +37,7 @@ from service.main import bind, is_loopback, refuse_open_bind
 from service.settings import Settings, SettingsError
 from service.store.database import Store, wake
 from service.store.migrations.upgrade import configuration
-from service.store.schema import REVISION, MetricRow, Table, TokenRow
+from service.store.schema import REVISION, EvaluationRow, MetricRow, Table, TokenRow
 
 
 def create_token(store: Store, scope: Scope, name: str) -> str:
@@ -259,6 +259,22 @@ def test_a_database_of_the_first_schema_keeps_its_steps(tmp_path: Path) -> None:
         assert connection.exec_driver_sql("SELECT step, loss FROM metrics").all() == [
             (2, 0.5)
         ]
+    engine.dispose()
+
+
+def test_evaluations_of_an_earlier_database_become_rows(tmp_path: Path) -> None:
+    engine = sa.create_engine(f"sqlite:///{tmp_path}/s.db")
+    data = '{"step": 4, "split": "validation", "loss": 2.5, "num_tokens": 8}'
+    with engine.begin() as connection:
+        command.upgrade(configuration(connection), "0002")
+        connection.exec_driver_sql(
+            "INSERT INTO events VALUES (1, 3, 'a1/r0', 7, 1, 0.0, 'info', 'eval.completed', "
+            f"'', '{data}', '[]', 'system')"
+        )
+        command.upgrade(configuration(connection), "head")
+        (row,) = connection.execute(sa.select(EvaluationRow.__table__)).all()
+    assert (row.job, row.attempt, row.step, row.loss) == (1, 1, 4, 2.5)
+    assert (row.num_tokens, row.source_losses) == (8, {})
     engine.dispose()
 
 

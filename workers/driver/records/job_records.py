@@ -11,6 +11,7 @@ recorded a second time.
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from megatron_ray.data.prepared import PreparedData
 from workers.decisions.placement import RankPlace
 from workers.driver.records.outbox import Outbox
 from workers.protocol.states import AttemptState, JobState, StatusReason
@@ -112,18 +113,17 @@ class JobRecords:
         rows = [place.model_dump(mode="json", exclude={"local_dir"}) for place in places]
         self._append("ranks", {"ranks": rows})
 
-    def prepared(
-        self, manifest: dict[str, Any], num_train_tokens: int, unigram_nats: float | None
-    ) -> None:
+    def prepared(self, data: PreparedData, num_steps: int) -> None:
         """Records that the data are ready."""
         if self._has_prepared:
             return
-        data = {
-            "manifest": manifest,
-            "num_train_tokens": num_train_tokens,
-            "unigram_nats": unigram_nats,
+        record = {
+            "manifest": data.model_dump(mode="json"),
+            "num_train_tokens": data.num_train_tokens,
+            "unigram_nats": data.unigram_nats,
+            "steps": num_steps,
         }
-        self._append("prepared", data)
+        self._append("prepared", record)
 
     def problems(self, problems: list[dict[str, str]]) -> None:
         """Records problems in the user's input, with which the service fails the job."""

@@ -12,7 +12,7 @@ from typing import Any
 
 from megatron_ray.checkpoint.directory import COMMITTED, CheckpointError
 from megatron_ray.checkpoint.hf.families.registry import FAMILIES
-from megatron_ray.checkpoint.hf.files import CONFIG, TOKENIZER
+from megatron_ray.checkpoint.hf.files import CONFIG, TOKENIZER, read_text_file
 from megatron_ray.checkpoint.train_state import read_train_state, saved_model
 from megatron_ray.storage.storage import Storage, open_storage
 
@@ -21,6 +21,7 @@ FOLDER = "published"
 _TEMPLATES = "additional_chat_templates"
 GENERATION_CONFIG = "generation_config.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
+_TEXTS = (".json", ".jinja")
 _LICENCES = ("LICENSE*", "NOTICE*")
 """Licences ask to be passed on with the weights."""
 _PATTERNS = (
@@ -97,7 +98,9 @@ def _read(storage: Storage, prefix: str) -> dict[str, bytes]:
             names.append(f"{_TEMPLATES}/{entry.name}")
     files = {}
     for name in names:
-        if _matches(name, _PATTERNS):
+        if name.endswith(_TEXTS) and _matches(name, _PATTERNS):
+            files[name] = read_text_file(storage, prefix + name)
+        elif _matches(name, _PATTERNS):
             files[name] = storage.read_bytes(prefix + name)
     return files
 

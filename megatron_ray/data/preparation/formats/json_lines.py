@@ -67,22 +67,24 @@ class _LineReader:
         self._num_lines += 1
         self._tally.num_records += 1
         record = self._parsed(line, number)
-        if not isinstance(record, dict):
+        if record is None:
             return ""
         text = field_of(record, self._text_key)
+        if isinstance(text, str):
+            self._has_field = True
+            text = without_mark(text)
+            self._tally.num_without_text += not text
+            return text
         if text is _ABSENT:
             self._on_absent(record)
-        else:
-            self._has_field = True
-        if text is _ABSENT or text is None:
             self._tally.num_without_text += 1
             return ""
-        if not isinstance(text, str):
+        self._has_field = True
+        if text is None:
+            self._tally.num_without_text += 1
+        else:
             self._tally.add_bad(self._not_text(text, number))
-            return ""
-        text = without_mark(text)
-        self._tally.num_without_text += not text
-        return text
+        return ""
 
     def require_field(self) -> None:
         """Raises DataError when there were objects and none had the field."""
@@ -95,18 +97,19 @@ class _LineReader:
         )
         raise DataError("text_key", detail, "text_key")
 
-    def _parsed(self, line: bytes, number: int) -> Any:
-        name = f"{self._path}:{number}"
+    def _parsed(self, line: bytes, number: int) -> dict[str, Any] | None:
+        """Returns the object of a line; None if it is bad, which is counted."""
         try:
             record = json.loads(line)
         # RecursionError: a line may exceed the parser's nesting limit.
         except (ValueError, RecursionError) as error:
             self._require_lines(line)
-            detail = f"{name} is not JSON ({short_cause(error)})"
+            detail = f"{self._path}:{number} is not JSON ({short_cause(error)})"
             self._tally.add_bad(BadRecord(detail, "correct or remove the line"))
             return None
         if isinstance(record, dict):
             return record
+        name = f"{self._path}:{number}"
         if isinstance(record, list) and record and isinstance(record[0], dict):
             self._require_lines(line)
         kind = type(record).__name__

@@ -59,26 +59,35 @@ def read_parquet(
         # In batches of one column, because a file may be larger than memory.
         for batch in table.iter_batches(batch_size=_ROWS, columns=[text_key]):
             tally.num_records += len(batch)
-            for row, value in enumerate(_column(batch, path), first_row):
-                text = _text_of(value, f"{location.path}, row {row}", tally)
+            for text in _texts_of(_column(batch, path), location.path, first_row, tally):
+                text = without_mark(text)
                 if text:
                     yield TextChunk(text, True)
+                else:
+                    tally.num_without_text += 1
             first_row += len(batch)
 
 
-def _text_of(value: pa.Scalar, name: str, tally: RecordTally) -> str:
-    """Returns a row's text; nothing if it has none or is bad, which is counted."""
+def _texts_of(
+    column: pa.Array, name: str, first_row: int, tally: RecordTally
+) -> Iterator[str]:
+    """Yields the texts of a column, empty for null; bad rows are counted."""
     try:
-        text = value.as_py() or ""
-        if isinstance(text, bytes):
-            text = text.decode()
-    except UnicodeDecodeError as error:
-        detail = f"{name} is not UTF-8 ({short_cause(error)})"
-        tally.add_bad(BadRecord(detail, "correct or remove the row", "not_utf8"))
-        return ""
-    text = without_mark(text)
-    tally.num_without_text += not text
-    return text
+        # All at once, which is several times faster than one by one.
+        values = column.to_pylist()
+    except UnicodeDecodeError:
+        values = list(column)
+    for row, value in enumerate(values, first_row):
+        try:
+            if isinstance(value, pa.Scalar):
+                value = value.as_py()
+            if isinstance(value, bytes):
+                value = value.decode()
+        except UnicodeDecodeError as error:
+            detail = f"{name}, row {row} is not UTF-8 ({short_cause(error)})"
+            tally.add_bad(BadRecord(detail, "correct or remove the row", "not_utf8"))
+        else:
+            yield value or ""
 
 
 def _column(batch: pa.RecordBatch, path: list[str]) -> pa.Array:

@@ -204,7 +204,12 @@ def test_a_file_that_loading_needs_may_not_change_its_size(
 
 
 def test_a_manifest_names_the_run_that_wrote_it(tmp_path: Path) -> None:
-    runs = [RunIdentity("run-x", 3), RunIdentity(), RunIdentity("job-a", 1, True)]
+    runs = [
+        RunIdentity("run-x", 3),
+        RunIdentity(),
+        RunIdentity("job-a", 1, owns_unnamed=True),
+        RunIdentity(damaged=("step-00000001-a0001",)),
+    ]
     for step, run in enumerate(runs):
         commit(write(tmp_path, step, committed=False), run.to_manifest(), [])
     assert [info.run for info in list_checkpoints(str(tmp_path))] == runs

@@ -49,6 +49,15 @@ def test_a_damaged_checkpoint_is_neither_counted_nor_deleted(tmp_path: Path) -> 
     assert steps(tmp_path) == [(10, 1), (30, 1), (40, 1)]
 
 
+def test_a_checkpoint_with_damaged_bytes_is_kept_though_its_files_have_their_sizes(
+    tmp_path: Path,
+) -> None:
+    for step in (10, 20, 30):
+        write(tmp_path, step)
+    apply_retention(str(tmp_path), 1, RunIdentity(damaged=("step-00000010-a0001",)))
+    assert steps(tmp_path) == [(10, 1), (30, 1)]
+
+
 def test_a_run_deletes_its_own_checkpoints_only(tmp_path: Path) -> None:
     first = RunIdentity("first")
     second = RunIdentity("second", first_attempt=2)

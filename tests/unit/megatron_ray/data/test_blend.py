@@ -34,6 +34,9 @@ class Counting:
     def __getitem__(self, index: int) -> np.ndarray:
         return np.array([self._name, index], np.int64)
 
+    def document_starts(self, index: int) -> np.ndarray:
+        return np.array([True, index == 0])
+
 
 def test_greedy_order_by_hand() -> None:
     arrays = build_blend_indices([3, 1], 8)

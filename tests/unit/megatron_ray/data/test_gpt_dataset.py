@@ -2,6 +2,7 @@
 
 import json
 import threading
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from megatron_ray.data.gpt_dataset import (
     plan_epochs,
 )
 from megatron_ray.data.indexed import IndexedDataset, IndexedDatasetBuilder
+from tests.support.corpus_files import write_prepared
 
 GOLDEN = json.loads(
     (Path(__file__).parents[3] / "golden" / "megatron_data.json").read_text()
@@ -186,3 +188,44 @@ def test_errors(tmp_path: Path) -> None:
 def test_corpus_shorter_than_a_sample_repeats(tmp_path: Path) -> None:
     dataset = GPTDataset(corpus_of(tmp_path / "c", [[1, 2, 3]]), 2, 5, 1)
     assert dataset[0].tolist() == [1, 2, 3, 1, 2, 3]
+
+
+def stream(dataset: GPTDataset) -> list[int]:
+    """The tokens of all samples in order; neighbours share one."""
+    tokens: list[int] = dataset[0].tolist()
+    for index in range(1, len(dataset)):
+        assert dataset[index][0] == tokens[-1]
+        tokens += dataset[index][1:].tolist()
+    return tokens
+
+
+@pytest.mark.parametrize("num_samples", [1, 3, 20])
+def test_without_shuffling_samples_are_in_the_order_of_the_corpus_pass_after_pass(
+    tmp_path: Path, num_samples: int
+) -> None:
+    corpus = corpus_of(tmp_path / "c", [[1, 2, 3], [], [4], [5, 6, 7, 8]])
+    arguments = (corpus, num_samples, 3, 5, str(tmp_path / "cache"))
+    for _ in range(2):
+        read = stream(GPTDataset(*arguments, shuffle=False))
+        assert read == ([1, 2, 3, 4, 5, 6, 7, 8] * 9)[: len(read)]
+        assert len(read) > num_samples * 3
+    # The cache keeps both orders apart.
+    shuffled = GPTDataset(*arguments)
+    assert len(shuffled) == len(GPTDataset(*arguments, shuffle=False))
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_documents_begin_where_the_index_says(tmp_path: Path, shuffle: bool) -> None:
+    # Token 10 * document + place; the second document has two sequences, the third an
+    # empty one first.
+    prefix = write_prepared(
+        tmp_path / "ready",
+        [[[10, 11, 12]], [[20, 21], [22, 23]], [[], [30, 31]], [], [[40]]],
+    )
+    dataset = GPTDataset(IndexedDataset(str(prefix)), 40, 4, 3, shuffle=shuffle)
+    for index in range(len(dataset)):
+        tokens = dataset[index].tolist()
+        expected = [True]
+        for previous, token in pairwise(tokens):
+            expected.append(token != previous + 1)
+        assert dataset.document_starts(index).tolist() == expected

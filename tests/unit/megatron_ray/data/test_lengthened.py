@@ -4,6 +4,7 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from megatron_ray.data.datasets import build_dataset
 from megatron_ray.data.lengthened import LengthenedDataset
@@ -54,7 +55,12 @@ def test_a_blend_continues_in_each_of_its_corpora(tmp_path: Path) -> None:
     assert len(set(after)) == 98
 
 
-def test_positions_are_those_of_the_parts() -> None:
-    parts = [[np.array([1]), np.array([2])], [np.array([3])]]
-    dataset = LengthenedDataset(parts)
-    assert [int(dataset[index][0]) for index in range(len(dataset))] == [1, 2, 3]
+def test_positions_and_starts_of_documents_are_those_of_the_parts(tmp_path: Path) -> None:
+    corpora = [corpus(tmp_path, "one", 0, 10)]
+    part = build_dataset(corpora, 10, LENGTH, 1)
+    dataset = LengthenedDataset([part, part])
+    assert len(dataset) == 20
+    assert dataset[13].tolist() == part[3].tolist()
+    assert dataset.document_starts(13).tolist() == part.document_starts(3).tolist()
+    with pytest.raises(IndexError, match="sample 20 of 20"):
+        dataset[20]

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from megatron_ray.config.train_config import TrainConfig
+from megatron_ray.data.datasets import EvaluationSource
 from megatron_ray.data.loader import StepLoader, evaluation_batches
 from megatron_ray.distributed.mesh import ParallelMesh
 from megatron_ray.models.batch import Batch
 from megatron_ray.models.forward_context import ForwardMode
 from megatron_ray.parallelize.parallelize import ParallelModel
-from megatron_ray.training.evaluate import evaluate
+from megatron_ray.training.evaluate import Evaluation, evaluate
 from megatron_ray.training.session import batch_maker, build
 from megatron_ray.training.step import forward_backward
 from tests.support.parity import LLAMA, RandomDataset, make_config
@@ -54,8 +55,12 @@ def step_batches(config: TrainConfig) -> list[Batch]:
 
 def validation_loss(model: ParallelModel, config: TrainConfig) -> float:
     dataset = RandomDataset(config.model.vocabulary, 32)
-    batches = evaluation_batches(dataset, 3, 2, 0, 1, batch_maker(config, MESH))
-    return evaluate(model, batches, MESH, step=0, split="validation").loss
+    sources = [EvaluationSource("all", dataset, 3)]
+    make_batch = batch_maker(config, MESH)
+    evaluation = Evaluation(
+        sources, lambda: evaluation_batches(sources, 2, 0, 1, make_batch)
+    )
+    return evaluate(model, evaluation, MESH, step=0, split="validation").loss
 
 
 @pytest.mark.parametrize("pad_to_capacity", [False, True])

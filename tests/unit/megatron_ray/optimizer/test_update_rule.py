@@ -3,7 +3,7 @@
 import pytest
 
 from megatron_ray.config.optimizer import OptimizerConfig
-from megatron_ray.optimizer.update_rule import UpdateRule, update_rule
+from megatron_ray.optimizer.update_rule import UpdateRule, UpdateRules
 from megatron_ray.sharding.parameter_types import Init, LogicalParameter
 
 GROUPS = [
@@ -32,4 +32,4 @@ def test_groups_change_the_optimizers_numbers(
     name: str, decay: bool, expected: UpdateRule
 ) -> None:
     parameter = LogicalParameter(name, (4,), Init("zeros"), None, decay)
-    assert update_rule(parameter, CONFIG) == expected
+    assert UpdateRules(CONFIG).of(parameter) == expected

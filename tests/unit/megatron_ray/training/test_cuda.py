@@ -46,7 +46,9 @@ def losses_and_norms(config: TrainConfig, kind: str) -> tuple[list[float], list[
         note,
         lambda: Command.CONTINUE,
     )
-    assert [report.step for report in reports] == list(range(1, config.training.steps + 1))
+    assert [report.step for report in reports] == list(
+        range(1, config.training.num_steps + 1)
+    )
     return [report.loss for report in reports], [report.grad_norm for report in reports]
 
 

@@ -222,6 +222,21 @@ def test_jobs_follows_pages(run: Run, service: FakeService) -> None:
     assert "no jobs yet" in run("jobs", "--url", service.url)[1]
 
 
+def test_show_has_the_validation_loss_of_each_source(
+    run: Run, service: FakeService
+) -> None:
+    for by_source, shown in (
+        ({"en": 1.5, "de": None}, "2.5000  (en 1.5000, de -)"),
+        ({"en": 2.5}, "2.5000"),
+        (None, "2.5000"),
+    ):
+        progress = JOB["progress"] | {"val_loss": 2.5, "source_val_losses": by_source}
+        service.routes["GET /v1/jobs/job-abc"] = (200, JOB | {"progress": progress})
+        lines = run("show", "job-abc", "--url", service.url)[1].splitlines()
+        (line,) = [line for line in lines if "validation loss" in line]
+        assert line.split(maxsplit=2)[2] == shown
+
+
 def test_show_and_its_json(run: Run, service: FakeService) -> None:
     code, out, _ = run("show", "job-abc", "--url", service.url)
     assert code == 0

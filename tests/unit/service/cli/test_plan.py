@@ -28,7 +28,10 @@ TIME = {
 def test_plan(run: Run, service: FakeService, fits: bool) -> None:
     answer = {
         "object": "plan",
-        "resolved_spec": {"parallel": {"tp": 2, "dp": 1}},
+        "resolved_spec": {
+            "parallel": {"tp": 2, "dp": 1},
+            "training": {"steps": 1000, "global_batch_size": 4, "seq_length": 64},
+        },
         "world_size": 2,
         "ranks": [{"rank": 0, "island": 0, "coordinates": {"tp": 0}}],
         "memory": {"rank": 0, "parameters_bytes": 4 << 20},
@@ -52,6 +55,7 @@ def test_plan(run: Run, service: FakeService, fits: bool) -> None:
     code, out, err = run("plan", "spec.yaml", "--hardware", "H100", "--url", service.url)
     assert "2 ranks" in out
     assert "tp=2 x dp=1" in out
+    assert "1,000 steps of 4 x 64 tokens: 256,000 tokens" in out
     assert "4.0 MiB" in out
     assert "tp all-reduce" in out
     assert "memory on the most loaded rank (rank 0)" in out

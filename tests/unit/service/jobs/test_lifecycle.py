@@ -69,6 +69,7 @@ def test_whole_life(
         "eta_s": pytest.approx(5.0),
         "mfu": 0.1,
         "val_loss": None,
+        "source_val_losses": {},
         "unigram_nats": 6.2,
     }
     path = job["storage_path"] + "/checkpoints/step-00000020-a0001"

@@ -136,6 +136,7 @@ def test_what_cannot_be_paused_or_resumed_is_refused(service: Any) -> None:
 
 def test_a_changed_spec_is_checked_before_the_job_is_resumed(service: Any) -> None:
     job_id, driver = service.running_job()
+    driver.steps(1, 20)
     driver.states("succeeded", attempt=1)
     for changes, pointer in [
         ({}, "/training/steps"),
@@ -151,6 +152,26 @@ def test_a_changed_spec_is_checked_before_the_job_is_resumed(service: Any) -> No
         assert response.status_code == 422, changes
         assert response.json()["errors"][0]["pointer"] == pointer, response.text
     assert service.job(job_id)["status"] == "succeeded"
+
+
+@pytest.mark.parametrize(
+    ("length", "steps"), [({"tokens": 10**6}, 10**6), ({"epochs": 3}, 3 * 10**5)]
+)
+def test_a_job_is_resumed_for_another_length(
+    service: Any, length: dict[str, Any], steps: int
+) -> None:
+    job_id, driver = service.running_job()
+    manifest = {"train": [{"num_tokens": 10**5, "num_documents": 1}]}
+    driver.send(("prepared", {"manifest": manifest, "steps": 20}))
+    driver.states("succeeded", attempt=1)
+    changes = {"training": length, "checkpoint": {"resume_changes": ["training.steps"]}}
+    job = changed(service, job_id, "resume", changes=changes)
+    training = job["resolved_spec"]["training"]
+    batch = training["global_batch_size"] * training["seq_length"]
+    assert training["steps"] == job["progress"]["steps"] > 20
+    assert abs(training["steps"] - steps / batch) <= 1
+    assert (training["epochs"], training["tokens"]) == (None, None)
+    assert job["spec"]["training"].keys() & {"steps", "epochs", "tokens"} == set(length)
 
 
 def test_a_folder_that_another_job_uses_by_now_is_refused(service: Any) -> None:
@@ -228,3 +249,17 @@ def test_a_service_that_does_not_answer_does_not_keep_its_stack_alive(
     assert reports[0].startswith("could not pause jobs: ")
     resume_jobs(record, reports.append)
     assert reports[1].startswith("could not resume jobs: ")
+
+
+def test_a_failed_job_is_resumed_without_a_step_and_warnings_are_noted(
+    service: Any,
+) -> None:
+    job_id, driver = service.running_job()
+    driver.states("failed", attempt=1)
+    training = {"skip_steps": [4, 1000]}
+    job = changed(service, job_id, "resume", changes={"training": training})
+    assert job["resolved_spec"]["training"]["skip_steps"] == [4, 1000]
+    (warning,) = service.user.get(f"/v1/jobs/{job_id}/events?type=spec.warning").json()[
+        "data"
+    ]
+    assert "step 1000 is beyond training.steps=20" in warning["message"]

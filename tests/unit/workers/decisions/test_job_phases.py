@@ -245,7 +245,7 @@ def test_a_failure_is_journaled_until_it_is_judged() -> None:
     assert written.commits_at_failure == (0, 4)
 
 
-def test_a_damaged_checkpoint_is_remembered_until_the_job_runs_anew() -> None:
+def test_a_damaged_checkpoint_is_remembered_until_the_user_resumes_the_job() -> None:
     cause = Failure(FailureKind.CHECKPOINT, "other bytes", rank=0)
     before = entry(
         Phase.RUNNING, resumed_from="/c/8", damaged={"/c/9": "a file is missing"}
@@ -255,7 +255,10 @@ def test_a_damaged_checkpoint_is_remembered_until_the_job_runs_anew() -> None:
     other = after(next_phase(before, AttemptFailed(CAUSE)), before)
     assert other.damaged == before.damaged
     before = entry(Phase.READY, damaged=written.damaged)
-    assert after(next_phase(before, RunRequested()), before).damaged == {}
+    assert after(next_phase(before, RunRequested()), before).damaged == written.damaged
+    before = entry(Phase.ENDING, damaged=written.damaged)
+    resumed = next_phase(before, ResumeRequested(1, {}, 8))
+    assert after(resumed, before).damaged == {}
 
 
 def test_a_job_without_a_whole_checkpoint_fails_instead_of_beginning_anew() -> None:

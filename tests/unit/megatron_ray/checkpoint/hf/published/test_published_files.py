@@ -245,3 +245,18 @@ def test_only_changed_values_of_the_config_are_written_anew() -> None:
     assert changed["max_position_embeddings"] == 4096
     assert "num_key_value_heads" not in changed
     assert read_model(llama, changed, "config.json") == longer
+
+
+def test_a_byte_order_mark_changes_nothing_in_a_folder(
+    published: Path, tmp_path: Path
+) -> None:
+    def exported(name: str) -> dict[str, bytes]:
+        import_folder(str(published), str(tmp_path / name))
+        export_folder(str(tmp_path / name), str(tmp_path / f"{name}-out"))
+        return read_published(str(tmp_path / f"{name}-out"))
+
+    plain = exported("plain")
+    for file in (*published.glob("*.json"), published / "chat_template.jinja"):
+        file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    marked = exported("marked")
+    assert marked == plain

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from megatron_ray.config.problem import Problem
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.sharding.parameter_types import LocalParameter
-from megatron_ray.sharding.parameters import freeze, matches
-from megatron_ray.validation.parameter_patterns import (
+from megatron_ray.sharding.parameters import freeze, name_matcher
+from megatron_ray.validation.parameters.patterns import (
+    ParameterNames,
     names_of,
     unmatched_patterns,
     whole_table,
@@ -29,7 +30,7 @@ def freezing_problems(config: TrainConfig) -> list[Problem]:
         return []
     parameters = freeze(whole_table(config), patterns)
     names = names_of(parameters)
-    problems = unmatched_patterns(names, patterns, _POINTER)
+    problems = unmatched_patterns(ParameterNames(names), patterns, _POINTER)
     split_problem = _partly_frozen_tensor(parameters, patterns)
     if split_problem is not None:
         problems.append(split_problem)
@@ -46,9 +47,10 @@ def _partly_frozen_tensor(
     parameters: Sequence[LocalParameter], patterns: Sequence[str]
 ) -> Problem | None:
     """Returns the problem of the first tensor of which only a part is frozen, if any."""
+    is_frozen = name_matcher(patterns)
     for parameter in parameters:
         names = names_of([parameter])
-        trained = [name for name in names if not matches(name, patterns)]
+        trained = [name for name in names if not is_frozen(name)]
         # `freeze` freezes a tensor as soon as one of its parts matches.
         if parameter.trainable or not trained:
             continue

@@ -6,12 +6,16 @@ Pure. Must not know: how many ranks there are.
 from megatron_ray.config.optimizer import ParameterGroupConfig
 from megatron_ray.config.problem import Problem
 from megatron_ray.config.train_config import TrainConfig
-from megatron_ray.sharding.parameters import freeze, matches
-from megatron_ray.validation.parameter_patterns import (
+from megatron_ray.sharding.parameters import freeze, name_matcher
+from megatron_ray.validation.parameters.patterns import (
+    ParameterNames,
     names_of,
     unmatched_patterns,
     whole_table,
 )
+
+_MAX_COMPARED = 200_000
+"""Names times patterns, up to which the members of a group are counted."""
 
 
 def group_problems(config: TrainConfig) -> list[Problem]:
@@ -23,9 +27,10 @@ def group_problems(config: TrainConfig) -> list[Problem]:
     groups = config.optimizer.groups
     if not groups:
         return []
-    table = freeze(whole_table(config), config.optimizer.freeze)
-    names = names_of(table)
-    trained = names_of([parameter for parameter in table if parameter.trainable])
+    names = ParameterNames(names_of(whole_table(config)))
+    trained = names
+    if config.optimizer.freeze:
+        trained = ParameterNames(_trained_names(config))
     problems = list[Problem]()
     for index, group in enumerate(groups):
         pointer = f"/optimizer/groups/{index}"
@@ -37,7 +42,7 @@ def group_problems(config: TrainConfig) -> list[Problem]:
             problems.append(Problem(pointer, "group_without_effect", detail))
         unmatched = unmatched_patterns(names, group.parameters, f"{pointer}/parameters")
         problems += unmatched
-        if not unmatched and not any(matches(name, group.parameters) for name in trained):
+        if not unmatched and not any(map(trained.has_match, group.parameters)):
             detail = (
                 "all parameters of the group are frozen by optimizer.freeze; leave the group "
                 "out, or freeze fewer"
@@ -52,17 +57,23 @@ def group_notes(config: TrainConfig) -> list[str]:
     """Returns a line per group: what it sets, and for how many parameters."""
     if not config.optimizer.groups:
         return []
-    table = freeze(whole_table(config), config.optimizer.freeze)
-    trained = names_of([parameter for parameter in table if parameter.trainable])
+    trained = _trained_names(config)
     notes = []
     for index, group in enumerate(config.optimizer.groups):
-        members = [name for name in trained if matches(name, group.parameters)]
         numbers = ", ".join(f"{key}={value:g}" for key, value in _numbers(group).items())
-        notes.append(
-            f"optimizer.groups[{index}] sets {numbers} for {len(members)} of {len(trained)} "
-            "trained tensors"
-        )
+        members = ""
+        # Experts are too many to be compared with many patterns.
+        if len(trained) * len(group.parameters) <= _MAX_COMPARED:
+            is_member = name_matcher(group.parameters)
+            num_members = len(list(filter(is_member, trained)))
+            members = f" for {num_members} of {len(trained)} trained tensors"
+        notes.append(f"optimizer.groups[{index}] sets {numbers}{members}")
     return notes
+
+
+def _trained_names(config: TrainConfig) -> list[str]:
+    table = freeze(whole_table(config), config.optimizer.freeze)
+    return names_of([parameter for parameter in table if parameter.trainable])
 
 
 def _numbers(group: ParameterGroupConfig) -> dict[str, float]:

@@ -1,0 +1,90 @@
+"""What the manifest has beside the tokens: names of sources, and notes."""
+
+from pathlib import Path
+
+from megatron_ray.config.data import DataConfig, DataSource
+from megatron_ray.data.preparation.prepare import prepare
+from tests.support.corpus_files import (
+    BYTES,
+    TEXTS,
+    assert_refused,
+    config,
+    write,
+    write_prepared,
+)
+
+
+def test_sources_are_named_in_the_manifest(tmp_path: Path, corpus: Path) -> None:
+    (tmp_path / "other").mkdir()
+    other = write(tmp_path / "other" / corpus.name, TEXTS)
+    data = DataConfig(
+        train=(
+            DataSource(path=str(corpus), name="mine"),
+            DataSource(path=str(other)),
+        ),
+        tokenizer=BYTES,
+        validation_fraction=0.1,
+    )
+    prepared = prepare(data, str(tmp_path / "cache"), seq_length=8)
+    names = ["mine", corpus.name]
+    assert [part.name for part in prepared.train] == names
+    assert [part.name for part in prepared.validation] == names
+
+
+def test_another_share_than_asked_for_is_noted(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", [letter * 20 for letter in "abcdefg"])
+    data = config(path, validation_fraction=0.05)
+    messages: list[str] = []
+    for _ in range(2):
+        cache = str(tmp_path / "cache")
+        (note,) = prepare(data, cache, seq_length=8, progress=messages.append).notes
+        assert messages[-1] == note
+        assert note.startswith(f"{path}: 14.3% of the tokens")
+    assert "of the tokens are held out instead of 5.0%" in note
+
+
+def test_documents_that_cannot_be_told_apart_are_not_separated(tmp_path: Path) -> None:
+    packed = write_prepared(tmp_path / "packed", [[list(range(50))]])
+    separated = {"separate_documents": True, "validation_fraction": 0}
+    assert_refused(
+        config(packed, **separated),
+        tmp_path / "cache",
+        "/data/separate_documents",
+        "no_borders",
+        "packed holds no end token 256, and its index is of a single document, .* set "
+        "separate_documents to false",
+    )
+    # A source that has borders is enough for a blend, and an end token for a source.
+    indexed = write_prepared(tmp_path / "indexed", [[[1, 2, 7]], [[3, 4, 5, 6, 7]]])
+    both = prepare(config(packed, indexed, **separated), str(tmp_path / "c"), seq_length=4)
+    assert len(both.notes) == 2
+    ended = write_prepared(tmp_path / "ended", [[[1, 2, 256, 3, 4, 5, 256]]])
+    assert not prepare(config(ended, **separated), str(tmp_path / "c"), seq_length=4).notes
+
+
+def test_data_with_another_end_token_are_noted(tmp_path: Path) -> None:
+    prefix = write_prepared(tmp_path / "ready", [[[n, 1, 7]] for n in range(20)])
+    (note,) = prepare(config(prefix), str(tmp_path / "cache"), seq_length=4).notes
+    assert "ready holds no end token 256, so a model" in note
+    assert "its documents end with token 7: if that is their end token, set data" in note
+    different = write_prepared(tmp_path / "other", [[[n, 1, n]] for n in range(20)])
+    (note,) = prepare(config(different), str(tmp_path / "cache"), seq_length=4).notes
+    assert "documents end with" not in note
+
+
+def test_a_field_of_data_without_fields_is_noted(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one two three " * 20)
+    lines = write(tmp_path / "b.jsonl", TEXTS)
+    prefix = write_prepared(tmp_path / "ready", [[[n, 1, 256]] for n in range(20)])
+    sources = []
+    for path in (tmp_path / "a.txt", prefix):
+        sources.append(DataSource(path=str(path), text_key="body"))
+    data = DataConfig(
+        train=(*sources, DataSource(path=str(lines))),
+        tokenizer=BYTES,
+        validation_fraction=0,
+    )
+    assert prepare(data, str(tmp_path / "cache"), seq_length=8).notes == (
+        f"{tmp_path}/a.txt has no fields, so text_key='body' has no effect",
+        f"{prefix} has no fields, so text_key='body' has no effect",
+    )
