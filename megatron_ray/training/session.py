@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from megatron_ray.checkpoint.directory import DamagedCheckpointError
 from megatron_ray.checkpoint.initial_model import initial_model, resolve_initial_model
 from megatron_ray.checkpoint.resume_config import compare_with_checkpoint
 from megatron_ray.commands import Command
@@ -143,7 +144,11 @@ class TrainingSession:
         if resume_from is not None:
             return resume(resume_from, self.model, self.optimizer, self.mesh.rank)
         if start_from is not None:
-            start_from_weights(start_from, self.model, self.optimizer)
+            # Unlike a checkpoint of the run's own, it has no older one in its place.
+            try:
+                start_from_weights(start_from, self.model, self.optimizer)
+            except DamagedCheckpointError as error:
+                raise ConfigError(f"/checkpoint/start_from: {error}") from error
         return Progress()
 
     def _end_phase(self, name: str) -> None:

@@ -9,11 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from megatron_ray.checkpoint.claim import Claim
+from megatron_ray.checkpoint.directory import DamagedCheckpointError
+from megatron_ray.checkpoint.hf.exporting import export_folder
+from megatron_ray.checkpoint.hf.importing import import_folder
 from megatron_ray.commands import Command
+from megatron_ray.data.tokenizer import Tokenizer
+from megatron_ray.inference.generate import generate, load_model
 from megatron_ray.storage.errors import DiskFullError
 from megatron_ray.storage.storage import LocalStorage, open_storage
+from tests.support.hf_folders import publish
 from workers.decisions.journal_entry import Ending, JournalEntry, Phase
 from workers.driver.journal import Journal
 from workers.rank.messages import UserError
@@ -347,3 +354,41 @@ def test_only_a_later_second_signal_ends_the_process(
         assert sent == [signal.SIGINT]
         assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_an_imported_spec_may_be_edited_in_any_way_and_every_road_goes_on(
+    job: Path,
+) -> None:
+    publish("llama", job.parent / "hf")
+    (job.parent / "hf" / "tokenizer.json").write_text(Tokenizer.of_bytes().to_json())
+    imported = job.parent / "imported"
+    spec = Path(import_folder(str(job.parent / "hf"), str(imported)).spec)
+    written = spec.read_text()
+    corpus = str(job.parent / "corpus.txt")
+    fields = yaml.safe_load(written)
+    fields["data"]["train"] = [{"path": corpus}]
+    fields["data"]["validation_fraction"] = 0
+    fields["training"].update(seq_length=16, global_batch_size=2, steps=1)
+    edits = {
+        "longer": yaml.safe_dump(fields) + "# " + "a note for people " * 40,
+        "shorter": json.dumps(fields),
+    }
+    for name, text in edits.items():
+        # What editors and people leave beside it.
+        (imported / "spec.yaml~").write_text(written)
+        (imported / ".spec.yaml.swp").write_bytes(b"b0VIM")
+        (imported / f"spec-{name}.yaml").write_text(text)
+        spec.write_text(text)
+        for path in (spec, imported / f"spec-{name}.yaml"):
+            ending = run(path, f"storage.path={job.parent}/{path.stem}-{name}")
+            assert ending.startswith("finished; newest checkpoint: ")
+    assert export_folder(str(imported), str(job.parent / "back"))
+    model, tokenizer = load_model(str(imported))
+    assert generate(model, tokenizer, "hi", 2).tokens is not None
+    # The tensors themselves are protected.
+    zero(imported / "data" / "rank-00000.bin", 1000)
+    with pytest.raises(DamagedCheckpointError, match="has other bytes than were written"):
+        load_model(str(imported))
+    with pytest.raises(TrainingFailedError, match="/checkpoint/start_from: ") as caught:
+        run(spec, f"storage.path={job.parent}/other")
+    assert caught.value.exit_code == 2
