@@ -134,7 +134,7 @@ class StartDecision:
         if not others:
             return
         detail = (
-            f"{self._path} holds {len(others)} committed checkpoints of another run, up to "
+            f"{self._path} holds committed checkpoints of another run, up to "
             f"step {others[-1].step}; go on with that run with --resume, or give this one a "
             "storage.path of its own"
         )

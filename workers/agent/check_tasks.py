@@ -62,7 +62,8 @@ def _folder_problems(storage_path: str) -> list[Problem]:
     if job is not None:
         return [_in_use(storage_path, f"another job ({job.job_id})")]
     if checkpoints:
-        run = f"{len(checkpoints)} committed checkpoints of a run without a service"
+        last = checkpoints[-1].step
+        run = f"committed checkpoints of a run without a service, up to step {last}"
         return [_in_use(storage_path, run)]
     return []
 

@@ -122,7 +122,7 @@ def test_a_second_run_in_a_folder_is_refused_with_both_remedies(job: Path) -> No
     run(job, *EVERY)
     message = refusal(job, *EVERY, "training.seed=7")
     assert "/storage/path: " in message
-    assert "2 committed checkpoints of another run, up to step 4" in message
+    assert "holds committed checkpoints of another run, up to step 4" in message
     assert "--resume, or give this one a storage.path of its own" in message
     assert len(checkpoints(job)) == 2
     # Both remedies lead to a run.
