@@ -7,6 +7,7 @@
 #   make coverage  branch coverage of the tests
 #   make parity    every layout against one rank (an hour)
 #   make chaos     kills everything at random moments (hours)
+#   make fuzz      sends what /openapi.json allows, and what it does not (minutes)
 #   make bench     figures as JSON, one object a line
 
 PYTHON ?= python3
@@ -20,7 +21,7 @@ export PYTHONDONTWRITEBYTECODE :=
 SHARED := -n $(JOBS) --dist loadscope --no-loadscope-reorder
 TORCH  := $(shell sed -n 's/^torch==//p' constraints.txt)
 
-.PHONY: setup demo test unit check docs coverage bench parity chaos
+.PHONY: setup demo test unit check docs coverage bench parity chaos fuzz
 .DEFAULT_GOAL := test
 
 setup: $(VENV)/.installed
@@ -55,6 +56,9 @@ parity: setup
 
 chaos: setup
 	$(BIN)/pytest -m chaos
+
+fuzz: setup
+	$(BIN)/python -m tests.fuzz
 
 # .building marks an installation under way. When it was interrupted half-written packages may look installed, so the
 # next run starts from an empty environment; after an ordinary failure (no network, say) what is there stays. Temporary

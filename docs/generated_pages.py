@@ -20,10 +20,10 @@ from pydantic_core import PydanticUndefined
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from service.app import create_app
+from service.http.errors import PROBLEM_TYPES
+from service.http.openapi import INTERNAL_CODES, operations
 from service.settings import Settings
 from workers.protocol.job import JobSpec
-
-METHODS = ("get", "post", "patch", "put", "delete")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -87,8 +87,8 @@ def section(title: str, model: type[BaseModel]) -> list[str]:
     lines = [f"## {title}", "", one_line(model.__doc__), ""]
     lines += ["| field | type | default | meaning |", "| --- | --- | --- | --- |"]
     for name, field in model.model_fields.items():
-        cells = (f"`{name}`", type_name(field), default(field), one_line(field.description))
-        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+        meaning = one_line(field.description)
+        lines.append(table_row(f"`{name}`", type_name(field), default(field), meaning))
     return [*lines, ""]
 
 
@@ -123,21 +123,20 @@ def one_line(text: str | None) -> str:
 
 
 def rest_page(document: dict[str, Any]) -> str:
-    """Returns one section for each route, in the order of their paths."""
-    lines = [
-        "# REST API",
-        "",
-        "Errors are `application/problem+json` (RFC 9457) with a stable `code`; wrong fields are",
-        "named by JSON pointer. This page is generated from the OpenAPI document that the service",
-        "serves at `/openapi.json`.",
+    """Returns one section for each tag with its operations, then the errors and types."""
+    lines = ["# REST API", "", document["info"]["description"], ""]
+    lines += [
+        "This page is generated from the OpenAPI document that the service serves at",
+        "`/openapi.json`; a client can be generated from it too.",
         "",
     ]
-    for path in sorted(document["paths"]):
-        for method in METHODS:
-            operation = document["paths"][path].get(method)
-            if operation is not None:
+    for tag in document["tags"]:
+        lines += [f"## {tag['name'].capitalize()}", "", tag["description"], ""]
+        for path, method, operation in operations(document):
+            if operation["tags"] == [tag["name"]]:
                 lines += route(method, path, operation)
-    lines += ["# Types", ""]
+    lines += errors_section()
+    lines += ["## Types", ""]
     for name, schema in sorted(document["components"]["schemas"].items()):
         lines += schema_section(name, schema)
     return "\n".join(lines)
@@ -145,30 +144,97 @@ def rest_page(document: dict[str, Any]) -> str:
 
 def route(method: str, path: str, operation: dict[str, Any]) -> list[str]:
     """Returns the section of one operation."""
-    summary = operation.get("description") or operation.get("summary", "")
-    lines = [f"## {method.upper()} {path}", "", one_line(summary), ""]
+    lines = [f"### {method.upper()} {path}", "", operation["description"], ""]
     parameters = operation.get("parameters", [])
     if parameters:
-        lines += ["| parameter | in | meaning |", "| --- | --- | --- |"]
+        lines += ["| parameter | in | type | meaning |", "| --- | --- | --- | --- |"]
         for item in parameters:
-            lines.append(
-                f"| `{item['name']}` | {item['in']} | {one_line(item.get('description'))} |"
-            )
+            # All may be left out but those of the path, so "or null" would be noise.
+            kind = schema_type(item["schema"]).removesuffix(" or null")
+            meaning = one_line(item["description"])
+            lines.append(table_row(f"`{item['name']}`", item["in"], kind, meaning))
         lines.append("")
-    answers = []
-    for status, answer in sorted(operation["responses"].items()):
-        answers.append(f"- {status}: {one_line(answer.get('description'))}")
-    return [*lines, *answers, ""]
+    body = operation.get("requestBody")
+    if body is not None:
+        content = body["content"]["application/json"]
+        lines += [f"Body: {schema_type(content['schema'])}", ""]
+        lines += example(content)
+    statuses = []
+    for status, answer in operation["responses"].items():
+        if "$ref" in answer:
+            statuses.append(status)
+            continue
+        lines += success(status, answer)
+    return [*lines, f"Errors: {', '.join(statuses)}", ""]
+
+
+def success(status: str, answer: dict[str, Any]) -> list[str]:
+    """Returns what an answer other than an error has."""
+    contents = answer.get("content", {})
+    lines = [f"Answer {status}", ""]
+    for media_type, content in contents.items():
+        schema = content.get("schema", {})
+        lines = [f"Answer {status}: {schema_type(schema)}, `{media_type}`", ""]
+        lines += example(content)
+    return lines
+
+
+def example(content: dict[str, Any]) -> list[str]:
+    """Returns a body's example, folded."""
+    if "example" not in content:
+        return []
+    text = json.dumps(content["example"], indent=2)
+    folded = ['??? example "Example"', "", "    ```json"]
+    folded += [f"    {line}" for line in text.splitlines()]
+    return [*folded, "    ```", ""]
+
+
+def errors_section() -> list[str]:
+    """Returns the table of all error codes that users meet."""
+    lines = ["## Errors", ""]
+    lines += [
+        "`type` of a problem is `urn:megatron-ray:problem:` and its code.",
+        "",
+        "| code | status | title |",
+        "| --- | --- | --- |",
+    ]
+    for code, kind in PROBLEM_TYPES.items():
+        if code not in INTERNAL_CODES:
+            lines.append(table_row(f"`{code}`", str(kind.status), kind.title))
+    return [*lines, ""]
 
 
 def schema_section(name: str, schema: dict[str, Any]) -> list[str]:
-    """Returns the fields of one type, or nothing for a type without fields."""
-    properties = schema.get("properties")
-    if not properties:
-        return []
-    lines = [f"## {name}", "", one_line(schema.get("description")), ""]
-    lines += ["| field | meaning |", "| --- | --- |"]
-    for field, value in properties.items():
-        meaning = one_line(value.get("description")).replace("|", "\\|")
-        lines.append(f"| `{field}` | {meaning} |")
+    """Returns the fields or the values of one type."""
+    lines = [f"### {name}", "", one_line(schema.get("description")), ""]
+    if "enum" in schema:
+        values = ", ".join(f"`{value}`" for value in schema["enum"])
+        return [*lines, f"One of {values}.", ""]
+    lines += ["| field | type | meaning |", "| --- | --- | --- |"]
+    for field, value in schema.get("properties", {}).items():
+        meaning = one_line(value.get("description"))
+        lines.append(table_row(f"`{field}`", schema_type(value), meaning))
     return [*lines, ""]
+
+
+def schema_type(schema: dict[str, Any]) -> str:
+    """Returns a schema's type as a reader writes it, with links to other types."""
+    if "$ref" in schema:
+        name = schema["$ref"].rpartition("/")[2]
+        return f"[{name}](#{name.lower()})"
+    for union in ("anyOf", "oneOf"):
+        if union in schema:
+            kinds = dict.fromkeys(schema_type(part) for part in schema[union])
+            return " or ".join(kinds)
+    if "const" in schema:
+        return f"`{json.dumps(schema['const'])}`"
+    if "enum" in schema:
+        return ", ".join(f"`{value}`" for value in schema["enum"])
+    if schema.get("type") == "array":
+        return f"list of {schema_type(schema.get('items', {}))}"
+    return str(schema.get("type", "any"))
+
+
+def table_row(*cells: str) -> str:
+    """Returns one row of a table."""
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"

@@ -1,7 +1,7 @@
 """Defines the base classes of the library's exceptions and the kinds of failure.
 
-Owns: the base classes and the kinds. Torch-free. Must not know: how callers handle
-failures.
+Owns: the base classes, the kinds, and what a message may repeat of a URI. Torch-free.
+Must not know: how callers handle failures.
 
 Each exception is defined beside the code that raises it. The second column is its kind
 or, if it inherits the kind, its module:
@@ -27,8 +27,33 @@ or, if it inherits the kind, its module:
     └── WriteAbandonedError           checkpoint.writer
 """
 
+import re
 from enum import StrEnum
 from typing import ClassVar
+
+# A scheme is short: without a bound the cost of a long word would be its square.
+_URI = re.compile(r"([A-Za-z][A-Za-z0-9+.-]{0,30}:/?/)([^\s'\"<>]*)")
+_HOST = re.compile(r"[A-Za-z0-9._-]*(:[0-9]{1,5})?")
+
+
+def redacted(text: str) -> str:
+    """Returns a text whose URIs are cut down to scheme, host and path.
+
+    User info, queries and fragments may be secrets, which no message, log or database
+    may contain.
+    """
+    return _URI.sub(_redacted_uri, text)
+
+
+def _redacted_uri(match: re.Match[str]) -> str:
+    scheme, rest = match.groups()
+    # The sentence around a URI goes on with a comma, or ends.
+    uri = rest.rstrip(",;:.)]}")
+    shown = re.split("[?#]", uri, maxsplit=1)[0]
+    # A secret may contain a slash itself, so nothing is shown after a doubtful host.
+    if not _HOST.fullmatch(shown.partition("/")[0]):
+        shown = "..."
+    return f"{scheme}{shown}{rest[len(uri) :]}"
 
 
 class ErrorKind(StrEnum):
@@ -51,9 +76,17 @@ class ErrorKind(StrEnum):
 
 
 class MegatronRayError(Exception):
-    """Base of every exception that the library defines."""
+    """Base of every exception that the library defines; its text is redacted."""
 
     failure_kind: ClassVar[ErrorKind] = ErrorKind.INTERNAL
+
+    def __init__(self, *arguments: object) -> None:
+        shown = []
+        for argument in arguments:
+            if isinstance(argument, str):
+                argument = redacted(argument)
+            shown.append(argument)
+        super().__init__(*shown)
 
 
 class InputError(MegatronRayError):

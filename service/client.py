@@ -7,10 +7,9 @@ Methods return JSON bodies as the service sends them; /openapi.json describes th
 """
 
 import contextlib
-import json
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
@@ -18,6 +17,7 @@ from typing import Any, Self
 import httpx
 
 from megatron_ray.config.problem import Problem
+from service.event_stream import StreamEvent, lines_of, parse_stream
 
 Json = dict[str, Any]
 
@@ -49,15 +49,6 @@ class ServiceError(Exception):
 
     def __str__(self) -> str:
         return self.detail
-
-
-@dataclass(frozen=True)
-class StreamEvent:
-    """One server-sent event; `data` is its parsed JSON."""
-
-    event: str
-    id: str | None
-    data: Any
 
 
 class Client:
@@ -112,8 +103,7 @@ class Client:
         Repeating it with the same key and spec returns the same job, so a lost response
         costs nothing.
         """
-        headers = {"Idempotency-Key": idempotency_key or _new_key()}
-        return self._object("POST", "/v1/jobs", json=spec, headers=headers, repeat=True)
+        return self._post("/v1/jobs", spec, key=idempotency_key)
 
     def plan(
         self,
@@ -139,11 +129,7 @@ class Client:
         return self._plan("/v1/plans/suggest", spec, hardware=hardware, ranks=ranks)
 
     def _plan(self, path: str, spec: Mapping[str, Any], **params: Any) -> Json:
-        query = _without_none(**params)
-        headers = {"Idempotency-Key": _new_key()}
-        return self._object(
-            "POST", path, params=query, json=dict(spec), headers=headers, repeat=True
-        )
+        return self._post(path, dict(spec), params=_without_none(**params))
 
     def jobs(
         self,
@@ -151,12 +137,17 @@ class Client:
         limit: int | None = None,
         after: str | None = None,
         status: str | None = None,
+        name: str | None = None,
+        metadata: Mapping[str, str] | None = None,
     ) -> Json:
         """Returns one page of jobs, newest first.
 
-        `after` is the last id of the previous page; `status` is a comma-separated list.
+        `after` is the last id of the previous page; `status` is a comma-separated list; in
+        `name` a `*` stands for any characters; the labels of `metadata` must all match.
         """
-        params = _without_none(limit=limit, after=after, status=status)
+        params = _without_none(limit=limit, after=after, status=status, name=name)
+        for label, value in (metadata or {}).items():
+            params[f"metadata[{label}]"] = value
         return self._object("GET", "/v1/jobs", params=params)
 
     def show(self, job_id: str) -> Json:
@@ -165,9 +156,23 @@ class Client:
 
     def cancel(self, job_id: str) -> Json:
         """Cancels a job and returns its current state; cancelling again is harmless."""
-        headers = {"Idempotency-Key": _new_key()}
-        path = f"/v1/jobs/{job_id}/cancel"
-        return self._object("POST", path, headers=headers, repeat=True)
+        return self._post(f"/v1/jobs/{job_id}/cancel")
+
+    def cancel_jobs(self, job_ids: Sequence[str]) -> Json:
+        """Cancels several jobs; returns which were cancelled, ended before, not found."""
+        return self._post("/v1/jobs:cancel", {"ids": list(job_ids)})
+
+    def checkpoint(self, job_id: str) -> Json:
+        """Requests a checkpoint of a running job now, and returns the job."""
+        return self._post(f"/v1/jobs/{job_id}/checkpoint")
+
+    def delete(self, job_id: str) -> None:
+        """Deletes an ended job and its history; its files stay."""
+        request = self._http.build_request("DELETE", f"/v1/jobs/{job_id}")
+        # Repeated after a lost answer it would not find the job, so it is sent once.
+        response = self._send(request, repeat=False)
+        if response.status_code >= 400:
+            raise _refusal(response)
 
     def pause(self, job_id: str, reason: str = "user_paused") -> Json:
         """Pauses a job and returns its current state; pausing again is harmless."""
@@ -315,9 +320,23 @@ class Client:
             if response.status_code != 200:
                 response.read()
                 raise _refusal(response)
-            yield _lines(response.iter_bytes())
+            yield lines_of(response.iter_bytes())
 
     # ---- one request
+
+    def _post(
+        self,
+        path: str,
+        body: Any = None,
+        *,
+        params: Mapping[str, Any] | None = None,
+        key: str | None = None,
+    ) -> Json:
+        """Sends a POST, which its key makes safe to repeat, and returns the body."""
+        headers = {"Idempotency-Key": key or _new_key()}
+        return self._object(
+            "POST", path, params=params, json=body, headers=headers, repeat=True
+        )
 
     def _object(
         self,
@@ -362,46 +381,6 @@ class Client:
                 if wait_s is None or response.status_code not in _BUSY:
                     return response
             time.sleep(wait_s)
-
-
-def parse_stream(lines: Iterator[str]) -> Iterator[StreamEvent]:
-    """Yields the server-sent events in lines (WHATWG HTML, section 9.2).
-
-    Comments are skipped and an unfinished event is dropped.
-    """
-    # The id stays in force until another one is sent; name and data belong to one event.
-    name = "message"
-    identity = None
-    data: list[str] = []
-    for line in lines:
-        # An empty line ends an event; one without data, such as a comment, is none.
-        if line == "":
-            if data:
-                yield StreamEvent(name, identity, json.loads("\n".join(data)))
-            name = "message"
-            data = []
-            continue
-        key, _, value = line.partition(":")
-        value = value.removeprefix(" ")
-        if key == "data":
-            data.append(value)
-        elif key == "event":
-            name = value
-        elif key == "id":
-            identity = value
-
-
-def _lines(chunks: Iterator[bytes]) -> Iterator[str]:
-    """Yields whole lines, each ended by a line feed.
-
-    Not `splitlines`: JSON may hold other characters that it takes for ends of lines.
-    """
-    rest = b""
-    for chunk in chunks:
-        # Bytes and not text: a chunk may end in the middle of a character.
-        *lines, rest = (rest + chunk).split(b"\n")
-        for line in lines:
-            yield line.removesuffix(b"\r").decode()
 
 
 def _new_key() -> str:

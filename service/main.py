@@ -4,6 +4,7 @@ Owns: socket, port file, uvicorn. Must not know: routes, database.
 """
 
 import contextlib
+import gc
 import ipaddress
 import logging
 import os
@@ -20,6 +21,8 @@ from service.settings import Settings, SettingsError
 GRACEFUL_SHUTDOWN_S = 3
 KEEP_ALIVE_S = 75
 BACKLOG = 2048
+PRIVATE_UMASK = 0o077
+"""Files and folders that only their owner may open."""
 _LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s %(message)s"
 
 
@@ -42,6 +45,9 @@ def run(settings: Settings) -> None:
         timeout_keep_alive=KEEP_ALIVE_S,
     )
     server = Server(config, app.state.notifier, settings.port_file)
+    # What was imported lives as long as the process: a full collection would look through all
+    # of it while every request waits.
+    gc.freeze()
     # uvicorn raises the interrupt again once it has shut down.
     with contextlib.suppress(KeyboardInterrupt):
         server.run(sockets=[listener])
@@ -141,6 +147,8 @@ def main() -> None:
 
     A wrong setting ends the process with one line on stderr.
     """
+    # The database holds what users sent, and the key signs tokens.
+    os.umask(PRIVATE_UMASK)
     try:
         run(Settings.from_environment())
     except SettingsError as error:

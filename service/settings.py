@@ -45,6 +45,15 @@ class Settings(BaseModel):
     """Runtime names a spec may use; comma-separated in the environment."""
     credentials: tuple[str, ...] = ()
     """Names of mounted secrets a spec may use; comma-separated in the environment."""
+    data_prefixes: tuple[str, ...] | None = None
+    """Folders and URIs below which specs may read; comma-separated in the environment, `s3://`
+    alone for every bucket. Default: the jobs' own folder, and on a stack of `up`
+    whatever its user may read."""
+    storage_prefixes: tuple[str, ...] | None = None
+    """Folders and URIs below which specs may write, and read. Default: likewise."""
+    single_user: bool = False
+    """Whether the cluster's processes may do no more than the only user, as on a stack of
+    `up`; then all places are open to specs by default."""
 
     # Limits, and times after which something is given up.
     max_body_bytes: int = Field(default=1 << 20, ge=1024)
@@ -55,6 +64,8 @@ class Settings(BaseModel):
     """Largest number of event streams open at once."""
     check_wait_s: float = Field(default=10.0, ge=0)
     """How long a submission waits for the agent's check of its paths."""
+    storage_timeout_s: float = Field(default=5.0, gt=0)
+    """How long a request waits for a job's storage."""
     agent_lost_s: float = Field(default=30.0, gt=0)
     """Time without a request after which an agent counts as lost."""
     ping_s: float = Field(default=15.0, gt=0)
@@ -62,7 +73,14 @@ class Settings(BaseModel):
     max_wait_s: float = Field(default=60.0, gt=0)
     """Longest wait of a long poll."""
 
-    @field_validator("clusters", "images", "credentials", mode="before")
+    @field_validator(
+        "clusters",
+        "images",
+        "credentials",
+        "data_prefixes",
+        "storage_prefixes",
+        mode="before",
+    )
     @classmethod
     def _split_names(cls, value: Any) -> Any:
         if not isinstance(value, str):
@@ -73,11 +91,24 @@ class Settings(BaseModel):
                 names.append(part.strip())
         return tuple(names)
 
+    @field_validator("data_prefixes", "storage_prefixes")
+    @classmethod
+    def _absolute_prefixes(cls, prefixes: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        for prefix in prefixes or ():
+            if not prefix.startswith("/") and "://" not in prefix:
+                raise ValueError(f"{prefix} is relative; use absolute paths and URIs")
+        return prefixes
+
     @field_validator("data_dir")
     @classmethod
     def _absolute(cls, path: Path) -> Path:
         # Paths made of it are sent to agents and drivers, which run elsewhere.
         return path.expanduser().absolute()
+
+    @property
+    def jobs_dir(self) -> Path:
+        """Folder of the jobs' files, unless their specs name others."""
+        return self.data_dir / "jobs"
 
     @property
     def url(self) -> str:

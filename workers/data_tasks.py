@@ -10,16 +10,22 @@ import os
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from megatron_ray.checkpoint.directory import latest_committed
+from megatron_ray.checkpoint.directory import CheckpointError, latest_committed
 from megatron_ray.checkpoint.disk_space import room_problems
-from megatron_ray.checkpoint.initial_model import resolve_initial_model
+from megatron_ray.checkpoint.initial_model import (
+    resolve_initial_model,
+    weights_left_out,
+)
+from megatron_ray.checkpoint.initial_tokenizer import initial_tokenizer
 from megatron_ray.config.model import ModelConfig
+from megatron_ray.config.model_tokenizer import ModelTokenizer
 from megatron_ray.config.problem import Problem
 from megatron_ray.data.preparation.errors import UnusableDataError
-from megatron_ray.data.preparation.prepare import prepare
+from megatron_ray.data.preparation.prepare import no_progress, prepare
 from megatron_ray.data.prepared import PreparedData
 from megatron_ray.validation.check import find_problems
 from megatron_ray.validation.resolution import with_length, with_vocabulary
@@ -33,30 +39,32 @@ _ALL_LINES = 1_000_000
 
 
 def prepare_data(
-    spec: JobSpec, progress: Callable[[str], None] | None = None
+    spec: JobSpec, progress: Callable[[str], None] = no_progress
 ) -> PreparedData:
     """Prepares the data of a spec, under its storage path or in data.cache.
 
     The storage path must be resolved; `progress` receives messages. Raises
-    UnusableDataError, also if the tokens do not fit the model, the model does not fit the
-    weights it starts from, the epochs have too many samples or the disk has no room left
-    for the checkpoints, and StorageError.
+    UnusableDataError, also if tokenizer or model do not fit the weights that the job
+    begins with, the epochs have too many samples or the disk has no room left for the
+    checkpoints, and StorageError.
     """
     cache = spec.data_cache
     if cache is None:
         raise ValueError("storage.path is not resolved")
-    # The cheap check comes first, because tokenizing may take hours.
-    model = _model_with_initial_vocabulary(spec)
-    seq_length = spec.training.seq_length
-    if progress is None:
-        prepared = prepare(spec.data, cache, seq_length=seq_length)
-    else:
-        prepared = prepare(spec.data, cache, seq_length=seq_length, progress=progress)
-    # Only now is the tokenizer's vocabulary known.
+    # The cheap checks come first, because tokenizing may take hours.
+    model, weights, notes = _resolve_weights(spec)
+    prepared = prepare(
+        spec.data,
+        cache,
+        seq_length=spec.training.seq_length,
+        progress=progress,
+        weights=weights,
+        rows=model.vocab_size,
+    )
+    # The vocabulary of a tokenizer that was trained is known only now.
     try:
-        resolved = with_vocabulary(
-            spec.model_copy(update={"model": model}), prepared.vocab_size
-        )
+        resolved = spec.model_copy(update={"model": model})
+        resolved = with_vocabulary(resolved, prepared.vocab_size, prepared.rows)
     except ValueError as error:
         problem = Problem("/model/vocab_size", "vocab_fits", str(error))
         raise UnusableDataError([problem]) from error
@@ -68,7 +76,7 @@ def prepare_data(
         problems = room_problems(resolved, spec.storage.path)
         if problems:
             raise UnusableDataError(problems)
-    return prepared
+    return prepared.model_copy(update={"notes": (*notes, *prepared.notes)})
 
 
 def _check_epochs(spec: JobSpec, num_tokens: int) -> None:
@@ -81,25 +89,50 @@ def _check_epochs(spec: JobSpec, num_tokens: int) -> None:
         raise UnusableDataError(problems)
 
 
-def _model_with_initial_vocabulary(spec: JobSpec) -> ModelConfig:
-    """Returns the model with the vocabulary of the weights it starts from.
+def _resolve_weights(
+    spec: JobSpec,
+) -> tuple[ModelConfig, ModelTokenizer | None, list[str]]:
+    """Returns the job's model with its vocabulary, and the tokenizer of its weights.
 
-    A job that has a checkpoint of its own no longer needs those weights. Raises
-    UnusableDataError when they do not fit the model.
+    Also notes about weights that the job leaves out. Raises UnusableDataError.
     """
-    has_checkpoint = (
-        spec.storage is not None
-        and spec.checkpoint.start_from
-        and latest_committed(spec.storage.path) is not None
-    )
-    if has_checkpoint:
-        return spec.model
-    model, problems = resolve_initial_model(
-        spec.checkpoint, spec.model, compare_copies=True
-    )
+    newest = None
+    if spec.storage is not None:
+        newest = latest_committed(spec.storage.path)
+    # A job that has a checkpoint of its own no longer needs the weights it started from.
+    if newest is not None:
+        return spec.model, replace(initial_tokenizer(newest.path), is_of_run=True), []
+    model, weights, problems = resolve_initial_weights(spec, compare_copies=True)
     if problems:
         raise UnusableDataError(problems)
-    return model
+    return model, weights, left_out_notes(spec)
+
+
+def left_out_notes(spec: JobSpec) -> list[str]:
+    """Returns notes about initial weights that a job leaves out; they must be readable."""
+    return weights_left_out(spec.checkpoint, spec.model)
+
+
+def resolve_initial_weights(
+    spec: JobSpec, *, compare_copies: bool = False
+) -> tuple[ModelConfig, ModelTokenizer | None, list[Problem]]:
+    """Returns a new job's model with its vocabulary, and the tokenizer of its weights.
+
+    Also a problem for each field of the model that contradicts checkpoint.start_from.
+    Without it, or when it cannot be read, there is no such tokenizer. `compare_copies`
+    is that of resolve_initial_model.
+    """
+    model, problems = resolve_initial_model(
+        spec.checkpoint, spec.model, compare_copies=compare_copies
+    )
+    start_from = spec.checkpoint.start_from
+    if start_from is None or any(problem.code == "start_from" for problem in problems):
+        return model, None, problems
+    try:
+        return model, initial_tokenizer(start_from), problems
+    except CheckpointError as error:
+        problem = Problem("/checkpoint/start_from", "start_from", str(error))
+        return model, None, [*problems, problem]
 
 
 def prepare_task(spec: dict[str, Any]) -> dict[str, Any]:

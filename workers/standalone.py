@@ -7,6 +7,7 @@ store, and commits a checkpoint once a counter in the store shows that every ran
 written its part. Must not know: Ray, HTTP.
 """
 
+import sys
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
@@ -32,6 +33,7 @@ from workers.announcements import Announcements
 from workers.data_tasks import prepare_data
 from workers.exceptions import WorkersError
 from workers.protocol.job import JobSpec
+from workers.protocol.spec_warnings import spec_warnings
 from workers.rank.environment import ProcessEnvironmentError, RankEnv
 from workers.rank.messages import StartRequest, UserError
 from workers.rank.session import connect_store, train
@@ -134,7 +136,8 @@ class _Run:
         self._spool: Spool | None = None
 
     def run(self, reports: Path | None, *, resume: bool) -> Ending:
-        self._warn()
+        for line in warning_lines(self._spec):
+            self._notify(line)
         try:
             start = self._begin(reports, resume=resume)
             if self._is_done(start, self._spec.training.known_steps):
@@ -152,11 +155,6 @@ class _Run:
         finally:
             if self._spool is not None:
                 self._spool.close()
-
-    def _warn(self) -> None:
-        """Names what is legal in the spec and has no effect."""
-        for warning in check.find_warnings(self._spec):
-            self._notify(f"warning: {warning.pointer}: {warning.detail}")
 
     def _begin(self, reports: Path | None, *, resume: bool) -> RunStart:
         """Returns where the run begins; rank 0 decides before any data are prepared."""
@@ -190,6 +188,8 @@ class _Run:
             data = prepare_data(self._spec)
             for note in data.notes:
                 self._notify(f"warning: {note}")
+            if data.first_document:
+                sys.stdout.write(f"{data.first_document}\n")
             seconds = time.monotonic() - started
             self._write_report(_prepared_report(self._spec, data, seconds))
         self._announcements.announce(_PREPARED, data.model_dump(mode="json"))
@@ -308,6 +308,13 @@ def _prepared_report(spec: JobSpec, data: PreparedData, seconds: float) -> Phase
         detail[f"{split}_documents"] = sum(corpus.num_documents for corpus in corpora)
         detail[f"{split}_tokens"] = sum(corpus.num_tokens for corpus in corpora)
     return PhaseReport("prepare", seconds, detail | {"notes": list(data.notes)})
+
+
+def warning_lines(spec: JobSpec) -> list[str]:
+    """Returns what is legal in a spec and may not be intended, a line each."""
+    return [
+        f"warning: {warning.pointer}: {warning.detail}" for warning in spec_warnings(spec)
+    ]
 
 
 def _open_spool(path: Path, attempt: int) -> Spool:

@@ -74,6 +74,20 @@ def resolve_initial_model(
     return model, problems
 
 
+def weights_left_out(checkpoint: CheckpointConfig, model: ModelConfig) -> list[str]:
+    """Returns notes about initial weights that a run's model has no place for.
+
+    Raises CheckpointError, ConfigError.
+    """
+    path = checkpoint.start_from
+    if path is None or model.mtp is not None or initial_model(path).mtp is None:
+        return []
+    return [
+        f"the multi-token prediction layers of {path} are left out; set model.mtp to train "
+        "them too"
+    ]
+
+
 def _read_model(path: str, compare_copies: bool) -> tuple[ModelConfig, list[str]]:
     """Returns the model of the weights, and notes about their folder."""
     if is_native_checkpoint(path):

@@ -59,7 +59,19 @@ def saved_model(path: str, train_state: Mapping[str, Any]) -> ModelConfig:
     Raises CheckpointError when its train state has no valid model.
     """
     try:
-        return ModelConfig.model_validate(train_state["config"]["model"])
+        return ModelConfig.model_validate(model_values(train_state))
     except (KeyError, TypeError, ValueError) as error:
         cause = f"it does not say which model it holds: {error}"
         raise CheckpointError("read", path, cause) from error
+
+
+def model_values(train_state: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the fields of a saved model as this version reads them.
+
+    Raises KeyError, TypeError or ValueError for a train state without a model.
+    """
+    values = dict(train_state["config"]["model"])
+    # Earlier versions had one eps for all norms.
+    if values.get("mla") is not None:
+        values["mla"] = {"norm_eps": values["norm_eps"], **values["mla"]}
+    return values

@@ -6,11 +6,14 @@ Must not know: how documents are cut into samples.
 import re
 from collections import Counter
 from collections.abc import Container, Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from megatron_ray.config.base import Config
+
+SpecialTokens = Literal["none", "all"] | Annotated[tuple[str, ...], Field(max_length=1024)]
+"""Which special tokens text may contain: none, all, or those with these names."""
 
 
 class DataSource(Config):
@@ -82,15 +85,31 @@ class TokenizerConfig(Config):
 
     kind: Literal["bpe", "file", "bytes"] = "bpe"
     """`bpe` trains a byte-level BPE tokenizer on the corpus, `file` reads a Hugging Face
-    tokenizer.json, `bytes` uses the 256 byte values and an end-of-document token."""
+    tokenizer.json, `bytes` uses the 256 byte values and an end-of-document token. A run
+    that begins with weights (checkpoint.start_from, or its own checkpoint) must use the
+    tokenizer they were made with: `bpe` then takes theirs instead of training one, and
+    another tokenizer is refused, unless it only adds tokens."""
     vocab_size: int = Field(default=4096, ge=257, le=1 << 22)
     """Tokens that a `bpe` tokenizer is trained to. Ignored for the other kinds."""
     path: str | None = Field(default=None, max_length=4096)
     """Path or URI of a tokenizer.json. Required for `file` and refused for the other
     kinds."""
     end_of_document: str | None = None
-    """Token that separates documents, for `file`. Default: the first of the usual names
-    (such as `<|endoftext|>`) that the tokenizer has."""
+    """Token appended to every document. Default: the one that the weights the run begins
+    with were made with, or else the one declared by the files beside `path`
+    (`eos_token_id` of config.json, `eos_token` of tokenizer_config.json), or else the
+    first of the usual names (such as `<|endoftext|>`) among the tokenizer's special
+    tokens."""
+    begin_of_document: str | None = None
+    """Token put before every document, and before every prompt of a model trained so
+    (`<s>` of Llama 2, `<bos>` of Gemma). Empty for none. Default: the one that the
+    weights the run begins with were made with, or else none."""
+    special_tokens_in_text: SpecialTokens = "none"
+    """Special tokens that are recognised when text contains their names, as in rendered
+    chats: `none` (the names are ordinary text), `all`, or a list of names. Prompts of a
+    model trained so are read alike. A `bpe` tokenizer is trained to have the tokens that
+    are named here and around documents. `all` leaves out the end token, so that text cannot
+    end its own document; name it to recognise it."""
 
     @model_validator(mode="after")
     def _file_needs_path(self) -> "TokenizerConfig":
@@ -106,7 +125,7 @@ class DataConfig(Config):
 
     train: tuple[DataSource, ...] = Field(min_length=1, max_length=1024)
     """Corpora to train on, blended by their weights."""
-    validation: tuple[DataSource, ...] = ()
+    validation: tuple[DataSource, ...] = Field(default=(), max_length=1024)
     """Corpora to evaluate on. Files that folders or globs of `train` share with them are
     not trained on. Default (empty): the validation files beside the files of each source
     of `train`, or a share of its documents, see `validation_fraction`."""

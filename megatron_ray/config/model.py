@@ -5,7 +5,7 @@ Owns: architecture only. Must not know: parallelism, data, devices.
 
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from megatron_ray.config.base import Config
@@ -19,12 +19,20 @@ _NESTED_FIELDS = ("moe", "mla", "mtp")
 """Groups of fields that a preset fills field by field, instead of as a whole."""
 
 
+def _required_without_preset(schema: dict[str, Any]) -> None:
+    """Corrects the JSON schema: a preset stands for the required fields."""
+    required = schema.pop("required")
+    schema["anyOf"] = [{"required": ["preset"]}, {"required": required}]
+
+
 class ModelConfig(Config):
     """A decoder-only transformer.
 
     `{preset: NAME}` fills every field. Fields given beside it take precedence, as do
     single fields inside `moe`, `mla` and `mtp`.
     """
+
+    model_config = ConfigDict(json_schema_extra=_required_without_preset)
 
     preset: str | None = None
     """Name of a published model shape, or of a small one for tests, that fills the

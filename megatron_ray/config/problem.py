@@ -5,7 +5,7 @@ Must not know: any rule.
 
 from dataclasses import dataclass
 
-from megatron_ray.exceptions import InputError
+from megatron_ray.exceptions import InputError, redacted
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,10 @@ class Problem:
     """Stable name of the rule."""
     detail: str
     """What is wrong, with the numbers, and the remedy."""
+
+    def __post_init__(self) -> None:
+        # Details repeat what users wrote, which may be a URI with a secret in it.
+        object.__setattr__(self, "detail", redacted(self.detail))
 
 
 class ConfigError(InputError, ValueError):

@@ -35,11 +35,24 @@ class PreparedData(Config):
     """Size of the tokenizer's vocabulary."""
     end_of_document: int
     """Token id that ends a document."""
+    begin_of_document: int | None = None
+    """Token id that begins a document, if any."""
+    rows_needed: int | None = None
+    """Smallest vocabulary of a model for these tokens, which may be below `vocab_size`:
+    special tokens that no document contains need no row. None: vocab_size."""
     unigram_nats: float | None = None
     """Cross entropy, nats per token, of the validation tokens under their own unigram
     frequencies: the baseline to beat."""
     notes: tuple[str, ...] = ()
     """What differs from what the config asked for, one sentence each."""
+    first_document: str = ""
+    """Beginning of the first training document as it was tokenized, for people to
+    read."""
+
+    @property
+    def rows(self) -> int:
+        """Smallest vocabulary of a model for these tokens."""
+        return self.rows_needed or self.vocab_size
 
     @property
     def num_train_tokens(self) -> int:

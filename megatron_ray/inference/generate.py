@@ -11,9 +11,9 @@ on typer, which the service's command line uses.
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from torch import Tensor
 from megatron_ray.checkpoint.directory import CheckpointError
 from megatron_ray.checkpoint.load import load_into
 from megatron_ray.checkpoint.train_state import TOKENIZER, read_train_state
+from megatron_ray.config.data import SpecialTokens
 from megatron_ray.config.parallelism import ParallelismConfig
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.data.tokenizer import Tokenizer
@@ -54,16 +55,25 @@ class Generation:
     text: str
     """The continuation, without the prompt."""
     tokens: tuple[int, ...]
-    """Number of new tokens, without the token that ends a document."""
+    """New tokens, without the token that ends a document."""
     finish_reason: Literal["length", "end_of_document"]
+    prompt_tokens: tuple[int, ...] = ()
+    """Tokens that the model was given: the prompt's, after the token that begins a
+    document if the model was trained with one."""
 
 
-def load_model(checkpoint_path: str, device: str = "cpu") -> tuple[GPT, Tokenizer]:
+def load_model(
+    checkpoint_path: str,
+    device: str = "cpu",
+    special_tokens_in_text: SpecialTokens | None = None,
+) -> tuple[GPT, Tokenizer]:
     """Returns the trained model in fp32 on one device, and its tokenizer.
 
-    The checkpoint may have been saved under any layout. Raises StorageError
-    (CheckpointError when the checkpoint cannot be loaded), ValueError when its config
-    is invalid.
+    `special_tokens_in_text` are those that prompts may contain, by default those of the
+    model's training data. The checkpoint may have been saved under any layout.
+
+    Raises StorageError (CheckpointError when the checkpoint cannot be loaded), ValueError
+    when its config is invalid.
     """
     train_state = read_train_state(checkpoint_path, 0)
     if "config" not in train_state:
@@ -89,7 +99,12 @@ def load_model(checkpoint_path: str, device: str = "cpu") -> tuple[GPT, Tokenize
         state[f"model/{name}"] = whole_tensor(bias.value)
     load_into(checkpoint_path, state)
     model.requires_grad_(False)
-    return model, _load_tokenizer(checkpoint_path, train_state.get("end_of_document"))
+    tokenizer = _load_tokenizer(
+        checkpoint_path,
+        train_state,
+        special_tokens_in_text or config.data.tokenizer.special_tokens_in_text,
+    )
+    return model, tokenizer
 
 
 def _model_state(
@@ -109,7 +124,12 @@ def _model_state(
     return state
 
 
-def _load_tokenizer(checkpoint_path: str, end_of_document: int | None) -> Tokenizer:
+def _load_tokenizer(
+    checkpoint_path: str,
+    train_state: Mapping[str, Any],
+    special_tokens_in_text: SpecialTokens,
+) -> Tokenizer:
+    """Returns the tokenizer with the tokens around documents that the model knows."""
     try:
         text = open_storage(checkpoint_path).read_bytes(TOKENIZER).decode("utf-8")
     except MissingFileError as error:
@@ -118,7 +138,12 @@ def _load_tokenizer(checkpoint_path: str, end_of_document: int | None) -> Tokeni
             checkpoint_path,
             f"it holds no {TOKENIZER}, so its tokens cannot be turned into text",
         ) from error
-    return Tokenizer.from_json(text, end_of_document)
+    return Tokenizer.from_json(
+        text,
+        train_state.get("end_of_document"),
+        train_state.get("begin_of_document"),
+        special_tokens_in_text,
+    )
 
 
 def generate(
@@ -133,9 +158,11 @@ def generate(
 ) -> Generation:
     """Continues `prompt` until a document ends or there are `max_new_tokens`.
 
-    An empty prompt begins a new document. The same seed gives the same text. Raises
-    ValueError for wrong sampling values and for more tokens than learned positions or
-    than memory has room for.
+    The prompt is the beginning of a document; an empty one begins a new one. The same
+    seed gives the same text.
+
+    Raises ValueError for wrong sampling values and for more tokens than learned positions
+    or than memory has room for.
     """
     sampling = Sampling(temperature, top_k, top_p)
     *_, generation = generate_pieces(
@@ -157,7 +184,8 @@ def generate_pieces(
 
     The pieces together are its text. Raises as `generate` does, before the first piece.
     """
-    start = tokenizer.encode(prompt) or [tokenizer.end_of_document]
+    start = tokenizer.encode_prompt(prompt)
+    _check_rows(model, tokenizer, start)
     pieces = TextPieces(tokenizer, start)
     tokens = list[int]()
     finish_reason: Literal["length", "end_of_document"] = "length"
@@ -168,7 +196,8 @@ def generate_pieces(
         sampling,
         seed,
         stop=tokenizer.end_of_document,
-        vocabulary=tokenizer.vocab_size,
+        # A model may lack rows for special tokens that never occurred.
+        vocabulary=min(tokenizer.vocab_size, model.config.vocabulary),
     ):
         if token == tokenizer.end_of_document:
             finish_reason = "end_of_document"
@@ -188,7 +217,17 @@ def generate_pieces(
     # Bytes of a character that was never completed.
     if text != pieces.text:
         yield text.removeprefix(pieces.text)
-    yield Generation(prompt, text, tuple(tokens), finish_reason)
+    yield Generation(prompt, text, tuple(tokens), finish_reason, tuple(start))
+
+
+def _check_rows(model: GPT, tokenizer: Tokenizer, prompt: Sequence[int]) -> None:
+    """Raises ValueError for a special token that the model was never trained on."""
+    largest = max(prompt)
+    if largest >= model.config.vocabulary:
+        raise ValueError(
+            f"the prompt has token {largest} ({tokenizer.name_of(largest)!r}), the model rows "
+            f"for {model.config.vocabulary}; leave that token out"
+        )
 
 
 def generate_tokens(
@@ -267,6 +306,12 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--prompt", default="", help="text to continue; empty starts a new document"
     )
+    parser.add_argument(
+        "--special-tokens",
+        action="append",
+        metavar="none|all|NAME",
+        help="special tokens recognised in the prompt, repeatable; default: as in training",
+    )
     parser.add_argument("--max-new-tokens", type=int, default=100)
     parser.add_argument(
         "--temperature", type=float, default=1.0, help="0 is greedy decoding"
@@ -285,7 +330,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--json",
         action="store_true",
-        help="one JSON object: prompt, text, tokens, finish_reason",
+        help="one JSON object: prompt, text, tokens, finish_reason, prompt_tokens",
     )
     return parser.parse_args(arguments)
 
@@ -297,7 +342,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     options = _parse(arguments)
     try:
-        model, tokenizer = load_model(options.checkpoint, _device(options.device))
+        model, tokenizer = load_model(
+            options.checkpoint,
+            _device(options.device),
+            _special_tokens(options.special_tokens),
+        )
         sampling = Sampling(options.temperature, options.top_k, options.top_p)
         pieces = generate_pieces(
             model,
@@ -335,6 +384,17 @@ def _print_pieces(pieces: Iterator[str | Generation], options: argparse.Namespac
             continue
         sys.stdout.flush()
         output = ""
+
+
+def _special_tokens(values: list[str] | None) -> SpecialTokens | None:
+    """Returns the special tokens of the option, None where it is not given."""
+    if values is None:
+        return None
+    if values == ["all"]:
+        return "all"
+    if values == ["none"]:
+        return "none"
+    return tuple(values)
 
 
 def _device(name: str) -> str:

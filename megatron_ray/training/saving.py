@@ -8,6 +8,7 @@ random stream) is stored in its own part.
 
 import base64
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
@@ -23,10 +24,12 @@ from megatron_ray.config.problem import ConfigError
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.data.prepared import PreparedData
 from megatron_ray.distributed.mesh import ParallelMesh
+from megatron_ray.models.initialization import init_local
 from megatron_ray.optimizer.sharded import ShardedOptimizer
 from megatron_ray.parallelize.parallelize import ParallelModel
 from megatron_ray.reports import CheckpointReport
 from megatron_ray.sharding.sharded_state import ShardedState, whole_tensor
+from megatron_ray.storage.errors import StorageError
 from megatron_ray.storage.storage import open_storage
 from megatron_ray.training.progress import Progress, SkippedSteps
 
@@ -59,13 +62,15 @@ class TrainingSaver:
         self._attempt = attempt
         self._storage_path = config.storage.path
         self._end_of_document = data.end_of_document
+        self._begin_of_document = data.begin_of_document
         self._files: dict[str, bytes] = {}
         if mesh.rank == 0:
             # Makes a copied checkpoint sufficient for generation.
-            self._files[TOKENIZER] = _read_file(data.tokenizer_path)
+            self._files[TOKENIZER] = read_file(data.tokenizer_path)
             # Makes an export behave as the published model, after any number of runs.
             if weights is not None:
-                self._files |= inside_checkpoint(read_published(weights))
+                published = _published_files(weights, config.checkpoint.start_from)
+                self._files |= inside_checkpoint(published)
         self._writer = CheckpointWriter(mesh, config.checkpoint.mode, on_written)
         # Plans collectively which rank writes which box, so that a save needs no
         # collective.
@@ -113,13 +118,26 @@ class TrainingSaver:
                 mode="json", include=set(TrainConfig.model_fields)
             ),
             "end_of_document": self._end_of_document,
+            "begin_of_document": self._begin_of_document,
             "rng": {
                 "cpu": base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode()
             },
         }
 
 
-def _read_file(path: str) -> bytes:
+def _published_files(weights: str, start_from: str | None) -> dict[str, bytes]:
+    """Returns the published files of the weights that a run begins with."""
+    files = read_published(weights)
+    # Checkpoints of earlier versions have none. What the run started from may have been
+    # deleted since.
+    if not files and start_from not in (None, weights):
+        with suppress(StorageError):
+            files = read_published(str(start_from))
+    return files
+
+
+def read_file(path: str) -> bytes:
+    """Returns the content of a file at a path or URI. Raises StorageError."""
     folder, _, name = path.rpartition("/")
     return open_storage(folder or ".").read_bytes(name)
 
@@ -167,11 +185,18 @@ def _planned_samples(state: Mapping[str, Any]) -> tuple[int, ...]:
 
 
 def start_from_weights(
-    path: str, model: ParallelModel, optimizer: ShardedOptimizer
+    path: str, model: ParallelModel, optimizer: ShardedOptimizer, seed: int
 ) -> None:
     """Loads main parameters from a checkpoint or a Hugging Face folder.
 
-    Moments and steps stay at zero. Raises CheckpointError, ConfigError.
+    Moments and steps stay at zero. Tokens that the weights lack get rows drawn from
+    `seed`, as in a new model. Raises CheckpointError, ConfigError.
     """
-    load_initial_weights(path, training_state(model, optimizer))
+
+    def draw(logical_name: str) -> None:
+        for parameter in model.parameters:
+            if parameter.parts[0].logical.name == logical_name:
+                optimizer.initialise(parameter.name, init_local(parameter, seed))
+
+    load_initial_weights(path, training_state(model, optimizer), draw)
     optimizer.publish()

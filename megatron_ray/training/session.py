@@ -14,6 +14,7 @@ import torch
 
 from megatron_ray.checkpoint.directory import DamagedCheckpointError
 from megatron_ray.checkpoint.initial_model import initial_model, resolve_initial_model
+from megatron_ray.checkpoint.initial_tokenizer import initial_tokenizer
 from megatron_ray.checkpoint.resume_config import compare_with_checkpoint
 from megatron_ray.commands import Command
 from megatron_ray.config.problem import ConfigError, Problem
@@ -21,6 +22,7 @@ from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.data.datasets import build_dataset, evaluation_sources
 from megatron_ray.data.loader import BatchMaker, StepLoader, evaluation_batches
 from megatron_ray.data.prepared import PreparedData
+from megatron_ray.data.tokenizer_match import find_difference
 from megatron_ray.distributed.mesh import ParallelMesh
 from megatron_ray.models.initialization import init_local
 from megatron_ray.optimizer.sharded import ShardedOptimizer
@@ -31,9 +33,17 @@ from megatron_ray.training.components import TrainingComponents
 from megatron_ray.training.evaluate import Evaluation
 from megatron_ray.training.loop import Outcome, train
 from megatron_ray.training.progress import Progress
-from megatron_ray.training.saving import TrainingSaver, resume, start_from_weights
+from megatron_ray.training.saving import (
+    TrainingSaver,
+    read_file,
+    resume,
+    start_from_weights,
+)
 from megatron_ray.validation import check, resolution
-from megatron_ray.validation.initial_weights import with_vocabulary_of
+from megatron_ray.validation.initial_weights import (
+    with_latent_eps_of,
+    with_vocabulary_of,
+)
 
 
 def discard_report(_: Report) -> None:
@@ -75,7 +85,8 @@ class TrainingSession:
         resolved = _with_initial_vocabulary(resolved, resume_from)
         # Checked after preparation, because a BPE trained on little text may have fewer
         # tokens than requested.
-        self.config = resolution.with_vocabulary(resolved, data.vocab_size)
+        self.config = resolution.with_vocabulary(resolved, data.vocab_size, data.rows)
+        _check_tokenizer(resume_from or self.config.checkpoint.start_from, data)
         self.mesh = mesh
         self._report = report
         self._poll = poll
@@ -144,9 +155,10 @@ class TrainingSession:
         if resume_from is not None:
             return resume(resume_from, self.model, self.optimizer, self.mesh.rank)
         if start_from is not None:
+            seed = self.config.training.seed
             # Unlike a checkpoint of the run's own, it has no older one in its place.
             try:
-                start_from_weights(start_from, self.model, self.optimizer)
+                start_from_weights(start_from, self.model, self.optimizer, seed)
             except DamagedCheckpointError as error:
                 raise ConfigError(f"/checkpoint/start_from: {error}") from error
         return Progress()
@@ -245,17 +257,37 @@ def build(
 def _with_initial_vocabulary(config: TrainConfig, resume_from: str | None) -> TrainConfig:
     """Returns the config with the vocabulary of the run's initial weights.
 
-    They may come from its own checkpoint. Raises ConfigError when the config's model
-    differs from theirs.
+    They may come from its own checkpoint, which also has the eps of the latents' norms.
+    Raises ConfigError when the config's model differs from theirs.
     """
+    if resume_from is not None:
+        saved = initial_model(resume_from)
+        model = with_latent_eps_of(config.model, saved)
+        if config.checkpoint.start_from is not None:
+            model = with_vocabulary_of(model, saved)
+        return config.model_copy(update={"model": model})
     if config.checkpoint.start_from is None:
         return config
-    if resume_from is not None:
-        model = with_vocabulary_of(config.model, initial_model(resume_from))
-        return config.model_copy(update={"model": model})
     model, problems = resolve_initial_model(config.checkpoint, config.model)
     _raise_for(problems)
     return config.model_copy(update={"model": model})
+
+
+def _check_tokenizer(weights_path: str | None, data: PreparedData) -> None:
+    """Raises ConfigError when the data were made with another tokenizer than the weights."""
+    if weights_path is None:
+        return
+    weights = initial_tokenizer(weights_path)
+    # Published weights may come without one.
+    if weights.content is None:
+        return
+    content = read_file(data.tokenizer_path).decode()
+    difference = find_difference(weights.content, content)
+    if difference is not None:
+        raise ConfigError(
+            f"/data/tokenizer: the data were not made with the tokenizer of {weights_path}: "
+            f"{difference}; {weights.remedy}"
+        )
 
 
 def _check(config: TrainConfig, mesh: ParallelMesh) -> None:

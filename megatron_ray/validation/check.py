@@ -11,6 +11,7 @@ from megatron_ray.config.parallelism import ParallelismConfig
 from megatron_ray.config.problem import Problem
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.parallel_dims import ParallelDims
+from megatron_ray.storage.path_rules import PathRules, path_problems
 from megatron_ray.validation import (
     experts,
     intervals,
@@ -60,13 +61,16 @@ _WARNINGS = (
 """Such rules for any number of steps."""
 
 
-def find_problems(config: TrainConfig, world_size: int | None = None) -> list[Problem]:
+def find_problems(
+    config: TrainConfig, world_size: int | None = None, path_rules: PathRules | None = None
+) -> list[Problem]:
     """Returns all problems of a config at once.
 
     `world_size` is the number of ranks started or available; None skips the rule that
-    needs it.
+    needs it. `path_rules` are the places that a deployment lets its specs name; None on a
+    machine of the user's own.
     """
-    problems = list[Problem]()
+    problems = path_problems(config, path_rules)
     for rule in _RULES:
         problems += rule(config)
     if problems:

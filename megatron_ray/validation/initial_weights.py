@@ -8,6 +8,7 @@ Pure. Must not know: files, formats.
 from math import isclose
 from typing import Any
 
+from megatron_ray.config.latent import LatentAttentionConfig
 from megatron_ray.config.model import ModelConfig
 from megatron_ray.config.problem import Problem
 
@@ -101,9 +102,9 @@ def _mla_signature(model: ModelConfig) -> dict[str, Any]:
 def contradictions(model: ModelConfig, weights: ModelConfig) -> list[Problem]:
     """Returns contradictions between a run's model and that of its initial weights.
 
-    The vocabulary must be equal; a run that leaves it out takes that of the weights
-    (`with_vocabulary_of`). A run may have longer sequences where positions are not
-    learned, and may set rotary frequencies and windows of its own.
+    The vocabulary may be larger, which adds rows; a run that leaves it out takes that of
+    the weights (`with_vocabulary_of`). A run may have longer sequences where positions
+    are not learned, and may set rotary frequencies and windows of its own.
     """
     own = model_signature(model)
     expected = model_signature(weights)
@@ -125,7 +126,7 @@ def contradictions(model: ModelConfig, weights: ModelConfig) -> list[Problem]:
         value = own.get(field)
         needed = expected.get(field)
         is_chosen = field in _LONG_CONTEXT_FIELDS and value != defaults[field]
-        if is_same(value, needed) or is_chosen or _may_differ(model, field, value):
+        if is_same(value, needed) or is_chosen or _may_differ(model, field, needed):
             continue
         detail = (
             f"{field}={value!r} contradicts the weights of checkpoint.start_from, which "
@@ -145,11 +146,14 @@ def _without_details(signature: dict[str, Any], group: str, first: str) -> dict[
     return kept
 
 
-def _may_differ(model: ModelConfig, field: str, value: Any) -> bool:
+def _may_differ(model: ModelConfig, field: str, needed: Any) -> bool:
     if field == "max_sequence_length":
         return model.position_embedding != "learned"
+    # Rows are added for further tokens.
+    if field == "vocab_size" and model.vocab_size is not None and needed is not None:
+        return bool(model.vocab_size > needed)
     # A run may leave out the MTP layers of its initial weights.
-    return field == "mtp" and value is None
+    return field == "mtp" and model.mtp is None
 
 
 def is_same(value: Any, other: Any) -> bool:
@@ -157,6 +161,20 @@ def is_same(value: Any, other: Any) -> bool:
     if isinstance(value, float) and isinstance(other, float):
         return isclose(value, other, rel_tol=1e-6)
     return bool(value == other)
+
+
+def with_latent_eps_of(model: ModelConfig, checkpoint: ModelConfig) -> ModelConfig:
+    """Returns the model of a resumed run with the latents' eps of its checkpoint.
+
+    Runs of earlier versions had that of all norms, which their spec does not name. An eps
+    that is not the default was chosen.
+    """
+    if model.mla is None or checkpoint.mla is None:
+        return model
+    if model.mla.norm_eps != LatentAttentionConfig().norm_eps:
+        return model
+    mla = model.mla.model_copy(update={"norm_eps": checkpoint.mla.norm_eps})
+    return model.model_copy(update={"mla": mla})
 
 
 def with_vocabulary_of(model: ModelConfig, weights: ModelConfig) -> ModelConfig:

@@ -85,16 +85,22 @@ def _with_steps(config: TrainConfig, steps: int) -> TrainConfig:
     return config.model_copy(update={"training": training})
 
 
-def with_vocabulary(config: TrainConfig, vocab_size: int) -> TrainConfig:
+def with_vocabulary(
+    config: TrainConfig, vocab_size: int, rows: int | None = None
+) -> TrainConfig:
     """Fills in model.vocab_size from the tokenizer's size.
 
-    Raises ConfigError when the model has fewer tokens than the tokenizer.
+    `rows` is the smallest vocabulary that the data need, by default `vocab_size`. Raises
+    ConfigError when the model has fewer tokens.
     """
+    needed = rows or vocab_size
     own_size = config.model.vocab_size
-    if own_size is not None and own_size < vocab_size:
+    if own_size is not None and own_size < needed:
+        remedy = "raise it, or leave it out"
+        if config.checkpoint.start_from is not None:
+            remedy = f"set it to {needed}, which adds rows to the weights"
         raise ConfigError(
-            f"model.vocab_size={own_size} is smaller than the tokenizer's {vocab_size}; raise "
-            "it, or leave it out"
+            f"model.vocab_size={own_size} is smaller than the tokenizer's {needed}; {remedy}"
         )
     model = config.model.model_copy(update={"vocab_size": own_size or vocab_size})
     return config.model_copy(update={"model": model})

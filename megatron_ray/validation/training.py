@@ -88,6 +88,9 @@ def _head_problems(model: ModelConfig) -> list[Problem]:
 def _vocabulary_problems(config: TrainConfig) -> list[Problem]:
     tokenizer = config.data.tokenizer
     vocab_size = config.model.vocab_size
+    # The tokenizer is that of the weights.
+    if config.checkpoint.start_from is not None:
+        return []
     # Only a trained tokenizer's size is known from the config alone.
     if tokenizer.kind != "bpe" or vocab_size is None or tokenizer.vocab_size <= vocab_size:
         return []

@@ -3,16 +3,17 @@
 from typing import Annotated, Any
 
 import sqlalchemy as sa
-from fastapi import APIRouter, Query
+from fastapi import APIRouter, Depends, Query
+from fastapi.responses import JSONResponse, Response
 
 from service.api import render
-from service.api.models import Attempt, Checkpoint, JobId, Page
-from service.exceptions import NotFoundError
+from service.api.models import Attempt, Checkpoint, JobId, Page, RankPlacement
 from service.http.dependencies import ContextDep
+from service.http.parameters import check_query
 from service.jobs import lifecycle
 from service.store.schema import AttemptRow, CheckpointRow
 
-router = APIRouter(prefix="/v1", tags=["history"])
+router = APIRouter(prefix="/v1", tags=["history"], dependencies=[Depends(check_query)])
 
 
 @router.get("/jobs/{job_id}/checkpoints")
@@ -27,7 +28,9 @@ def list_checkpoints(job_id: JobId, context: ContextDep) -> Page[Checkpoint]:
             .order_by(CheckpointRow.step, CheckpointRow.attempt)
         )
         checkpoints = [render.checkpoint(row) for row in session.scalars(statement)]
-    return render.page(checkpoints, lambda checkpoint: checkpoint.path)
+    return render.page(
+        checkpoints, lambda checkpoint: checkpoint.path, total=len(checkpoints)
+    )
 
 
 @router.get("/jobs/{job_id}/attempts")
@@ -41,18 +44,18 @@ def list_attempts(job_id: JobId, context: ContextDep) -> Page[Attempt]:
             .order_by(AttemptRow.attempt)
         )
         attempts = [render.attempt(row) for row in session.scalars(statement)]
-    return render.page(attempts, lambda attempt: attempt.attempt)
+    return render.page(attempts, lambda attempt: attempt.attempt, total=len(attempts))
 
 
-@router.get("/jobs/{job_id}/ranks")
+@router.get("/jobs/{job_id}/ranks", response_model=Page[RankPlacement])
 def list_ranks(
     job_id: JobId,
     context: ContextDep,
     attempt: Annotated[
         int | None, Query(ge=1, lt=1 << 31, description="Attempt. Default: newest.")
     ] = None,
-) -> Page[dict[str, Any]]:
-    """Lists where each rank runs: {rank, slot, node_id, address, gpu, pid, coordinates}.
+) -> Response:
+    """Lists where each rank runs.
 
     The list is empty before the ranks are placed.
     """
@@ -65,5 +68,7 @@ def list_ranks(
         ranks = row.ranks
     elif attempt is not None:
         # Without a number the newest is meant, which may not be placed yet: no error.
-        raise NotFoundError(render.no_attempt(attempt, job.attempt))
-    return render.page(ranks, lambda rank: rank.get("rank"))
+        raise render.no_attempt(attempt, job.attempt)
+    # As stored: there may be thousands, which need no validation.
+    page = render.page(ranks, lambda rank: rank.get("rank"), total=len(ranks))
+    return JSONResponse(page.model_dump())

@@ -1,13 +1,15 @@
 """Serves /v1/cluster: Ray clusters as their agents last reported them."""
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Depends
 
 from service.api import render
-from service.api.models import Cluster, Page
+from service.api.cluster_models import Cluster
+from service.api.models import Page
 from service.http.dependencies import ContextDep
+from service.http.parameters import check_query
 from service.store.schema import ClusterRow
 
-router = APIRouter(prefix="/v1", tags=["cluster"])
+router = APIRouter(prefix="/v1", tags=["clusters"], dependencies=[Depends(check_query)])
 
 
 @router.get("/cluster")
@@ -19,4 +21,4 @@ def list_clusters(context: ContextDep) -> Page[Cluster]:
         for name in names:
             row = session.get(ClusterRow, name)
             clusters.append(render.cluster(name, row, context.agents))
-    return render.page(clusters, lambda cluster: cluster.name)
+    return render.page(clusters, lambda cluster: cluster.name, total=len(clusters))

@@ -1,48 +1,63 @@
 """Serves /healthz, /readyz and /metrics."""
 
+import asyncio
 from typing import Any
 
-from fastapi import APIRouter, Response
+from anyio.to_thread import run_sync
+from fastapi import APIRouter, Depends, Response
+from fastapi.responses import PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from sqlalchemy.exc import SQLAlchemyError
 
+from service.api.cluster_models import Liveness, Readiness
 from service.http.dependencies import Context, ContextDep
+from service.http.parameters import check_query
 from service.store.schema import ClusterRow
 from workers.protocol.wire import AgentReport
 
-router = APIRouter(tags=["health"])
+_ANSWER_S = 5.0
+"""How long the database may take before requests count as not served."""
+router = APIRouter(tags=["health"], dependencies=[Depends(check_query)])
 
 
-@router.get("/healthz")
-async def healthz() -> dict[str, str]:
+@router.get("/healthz", response_model=Liveness)
+async def check_health() -> dict[str, str]:
     """Answers 200 while the process runs."""
     return {"status": "ok"}
 
 
-@router.get("/readyz")
-def readyz(context: ContextDep, response: Response) -> dict[str, Any]:
+@router.get("/readyz", response_model=Readiness, responses={503: {"model": Readiness}})
+async def check_readiness(context: ContextDep, response: Response) -> dict[str, Any]:
     """Answers 200 while requests can be served, 503 when the database does not answer.
 
-    `status` is `ok` when every agent is connected and reaches Ray, else `degraded`.
+    `status` is `ok` when every agent is connected and reaches Ray and no storage of a job
+    is silent, else `degraded`.
     """
     try:
-        context.store.ping()
-        agents = []
-        for name in context.settings.clusters:
-            agents.append(_agent(context, name))
-    except SQLAlchemyError:
+        # In a thread, like most requests: when no thread gets free, they wait as well.
+        async with asyncio.timeout(_ANSWER_S):
+            agents = await run_sync(_agents, context, abandon_on_cancel=True)
+    except (SQLAlchemyError, TimeoutError):
         response.status_code = 503
-        return {"status": "unavailable", "database": "does not answer", "agents": []}
+        return {
+            "status": "unavailable",
+            "database": "does not answer",
+            "storage": _storage(context),
+            "agents": [],
+        }
+    storage = _storage(context)
     status = "ok"
+    if storage != "ok":
+        status = "degraded"
     for agent in agents:
         # Still 200, because jobs can be submitted and read without an agent.
         if not agent["ray_reachable"]:
             status = "degraded"
-    return {"status": status, "database": "ok", "agents": agents}
+    return {"status": status, "database": "ok", "storage": storage, "agents": agents}
 
 
-@router.get("/metrics")
-def metrics(context: ContextDep) -> Response:
+@router.get("/metrics", response_class=PlainTextResponse)
+def get_service_metrics(context: ContextDep) -> Response:
     """Returns the service's metrics in Prometheus' text format."""
     silence_s: dict[str, float | None] = {}
     for name in context.settings.clusters:
@@ -50,6 +65,20 @@ def metrics(context: ContextDep) -> Response:
     with context.store.read() as session:
         text = context.telemetry.render(session, silence_s)
     return Response(text, media_type=CONTENT_TYPE_LATEST)
+
+
+def _storage(context: Context) -> str:
+    if context.storage_reads.is_late:
+        return "does not answer"
+    return "ok"
+
+
+def _agents(context: Context) -> list[dict[str, Any]]:
+    context.store.ping()
+    agents = []
+    for name in context.settings.clusters:
+        agents.append(_agent(context, name))
+    return agents
 
 
 def _agent(context: Context, name: str) -> dict[str, Any]:

@@ -53,7 +53,7 @@ async def hello(context: ContextDep) -> dict[str, object]:
     be able to read.
     """
     deployment = context.deployment
-    root = context.settings.data_dir / "jobs"
+    root = context.settings.jobs_dir
     return {
         "protocol": PROTOCOL,
         "namespace": deployment.namespace,

@@ -1,17 +1,22 @@
-"""Serves /v1/jobs: create, list, show, cancel, pause, resume, checkpoint, delete."""
+"""Serves /v1/jobs: create, list, get, pause, resume, checkpoint, delete, cancel many."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Annotated, Any
 
 import sqlalchemy as sa
-from fastapi import APIRouter, Header, Query, Request
+from fastapi import APIRouter, Depends, Header, Query, Request
 from fastapi.responses import JSONResponse, Response
+from pydantic import BeforeValidator
 from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 
 from service.api import render
 from service.api.models import (
+    MAX_JOBS_PER_REQUEST,
+    NAME_PATTERN,
+    CancelJobsRequest,
+    Cancellation,
     CancelRequest,
     Job,
     JobId,
@@ -21,27 +26,41 @@ from service.api.models import (
     ResumeRequest,
 )
 from service.exceptions import JobActiveError, RequestInvalidError
+from service.http.bodies import BoundedBodyRoute
 from service.http.dependencies import Context, ContextDep, CurrentCaller
-from service.http.idempotency import IdempotentRequest, StoredResponse
+from service.http.errors import ProblemError
+from service.http.idempotency import MAX_KEY_CHARS, IdempotentRequest, StoredResponse
+from service.http.parameters import check_query, deep_object, labels_of, split_commas
 from service.jobs import lifecycle, pausing, queue
 from service.jobs.submit import Submitter
-from service.store.schema import JobRow, LabelRow
+from service.store.schema import JobRow
+from service.store.selection import JobFilter
 from workers.protocol.job import JobSpec
 from workers.protocol.states import JobState, StatusReason
 
-router = APIRouter(prefix="/v1", tags=["jobs"])
+_METADATA = deep_object(
+    "metadata",
+    "Labels to list, as `metadata[<label>]=<value>`; with several, all must match.",
+)
+router = APIRouter(
+    prefix="/v1",
+    tags=["jobs"],
+    dependencies=[Depends(check_query)],
+    route_class=BoundedBodyRoute,
+)
 IdempotencyKey = Annotated[
     str | None,
     Header(
         alias="Idempotency-Key",
+        # Checked where it is used, with a message that names the remedy.
+        json_schema_extra={"minLength": 1, "maxLength": MAX_KEY_CHARS},
         description="Makes the request safe to repeat: the same key gets the first response "
         "again. Keys are kept for 7 days.",
     ),
 ]
-_LABEL_PREFIX = "metadata["
 
 
-@router.post("/jobs", status_code=201, response_model=Job)
+@router.post("/jobs", status_code=201, response_model=Job, responses={409: {}})
 async def create_job(
     spec: JobSpec,
     request: Request,
@@ -60,7 +79,7 @@ async def create_job(
     if earlier is not None:
         return _created(earlier, is_replay=True)
     # Stores `submitted` instead of `spec`: the user's input without defaults.
-    submitter = Submitter(context.settings, context.store, context.agents)
+    submitter = Submitter(context.settings, context.store, context.agents, context.compute)
     job = await submitter.prepare(spec, submitted)
     store = partial(_store_job, context, submitter, spec, job, repeatable)
     response, is_replay = await run_in_threadpool(store)
@@ -69,49 +88,82 @@ async def create_job(
     return _created(response, is_replay=is_replay)
 
 
-@router.get("/jobs")
+@router.get("/jobs", openapi_extra={"parameters": [_METADATA]})
 def list_jobs(
     request: Request,
     context: ContextDep,
     limit: Annotated[int, Query(ge=1, le=100, description="Jobs per page.")] = 20,
     after: Annotated[
-        str | None, Query(description="Id of the last job of the previous page.")
+        str | None,
+        Query(
+            min_length=1,
+            max_length=64,
+            description="Id of the last job of the previous page.",
+        ),
     ] = None,
     status: Annotated[
-        str | None, Query(description="States to list, separated by commas. Default: all.")
+        list[JobState] | None,
+        BeforeValidator(split_commas),
+        Query(description="States to list; may be repeated. Default: all."),
+    ] = None,
+    name: Annotated[
+        str | None,
+        Query(
+            min_length=1,
+            max_length=63,
+            pattern=NAME_PATTERN,
+            description="Name to list; `*` stands for any characters. Default: all.",
+        ),
     ] = None,
 ) -> Page[JobSummary]:
-    """Lists jobs, newest first.
-
-    `metadata[key]=value` lists only jobs with that label. With several, all must match.
-    """
-    statement = (
-        sa.select(JobRow)
-        .where(JobRow.deleted_at.is_(None))
-        .order_by(JobRow.number.desc())
-        .limit(limit + 1)  # one more, to know whether there is another page
-    )
-    if status is not None:
-        statement = statement.where(JobRow.status.in_(_states(status)))
-    # Label names are arbitrary, so they cannot be declared as parameters in FastAPI.
-    for name, value in request.query_params.multi_items():
-        if name.startswith(_LABEL_PREFIX) and name.endswith("]"):
-            label_key = name.removeprefix(_LABEL_PREFIX).removesuffix("]")
-            statement = statement.where(JobRow.number.in_(_labelled(label_key, value)))
+    """Lists jobs, newest first."""
+    chosen = JobFilter(status, name, labels_of(request, "metadata"))
+    statement = chosen.select().limit(limit + 1)  # one more shows whether there is a page
     with context.store.read() as session:
         # Ordered by number, so that jobs submitted meanwhile do not shift the pages.
         if after is not None:
             statement = statement.where(JobRow.number < _number(session, after))
         rows = list(session.scalars(statement))
         jobs = render.summaries(session, rows[:limit])
-    return render.page(jobs, lambda job: job.id, has_more=len(rows) > limit)
+        total = chosen.count(session)
+    return render.page(jobs, lambda job: job.id, has_more=len(rows) > limit, total=total)
 
 
 @router.get("/jobs/{job_id}")
-def show_job(job_id: JobId, context: ContextDep) -> Job:
-    """Shows one job."""
+def get_job(job_id: JobId, context: ContextDep) -> Job:
+    """Returns one job."""
     with context.store.read() as session:
         return render.job(session, lifecycle.find(session, job_id))
+
+
+@router.post("/jobs:cancel", status_code=202, response_model=Cancellation)
+def cancel_jobs(
+    body: CancelJobsRequest,
+    context: ContextDep,
+    caller: CurrentCaller,
+    key: IdempotencyKey = None,
+) -> Response:
+    """Cancels several jobs: those named by id, or those that match.
+
+    Running jobs first write a final checkpoint, unless `checkpoint` is false. Jobs that
+    have ended stay as they are.
+    """
+    options = body.model_dump(mode="json")
+    repeatable = IdempotentRequest.of(key, caller.token_id, "/v1/jobs:cancel", options)
+    with context.store.write() as session:
+        earlier = repeatable.earlier_response(session)
+        if earlier is not None:
+            return _answer(earlier, is_replay=True)
+        job_ids = body.ids
+        if job_ids is None:
+            job_ids = _active_ids(session, body)
+        has_more = len(job_ids) > MAX_JOBS_PER_REQUEST
+        job_ids = job_ids[:MAX_JOBS_PER_REQUEST]
+        result = queue.cancel_all(session, job_ids, final_checkpoint=body.checkpoint)
+        answer = render.cancellation(result, job_ids, has_more=has_more)
+        response = StoredResponse(202, answer.model_dump(mode="json"))
+        repeatable.store_response(session, response.status, response.body)
+    return _answer(response)
 
 
 @router.post("/jobs/{job_id}/cancel", status_code=202, response_model=Job)
@@ -133,16 +185,14 @@ def cancel_job(
     repeatable = IdempotentRequest.of(key, caller.token_id, path, options.model_dump())
 
     def cancel(session: Session, job: JobRow) -> None:
-        # A cancelled job leaves the queue and may release its resources.
-        lifecycle.cancel(session, job, final_checkpoint=options.checkpoint)
-        session.flush()
-        # The job may have been at the head of the queue, so others may be admitted now.
-        queue.admit_jobs(session, lifecycle.lock_cluster(session, job.cluster))
+        queue.cancel_all(session, [job.id], final_checkpoint=options.checkpoint)
 
     return _change(context, job_id, repeatable, cancel)
 
 
-@router.post("/jobs/{job_id}/pause", status_code=202, response_model=Job)
+@router.post(
+    "/jobs/{job_id}/pause", status_code=202, response_model=Job, responses={409: {}}
+)
 def pause_job(
     job_id: JobId,
     context: ContextDep,
@@ -162,7 +212,9 @@ def pause_job(
     return _change(context, job_id, repeatable, pause)
 
 
-@router.post("/jobs/{job_id}/resume", status_code=202, response_model=Job)
+@router.post(
+    "/jobs/{job_id}/resume", status_code=202, response_model=Job, responses={409: {}}
+)
 def resume_job(
     job_id: JobId,
     context: ContextDep,
@@ -178,7 +230,7 @@ def resume_job(
     options = body or ResumeRequest()
     path = f"/v1/jobs/{job_id}/resume"
     repeatable = IdempotentRequest.of(key, caller.token_id, path, options.model_dump())
-    submitter = Submitter(context.settings, context.store, context.agents)
+    submitter = Submitter(context.settings, context.store, context.agents, context.compute)
 
     def resume(session: Session, job: JobRow) -> None:
         if JobState(job.status).is_terminal:
@@ -195,7 +247,9 @@ def resume_job(
     return _change(context, job_id, repeatable, resume)
 
 
-@router.post("/jobs/{job_id}/checkpoint", status_code=202, response_model=Job)
+@router.post(
+    "/jobs/{job_id}/checkpoint", status_code=202, response_model=Job, responses={409: {}}
+)
 def checkpoint_job(
     job_id: JobId, context: ContextDep, caller: CurrentCaller, key: IdempotencyKey = None
 ) -> Response:
@@ -208,7 +262,7 @@ def checkpoint_job(
     return _change(context, job_id, repeatable, lifecycle.request_checkpoint)
 
 
-@router.delete("/jobs/{job_id}", status_code=204)
+@router.delete("/jobs/{job_id}", status_code=204, responses={409: {}})
 def delete_job(job_id: JobId, context: ContextDep) -> None:
     """Deletes an ended job and its history.
 
@@ -224,7 +278,22 @@ def _earlier_response(
     if repeatable.key is None:
         return None
     with context.store.read() as session:
-        return repeatable.earlier_response(session)
+        earlier = repeatable.earlier_response(session)
+        if earlier is not None:
+            _check_still_there(session, earlier)
+        return earlier
+
+
+def _check_still_there(session: Session, created: StoredResponse) -> None:
+    """Raises ProblemError when the job that a response names has been deleted since."""
+    job_id = created.body["id"]
+    statement = sa.select(JobRow.deleted_at).where(JobRow.id == job_id)
+    if session.scalar(statement) is not None:
+        raise ProblemError(
+            "job_deleted",
+            f"this Idempotency-Key has created {job_id}, which was deleted; use a new key to "
+            "create another job",
+        )
 
 
 def _store_job(
@@ -249,10 +318,21 @@ def _store_job(
 
 
 def _created(response: StoredResponse, *, is_replay: bool) -> Response:
-    headers = {"Location": f"/v1/jobs/{response.body['id']}"}
+    job_id = response.body["id"]
+    location = {"Location": f"/v1/jobs/{job_id}"}
+    return _answer(response, is_replay=is_replay, headers=location)
+
+
+def _answer(
+    response: StoredResponse,
+    *,
+    is_replay: bool = False,
+    headers: Mapping[str, str] | None = None,
+) -> Response:
+    sent = dict(headers or {})
     if is_replay:
-        headers["Idempotent-Replayed"] = "true"
-    return JSONResponse(response.body, status_code=response.status, headers=headers)
+        sent["Idempotent-Replayed"] = "true"
+    return JSONResponse(response.body, status_code=response.status, headers=sent)
 
 
 def _change(
@@ -266,32 +346,25 @@ def _change(
         job = lifecycle.lock(session, job_id)
         earlier = repeatable.earlier_response(session)
         if earlier is not None:
-            headers = {"Idempotent-Replayed": "true"}
-            return JSONResponse(earlier.body, status_code=earlier.status, headers=headers)
+            return _answer(earlier, is_replay=True)
         # Rendered before the commit, so that the stored response equals the sent one.
         change(session, job)
         body = render.job(session, job).model_dump(mode="json")
-        repeatable.store_response(session, 202, body)
-    return JSONResponse(body, status_code=202)
+        response = StoredResponse(202, body)
+        repeatable.store_response(session, response.status, body)
+    return _answer(response)
 
 
-def _states(names: str) -> list[str]:
-    states = []
-    for part in names.split(","):
-        name = part.strip()
-        try:
-            states.append(JobState(name).value)
-        except ValueError:
-            detail = f"unknown status {name[:80]!r}; known: {', '.join(JobState)}"
-            raise RequestInvalidError.of_field(
-                "/query/status", "unknown_state", detail
-            ) from None
-    return states
+def _active_ids(session: Session, body: CancelJobsRequest) -> list[str]:
+    """Returns the ids of the jobs that match and have not ended, newest first.
 
-
-def _labelled(key: str, value: str) -> sa.Select[int]:
-    """Selects the numbers of the jobs with a label."""
-    return sa.select(LabelRow.job).where(LabelRow.key == key, LabelRow.value == value)
+    One more than a request may change shows that there are more.
+    """
+    active = [state for state in JobState if not state.is_terminal]
+    statuses = [state for state in body.status or active if state in active]
+    chosen = JobFilter(statuses, body.name, (body.metadata or {}).items())
+    statement = chosen.select().limit(MAX_JOBS_PER_REQUEST + 1)
+    return [job.id for job in session.scalars(statement)]
 
 
 def _number(session: Session, job_id: str) -> int:

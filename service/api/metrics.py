@@ -1,34 +1,53 @@
 """Serves /v1/jobs/{id}/metrics: what a job has measured, by step."""
 
-from typing import Annotated, Any
+from typing import Annotated
 
-from fastapi import APIRouter, Query
+from fastapi import APIRouter, Depends, Query
+from fastapi.responses import JSONResponse, Response
+from pydantic import AfterValidator, BeforeValidator, Field
 
-from service.api.models import JobId, Page
-from service.exceptions import RequestInvalidError
+from service.api import render
+from service.api.models import JobId, MetricsRow, Page
 from service.http.dependencies import ContextDep
+from service.http.parameters import check_query, split_commas
 from service.jobs import lifecycle
 from service.store import series as store
+from service.store.schema import AttemptRow
 from service.store.series import Series
 
 MAX_ROWS = 10_000
 DEFAULT_KEYS = ("loss", "grad_norm", "lr", "tokens_per_s")
-_KNOWN_KEYS = ", ".join(store.NAMES)
+_ALWAYS_PRESENT = ("step", "attempt")
 _KEYS_WITH_PARTS = ", ".join(f"{name}/NAME" for name in store.WITH_PARTS)
-_ALWAYS_PRESENT = ("", "step", "attempt")
-router = APIRouter(prefix="/v1", tags=["history"])
+_KEY_SCHEMA = {
+    "anyOf": [
+        {"enum": [*store.NAMES, *_ALWAYS_PRESENT]},
+        {"pattern": f"^({'|'.join(store.WITH_PARTS)})/[^,\\s]+$"},
+    ]
+}
+router = APIRouter(prefix="/v1", tags=["history"], dependencies=[Depends(check_query)])
 
 
-@router.get("/jobs/{job_id}/metrics")
+def _known_key(name: str) -> str:
+    if name not in _ALWAYS_PRESENT and store.parse_series(name) is None:
+        known = ", ".join(store.NAMES)
+        raise ValueError(f"must be one of {known}, or a part: {_KEYS_WITH_PARTS}")
+    return name
+
+
+Key = Annotated[str, AfterValidator(_known_key), Field(json_schema_extra=_KEY_SCHEMA)]
+
+
+@router.get("/jobs/{job_id}/metrics", response_model=Page[MetricsRow])
 def list_metrics(
     job_id: JobId,
     context: ContextDep,
     keys: Annotated[
-        str | None,
+        list[Key] | None,
+        BeforeValidator(split_commas),
         Query(
-            description=f"Metrics, separated by commas: {_KNOWN_KEYS}, and parts of some: "
-            f"{_KEYS_WITH_PARTS}, such as val_loss/SOURCE. Default: "
-            f"{', '.join(DEFAULT_KEYS)}."
+            description=f"Metrics to return; may be repeated. {_KEYS_WITH_PARTS} are parts of "
+            f"some, such as val_loss/SOURCE. Default: {', '.join(DEFAULT_KEYS)}."
         ),
     ] = None,
     from_step: Annotated[
@@ -52,20 +71,24 @@ def list_metrics(
             "attempt that has it.",
         ),
     ] = None,
-) -> Page[dict[str, Any]]:
-    """Lists rows {step, attempt, <keys>} in order of step.
+) -> Response:
+    """Lists the metrics of each step, in order of step.
 
     `val_loss` is null in steps after which nothing was evaluated; asked for alone, it has
     rows of evaluated steps only. Without `max_points`, a long series comes in pages. For
-    the next page, set `from_step` to the last step plus 1.
+    the next page, set `from_step` to the last step plus 1. With `max_points` there is
+    one page; `total` is the number of rows that it was thinned from.
     """
     series = _series(keys)
     has_more = False
+    total = None
     with context.store.read() as session:
         job = lifecycle.find(session, job_id)
+        if attempt is not None and not session.get(AttemptRow, (job.number, attempt)):
+            raise render.no_attempt(attempt, job.attempt)
         # A thinned series has a single page, because thinning compares all points.
         if max_points is not None:
-            rows = store.read_thinned(
+            rows, total = store.read_thinned(
                 session, job, series, max_points, from_step=from_step, attempt=attempt
             )
         else:
@@ -76,29 +99,16 @@ def list_metrics(
             )
             has_more = len(rows) > MAX_ROWS
             rows = rows[:MAX_ROWS]
-    if not rows:
-        return Page(data=[], has_more=False)
-    first_id = str(rows[0]["step"])
-    last_id = str(rows[-1]["step"])
-    return Page(data=rows, first_id=first_id, last_id=last_id, has_more=has_more)
+    # As stored: there may be thousands, which need no validation.
+    page = render.page(rows, lambda row: row["step"], has_more=has_more, total=total)
+    return JSONResponse(page.model_dump())
 
 
-def _series(keys: str | None) -> list[Series]:
-    if keys is None:
-        keys = ",".join(DEFAULT_KEYS)
+def _series(keys: list[str] | None) -> list[Series]:
     parsed: list[Series] = []
-    for part in keys.split(","):
-        name = part.strip()
-        # Every row contains step and attempt.
-        if name in _ALWAYS_PRESENT:
-            continue
+    for name in dict.fromkeys(keys or DEFAULT_KEYS):
         series = store.parse_series(name)
-        if series is None:
-            detail = (
-                f"unknown key {name[:80]!r}; known: {_KNOWN_KEYS}, and parts of some: "
-                f"{_KEYS_WITH_PARTS}"
-            )
-            raise RequestInvalidError.of_field("/query/keys", "unknown_key", detail)
-        if series not in parsed:
+        # Every row has its step and attempt, so they are no series.
+        if series is not None:
             parsed.append(series)
     return parsed

@@ -1,20 +1,27 @@
-"""Defines the bodies of the public API.
+"""Defines the bodies of the public API about jobs.
 
 Owns: their fields and descriptions, which are what /openapi.json shows. Must not know:
 tables, internal messages.
 """
 
 from datetime import datetime
-from typing import Annotated, Any, Generic, Literal, TypeVar
+from typing import Annotated, Any, Generic, Literal, Self, TypeVar
 
 from fastapi import Path
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, model_validator
 
 from megatron_ray.config.problem import Problem
-from workers.protocol.states import DesiredState, JobState, StatusReason
+from workers.protocol.events import EventLevel
+from workers.protocol.states import AttemptState, DesiredState, JobState, StatusReason
 
 Item = TypeVar("Item")
+MAX_JOBS_PER_REQUEST = 1000
+"""Jobs that one request may change."""
+NAME_PATTERN = r"^[a-z0-9*-]+$"
 JobId = Annotated[str, Path(description="Id of the job.")]
+Name = Annotated[str, Field(min_length=1, max_length=63, pattern=NAME_PATTERN)]
+"""A job's name, in which `*` stands for any characters."""
+Label = Annotated[str, Field(max_length=500)]
 
 
 class Body(BaseModel):
@@ -30,14 +37,48 @@ class Body(BaseModel):
 class Page(Body, Generic[Item]):
     """One page of a list. For the next page, set `after` to `last_id`."""
 
-    # Descriptions are read from the source, and Page[Job] has none.
-    model_config = ConfigDict(use_attribute_docstrings=False)
+    # Not by attribute docstrings: they are read from the source, and Page[Job] has none.
+    model_config = ConfigDict(
+        use_attribute_docstrings=False,
+        json_schema_extra={
+            "description": "One page of a list. For the next page, set `after` to `last_id`."
+        },
+    )
 
-    object: Literal["list"] = "list"
-    data: list[Item]
-    first_id: str | None = None
-    last_id: str | None = None
-    has_more: bool = False
+    object: Literal["list"] = Field("list", description="Kind of this object.")
+    data: list[Item] = Field(description="The entries of this page.")
+    first_id: str | None = Field(None, description="Id of the first entry of this page.")
+    last_id: str | None = Field(None, description="Id of the last entry of this page.")
+    has_more: bool = Field(False, description="Whether entries follow after this page.")
+    total: int | None = Field(
+        None,
+        description="Number of entries that match the request, on all pages together; null "
+        "where they were not counted.",
+    )
+
+
+class ProblemDocument(Body):
+    """Body of every answer that is an error (RFC 9457)."""
+
+    # Some problems carry further members, as the RFC provides for.
+    model_config = ConfigDict(extra="allow")
+
+    type: str
+    """URN of the kind of problem: `urn:megatron-ray:problem:` and the code."""
+    title: str
+    """What went wrong in general."""
+    status: int
+    """HTTP status."""
+    detail: str
+    """What went wrong this time, and what to do."""
+    code: str
+    """Stable name of the kind of problem, for programs."""
+    errors: list[Problem]
+    """The wrong fields or parameters, one by one."""
+    instance: str
+    """Path of the request."""
+    request_id: str
+    """Id of the request, under which the service's log names it."""
 
 
 # ---- jobs and their history
@@ -72,16 +113,22 @@ class LastCheckpoint(Body):
     """The newest committed checkpoint."""
 
     step: int
+    """Step that training continues after."""
     path: str
+    """Folder or URI of the checkpoint."""
     committed_at: datetime
+    """When it was complete."""
 
 
 class JobSummary(Body):
     """A job without its specs."""
 
     object: Literal["job"] = "job"
+    """Kind of this object."""
     id: str
+    """Id of the job."""
     name: str
+    """Name that the spec gives; several jobs may have it."""
     status: JobState
     """Current state."""
     status_reason: StatusReason | None
@@ -96,14 +143,17 @@ class JobSummary(Body):
     resumes: int
     """Number of times that the job was resumed after its end."""
     cluster: str
+    """Cluster that the job runs on."""
     priority: int
     """Jobs of higher priority are scheduled first."""
     metadata: dict[str, str]
     """Labels given by the user."""
     created_at: datetime
+    """When the job was created."""
     started_at: datetime | None
     """When training started for the first time."""
     ended_at: datetime | None
+    """When the job ended; null while it has not."""
     attempt: int
     """Number of the newest attempt; 0 before the first."""
     failures: int
@@ -111,11 +161,13 @@ class JobSummary(Body):
     preemptions: int
     """Number of preempted attempts."""
     progress: Progress
+    """How far the job is."""
     problem: dict[str, Any] | None
     """Why the job failed, as a problem document (RFC 9457)."""
     storage_path: str
     """Folder or URI that the job writes everything to."""
     last_checkpoint: LastCheckpoint | None
+    """The newest committed checkpoint; null before the first."""
 
 
 class Job(JobSummary):
@@ -131,15 +183,19 @@ class Event(Body):
     """One event of a job's history."""
 
     object: Literal["job.event"] = "job.event"
+    """Kind of this object."""
     id: str
+    """Id of the event, unique among all jobs."""
     seq: int
     """Number of the event within the job: 1, 2, 3, ... without gaps."""
     job_id: str
+    """Id of the job."""
     attempt: int
     """Attempt that the event belongs to; 0 before the first."""
     created_at: datetime
-    level: str
-    """`info`, `warn` or `error`."""
+    """When it happened, by the clock of the process that reported it."""
+    level: EventLevel
+    """How much it matters."""
     type: str
     """Kind of the event. Ignore types that you do not know: new ones may be added."""
     message: str
@@ -156,41 +212,114 @@ class Attempt(Body):
     """One attempt to run a job on a set of ranks."""
 
     object: Literal["attempt"] = "attempt"
+    """Kind of this object."""
     attempt: int
     """Number of the attempt, from 1."""
-    state: str
-    """`starting`, `running`, `succeeded`, `failed` or `stopped`."""
-    reason: str | None
-    """Why it ended."""
+    state: AttemptState
+    """Current state."""
+    reason: StatusReason | None
+    """Why it ended; null while it has not."""
     message: str
     """Explanation for people."""
     world_size: int | None
     """Number of ranks."""
     started_at: datetime | None
+    """When it began."""
     ended_at: datetime | None
+    """When it ended; null while it has not."""
 
 
 class Checkpoint(Body):
     """A committed checkpoint."""
 
     object: Literal["checkpoint"] = "checkpoint"
+    """Kind of this object."""
     step: int
+    """Step that training continues after."""
     attempt: int
     """Attempt that wrote it."""
     path: str
+    """Folder or URI of the checkpoint."""
     committed_at: datetime
+    """When it was complete."""
     bytes: int | None
     """Size of all its files."""
     loss: float | None
     """Training loss at its step."""
 
 
+class MetricsRow(Body):
+    """The metrics of one step, those that the request named.
+
+    A part of a metric has the name that was asked for, such as `val_loss/web`.
+    """
+
+    model_config = ConfigDict(extra="allow")
+
+    # Fields of StepReport, which a test compares. Rows are answered as the database has
+    # them, so this class only describes them.
+    step: int
+    """Number of the step, from 1."""
+    attempt: int
+    """Attempt that ran the step."""
+    loss: float | None = None
+    """Training loss, in nats per token."""
+    grad_norm: float | None = None
+    """Global L2 norm of the gradients before clipping."""
+    lr: float | None = None
+    """Learning rate."""
+    num_tokens: int | None = None
+    """Tokens that counted in the loss, all ranks together."""
+    consumed_samples: int | None = None
+    """Samples used since the start of the job, this step included."""
+    step_s: float | None = None
+    """Seconds that the step took."""
+    tokens_per_s: float | None = None
+    """Tokens per second, all ranks together."""
+    mfu: float | None = None
+    """Model FLOPs utilisation: the share of the devices' peak that the model uses; null
+    where the peak is not known, as on CPUs."""
+    memory_bytes: int | None = None
+    """Peak device memory; on CPUs the memory of the process."""
+    split_s: dict[str, float | None] | None = None
+    """Seconds of the step by part: data, forward_backward, reduce, optimizer."""
+    other_losses: dict[str, float | None] | None = None
+    """Auxiliary losses before weighting, such as load_balancing_loss and mtp_1_loss."""
+    val_loss: float | None = None
+    """Validation loss after the step, in nats per token; null where nothing was evaluated."""
+
+
+class RankPlacement(Body):
+    """Where one rank runs."""
+
+    # Rows are answered as the driver reported them: a newer one may add fields.
+    model_config = ConfigDict(extra="allow")
+
+    rank: int
+    """Number of the rank."""
+    slot: int | None = None
+    """Number of the worker process, which stays when a rank moves."""
+    node_id: str | None = None
+    """Ray's id of the node."""
+    address: str | None = None
+    """IP address of the node."""
+    gpu: int | None = None
+    """Index of the GPU on its node; null on CPUs."""
+    pid: int | None = None
+    """Id of the process on its node."""
+    coordinates: dict[str, int] = {}
+    """Index of the rank along each parallel axis."""
+
+
 class Log(Body):
     """A part of one rank's log."""
 
     object: Literal["log"] = "log"
+    """Kind of this object."""
     rank: int
+    """Rank that wrote the log."""
     attempt: int
+    """Attempt that the log belongs to."""
     offset: int
     """Byte of the file where this part starts."""
     next_offset: int
@@ -201,142 +330,30 @@ class Log(Body):
     """Text of this part."""
 
 
-# ---- plans: their fields mirror the library's results, which a test compares
+# ---- messages of a stream
 
 
-class PlanRank(Body):
-    """Position of one rank."""
+class StreamMetrics(Body):
+    """Data of the message `metrics`."""
 
-    rank: int
-    coordinates: dict[str, int]
-    """Index of the rank along each parallel axis."""
-    island: int
-    """Ranks with the same number run on the same node."""
+    rows: list[MetricsRow]
+    """Rows of steps with all metrics, in the order in which they were stored."""
 
 
-class PlanMemory(Body):
-    """Memory of the most loaded rank, in bytes.
+class StreamEnd(Body):
+    """Data of the message `end`, the last one."""
 
-    Weights, gradients and optimizer state are exact; the rest is an estimate.
-    """
-
-    rank: int
-    """The most loaded rank. Others may need as much."""
-    parameters_bytes: int
-    """Weights."""
-    gradients_bytes: int
-    """Gradients."""
-    optimizer_bytes: int
-    """Optimizer state."""
-    gathered_bytes_estimate: int
-    """Weights and gradients that ZeRO-3 gathers for a short time."""
-    activations_bytes_estimate: int
-    """Activations of all microbatches that are in progress at once."""
-    total_bytes_estimate: int
-    """Sum of all parts."""
-    vocab_size: int
-    """Vocabulary size that the numbers are computed for."""
+    status: JobState | Literal["deleted"]
+    """State in which the job ended, or that it was deleted."""
 
 
-class PlanTraffic(Body):
-    """Communication of the most loaded rank in one step, by axis and collective."""
-
-    axis: str
-    """tp, cp, pp, dp (replicas of dense parameters), ep, etp, edp (replicas of an
-    expert), embedding, tokens (tp x cp) or world."""
-    kind: str
-    """Collective operation."""
-    operations: int
-    """Number of calls."""
-    bytes: int
-    """Bytes that the rank sends. Bytes that it receives are not counted."""
-
-
-class PlanTime(Body):
-    """Estimated time of one step on a device."""
-
-    # The parts from products_s to update_s add up to step_s.
-    step_s: float
-    """Sum of all parts."""
-    products_s: float
-    """Matrix multiplications, including recomputed ones."""
-    attention_s: float
-    """Attention."""
-    memory_s: float
-    """Operations limited by memory bandwidth: norms, activations, losses."""
-    communication_s: float
-    """Exposed communication: the part that does not overlap with computation."""
-    bubble_s: float
-    """Time in which a pipeline rank waits for other ranks."""
-    update_s: float
-    """Optimizer, including its exposed communication."""
-    tokens_per_s: float
-    """Tokens per second, all ranks together."""
-    mfu: float
-    """Model FLOPs utilisation: the share of the devices' peak that the model uses."""
-    model_flops: float
-    """Floating-point operations of one step, all ranks together, as MFU counts them."""
-
-
-class PlanSuggestion(Body):
-    """A layout that fits."""
-
-    changes: dict[str, Any]
-    """Values to set in the spec, by the path of the field."""
-    total_bytes_estimate: int
-    """Memory of the most loaded rank."""
-    time: PlanTime
-
-
-class Suggestions(Body):
-    """The fastest layouts that fit, fastest first."""
-
-    object: Literal["plan.suggestions"] = "plan.suggestions"
-    world_size: int
-    """Number of ranks of every layout."""
-    hardware: str
-    """Device that the layouts are for."""
-    data: list[PlanSuggestion]
-    notes: list[str]
-    """Assumptions, and what is missing for an estimate."""
-
-
-class Plan(Body):
-    """How a job would run. Nothing is started."""
-
-    object: Literal["plan"] = "plan"
-    resolved_spec: dict[str, Any]
-    """The spec with every default and derived value filled in."""
-    world_size: int
-    """Number of ranks."""
-    ranks: list[PlanRank]
-    memory: PlanMemory | None
-    """null while the vocabulary size is unknown."""
-    communication: list[PlanTraffic] | None
-    """null when it is unknown; `notes` has the reason."""
-    bubble_share: float | None
-    """Share of a step in which a pipeline rank waits for other ranks."""
-    hardware: str | None
-    """Device that `time` is estimated for."""
-    time: PlanTime | None
-    """null when it is unknown; `notes` has the reason."""
-    fits: bool | None
-    """Whether the job fits in the empty cluster; null while the cluster is unknown."""
-    room: int | None
-    """How many ranks of this job the empty cluster has room for."""
-    problems: list[Problem]
-    """Why the job cannot run now."""
-    notes: list[str]
-    """Assumptions, and what is missing for an estimate."""
-
-
-# ---- requests and clusters
+# ---- cancellations
 
 
 class CancelRequest(Body):
     """Options of a cancellation."""
 
-    checkpoint: bool = True
+    checkpoint: StrictBool = True
     """Whether to write a final checkpoint first."""
 
 
@@ -355,43 +372,51 @@ class ResumeRequest(Body):
     `{"training": {"steps": 2000}}`. Default: the job continues unchanged."""
 
 
-# What a node reports, as `workers.protocol.wire.NodeInfo` carries it.
-class Node(Body):
-    """One node of a cluster."""
+class CancelJobsRequest(CancelRequest):
+    """Jobs to cancel: those of `ids`, or those that match all of the other fields."""
 
-    node_id: str
-    address: str
-    alive: bool
-    cpus: float
-    gpus: float
-    accelerator_type: str | None
-    memory_bytes: int
-    labels: dict[str, str]
-    storage_ok: bool | None
-    """Whether the node can read the shared storage; null while it was not checked."""
+    ids: list[Annotated[str, Field(min_length=1, max_length=64)]] | None = Field(
+        None, min_length=1, max_length=MAX_JOBS_PER_REQUEST
+    )
+    """Ids of the jobs; not together with another choice."""
+    status: list[JobState] | None = Field(None, min_length=1)
+    """States of the jobs. Default: every state but the final ones."""
+    name: Name | None = None
+    """Name of the jobs; `*` stands for any characters."""
+    metadata: dict[str, Label] | None = Field(None, min_length=1, max_length=20)
+    """Labels of the jobs; all must match."""
+
+    @model_validator(mode="after")
+    def _chooses_once(self) -> Self:
+        is_filtered = (self.status or self.name or self.metadata) is not None
+        if (self.ids is not None) == is_filtered:
+            raise ValueError(
+                "name the jobs by ids, or choose them by status, name or metadata"
+            )
+        return self
 
 
-class Cluster(Body):
-    """A Ray cluster as its agent last reported it."""
+class JobReference(Body):
+    """A job by its id."""
 
-    object: Literal["cluster"] = "cluster"
+    id: str
+    """Id of the job."""
     name: str
-    live: bool
-    """Whether the agent has been in contact recently."""
-    agent_silence_s: float | None
-    """Seconds since the agent's last request; null before its first one."""
-    reported_at: datetime | None
-    """When the agent last reported; null before its first report."""
-    agent_id: str | None
-    code_version: str | None
-    """Version of megatron-ray that the agent runs."""
-    ray_version: str | None
-    namespace: str | None
-    """Ray namespace of all actors of this service."""
-    dashboard_url: str | None
-    """URL of Ray's dashboard."""
-    nodes: list[Node]
-    drivers: list[dict[str, Any]]
-    """The jobs' drivers: {job_id, alive, detail}."""
-    orphans: list[str]
-    """Actors in the namespace that belong to no known job."""
+    """Name that the spec gives."""
+    status: JobState
+    """State after the request."""
+
+
+class Cancellation(Body):
+    """What a request to cancel jobs has done."""
+
+    object: Literal["job.cancellation"] = "job.cancellation"
+    """Kind of this object."""
+    cancelled: list[JobReference]
+    """Jobs that are being cancelled, or were cancelled at once."""
+    ended: list[JobReference]
+    """Jobs that had ended already and stay as they are."""
+    not_found: list[str]
+    """Ids of no job."""
+    has_more: bool
+    """Whether more jobs match than one request cancels: send it again."""

@@ -1,8 +1,11 @@
 """Serves /v1/plans: how a job would run, without starting anything."""
 
+import json
+from functools import partial
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Query
+from anyio.to_thread import run_sync
+from fastapi import APIRouter, Depends, Query, Response
 from starlette.concurrency import run_in_threadpool
 
 from megatron_ray.config.problem import Problem
@@ -10,23 +13,33 @@ from megatron_ray.planning.answers import estimates, without_cluster
 from megatron_ray.planning.answers.bodies import plan_body, suggestions_body
 from megatron_ray.planning.hardware import HARDWARE, Hardware, hardware_named
 from megatron_ray.validation import check
-from service.api.models import (
+from service.api.plan_models import (
     Plan,
-    PlanRank,
     Suggestions,
 )
-from service.exceptions import RequestInvalidError, SpecInvalidError
+from service.exceptions import RequestInvalidError, SpecInvalidError, bounded
+from service.http.bodies import BoundedBodyRoute
 from service.http.dependencies import Context, ContextDep
+from service.http.parameters import check_query
 from service.jobs import cluster_fit, spec_checks
 from service.jobs.agents import CheckedPaths
 from service.jobs.capacity import ClusterCapacity, resource_request
 from service.jobs.cluster_fit import ResolvedSpec
 from service.jobs.submit import Submitter
+from service.settings import Settings
 from workers.protocol.job import JobSpec
+from workers.protocol.spec_warnings import export_notes
 
+RANKS_PER_PART = 2048
+"""Ranks that are encoded at once."""
 EXAMPLE_JOB_ID = "job-example"
 """Names the default folder of a job that does not exist."""
-router = APIRouter(prefix="/v1", tags=["plans"])
+router = APIRouter(
+    prefix="/v1",
+    tags=["plans"],
+    dependencies=[Depends(check_query)],
+    route_class=BoundedBodyRoute,
+)
 HardwareName = Annotated[
     str | None,
     Query(
@@ -44,13 +57,13 @@ NumRanks = Annotated[
 ]
 
 
-@router.post("/plans")
-async def make_plan(
+@router.post("/plans", response_model=Plan)
+async def create_plan(
     spec: JobSpec,
     context: ContextDep,
     hardware: HardwareName = None,
     ranks: NumRanks = None,
-) -> Plan:
+) -> Response:
     """Returns the plan of a job: resolved spec, ranks, memory, communication, step time.
 
     The body is a job spec. Invalid specs get 422; valid ones that do not fit in the
@@ -61,32 +74,37 @@ async def make_plan(
     capacity = await _check_spec(context, spec, ranks)
     submitter = _submitter(context)
     job_dir = submitter.job_dir(spec, EXAMPLE_JOB_ID)
-    resolved = cluster_fit.resolve(spec, capacity, job_dir, hardware=requested, ranks=ranks)
+    # In threads: they count every weight and rank, and may search for a layout that fits.
+    resolve = partial(
+        cluster_fit.resolve, spec, capacity, job_dir, hardware=requested, ranks=ranks
+    )
+    resolved = await run_sync(resolve, limiter=context.compute)
     too_large = estimates.size_problems(resolved.world_size)
     if too_large:
         raise SpecInvalidError(too_large)
     # The agent looks at the spec's paths, as it does for a submission.
     checked = await submitter.check_paths(spec, capacity, job_dir)
-    # In a thread: it counts every weight, and may search for a layout that fits.
     if requested is None and ranks is None:
-        body = await run_in_threadpool(_cluster_plan, spec, resolved, capacity, checked)
+        build = partial(_cluster_plan, spec, resolved, capacity, checked)
     else:
-        device = requested or _device_of(spec, resolved.spec, capacity)
-        body = await run_in_threadpool(
+        build = partial(
             without_cluster.device_plan,
             resolved.spec,
-            device,
+            requested or _device_of(spec, resolved.spec, capacity),
             ranks,
             problems=_path_problems(checked),
-            notes=["the cluster was not looked at", *_path_notes(checked)],
+            notes=[
+                "the cluster was not looked at",
+                *_path_notes(checked),
+                *export_notes(spec),
+            ],
         )
-    # model_construct: thousands of ranks that were just made need no validation.
-    rank_rows = [PlanRank.model_construct(**rank) for rank in body["ranks"]]
-    return Plan(**body | {"ranks": rank_rows})
+    text = await run_sync(lambda: _plan_json(build()), limiter=context.compute)
+    return Response(text, media_type="application/json")
 
 
 @router.post("/plans/suggest")
-async def make_suggestions(
+async def suggest_layouts(
     spec: JobSpec,
     context: ContextDep,
     hardware: HardwareName = None,
@@ -100,7 +118,8 @@ async def make_suggestions(
     requested = _requested_hardware(hardware)
     capacity = await _check_spec(context, spec)
     job_dir = _submitter(context).job_dir(spec, EXAMPLE_JOB_ID)
-    resolved = cluster_fit.resolve(spec, capacity, job_dir)
+    resolve = partial(cluster_fit.resolve, spec, capacity, job_dir)
+    resolved = await run_sync(resolve, limiter=context.compute)
     device = requested or _device_of(spec, resolved.spec, capacity)
     if device is None:
         raise _wrong_hardware("the cluster's device is unknown; set hardware")
@@ -112,10 +131,20 @@ async def make_suggestions(
             f"cluster {spec.cluster!r} has not been reported yet: {world_size} ranks is the "
             "least that the job needs; set ranks"
         )
-    body = await run_in_threadpool(
-        suggestions_body, resolved.spec, world_size, device, notes
-    )
+    build = partial(suggestions_body, resolved.spec, world_size, device, notes)
+    body = await run_sync(build, limiter=context.compute)
     return Suggestions(**body)
+
+
+def _plan_json(body: dict[str, Any]) -> str:
+    """Returns a plan as JSON, of which the ranks are the most by far."""
+    ranks = []
+    # In parts: the event loop waits for the encoder of one part, not of megabytes.
+    for first in range(0, len(body["ranks"]), RANKS_PER_PART):
+        part = json.dumps(body["ranks"][first : first + RANKS_PER_PART])
+        ranks.append(part[1:-1])
+    rest = Plan(**body | {"ranks": []}).model_dump_json(exclude={"ranks"})
+    return f'{rest[:-1]},"ranks":[{",".join(ranks)}]}}'
 
 
 def _cluster_plan(
@@ -135,7 +164,11 @@ def _cluster_plan(
         fits=fits,
         room=_room(capacity, resolved),
         problems=[*unfit, *_path_problems(checked)],
-        notes=[*_cluster_notes(spec, capacity), *_path_notes(checked)],
+        notes=[
+            *_cluster_notes(spec, capacity),
+            *_path_notes(checked),
+            *export_notes(spec),
+        ],
     )
 
 
@@ -143,7 +176,7 @@ def _cluster_plan(
 
 
 def _submitter(context: Context) -> Submitter:
-    return Submitter(context.settings, context.store, context.agents)
+    return Submitter(context.settings, context.store, context.agents, context.compute)
 
 
 async def _check_spec(
@@ -155,13 +188,17 @@ async def _check_spec(
     needs more than `ranks`.
     """
     capacity, taken = await run_in_threadpool(_submitter(context).read_cluster, spec)
-    problems = [*spec_checks.check_rules(spec, context.settings), *taken]
-    if not problems:
-        # Only the rule that needs the number of ranks can be violated now.
-        problems = check.find_problems(spec, ranks)
+    check_rules = partial(_rule_problems, spec, context.settings, ranks)
+    problems = [*await run_sync(check_rules, limiter=context.compute), *taken]
     if problems:
         raise SpecInvalidError(problems)
     return capacity
+
+
+def _rule_problems(spec: JobSpec, settings: Settings, ranks: int | None) -> list[Problem]:
+    problems = spec_checks.check_rules(spec, settings)
+    # Only the rule that needs the number of ranks can be violated after the others.
+    return problems or check.find_problems(spec, ranks)
 
 
 # ---- devices
@@ -215,7 +252,7 @@ def _cluster_notes(spec: JobSpec, capacity: ClusterCapacity) -> list[str]:
 def _path_problems(checked: CheckedPaths | None) -> tuple[Problem, ...]:
     if checked is None:
         return ()
-    return checked.problems
+    return bounded(checked.problems)
 
 
 def _path_notes(checked: CheckedPaths | None) -> tuple[str, ...]:

@@ -10,20 +10,23 @@ from typing import Any, TypeVar
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
+from service.api.cluster_models import Cluster, Driver, Node
 from service.api.models import (
     Attempt,
+    Cancellation,
     Checkpoint,
-    Cluster,
     Event,
     Job,
+    JobReference,
     JobSummary,
     LastCheckpoint,
-    Node,
     Page,
     Progress,
 )
+from service.exceptions import NotFoundError
 from service.http.errors import problem_document
 from service.jobs.agents import Agents
+from service.jobs.queue import Cancelled
 from service.store.schema import (
     AttemptRow,
     CheckpointRow,
@@ -32,7 +35,8 @@ from service.store.schema import (
     JobRow,
     LabelRow,
 )
-from workers.protocol.states import DesiredState, JobState, StatusReason
+from workers.protocol.events import EventLevel
+from workers.protocol.states import AttemptState, DesiredState, JobState, StatusReason
 from workers.protocol.wire import AgentReport
 
 Item = TypeVar("Item")
@@ -52,27 +56,37 @@ def utc_or_none(seconds: float | None) -> datetime | None:
 
 
 def page(
-    items: Sequence[Item], id_of: Callable[[Item], object], *, has_more: bool = False
+    items: Sequence[Item],
+    id_of: Callable[[Item], object],
+    *,
+    total: int | None,
+    has_more: bool = False,
 ) -> Page[Item]:
-    """Returns one page of a list; `id_of` returns the id that `after` takes."""
+    """Returns one page of a list; `id_of` returns the id that `after` takes.
+
+    `total` counts the entries of all pages; None where they are not counted.
+    """
     if not items:
-        return Page(data=[], has_more=has_more)
+        return Page(data=[], has_more=has_more, total=total)
     return Page(
         data=list(items),
         first_id=str(id_of(items[0])),
         last_id=str(id_of(items[-1])),
         has_more=has_more,
+        total=total,
     )
 
 
-def no_attempt(attempt: int, newest: int) -> str:
-    """Returns the message for an attempt that a job has not had."""
+def no_attempt(attempt: int, newest: int) -> NotFoundError:
+    """Returns the error for an attempt that a job has not had."""
     plural = "s"
     if newest == 1:
         plural = ""
-    return (
+    return NotFoundError.of_field(
+        "/query/attempt",
+        "no_attempt",
         f"no attempt {attempt}; the job has {newest} attempt{plural}; leave attempt out for "
-        "the newest"
+        "the newest",
     )
 
 
@@ -92,6 +106,23 @@ def job(session: Session, row: JobRow) -> Job:
     return Job(**fields, spec=row.spec, resolved_spec=row.resolved_spec)
 
 
+def cancellation(
+    result: Cancelled, job_ids: Iterable[str], *, has_more: bool
+) -> Cancellation:
+    """Returns what a request to cancel jobs has done; `job_ids` are those requested."""
+    known = {job.id for job in (*result.cancelled, *result.ended)}
+    return Cancellation(
+        cancelled=[_reference(job) for job in result.cancelled],
+        ended=[_reference(job) for job in result.ended],
+        not_found=[job_id for job_id in dict.fromkeys(job_ids) if job_id not in known],
+        has_more=has_more,
+    )
+
+
+def _reference(row: JobRow) -> JobReference:
+    return JobReference(id=row.id, name=row.name, status=JobState(row.status))
+
+
 def events(job_id: str, rows: Iterable[EventRow]) -> list[Event]:
     """Returns events of a job's history."""
     return [_event(job_id, row) for row in rows]
@@ -105,7 +136,7 @@ def _event(job_id: str, row: EventRow) -> Event:
         job_id=job_id,
         attempt=row.attempt,
         created_at=utc(row.created_at),
-        level=row.level,
+        level=EventLevel(row.level),
         type=row.type,
         message=row.message,
         data=row.data,
@@ -118,8 +149,8 @@ def attempt(row: AttemptRow) -> Attempt:
     """Returns one attempt."""
     return Attempt(
         attempt=row.attempt,
-        state=row.state,
-        reason=row.reason,
+        state=AttemptState(row.state),
+        reason=_reason(row.reason),
         message=row.message,
         world_size=row.world_size,
         started_at=utc_or_none(row.started_at),
@@ -161,7 +192,7 @@ def _reported(row: ClusterRow | None) -> dict[str, Any]:
         fields[name] = getattr(report, name)
     fields["reported_at"] = utc_or_none(row.reported_at)
     fields["nodes"] = [Node(**node.model_dump()) for node in report.nodes]
-    fields["drivers"] = [driver.model_dump() for driver in report.drivers]
+    fields["drivers"] = [Driver(**driver.model_dump()) for driver in report.drivers]
     fields["orphans"] = list(report.orphans)
     return fields
 
@@ -182,7 +213,7 @@ def _summary(row: JobRow, labels: dict[str, str]) -> JobSummary:
         id=row.id,
         name=row.name,
         status=JobState(row.status),
-        status_reason=_status_reason(row),
+        status_reason=_reason(row.status_reason),
         message=row.message,
         desired_state=DesiredState(row.desired),
         pause_reason=_pause_reason(row),
@@ -203,10 +234,10 @@ def _summary(row: JobRow, labels: dict[str, str]) -> JobSummary:
     )
 
 
-def _status_reason(row: JobRow) -> StatusReason | None:
-    if row.status_reason is None:
+def _reason(stored: str | None) -> StatusReason | None:
+    if stored is None:
         return None
-    return StatusReason(row.status_reason)
+    return StatusReason(stored)
 
 
 def _pause_reason(row: JobRow) -> StatusReason | None:

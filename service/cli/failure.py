@@ -17,8 +17,16 @@ from service.client import ServiceError
 _REMEDIES = {
     "unreachable": "start the local stack with `megatron-ray up`, or check --url",
     "http_401": "set --token (`megatron-ray up` prints where the local stack's token is)",
-    "http_404": "`megatron-ray jobs` lists all jobs",
 }
+# By the parameter that a request has wrong.
+_REMEDIES_OF_FIELDS = {
+    "/path/job_id": "`megatron-ray jobs` lists all jobs",
+    "/query/rank": "choose one of these with --rank",
+    "/query/attempt": "`megatron-ray attempts JOB` lists them",
+}
+
+
+_PARAMETERS = ("/path/", "/query/", "/header/")
 
 
 class CommandError(Exception):
@@ -53,11 +61,16 @@ def with_field_lines(title: str, errors: Iterable[tuple[str, str]]) -> str:
 def from_service(error: ServiceError) -> CommandError:
     """Returns the error of a refused request, with one line per invalid field."""
     title = error.detail
-    if error.errors:
+    fields = [(problem.pointer, problem.detail) for problem in error.errors]
+    if fields and fields[0][0].startswith(_PARAMETERS):
+        # Parameters are options here, so their pointers would not help.
+        fields = []
+    elif fields:
         # The detail repeats the first invalid field, so the title is the better start.
         title = str(error.problem.get("title") or error.detail)
-    fields = [(problem.pointer, problem.detail) for problem in error.errors]
     remedy = _REMEDIES.get(error.code) or _REMEDIES.get(f"http_{error.status}", "")
+    for problem in error.errors:
+        remedy = remedy or _REMEDIES_OF_FIELDS.get(problem.pointer, "")
     if error.status >= 500 and error.request_id:
         remedy = f"see request {error.request_id} in the service's log"
     # A service that did not answer sent no problem document.

@@ -12,8 +12,17 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from megatron_ray.storage.path_rules import form_error
 from service.cli.connection import connect
 from service.cli.failure import CommandError
+
+
+def check_form(path: str) -> None:
+    """Raises CommandError for a path or URI that a spec could not name either."""
+    error = form_error(path)
+    if error is not None:
+        _, detail = error
+        raise CommandError(detail, exit_code=2)
 
 
 def checkpoint_path(
@@ -21,8 +30,9 @@ def checkpoint_path(
 ) -> str:
     """Returns a checkpoint's path as it is, and for a job id its newest checkpoint.
 
-    Raises CommandError when the job has none.
+    Raises CommandError when the job has none, and for a malformed URI.
     """
+    check_form(checkpoint)
     # A folder may be named like a job.
     if not checkpoint.startswith("job-") or Path(checkpoint).exists():
         return checkpoint
@@ -39,11 +49,18 @@ def checkpoint_path(
 
 
 def as_arguments(options: Mapping[str, Any]) -> list[str]:
-    """Returns the options that are not None as command line arguments."""
+    """Returns the options that are not None as command line arguments.
+
+    An option with a list is repeated.
+    """
     arguments: list[str] = []
     for name, value in options.items():
-        if value is not None:
-            arguments += [name, str(value)]
+        values = value
+        if not isinstance(value, list):
+            values = [value]
+        for one in values:
+            if one is not None:
+                arguments += [name, str(one)]
     return arguments
 
 

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from service.cli.commands import (
+    cancel,
     convert,
     data,
     demo,
@@ -30,7 +31,18 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 # The order in which `--help` lists them.
-for commands in (stack, plan, jobs, pausing, inspect, generate, convert, data, demo):
+for commands in (
+    stack,
+    plan,
+    jobs,
+    cancel,
+    pausing,
+    inspect,
+    generate,
+    convert,
+    data,
+    demo,
+):
     commands.register(app)
 
 

@@ -17,6 +17,7 @@ from megatron_ray.planning.hardware import Hardware, hardware_named
 from megatron_ray.validation import check
 from service.cli.failure import CommandError, with_field_lines
 from workers.protocol.job import JobSpec
+from workers.protocol.spec_warnings import export_notes
 
 
 def parse_spec(values: Mapping[str, Any]) -> JobSpec:
@@ -48,7 +49,7 @@ def make_plan(
     """
     device = _device(hardware)
     spec = _checked(values, device, ranks)
-    return without_cluster.make_plan(spec, device, ranks)
+    return without_cluster.make_plan(spec, device, ranks, export_notes(spec))
 
 
 def make_suggestions(

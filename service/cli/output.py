@@ -87,6 +87,11 @@ def print_table(
     Console(highlight=False, width=width).print(table)
 
 
+def print_note(text: str) -> None:
+    """Prints a line about what was printed before it."""
+    console().print(f"[dim]{escape(text)}[/dim]")
+
+
 def styled_status(status: str) -> str:
     """Returns a job's status as console markup."""
     style = _STYLES.get(status)
@@ -120,6 +125,19 @@ def number(value: Any, digits: int = 4) -> str:
     return f"{value:,.{digits}f}"
 
 
+def short_number(value: float | None) -> str:
+    """Returns a number with three digits and a decimal unit; a dash for None."""
+    if value is None:
+        return "-"
+    if value < 1000:
+        return f"{value:.0f}"
+    for unit in ("k", "M"):
+        value /= 1000
+        if value < 1000:
+            return f"{value:.3g}{unit}"
+    return f"{value / 1000:.3g}G"
+
+
 def size(value: Any) -> str:
     """Returns a number of bytes in a binary unit; a dash for None."""
     if value is None:
@@ -135,11 +153,14 @@ def size(value: Any) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """Returns seconds as h:mm:ss or m:ss."""
+    """Returns seconds as m:ss, h:mm:ss or, from one day on, days and hours."""
     if seconds is None:
         return "-:--"
     minutes, rest = divmod(max(0, int(seconds)), 60)
     hours, minutes = divmod(minutes, 60)
+    days, hours_of_day = divmod(hours, 24)
+    if days:
+        return f"{days}d {hours_of_day}h"
     if hours:
         return f"{hours}:{minutes:02}:{rest:02}"
     return f"{minutes}:{rest:02}"

@@ -119,4 +119,8 @@ def _anchor_field(group: Any, key: str, folder: Path) -> Any:
     # URIs, such as s3:// and builtin://, are no paths.
     if not isinstance(path, str) or not path or "://" in path or path.startswith("/"):
         return group
-    return {**group, key: str((folder / Path(path).expanduser()).absolute())}
+    anchored = (folder / Path(path).expanduser()).absolute()
+    # Means nothing to a service; it is followed here, where the folders are.
+    if ".." in anchored.parts:
+        anchored = anchored.resolve()
+    return {**group, key: str(anchored)}

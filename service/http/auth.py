@@ -29,6 +29,7 @@ from service.store.schema import TokenRow
 FROM_FILE = "tokens file"
 OPEN_PATHS = frozenset({"/healthz", "/readyz", "/openapi.json"})
 KEY_BYTES = 32
+_OTHER_SCHEMES = ("basic", "digest", "negotiate", "token")
 _CHALLENGE = {"WWW-Authenticate": 'Bearer realm="megatron-ray"'}
 
 
@@ -112,9 +113,17 @@ class Authenticator:
                 headers=_CHALLENGE,
             )
         kind, _, token = authorization.partition(" ")
-        caller = None
-        if kind.lower() == "bearer":
-            caller = self.identify(token.strip())
+        if kind.lower() != "bearer":
+            # Repeated only when it is a scheme: what stands there may be the token itself.
+            name = "this scheme"
+            if kind.lower() in _OTHER_SCHEMES:
+                name = kind
+            raise ProblemError(
+                "unauthenticated",
+                f"{name} is not supported; send the header Authorization: Bearer <token>",
+                headers=_CHALLENGE,
+            )
+        caller = self.identify(token.strip())
         if caller is None:
             raise ProblemError(
                 "unauthenticated",

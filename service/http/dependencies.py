@@ -6,12 +6,14 @@ Owns: the parts of one running service. Must not know: routes.
 from dataclasses import dataclass
 from typing import Annotated
 
+from anyio import CapacityLimiter
 from fastapi import Depends, Request
 
 from service.http.auth import Authenticator, Caller
 from service.http.notifier import Notifier
 from service.http.telemetry import Telemetry
 from service.jobs.agents import Agents
+from service.jobs.storage_reads import StorageReads
 from service.settings import Settings
 from service.store.database import Store
 from service.store.schema import DeploymentRow
@@ -28,6 +30,12 @@ class Context:
     auth: Authenticator
     telemetry: Telemetry
     deployment: DeploymentRow
+    storage_reads: StorageReads
+    validation: CapacityLimiter
+    """Limits the threads that validate bodies."""
+    compute: CapacityLimiter
+    """Limits the threads that check specs and build plans. Both are few: each thread takes
+    turns with the event loop, which would come last among many."""
 
 
 def context_of(request: Request) -> Context:

@@ -16,15 +16,24 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from sqlalchemy.exc import OperationalError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 
 from megatron_ray.config.errors.messages import plain_message, short_value
 from megatron_ray.config.errors.spec_problems import pointer_to, problems_from_pydantic
 from megatron_ray.config.problem import Problem
-from service.exceptions import RequestInvalidError, ServiceProblemError, SpecInvalidError
+from service.exceptions import (
+    MAX_ERRORS,
+    RequestInvalidError,
+    ServiceProblemError,
+    SpecInvalidError,
+)
+from service.http.methods import allowed_methods
 from workers.protocol.job import JobSpec
 
 MEDIA_TYPE = "application/problem+json"
+_SPEC_ROUTES = ("/jobs", "/plans", "/plans/suggest")
+"""Ends of the routes whose body is a job spec."""
 logger = logging.getLogger("service")
 
 
@@ -45,11 +54,13 @@ PROBLEM_TYPES = {
     "job_active": ProblemType(409, "The job has not ended"),
     "job_ended": ProblemType(409, "The job has ended"),
     "job_not_running": ProblemType(409, "The job is not running"),
+    "job_deleted": ProblemType(409, "The job was deleted"),
     "job_failed": ProblemType(500, "The job failed"),
     "fenced": ProblemType(409, "A newer driver has taken over"),
     "gap": ProblemType(409, "Records are missing"),
     "protocol_unsupported": ProblemType(409, "Unsupported protocol version"),
     "body_too_large": ProblemType(413, "The body is too large"),
+    "unsupported_media_type": ProblemType(415, "The body is not JSON"),
     "spec_invalid": ProblemType(422, "The job spec cannot run"),
     "request_invalid": ProblemType(422, "The request has invalid values"),
     "idempotency_key_reused": ProblemType(422, "The Idempotency-Key was used before"),
@@ -106,6 +117,8 @@ def respond(
         headers = error.headers
     else:
         extra = error.extra
+        if error.retry_after_s is not None:
+            headers = {"Retry-After": str(error.retry_after_s)}
     # `instance` and `request_id` belong to this response, not to the kind of problem.
     entries = [asdict(problem) for problem in error.errors]
     document = problem_document(error.code, error.detail, entries, **extra)
@@ -122,6 +135,7 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(ServiceProblemError, _on_service_problem)
     app.add_exception_handler(RequestValidationError, _on_validation)
     app.add_exception_handler(OperationalError, _on_database)
+    app.add_exception_handler(ClientDisconnect, _on_disconnect)
     app.add_exception_handler(Exception, _on_anything)
 
 
@@ -135,13 +149,36 @@ async def _on_http(request: Request, error: Exception) -> Response:
     if error.status_code == 404:
         code = "not_found"
         detail = f"no route {path}; routes are listed in /openapi.json"
+        if path.endswith("/") and path != "/":
+            detail += "; leave out the slash at the end"
     elif error.status_code == 405:
-        code = "method_not_allowed"
-        detail = f"{path} does not support {request.method}; see /openapi.json"
+        return _on_other_method(request)
     else:
         code = "bad_request"
-        detail = f"{error.detail}; see /openapi.json for what is expected"
+        detail = _unreadable_body(error)
     return _respond(request, ProblemError(code, detail, headers=error.headers))
+
+
+def _on_other_method(request: Request) -> Response:
+    """Answers OPTIONS, and refuses every other method that a path does not know."""
+    methods = allowed_methods(request)
+    # The router's own header names the methods of one of several routes only.
+    headers = {"Allow": ", ".join(methods)}
+    if request.method == "OPTIONS":
+        return Response(status_code=204, headers=headers)
+    detail = f"{request.url.path} does not support {request.method}; it supports "
+    detail += ", ".join(methods)
+    return _respond(request, ProblemError("method_not_allowed", detail, headers=headers))
+
+
+def _unreadable_body(error: HTTPException) -> str:
+    """Returns why a body could not be read, which the framework gives as the cause only."""
+    cause = error.__cause__
+    if isinstance(cause, UnicodeDecodeError):
+        return f"the body is not UTF-8 at byte {cause.start}; send JSON in UTF-8"
+    if isinstance(cause, RecursionError):
+        return "the body is nested too deeply; no field needs more than a few levels"
+    return f"{error.detail}; see /openapi.json for what is expected"
 
 
 async def _on_service_problem(request: Request, error: Exception) -> Response:
@@ -160,14 +197,25 @@ async def _on_validation(request: Request, error: Exception) -> Response:
     in_body = [item for item in details if item["loc"][:1] == ("body",)]
     if not in_body:
         return _respond(request, _invalid_parameters(details))
+    route_path = str(getattr(request.scope.get("route"), "path", ""))
+    return _respond(request, invalid_body(route_path, in_body, error.body))
+
+
+def invalid_body(
+    route_path: str, details: Sequence[Mapping[str, Any]], body: Any
+) -> ServiceProblemError:
+    """Returns the error for a body of a route; `details` are those of the framework."""
+    # Thousands of wrong fields are counted, not described.
+    described = details[:MAX_ERRORS]
+    num_more = len(details) - len(described)
     # `skip`: each location starts with "body".
-    if _takes_job_spec(request):
+    if route_path.endswith(_SPEC_ROUTES):
         problems = problems_from_pydantic(
-            in_body, error.body, skip=1, model=JobSpec, expected="a job spec"
+            described, body, skip=1, model=JobSpec, expected="a job spec"
         )
-        return _respond(request, SpecInvalidError(problems))
-    problems = problems_from_pydantic(in_body, error.body, skip=1)
-    return _respond(request, RequestInvalidError.of_problems(problems))
+        return SpecInvalidError(problems, num_more)
+    problems = problems_from_pydantic(described, body, skip=1)
+    return RequestInvalidError.of_problems(problems)
 
 
 def _json_detail(item: Mapping[str, Any]) -> str:
@@ -178,22 +226,18 @@ def _json_detail(item: Mapping[str, Any]) -> str:
     )
 
 
-def _takes_job_spec(request: Request) -> bool:
-    path = getattr(request.scope.get("route"), "path", "")
-    return path.endswith(("/jobs", "/plans", "/plans/suggest"))
-
-
 def _invalid_parameters(details: Sequence[Mapping[str, Any]]) -> RequestInvalidError:
     """Returns the error for wrong path, query or header parameters."""
     problems = []
     sentences = []
     for item in details:
-        name = item["loc"][-1]
+        # After the kind of parameter comes its name, and in lists the index of a value.
+        name = item["loc"][1]
         sentence = f"{name} is required; add it"
         if item["type"] != "missing":
             sentence = f"{name} {plain_message(item)}, got {short_value(item.get('input'))}"
         sentences.append(sentence)
-        problems.append(Problem(pointer_to(item["loc"]), item["type"], sentence))
+        problems.append(Problem(pointer_to(item["loc"][:2]), item["type"], sentence))
     return RequestInvalidError("; ".join(sentences), problems)
 
 
@@ -204,6 +248,11 @@ async def _on_database(request: Request, error: Exception) -> Response:
     return _respond(
         request, ProblemError("unavailable", detail, headers={"Retry-After": "2"})
     )
+
+
+async def _on_disconnect(request: Request, error: Exception) -> Response:
+    # Not an error of the service, and the client does not read the response any more.
+    return _respond(request, ProblemError("bad_request", "the body ended too early"))
 
 
 async def _on_anything(request: Request, error: Exception) -> Response:

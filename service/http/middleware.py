@@ -1,4 +1,4 @@
-"""Handles request id, token, body size and timing of every request.
+"""Handles request id, token, kind and size of the body, and timing of every request.
 
 Must not know: routes.
 
@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from megatron_ray.config.errors.messages import short_value
 from service.http.dependencies import Context
 from service.http.errors import ProblemError, respond
 from service.http.telemetry import UNKNOWN_ROUTE
@@ -21,6 +22,8 @@ from service.settings import Settings
 
 logger = logging.getLogger("service.access")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_METHODS_WITH_BODY = frozenset({"PATCH", "POST", "PUT"})
+_JSON_SUFFIX = re.compile(r"application/[a-z0-9.!#$&^_-]+\+json")
 _WAITING_ROUTES = ("/stream", "/desired")
 """Ends of routes that are meant to take long, so that their time means nothing."""
 
@@ -63,6 +66,7 @@ class RequestMiddleware:
         context = self._context()
         try:
             caller = context.auth.authorize(scope["path"], headers.get(b"authorization"))
+            _check_content(scope, headers)
             limited = _limit_body(scope, headers, receive, context.settings)
         except ProblemError as error:
             # The app's exception handlers are below this layer and cannot handle it.
@@ -114,6 +118,34 @@ def _request_id(headers: dict[bytes, str]) -> str:
     return f"req-{secrets.token_hex(8)}"
 
 
+def _check_content(scope: Scope, headers: dict[bytes, str]) -> None:
+    """Raises ProblemError for a body that is no JSON by its headers.
+
+    Agents and drivers, whose bodies are read without their headers, send JSON only.
+    """
+    if scope["path"].startswith("/internal/"):
+        return
+    has_body = headers.get(b"content-length", "0") != "0" or b"transfer-encoding" in headers
+    if scope["method"] not in _METHODS_WITH_BODY or not has_body:
+        return
+    encoding = headers.get(b"content-encoding", "identity")
+    if encoding != "identity":
+        raise ProblemError(
+            "unsupported_media_type",
+            f"Content-Encoding {short_value(encoding)} is not supported; send the body "
+            "uncompressed",
+            headers={"Accept-Encoding": "identity"},
+        )
+    kind = headers.get(b"content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json" and not _JSON_SUFFIX.fullmatch(kind):
+        raise ProblemError(
+            "unsupported_media_type",
+            f"the body's Content-Type is {short_value(kind)}; send JSON with the header "
+            "Content-Type: application/json",
+            headers={"Accept": "application/json"},
+        )
+
+
 def _limit_body(
     scope: Scope, headers: dict[bytes, str], receive: Receive, settings: Settings
 ) -> Receive:
@@ -125,7 +157,7 @@ def _limit_body(
     if scope["path"].startswith("/internal/"):
         limit = settings.max_internal_body_bytes
     error = ProblemError(
-        "body_too_large", f"a request body is limited to {limit} bytes; send less"
+        "body_too_large", f"a request body is limited to {_size(limit)}; send less"
     )
     length = headers.get(b"content-length", "0")
     if not length.isdigit() or int(length) > limit:
@@ -142,6 +174,12 @@ def _limit_body(
         return message
 
     return receive_counted
+
+
+def _size(num_bytes: int) -> str:
+    if num_bytes % (1 << 20) == 0:
+        return f"{num_bytes >> 20} MiB"
+    return f"{num_bytes} bytes"
 
 
 def _route_template(scope: Scope) -> str:

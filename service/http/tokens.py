@@ -42,7 +42,7 @@ def write_tokens(path: Path) -> dict[Scope, str]:
     if path.exists():
         raise FileExistsError(path)
     tokens = {Scope.USER: new_token(), Scope.AGENT: new_token()}
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     # mkstemp makes files of mode 0600, so the tokens are never readable by others.
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)
     try:

@@ -60,14 +60,21 @@ class Agents:
         return tuple(requests)
 
     def start_check(
-        self, cluster: str, spec: dict[str, Any], storage_path: str
+        self,
+        cluster: str,
+        spec: dict[str, Any],
+        storage_path: str,
+        path_rules: dict[str, Any],
     ) -> "PathCheck":
         """Adds a check of a resolved spec's paths to the agent's next long poll.
 
         The caller must wake the long poll.
         """
         request = CheckRequest(
-            check_id=f"check-{uuid.uuid4().hex[:12]}", spec=spec, storage_path=storage_path
+            check_id=f"check-{uuid.uuid4().hex[:12]}",
+            spec=spec,
+            storage_path=storage_path,
+            path_rules=path_rules,
         )
         # Made on the event loop, where the submission waits and the result arrives.
         future: CheckFuture = asyncio.get_running_loop().create_future()

@@ -115,7 +115,11 @@ def find(session: Session, job_id: str) -> JobRow:
     statement = sa.select(JobRow).where(JobRow.id == job_id, JobRow.deleted_at.is_(None))
     job = session.scalars(statement).one_or_none()
     if job is None:
-        raise NotFoundError(f"no job {job_id[:80]!r}; GET /v1/jobs lists all jobs")
+        raise NotFoundError.of_field(
+            "/path/job_id",
+            "no_job",
+            f"no job {job_id[:80]!r}; GET /v1/jobs lists all jobs",
+        )
     return job
 
 
@@ -309,6 +313,8 @@ def delete(session: Session, job: JobRow) -> None:
     and removed. Raises JobActiveError.
     """
     state = JobState(job.status)
+    if state is JobState.CANCELLING:
+        raise JobActiveError("the job is being cancelled; wait until it has ended")
     if not state.is_terminal:
         raise JobActiveError(
             f"the job is {state.value}; cancel it first (POST /v1/jobs/{job.id}/cancel) "

@@ -1,8 +1,11 @@
-"""Admits queued jobs to their cluster.
+"""Admits queued jobs to their cluster, and cancels jobs.
 
 Owns: the queue in the database. Works inside the caller's transaction. Must not know:
 HTTP, the rule itself (`service.jobs.admission`).
 """
+
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
@@ -58,6 +61,48 @@ def admit_jobs(session: Session, cluster: ClusterRow) -> None:
     # All at once, because each decision depends on the jobs ahead in the queue.
     for decision in admission.decide(queued, admitted, nodes):
         _apply(session, jobs[decision.job_id], decision)
+
+
+@dataclass(frozen=True)
+class Cancelled:
+    """What `cancel_all` has done with the jobs that it was given."""
+
+    cancelled: tuple[JobRow, ...]
+    """Jobs that are being cancelled or were cancelled at once."""
+    ended: tuple[JobRow, ...]
+    """Jobs that had ended already."""
+
+
+def cancel_all(
+    session: Session, job_ids: Iterable[str], *, final_checkpoint: bool
+) -> Cancelled:
+    """Requests cancellation of jobs, in the order given; ids of no job are left out."""
+    chosen = sa.select(JobRow).where(
+        JobRow.id.in_(list(job_ids)), JobRow.deleted_at.is_(None)
+    )
+    clusters = {}
+    # By name: every transaction locks clusters in the same order.
+    for name in sorted({job.cluster for job in session.scalars(chosen)}):
+        clusters[name] = lifecycle.lock_cluster(session, name)
+    # Read again, because the jobs may have changed before the locks were acquired.
+    locked = chosen.with_for_update().execution_options(populate_existing=True)
+    jobs = {job.id: job for job in session.scalars(locked)}
+    cancelled = []
+    ended = []
+    for job_id in dict.fromkeys(job_ids):
+        job = jobs.get(job_id)
+        if job is None:
+            continue
+        if JobState(job.status).is_terminal:
+            ended.append(job)
+            continue
+        lifecycle.cancel(session, job, final_checkpoint=final_checkpoint)
+        cancelled.append(job)
+    session.flush()
+    # Once for all of them: until here no place was given to another job.
+    for cluster in clusters.values():
+        admit_jobs(session, cluster)
+    return Cancelled(tuple(cancelled), tuple(ended))
 
 
 def _has_queued(rows: list[JobRow]) -> bool:

@@ -221,6 +221,9 @@ class RecordApplier:
         for note in _notes(manifest):
             # Not numbered: the record already has an event with its number.
             self._add(NewEvent("data.note", note, at=record.at))
+        first_document = manifest.get("first_document")
+        if isinstance(first_document, str) and first_document:
+            self._add(NewEvent("data.first_document", first_document, at=record.at))
         # A restarted driver reports it again: only the first time does it queue the job.
         if job.status == JobState.PREPARING:
             queued = NewEvent("job.queued", "ready to run", at=record.at)

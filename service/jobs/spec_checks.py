@@ -5,7 +5,6 @@ know: HTTP, the cluster's size (`service.jobs.cluster_fit`).
 """
 
 from collections.abc import Sequence
-from pathlib import PurePosixPath
 from typing import Any
 
 import sqlalchemy as sa
@@ -13,6 +12,7 @@ from sqlalchemy.orm import Session
 
 from megatron_ray.config.errors.spec_problems import pointer_to
 from megatron_ray.config.problem import Problem
+from megatron_ray.storage.path_rules import PathRules, is_below, place_of
 from megatron_ray.validation import check
 from service.jobs import lifecycle
 from service.settings import Settings
@@ -29,9 +29,27 @@ def check_rules(spec: JobSpec, settings: Settings) -> list[Problem]:
     return [
         *_check_names(spec, settings),
         *_check_text(spec.model_dump(mode="json"), ()),
-        *_check_paths(spec),
-        *check.find_problems(spec),
+        *check.find_problems(spec, path_rules=path_rules(settings)),
     ]
+
+
+def path_rules(settings: Settings) -> PathRules:
+    """Returns the places that specs may name."""
+    everywhere: tuple[str, ...] = ()
+    if settings.single_user:
+        everywhere = ("/", "s3://", "gs://")
+    data_prefixes = settings.data_prefixes
+    if data_prefixes is None:
+        data_prefixes = everywhere
+    storage_prefixes = settings.storage_prefixes
+    if storage_prefixes is None:
+        storage_prefixes = everywhere
+    return PathRules(
+        data_prefixes,
+        storage_prefixes,
+        data_dir=str(settings.data_dir),
+        jobs_dir=str(settings.jobs_dir),
+    )
 
 
 def check_storage(session: Session, spec: JobSpec) -> list[Problem]:
@@ -42,12 +60,13 @@ def check_storage(session: Session, spec: JobSpec) -> list[Problem]:
     if spec.storage is None:
         return []
     # Compared in Python: the same folder may be spelt in many ways.
-    folder = _normalized(spec.storage.path)
+    folder = place_of(spec.storage.path)
     statement = sa.select(JobRow.id, JobRow.job_dir).where(
         JobRow.status.not_in(lifecycle.TERMINAL)
     )
     for job_id, job_dir in session.execute(statement):
-        if _normalized(job_dir) == folder:
+        # Inside it is no better: it may be the folder of its checkpoints.
+        if is_below(folder, place_of(job_dir)):
             detail = (
                 f"{job_id} is writing to {job_dir}; choose another folder, leave storage out, "
                 f"or wait until {job_id} has ended"
@@ -100,37 +119,3 @@ def _check_text(node: Any, parts: tuple[str | int, ...]) -> list[Problem]:
 def _nul_problem(parts: tuple[str | int, ...], subject: str) -> Problem:
     detail = f"{subject} may not contain NUL characters; remove them"
     return Problem(pointer_to(parts), "nul_character", detail)
-
-
-def _check_paths(spec: JobSpec) -> list[Problem]:
-    problems = _check_path("/checkpoint/start_from", spec.checkpoint.start_from)
-    if spec.storage is not None:
-        problems = [*_check_path("/storage/path", spec.storage.path), *problems]
-    return problems
-
-
-def _check_path(pointer: str, path: str | None) -> list[Problem]:
-    # A URI names its place by itself, whatever the working directory.
-    if not path or "://" in path:
-        return []
-    if not path.startswith("/"):
-        detail = (
-            f"{path[:MAX_NAME_CHARS]!r} is relative, and nodes share no working directory; use "
-            "an absolute path or a URI, or leave it out"
-        )
-        return [Problem(pointer, "absolute", detail)]
-    if ".." in PurePosixPath(path).parts:
-        detail = f"{path[:MAX_NAME_CHARS]!r} contains '..'; write the path without it"
-        return [Problem(pointer, "absolute", detail)]
-    return []
-
-
-def _normalized(path: str) -> str:
-    """Returns one spelling of a folder or URI, so that equal folders compare equal."""
-    scheme, separator, rest = path.removeprefix("file://").rpartition("://")
-    # Drops `.` and doubled or trailing slashes; `..` was refused before.
-    spelling = str(PurePosixPath(rest))
-    if separator:
-        return f"{scheme}://{spelling}"
-    # PurePosixPath keeps two leading slashes, which POSIX lets mean something else.
-    return "/" + spelling.lstrip("/")

@@ -7,14 +7,15 @@ Nothing is stored before all checks have passed, so a rejected spec leaves no tr
 
 import secrets
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
+from anyio import CapacityLimiter
 from anyio.to_thread import run_sync
 from sqlalchemy.orm import Session
 
 from megatron_ray.config.problem import Problem
-from megatron_ray.validation import check
 from service.exceptions import SpecInvalidError
 from service.jobs import cluster_fit, lifecycle, pausing, spec_checks
 from service.jobs.agents import Agents, CheckedPaths
@@ -23,6 +24,7 @@ from service.settings import Settings
 from service.store.database import Store
 from service.store.schema import JobRow
 from workers.protocol.job import JobSpec
+from workers.protocol.spec_warnings import spec_warnings
 
 _ALPHABET = "abcdefghijklmnopqrstuvwxyz234567"
 
@@ -39,6 +41,8 @@ class Submitter:
     settings: Settings
     store: Store
     agents: Agents
+    compute: CapacityLimiter
+    """Limits the threads that compute."""
 
     async def prepare(self, spec: JobSpec, submitted: dict[str, Any]) -> JobRow:
         """Returns the row of a new job, to be stored by `create`.
@@ -48,7 +52,8 @@ class Submitter:
         """
         capacity, problems = await run_sync(self.read_cluster, spec)
         # Checked in a thread: a layout that fits may have to be searched for.
-        problems = [*await run_sync(self._check, spec, capacity), *problems]
+        unfit = await run_sync(self._check, spec, capacity, limiter=self.compute)
+        problems = [*unfit, *problems]
         if problems:
             raise SpecInvalidError(problems)
         job_id = new_job_id()
@@ -64,7 +69,8 @@ class Submitter:
         job.spec = submitted
         # Without a known cluster the first report resolves the spec.
         if capacity.is_known:
-            resolved = cluster_fit.resolve(spec, capacity, job_dir)
+            resolve = partial(cluster_fit.resolve, spec, capacity, job_dir)
+            resolved = await run_sync(resolve, limiter=self.compute)
             job.resolved_spec = resolved.spec.model_dump(mode="json")
             job.world_size = resolved.world_size
         else:
@@ -120,8 +126,11 @@ class Submitter:
         # Waiting for a lost agent would be useless.
         if not self.agents.is_live(spec.cluster) or not capacity.is_known:
             return None
-        resolved = cluster_fit.resolve(spec, capacity, job_dir).spec.model_dump(mode="json")
-        path_check = self.agents.start_check(spec.cluster, resolved, job_dir)
+        resolve = partial(cluster_fit.resolve, spec, capacity, job_dir)
+        resolved = await run_sync(resolve, limiter=self.compute)
+        values = resolved.spec.model_dump(mode="json")
+        rules = asdict(spec_checks.path_rules(self.settings))
+        path_check = self.agents.start_check(spec.cluster, values, job_dir, rules)
         # The check is added before the agent's long poll is woken to fetch it.
         await run_sync(self._wake_agent, spec.cluster)
         return await path_check.result(self.settings.check_wait_s)
@@ -130,7 +139,7 @@ class Submitter:
         """Returns the folder or URI of everything that the job writes."""
         if spec.storage is not None:
             return spec.storage.path
-        return str(self.settings.data_dir / "jobs" / job_id)
+        return str(self.settings.jobs_dir / job_id)
 
     def _check(self, spec: JobSpec, capacity: ClusterCapacity) -> list[Problem]:
         # The fit is checked only for a consistent spec.
@@ -143,8 +152,8 @@ class Submitter:
 
 
 def _add_warnings(session: Session, job: JobRow, spec: JobSpec) -> None:
-    """Adds an event for everything that is legal in a spec and has no effect."""
-    for warning in check.find_warnings(spec):
+    """Adds an event for everything that is legal in a spec and may not be intended."""
+    for warning in spec_warnings(spec):
         data = {"pointer": warning.pointer, "code": warning.code}
         message = f"{warning.pointer}: {warning.detail}"
         event = lifecycle.NewEvent("spec.warning", message, "warn", data)

@@ -1,9 +1,12 @@
 """Reads and writes the files of a local stack: lock, tokens, logs, last port.
 
-Must not know: processes.
+Owns: the modes of its folders, and the size of logs. Must not know: processes.
 """
 
+import contextlib
 import fcntl
+import os
+import shutil
 from pathlib import Path
 from typing import IO
 
@@ -15,6 +18,20 @@ from service.settings import SettingsError
 
 _LOG_TAIL_LINES = 20
 _LAST_PORT = "service.port"
+MAX_LOG_BYTES = 32 << 20
+"""Size at which a log is rotated; with the previous one a process fills twice as much."""
+
+
+def private_folder(path: Path) -> Path:
+    """Returns a folder that only its owner can enter, which is made if need be.
+
+    Raises OSError.
+    """
+    path.mkdir(parents=True, exist_ok=True, mode=0o700)
+    # One that an earlier version has made, or that belongs to another user.
+    with contextlib.suppress(PermissionError):
+        path.chmod(0o700)
+    return path
 
 
 class StackFiles:
@@ -29,7 +46,7 @@ class StackFiles:
         Raises StackError when another `up` holds it or the folder is not writable.
         """
         try:
-            self.data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+            private_folder(self.data_dir)
             lock = (self.data_dir / LOCK_NAME).open("w")
         except OSError as error:
             raise StackError(
@@ -94,11 +111,22 @@ class StackFiles:
 
     def rotate_logs(self) -> None:
         """Renames the logs of the previous stack, replacing those before it."""
-        (self.data_dir / "logs").mkdir(exist_ok=True)
+        private_folder(self.data_dir / "logs")
         for name in PROCESS_NAMES:
             log = self.log(name)
             if log.exists():
-                log.replace(log.with_suffix(".previous.log"))
+                log.replace(_previous(log))
+
+    def limit_logs(self) -> None:
+        """Rotates the logs that have become large, while their processes write to them."""
+        for name in PROCESS_NAMES:
+            log = self.log(name)
+            # A full disk must not end the stack.
+            with contextlib.suppress(OSError):
+                if log.stat().st_size > MAX_LOG_BYTES:
+                    # Copied, because the process keeps its file open, to append to.
+                    shutil.copyfile(log, _previous(log))
+                    os.truncate(log, 0)
 
     def log_tail(self, name: ProcessName) -> str:
         """Returns the path of a process's log and its last lines."""
@@ -108,3 +136,7 @@ class StackFiles:
         except FileNotFoundError:
             lines = []
         return "\n".join([f"--- {log}", *lines[-_LOG_TAIL_LINES:]])
+
+
+def _previous(log: Path) -> Path:
+    return log.with_suffix(".previous.log")

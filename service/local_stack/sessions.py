@@ -51,7 +51,9 @@ class GatedProcess:
     """A command in its own session that does not run before `release`."""
 
     def __init__(self, argv: Sequence[str], *, log: Path, cwd: Path | None = None) -> None:
-        with log.open("ab") as output:
+        # Private, whatever the umask: logs hold paths and addresses.
+        handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        with os.fdopen(handle, "ab") as output:
             self.process = subprocess.Popen(
                 ["/bin/sh", "-c", _GATE, argv[0], *argv],
                 stdin=subprocess.PIPE,

@@ -41,6 +41,7 @@ from service.local_stack.starting import (
 from service.local_stack.teardown import TeardownReport, end_recorded
 
 _SUPERVISE_POLL_S = 0.03
+_LOGS_EVERY_S = 5.0
 
 
 @dataclass
@@ -101,8 +102,12 @@ class LocalStack:
         """Restarts exited processes, with back-off, until `until()` or a signal."""
         processes = self._processes
         assert processes is not None, "call start() first"
+        logs_due = 0.0
         while not until() and not self.interruption.is_requested:
             time.sleep(_SUPERVISE_POLL_S)
+            if time.monotonic() >= logs_due:
+                processes.files.limit_logs()
+                logs_due = time.monotonic() + _LOGS_EVERY_S
             # A copy, because a restart replaces entries.
             for name in list(processes.children):
                 try:

@@ -43,6 +43,8 @@ def start_service(processes: StackProcesses, options: StackOptions, port: int) -
         "MEGATRON_RAY_PORT": str(port),
         "MEGATRON_RAY_PORT_FILE": str(port_file),
         "MEGATRON_RAY_TOKENS_FILE": str(processes.files.tokens_file),
+        # Jobs run as the same user, so the operating system decides what they may open.
+        "MEGATRON_RAY_SINGLE_USER": "1",
     }
     processes.launch("service", list(options.service_command), environment)
 

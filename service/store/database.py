@@ -184,7 +184,12 @@ def _sqlite_engine(url: sa.URL) -> Engine:
             "MEGATRON_RAY_DATABASE_URL: SQLite needs a file, sqlite:///<path>; a database in "
             "memory does not survive a restart"
         )
-    Path(str(url.database)).parent.mkdir(parents=True, exist_ok=True)
+    path = Path(str(url.database))
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    # Made here, so that it is private whatever the umask; SQLite's other files get its mode.
+    path.touch(mode=0o600)
+    with contextlib.suppress(PermissionError):
+        path.chmod(0o600)
     # 40 requests run at once in threads, and streams and long polls beside them.
     engine = sa.create_engine(
         url,

@@ -73,7 +73,10 @@ def parse_step(data: Mapping[str, Any]) -> StepRow:
     Raises pydantic's ValidationError when the step is missing or a value has a wrong type.
     """
     parsed = _StepData.model_validate(data)
-    return StepRow(parsed.step, parsed.model_dump(exclude={"step"}))
+    values = parsed.model_dump(exclude={"step"})
+    # Drivers send 0 where the device's peak is not known: no share, rather than none of it.
+    values["mfu"] = values["mfu"] or None
+    return StepRow(parsed.step, values)
 
 
 def insert(
@@ -123,8 +126,8 @@ def read_thinned(
     *,
     from_step: int = 0,
     attempt: int | None = None,
-) -> list[dict[str, Any]]:
-    """Returns at most `max_points` of the rows that `read` would return.
+) -> tuple[list[dict[str, Any]], int]:
+    """Returns at most `max_points` of the rows that `read` would return, and their number.
 
     The first row, the last one and every key's extremes are among them.
     """
@@ -138,13 +141,13 @@ def read_thinned(
     if len(number_keys) == len(keys):
         for index in kept:
             rows.append(dict(points[index]._mapping))
-        return rows
+        return rows, len(points)
     step_and_attempt = sa.tuple_(MetricRow.step, MetricRow.attempt)
     for start in range(0, len(kept), MAX_ROWS_PER_QUERY):
         part = kept[start : start + MAX_ROWS_PER_QUERY]
         is_kept = step_and_attempt.in_([tuple(points[index][:2]) for index in part])
         rows += _as_dicts(session, _select(job, keys, from_step, attempt).where(is_kept))
-    return rows
+    return rows, len(points)
 
 
 def after(session: Session, job: JobRow, cursor: int, limit: int) -> list[dict[str, Any]]:

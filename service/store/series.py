@@ -88,8 +88,8 @@ def read_thinned(
     *,
     from_step: int = 0,
     attempt: int | None = None,
-) -> list[Row]:
-    """Returns at most `max_points` of the rows that `read` would return.
+) -> tuple[list[Row], int]:
+    """Returns at most `max_points` of the rows that `read` would return, and their number.
 
     The first row, the last one and every series' extremes are among them.
     """
@@ -108,7 +108,8 @@ def read_thinned(
         one.name for one in series if one.part or one.metric not in metrics.MAPPING_KEYS
     ]
     points = [[row[name] for name in names] for row in rows]
-    return [rows[index] for index in metrics.thin(points, max_points)]
+    kept = [rows[index] for index in metrics.thin(points, max_points)]
+    return kept, len(rows)
 
 
 def _columns(series: Sequence[Series]) -> list[str]:

@@ -24,6 +24,7 @@ from megatron_ray.inference.sampling import Sampling, choose
 from megatron_ray.models.gpt import GPT
 from megatron_ray.training.session import build
 from tests.support.parity import GPT2_FIELDS
+from tests.support.tokenizer_files import byte_tokenizer
 
 LLAMA: dict[str, Any] = {
     "num_layers": 2,
@@ -188,8 +189,8 @@ class Ended:
         self.end_of_document = end
         self.vocab_size = inner.vocab_size
 
-    def encode(self, text: str) -> list[int]:
-        return self.inner.encode(text)
+    def encode_prompt(self, text: str) -> list[int]:
+        return self.inner.encode_prompt(text)
 
     def decode(self, ids: list[int]) -> str:
         return self.inner.decode(ids)
@@ -206,6 +207,41 @@ def test_an_empty_prompt_begins_a_document(loaded: tuple[GPT, Tokenizer]) -> Non
             : len(answer.tokens)
         ]
     )
+
+
+def test_a_prompt_is_read_as_the_training_data_were(tmp_path: Path) -> None:
+    path = checkpoint(tmp_path / "c", LLAMA, begin_of_document=256)
+    model, tokenizer = load_model(path)
+    answer = generate(model, tokenizer, "a<|endoftext|>", 2)
+    assert answer.prompt_tokens == (256, *b"a<|endoftext|>")
+    assert answer.prompt == "a<|endoftext|>"
+    _, marked = load_model(path, special_tokens_in_text=("<|endoftext|>",))
+    assert generate(model, marked, "a<|endoftext|>", 2).prompt_tokens == (256, 97, 256)
+    with pytest.raises(ValueError, match="has no special token '<s>'; name those"):
+        load_model(path, special_tokens_in_text=("<s>",))
+
+
+def test_special_tokens_of_a_prompt_are_those_of_the_training_data(tmp_path: Path) -> None:
+    settings = config(LLAMA, "fp32").model_dump(mode="json")
+    settings["data"]["tokenizer"]["special_tokens_in_text"] = ["<|endoftext|>"]
+    path = checkpoint(tmp_path / "c", LLAMA, config=settings)
+    _, tokenizer = load_model(path)
+    assert tokenizer.encode("<|endoftext|>") == [256]
+    _, plain = load_model(path, special_tokens_in_text="none")
+    assert plain.encode("<|endoftext|>") == list(b"<|endoftext|>")
+
+
+def test_a_token_that_the_model_has_no_row_for_is_never_chosen(tmp_path: Path) -> None:
+    larger = byte_tokenizer("<|endoftext|>", *(f"<{number}>" for number in range(50)))
+    path = checkpoint(tmp_path / "c", LLAMA)
+    model, _ = load_model(path)
+    answer = generate(model, Tokenizer.from_json(larger), "a", 60, temperature=99.0)
+    assert max(answer.tokens) < model.config.vocabulary
+    marked = Tokenizer.from_json(larger, special_tokens_in_text="all")
+    with pytest.raises(
+        ValueError, match=r"the prompt has token 306 \('<49>'\), the model rows for 300; "
+    ):
+        generate(model, marked, "a<49>", 2)
 
 
 def test_spare_rows_of_the_vocabulary_are_never_chosen(

@@ -22,8 +22,10 @@ from megatron_ray.data.prepared import PreparedData
 from megatron_ray.distributed.mesh import ParallelMesh, World
 from megatron_ray.parallel_dims import ParallelDims
 from megatron_ray.reports import EvalReport, Report, StepReport
-from megatron_ray.training.session import TrainingSession
+from megatron_ray.training.saving import start_from_weights, training_state
+from megatron_ray.training.session import TrainingSession, build
 from tests.support.hf_folders import VOCABULARY, edit_config, publish
+from tests.support.tokenizer_files import byte_tokenizer
 
 pytestmark = pytest.mark.parallel
 Run = Callable[..., list[Any]]
@@ -191,6 +193,38 @@ def test_a_run_that_goes_on_takes_its_own_checkpoint(
     assert latest_committed(str(tmp_path / "one")) is not None
 
 
+def test_rows_added_to_the_weights_are_the_same_in_every_layout(
+    run_ranks: Run, tmp_path: Path, corpus: PreparedData
+) -> None:
+    publish("llama", tmp_path / "hf")
+    wider = {"vocab_size": VOCABULARY + 70}
+    one = run_ranks(train, 1, config(tmp_path, tmp_path / "hf", wider, steps=2), corpus)
+    parallel: dict[str, Any] = {"tp": 2, "dp": 2, "zero": 3}
+    settings = config(tmp_path, tmp_path / "hf", wider, steps=2, **parallel)
+    split = run_ranks(train, 4, settings, corpus)
+    assert losses(split[0]) == pytest.approx(losses(one[0]), rel=1e-5)
+
+
+def test_added_rows_are_those_of_a_new_model_and_the_others_those_of_the_weights(
+    tmp_path: Path,
+) -> None:
+    model = publish("llama", tmp_path / "hf")
+    settings = config(tmp_path, None, {"vocab_size": VOCABULARY + 4})
+    states = []
+    for is_new in (True, False):
+        built, optimizer = build(settings, ParallelMesh.single(), initialise=is_new)
+        if not is_new:
+            seed = settings.training.seed
+            start_from_weights(str(tmp_path / "hf"), built, optimizer, seed)
+        (box,) = training_state(built, optimizer)["model/embedding.weight"].boxes
+        states.append(box.tensor.clone())
+    fresh, started = states
+    assert torch.equal(started[VOCABULARY:], fresh[VOCABULARY:])
+    assert fresh[VOCABULARY:].std() > 0
+    embedding = model.state_dict()["model.embed_tokens.weight"]
+    assert torch.equal(started[:VOCABULARY], embedding)
+
+
 def refusal(settings: TrainConfig, data: PreparedData) -> str:
     with pytest.raises(ConfigError) as caught:
         TrainingSession(settings, ParallelMesh.single(), data)
@@ -203,18 +237,26 @@ def test_what_does_not_fit_is_refused_before_training(
     publish("llama", tmp_path / "hf")
     cause = "contradicts the weights of checkpoint.start_from, which were made with"
     assert refusal(
-        config(tmp_path, tmp_path / "hf", {"num_layers": 3, "vocab_size": 300}), corpus
+        config(tmp_path, tmp_path / "hf", {"num_layers": 3, "vocab_size": 258}), corpus
     ) == (
         f"/model/num_layers: num_layers=3 {cause} 2; set it to that; /model/vocab_size: "
-        f"vocab_size=300 {cause} {VOCABULARY}; set it to that"
+        f"vocab_size=258 {cause} {VOCABULARY}; set it to that"
     )
     assert "neither a committed checkpoint" in refusal(
         config(tmp_path, tmp_path / "nowhere"), corpus
     )
-    too_many = corpus.model_copy(update={"vocab_size": VOCABULARY + 1})
+    rows = VOCABULARY + 1
+    too_many = corpus.model_copy(update={"vocab_size": rows, "rows_needed": rows})
     assert re.match(
         rf"model.vocab_size={VOCABULARY} is smaller than the tokenizer's",
         refusal(config(tmp_path, tmp_path / "hf"), too_many),
+    )
+    other = byte_tokenizer("<|endoftext|>", ordinary=("<b>",))
+    (tmp_path / "hf" / "tokenizer.json").write_text(other)
+    assert refusal(config(tmp_path, tmp_path / "hf"), corpus) == (
+        f"/data/tokenizer: the data were not made with the tokenizer of {tmp_path / 'hf'}: "
+        "token '<b>' is missing instead of 257; set data.tokenizer to {kind: file, path: "
+        f"{tmp_path / 'hf'}/tokenizer.json}}"
     )
     edit_config(tmp_path / "hf", hidden_act="relu")
     assert "hidden_act='relu' is not supported" in refusal(

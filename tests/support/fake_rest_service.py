@@ -58,7 +58,12 @@ class FakeService:
                 fake.requests.append(
                     (f"{self.command} {self.path}", json.loads(sent) if sent else None)
                 )
-                missing = (404, {"code": "not_found", "detail": f"there is no {self.path}"})
+                detail = f"there is no {self.path}"
+                problem = {"pointer": "/path/job_id", "code": "no_job", "detail": detail}
+                missing = (
+                    404,
+                    {"code": "not_found", "detail": detail, "errors": [problem]},
+                )
                 status, body = fake.routes.get(
                     f"{self.command} {self.path.partition('?')[0]}", missing
                 )
@@ -76,7 +81,7 @@ class FakeService:
                 self.end_headers()
                 self.wfile.write(payload)
 
-            do_GET = do_POST = _answer
+            do_GET = do_POST = do_DELETE = _answer
 
             def log_message(self, *args: object) -> None:
                 pass

@@ -17,6 +17,7 @@ import pytest
 from service.client import Client
 from service.local_stack.record import StackRecord, read_record
 from service.local_stack.sessions import Session, members
+from tests.support.service_process import logged_errors
 
 CLI = Path(sys.executable).with_name("megatron-ray")
 ENDS = ("succeeded", "failed", "cancelled")
@@ -179,6 +180,12 @@ def stack(folder: Path) -> Iterator[Road]:
             stdout=subprocess.DEVNULL,
         )
     assert members(set(sessions)) == []
+    for log in (data_dir / "logs").glob("service*.log"):
+        assert logged_errors(log) == []
+    for path in (data_dir, data_dir / "logs"):
+        assert path.stat().st_mode & 0o777 == 0o700
+    for path in (data_dir / "service.db", data_dir / "logs" / "service.log"):
+        assert path.stat().st_mode & 0o777 == 0o600
 
 
 @pytest.fixture(scope="session")

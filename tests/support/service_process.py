@@ -54,8 +54,11 @@ class ServiceProcess:
         self.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
         self.kill()
+        # Not hidden behind the failure of a test.
+        if kind is None:
+            assert logged_errors(self.log) == []
 
     @property
     def url(self) -> str:
@@ -106,6 +109,15 @@ class ServiceProcess:
             timeout=30,
             trust_env=False,
         )
+
+
+def logged_errors(log: Path) -> list[str]:
+    """The lines of a service's log that look like its faults: there must be none."""
+    return [
+        line
+        for line in log.read_text(errors="replace").splitlines()
+        if " ERROR " in line or " CRITICAL " in line or line.startswith("Traceback")
+    ]
 
 
 def free_port() -> int:

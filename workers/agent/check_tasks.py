@@ -3,30 +3,37 @@
 Owns: the bodies, plain functions. Torch- and Ray-free; each returns plain values.
 """
 
+import os
 import secrets
+from collections.abc import Iterator
 from typing import Any
 
 from pydantic import ValidationError
 
 from megatron_ray.checkpoint.directory import list_checkpoints
 from megatron_ray.checkpoint.disk_space import room_problems
-from megatron_ray.checkpoint.initial_model import resolve_initial_model
 from megatron_ray.config.errors.spec_problems import problems_from_pydantic
 from megatron_ray.config.problem import Problem
 from megatron_ray.data.preparation.check import check_data
 from megatron_ray.storage.errors import StorageError
+from megatron_ray.storage.path_rules import Links, PathRules, path_problems
 from megatron_ray.storage.storage import open_storage
-from workers.data_tasks import problem_rows
+from workers.data_tasks import left_out_notes, problem_rows, resolve_initial_weights
 from workers.driver.journal import JournalError, job_of_folder
 from workers.protocol.job import JobSpec
 
 NONCE_FOLDER = ".megatron-ray"
+_PREPARED_SUFFIXES = (".bin", ".idx")
+"""A corpus of prepared data is named without them."""
 
 
-def check_task(spec: dict[str, Any], storage_path: str) -> dict[str, Any]:
+def check_task(
+    spec: dict[str, Any], storage_path: str, path_rules: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """Returns problems of a spec's paths as seen from the cluster, and notes, as JSON.
 
-    Quick: nothing is tokenized.
+    `path_rules` are PathRules: what they refuse is not opened. Quick: nothing is
+    tokenized.
     """
     # The service has validated the spec, but this code may have another version.
     try:
@@ -34,13 +41,63 @@ def check_task(spec: dict[str, Any], storage_path: str) -> dict[str, Any]:
     except ValidationError as error:
         problems = problems_from_pydantic(error.errors(), spec, model=JobSpec)
         return {"problems": problem_rows(problems), "notes": []}
-    _, model_problems = resolve_initial_model(job.checkpoint, job.model)
-    checked = check_data(job.data, job.training.seq_length, storage_path)
-    problems = [*checked.problems, *model_problems, *_folder_problems(storage_path)]
+    if path_rules is not None:
+        # Links are followed here, because the service does not see the cluster's files.
+        rules = PathRules.from_mapping(path_rules)
+        problems = path_problems(job, rules, Links(os.path.realpath, link_targets))
+        if problems:
+            return {"problems": problem_rows(problems), "notes": []}
+    model, weights, weights_problems = resolve_initial_weights(job)
+    checked = check_data(
+        job.data,
+        job.training.seq_length,
+        storage_path,
+        weights=weights,
+        rows=model.vocab_size,
+    )
+    problems = [*checked.problems, *weights_problems, *_folder_problems(storage_path)]
     # Only of a storage that can be written at all.
     if not problems:
         problems += room_problems(job, storage_path)
-    return {"problems": problem_rows(problems), "notes": checked.notes}
+    notes = list(checked.notes)
+    if not weights_problems:
+        notes += left_out_notes(job)
+    return {"problems": problem_rows(problems), "notes": notes}
+
+
+def link_targets(place: str) -> Iterator[str]:
+    """Yields the places that links at or below a place lead to, and then those below them.
+
+    What cannot be listed has no links to follow, and cannot be read either.
+    """
+    for suffix in _PREPARED_SUFFIXES:
+        if os.path.islink(place + suffix):
+            yield os.path.realpath(place + suffix)
+    folders = [place]
+    visited = set()
+    while folders:
+        folder = folders.pop()
+        if folder in visited:
+            continue
+        visited.add(folder)
+        for path, is_link in _folders_and_links(folder):
+            if is_link:
+                path = os.path.realpath(path)
+                yield path
+            folders.append(path)
+
+
+def _folders_and_links(folder: str) -> list[tuple[str, bool]]:
+    entries = []
+    try:
+        with os.scandir(folder) as listed:
+            for entry in listed:
+                is_link = entry.is_symlink()
+                if is_link or entry.is_dir():
+                    entries.append((entry.path, is_link))
+    except OSError:
+        pass  # a file, or nothing
+    return entries
 
 
 def _folder_problems(storage_path: str) -> list[Problem]:

@@ -45,7 +45,7 @@ class CheckRunner:
             if request.check_id not in self._seen:
                 self._seen[request.check_id] = None
                 self._running[request.check_id] = anywhere(
-                    check_task, request.spec, request.storage_path
+                    check_task, request.spec, request.storage_path, request.path_rules
                 )
         # A dict keeps insertion order: the oldest are forgotten first.
         while len(self._seen) > _MAX_REMEMBERED:

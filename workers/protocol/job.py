@@ -20,8 +20,9 @@ class ResourceConfig(Config):
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     """`gpu`: one GPU per rank; `cpu`: no GPU; `auto`: `gpu` if the cluster has any GPU,
     else `cpu`."""
-    cpus_per_rank: float = Field(default=1.0, gt=0, le=1024)
-    """CPU cores reserved for each rank; on CPU also its number of torch threads."""
+    cpus_per_rank: float = Field(default=1.0, ge=0.0001, le=1024)
+    """CPU cores reserved for each rank; on CPU also its number of torch threads. Ray
+    counts in steps of 0.0001."""
     placement_timeout_s: float = Field(default=300.0, gt=0, le=86400 * 7)
     """Seconds to wait for the placement group before the job returns to the queue."""
 
@@ -68,7 +69,7 @@ class JobSpec(TrainConfig):
     """Name of the Ray cluster to run on, as given to its agent."""
     image: str = Field(default="default", min_length=1, max_length=64)
     """Name of a runtime image that an administrator has allowed."""
-    credentials: tuple[str, ...] = ()
+    credentials: tuple[str, ...] = Field(default=(), max_length=64)
     """Names of mounted secrets that an administrator has allowed; never their values."""
     grace_s: float = Field(default=60.0, ge=0, le=3600)
     """Seconds that cancelling may take to finish the step and write a final checkpoint."""

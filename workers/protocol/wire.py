@@ -80,6 +80,9 @@ class CheckRequest(Message):
     check_id: str
     spec: dict[str, Any]
     storage_path: str
+    path_rules: dict[str, Any] | None = None
+    """PathRules as JSON: the places that the spec may name, links followed; None from a
+    service that has none."""
 
 
 class CheckResult(Message):

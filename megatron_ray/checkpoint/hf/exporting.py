@@ -35,6 +35,7 @@ from megatron_ray.checkpoint.hf.weights import DTYPES
 from megatron_ray.checkpoint.load import SavedCheckpoint, bytes_of
 from megatron_ray.checkpoint.train_state import TOKENIZER, read_train_state, saved_model
 from megatron_ray.config.model import ModelConfig
+from megatron_ray.config.model_tokenizer import with_begin
 from megatron_ray.config.problem import ConfigError
 from megatron_ray.sharding.sharded_state import ShardedState, whole_tensor
 from megatron_ray.storage.errors import MissingFileError
@@ -107,7 +108,10 @@ def export_folder(
     # All errors are raised before a folder is created.
     outputs = _outputs(saved, family, model, dtype)
     beside = files_beside_weights(
-        published, _tokenizer_of(checkpoint), train_state.get("end_of_document")
+        published,
+        _tokenizer_of(checkpoint, train_state),
+        train_state.get("end_of_document"),
+        train_state.get("begin_of_document"),
     )
     values = _config_values(model, family, published, outputs[0].dtype)
     values.update(beside.token_ids)
@@ -278,9 +282,16 @@ def _write_files(folder: Path, files: Mapping[str, bytes]) -> None:
         path.write_bytes(content)
 
 
-def _tokenizer_of(checkpoint: str) -> bytes | None:
-    """Returns the tokenizer.json that the run used, if it trained on text."""
+def _tokenizer_of(checkpoint: str, train_state: Mapping[str, Any]) -> bytes | None:
+    """Returns the tokenizer.json that the run used, if it trained on text.
+
+    It puts the token before every text that began every document of the run.
+    """
     try:
-        return read_text_file(open_storage(checkpoint), TOKENIZER)
+        content = read_text_file(open_storage(checkpoint), TOKENIZER)
     except MissingFileError:
         return None
+    # Earlier versions of this code did not know of such a token.
+    if "begin_of_document" not in train_state:
+        return content
+    return with_begin(content.decode(), train_state["begin_of_document"]).encode()

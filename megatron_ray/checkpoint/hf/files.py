@@ -10,7 +10,7 @@ of tensors.
 
 import codecs
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -124,6 +124,20 @@ def _weight_files(storage: Storage, path: str, sizes: Mapping[str, int]) -> list
             f"{', '.join(missing[:3])}; download them again",
         )
     return files
+
+
+def read_objects(storage: Storage, names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Returns the JSON objects in those of a folder's files that exist, by file name.
+
+    Raises CheckpointError for a file that is no JSON object.
+    """
+    objects = {}
+    for name in names:
+        try:
+            objects[name] = _read_json(storage, name)
+        except MissingFileError:
+            continue
+    return objects
 
 
 def _read_json(storage: Storage, name: str) -> dict[str, Any]:

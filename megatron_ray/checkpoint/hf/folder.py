@@ -2,7 +2,8 @@
 
 `HfFolder` is what the rest of the library uses: `model` is the model as a ModelConfig,
 `shapes` lists its logical tensors, `locations` maps each to where it is stored. Missing
-or unknown tensors and wrong shapes are errors. Only headers are read.
+or unknown tensors and wrong shapes are errors. Only headers are read, and tensors that
+are stored twice.
 
 Torch-free. Must not know: what is done with the tensors (`weights` reads them).
 """
@@ -50,7 +51,7 @@ _FIELDS = {
     "*.moe.router.*": "moe.num_experts",
     "*.moe.expert_bias": "moe.num_experts",
     "*.moe.shared.*": "moe.shared_expert_ffn_hidden_size",
-    "*.moe.experts.*": "moe.ffn_hidden_size",
+    "*.moe.experts.*": "moe.num_experts or model.moe.ffn_hidden_size",
 }
 """Fields that a tensor's shape depends on besides hidden_size, for errors. The first
 pattern that matches its name counts."""
@@ -122,7 +123,8 @@ class HfFolder:
             return model
         self.notes.append(
             f"{self.path}: {HEAD} differs from {embedding.name}, so it is used as a head of "
-            f"its own, although {CONFIG} has tie_word_embeddings=true"
+            f"its own, although tie_word_embeddings is true in {CONFIG} (the default of some "
+            "families)"
         )
         return model.model_copy(update={"tie_embeddings": False})
 

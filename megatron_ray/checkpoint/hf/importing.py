@@ -15,15 +15,15 @@ import yaml
 
 from megatron_ray.checkpoint.digests import DigestedFiles
 from megatron_ray.checkpoint.directory import FORMAT_VERSION, INDEX, CheckpointError, commit
-from megatron_ray.checkpoint.hf.files import TOKENIZER as HF_TOKENIZER
-from megatron_ray.checkpoint.hf.files import read_text_file
 from megatron_ray.checkpoint.hf.output_folder import new_folder
 from megatron_ray.checkpoint.hf.published.files import inside_checkpoint, read_published
+from megatron_ray.checkpoint.hf.published.tokenizer import read_published_tokenizer
 from megatron_ray.checkpoint.hf.weights import HfWeights, load_whole
 from megatron_ray.checkpoint.index import BoxSpec, RankPlan, data_file, plan_all
 from megatron_ray.checkpoint.load import bytes_of
 from megatron_ray.checkpoint.train_state import TOKENIZER, TRAIN_STATE
 from megatron_ray.config.model import ModelConfig
+from megatron_ray.config.model_tokenizer import ModelTokenizer
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.sharding.boxes import Box
 from megatron_ray.storage.storage import Writable, open_storage
@@ -59,20 +59,18 @@ def import_folder(source: str, out: str) -> Imported:
     # Files may contain weights twice, the checkpoint contains them once, so both must be
     # equal.
     weights.check_copies()
+    tokenizer = read_published_tokenizer(weights.storage, source)
     with new_folder(out) as folder:
         storage = DigestedFiles(open_storage(str(folder)))
         num_bytes = _write_tensors(weights, storage)
         # The folder is renamed at the end, so paths in its files start with `out`.
         final = str(Path(out).absolute())
-        tokenizer_path = None
-        if weights.storage.exists(HF_TOKENIZER):
-            tokenizer = read_text_file(weights.storage, HF_TOKENIZER)
-            storage.write_bytes_atomic(TOKENIZER, tokenizer)
-            tokenizer_path = f"{final}/{TOKENIZER}"
+        if tokenizer.content is not None:
+            storage.write_bytes_atomic(TOKENIZER, tokenizer.content.encode())
         for name, content in inside_checkpoint(read_published(source)).items():
             storage.write_bytes_atomic(name, content)
-        config = _train_config(weights.model, tokenizer_path)
-        train_state = json.dumps(_train_state(weights, config))
+        config = _train_config(weights.model, tokenizer, final)
+        train_state = json.dumps(_train_state(config, tokenizer))
         storage.write_bytes_atomic(TRAIN_STATE, train_state.encode())
         storage.write_bytes_atomic(SPEC, _spec(config, final).encode())
         storage.write_digests(0)
@@ -84,8 +82,20 @@ def import_folder(source: str, out: str) -> Imported:
         tensors=len(weights.shapes),
         bytes=num_bytes,
         spec=f"{out}/{SPEC}",
-        notes=tuple(weights.notes),
+        notes=(*weights.notes, *_tokenizer_notes(weights.model, tokenizer)),
     )
+
+
+def _tokenizer_notes(model: ModelConfig, tokenizer: ModelTokenizer) -> tuple[str, ...]:
+    if tokenizer.content is None:
+        return (
+            f"the folder has no {TOKENIZER}, without which its weights cannot be trained; "
+            f"{tokenizer.remedy}",
+        )
+    note = tokenizer.rows_note(model.vocabulary)
+    if note is None:
+        return ()
+    return (note,)
 
 
 def _write_tensors(weights: HfWeights, storage: DigestedFiles) -> int:
@@ -113,11 +123,16 @@ def _write_slots(weights: HfWeights, plan: RankPlan, file: Writable) -> None:
         written = slot.start + slot.num_bytes
 
 
-def _train_config(model: ModelConfig, tokenizer: str | None) -> TrainConfig:
+def _train_config(model: ModelConfig, tokenizer: ModelTokenizer, out: str) -> TrainConfig:
     """Returns a run of this model, with placeholders for fields that users must choose."""
     data: dict[str, Any] = {"train": [{"path": "builtin://python-stdlib"}]}
-    if tokenizer is not None:
-        data["tokenizer"] = {"kind": "file", "path": tokenizer}
+    if tokenizer.content is not None:
+        data["tokenizer"] = {
+            "kind": "file",
+            "path": f"{out}/{TOKENIZER}",
+            "end_of_document": tokenizer.end_of_document,
+            "begin_of_document": tokenizer.begin_of_document,
+        }
     return TrainConfig.from_mapping(
         {
             "model": model.model_dump(mode="json", exclude_defaults=True),
@@ -133,17 +148,15 @@ def _train_config(model: ModelConfig, tokenizer: str | None) -> TrainConfig:
     )
 
 
-def _train_state(weights: HfWeights, config: TrainConfig) -> dict[str, Any]:
-    # Some models list several end tokens; the first one ends documents.
-    end_of_document = weights.config.get("eos_token_id")
-    if isinstance(end_of_document, list) and end_of_document:
-        end_of_document = end_of_document[0]
+def _train_state(config: TrainConfig, tokenizer: ModelTokenizer) -> dict[str, Any]:
     return {
         "format_version": FORMAT_VERSION,
         "step": 0,
         "consumed_samples": 0,
         "config": config.model_dump(mode="json"),
-        "end_of_document": end_of_document,
+        "end_of_document": tokenizer.id_of(tokenizer.end_of_document),
+        "begin_of_document": tokenizer.id_of(tokenizer.begin_of_document),
+        "tokenizer_file": tokenizer.other_form,
     }
 
 

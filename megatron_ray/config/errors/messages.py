@@ -4,11 +4,17 @@ Owns: the wording of each kind of error. Must not know: HTTP, job specs.
 """
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from megatron_ray.exceptions import redacted
+
 MAX_VALUE_CHARS = 80
 """Characters of a wrong value that a message repeats."""
+_MAX_READ_CHARS = 8192
+MAX_LISTED_NAMES = 20
+"""Known values that a message lists; of more it names the nearest one."""
 
 # By pydantic's error type; braces name entries of the error's `ctx`.
 _TEMPLATES = {
@@ -27,8 +33,6 @@ _TEMPLATES = {
     "dict_type": "must be a JSON object",
     "model_type": "must be a JSON object",
     "model_attributes_type": "must be a JSON object",
-    "literal_error": "must be {expected}",
-    "enum": "must be {expected}",
     "greater_than": "must be greater than {gt}",
     "greater_than_equal": "must be at least {ge}",
     "less_than": "must be less than {lt}",
@@ -56,6 +60,8 @@ def plain_message(error: Mapping[str, Any]) -> str:
     Errors raised by our own validators keep their text, which names the remedy.
     """
     template = _TEMPLATES.get(error["type"])
+    if error["type"] in ("enum", "literal_error"):
+        return _one_of(str(error["ctx"]["expected"]), error.get("input"))
     # Our own validators, and rare kinds, whose text is good enough.
     if template is None:
         message = str(error["msg"]).removeprefix("Value error, ")
@@ -75,6 +81,15 @@ def suggestion(name: str, known: Iterable[str]) -> str | None:
     if not close:
         return None
     return f"did you mean {close[0]!r}?"
+
+
+def _one_of(expected: str, value: Any) -> str:
+    """Returns which values may be sent: all of them, or of many the nearest one."""
+    names = re.findall(r"'([^']*)'", expected)
+    close = difflib.get_close_matches(str(value)[:MAX_VALUE_CHARS], names, n=1)
+    if close and len(names) > MAX_LISTED_NAMES:
+        return f"must be one of {len(names)} known values, such as {close[0]!r}"
+    return f"must be {expected}"
 
 
 def refusal(error: Mapping[str, Any], value: Any, message: str | None = None) -> str:
@@ -103,7 +118,10 @@ def short_value(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     # Quotes show where a string ends, and that it is one.
-    text = repr(value)
+    if isinstance(value, str):
+        value = value[:_MAX_READ_CHARS]
+    # Before it is cut, which could cut off what shows that a URI has a secret in it.
+    text = redacted(repr(value))
     if len(text) > MAX_VALUE_CHARS:
         return text[:MAX_VALUE_CHARS] + "..."
     return text

@@ -114,7 +114,8 @@ def _detail(
     if kind == "extra_forbidden":
         return _unknown_field(str(location[-1]), _fields_at(location[:-1], model))
     message = plain_message(error)
-    if kind == "string_pattern_mismatch" and tuple(location) == ("name",):
+    is_name = tuple(location) == ("name",) and model is not None
+    if kind == "string_pattern_mismatch" and is_name:
         # The only pattern that users meet; a regular expression would not help them.
         message = NAME_RULE
     if kind == "unknown_preset":

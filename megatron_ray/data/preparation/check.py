@@ -4,10 +4,11 @@ Owns: the checks that take at most a second. Must not know: tokenizing, caches, 
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from megatron_ray.config.data import DataConfig
+from megatron_ray.config.model_tokenizer import ModelTokenizer
 from megatron_ray.config.problem import Problem
 from megatron_ray.data.indexed import IndexedDataset
 from megatron_ray.data.preparation.data_files import SourceAt, find_data
@@ -15,8 +16,8 @@ from megatron_ray.data.preparation.documents import new_tally, read_file_chunks
 from megatron_ray.data.preparation.errors import DataError, UnusableDataError
 from megatron_ray.data.preparation.formats.records import TextChunk
 from megatron_ray.data.preparation.formats.suffixes import file_format
+from megatron_ray.data.preparation.given_tokenizer import check_rows, given_tokenizer
 from megatron_ray.data.preparation.sources import SourceFiles
-from megatron_ray.data.preparation.tokenizer_choice import read_tokenizer
 from megatron_ray.storage.errors import StorageError
 from megatron_ray.storage.files import FileStat, check_writable
 from megatron_ray.storage.location import parse_location
@@ -30,18 +31,28 @@ class DataCheck(NamedTuple):
 
     problems: list[Problem]
     notes: list[str]
-    """Sentences about files that are left out."""
+    """Sentences about files that are left out, and about the tokenizer."""
 
 
-def check_data(data: DataConfig, seq_length: int, storage_path: str) -> DataCheck:
+def check_data(
+    data: DataConfig,
+    seq_length: int,
+    storage_path: str,
+    *,
+    weights: ModelTokenizer | None = None,
+    rows: int | None = None,
+) -> DataCheck:
     """Returns the definite problems of the data, and what is left out of them.
 
     Checks paths, the first documents of each source, the tokenizer, the amount of text,
-    and write access to storage. Reads a few kilobytes and tokenizes nothing, so
-    `prepare` may find more problems. Writes and deletes one small file below
-    `storage_path` (and data.cache), and creates no folder on a local disk.
+    and write access to storage. `weights` is the tokenizer of the weights that the run
+    begins with, `rows` the model's vocabulary, where they are known.
+
+    Reads a few kilobytes and tokenizes nothing, so `prepare` may find more problems.
+    Writes and deletes one small file below `storage_path` (and data.cache), and creates
+    no folder on a local disk.
     """
-    data_files = find_data(data)
+    data_files = find_data(data, weights)
     problems = list(data_files.problems)
     required = seq_length + 1
     required_for_training = required
@@ -53,16 +64,26 @@ def check_data(data: DataConfig, seq_length: int, storage_path: str) -> DataChec
         problems += _source_problems(source_at, data, required_for_training)
     for source_at in data_files.validation:
         problems += _source_problems(source_at, data, required)
-    # The other kinds are not read from a file, so they need no check.
-    if data.tokenizer.kind == "file":
-        try:
-            read_tokenizer(data.tokenizer)
-        except UnusableDataError as error:
-            problems += error.problems
+    notes = data_files.notes
+    try:
+        notes += _tokenizer_notes(data, weights, rows)
+    except UnusableDataError as error:
+        problems += error.problems
     problems += _storage_problems("/storage/path", storage_path)
     if data.cache is not None:
         problems += _storage_problems("/data/cache", data.cache)
-    return DataCheck(problems, data_files.notes)
+    return DataCheck(problems, notes)
+
+
+def _tokenizer_notes(
+    data: DataConfig, weights: ModelTokenizer | None, rows: int | None
+) -> Sequence[str]:
+    """Returns what was decided about the tokenizer. Raises UnusableDataError."""
+    given = given_tokenizer(data.tokenizer, weights)
+    if given is None:
+        return ()
+    check_rows(given.tokenizer, rows, weights)
+    return given.notes
 
 
 def _source_problems(source_at: SourceAt, data: DataConfig, required: int) -> list[Problem]:

@@ -10,7 +10,7 @@ over the same tokens, so a split copies nothing (if the disk supports links).
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,7 @@ RECORDS = "records.json"
 _BATCH_CHARS = 1 << 22
 _BATCH_CHUNKS = 1024
 _COUNT_TOKENS = 1 << 20
+_FIRST_TOKENS = 64
 _HASH_BYTES = 8
 _PROGRESS_EVERY_S = 2.0
 
@@ -68,6 +69,7 @@ def build_corpus(
     work: Path,
     source_files: SourceFiles,
     tokenizer: Tokenizer,
+    vocab_size: int,
     held_out_fraction: float | None,
     use_links: bool,
     progress: ProgressCallback,
@@ -75,17 +77,19 @@ def build_corpus(
     """Fills the folder `work` and describes it.
 
     Returns {"train": part | None, "validation": part | None, "borders": Borders | None},
-    part = {prefix, num_tokens, num_documents}; a prefix is a name in `work`, or the
-    source's own prefix; `borders` are those of prepared tokens. `held_out_fraction` is
-    the share for validation; None means that all of it is for validation. Raises
-    DataError, OSError.
+    part = {prefix, num_tokens, num_documents, first_tokens}; a prefix is a name in `work`,
+    or the source's own prefix; `borders` are those of prepared tokens, which must be below
+    `vocab_size`. `held_out_fraction` is the share for validation; None means that all of
+    it is for validation. Raises DataError, OSError.
     """
     # A prepared source is used in place; only new indices are written.
     is_prepared = source_files.kind == "prepared"
     prefix = "tokens"
     borders = None
     if is_prepared:
-        corpus, hashes, borders = _open_prepared(source_files, tokenizer, progress)
+        corpus, hashes, borders = _open_prepared(
+            source_files, tokenizer, vocab_size, progress
+        )
         prefix = corpus.prefix
     else:
         hashes = _tokenize(source_files, tokenizer, work / prefix, progress)
@@ -165,7 +169,19 @@ def _describe(prefix: str, corpus: IndexedDataset) -> dict[str, Any]:
         "prefix": prefix,
         "num_tokens": corpus.num_tokens,
         "num_documents": corpus.num_documents,
+        "first_tokens": _first_tokens(corpus),
     }
+
+
+def _first_tokens(corpus: IndexedDataset) -> list[int]:
+    """Returns the beginning of the first document, to be shown."""
+    for sequences in corpus.document_ranges():
+        tokens: list[int] = []
+        for sequence in sequences:
+            length = min(len(corpus[sequence]), _FIRST_TOKENS - len(tokens))
+            tokens += corpus.get(sequence, length=length).tolist()
+        return tokens
+    return []
 
 
 def _tokenize(
@@ -174,7 +190,7 @@ def _tokenize(
     prefix: Path,
     progress: ProgressCallback,
 ) -> DocumentHashes:
-    """Writes all documents, each with an end token; returns their content hashes."""
+    """Writes all documents with the tokens around them; returns their content hashes."""
     name = source_files.source.path
     progress(f"tokenizing {name} ({source_files.num_bytes / 1e6:.1f} MB)")
     dtype = token_dtype(tokenizer.vocab_size)
@@ -212,9 +228,11 @@ class _TokenWriter:
         self._builder = builder
         # Covers all chunks of the current document.
         self._digest = hashlib.blake2b(digest_size=_HASH_BYTES)
+        self._last_token: int | None = None
+        """Last token of the current document; None before its first one."""
         self.hashes: list[int] = []
         self.num_tokens = 0
-        """Without the end tokens."""
+        """Without the tokens around documents."""
 
     def write(self, batch: list[TextChunk]) -> None:
         """Appends a batch, which is tokenized on all cores."""
@@ -222,16 +240,32 @@ class _TokenWriter:
         for chunk, ids in zip(batch, ids_of_chunks, strict=True):
             # Hashes the text, because the split must not depend on the tokenizer.
             self._digest.update(chunk.text.encode("utf-8", "replace"))
-            self._builder.add(ids)
+            if self._last_token is None:
+                self._begin_document(ids)
+            self._add(ids)
             self.num_tokens += len(ids)
             if chunk.ends_document:
                 self._end_document()
 
+    def _begin_document(self, ids: Sequence[int]) -> None:
+        begin = self._tokenizer.begin_of_document
+        # Rendered chats may hold the token in their text.
+        if begin is not None and begin not in ids[:1]:
+            self._add([begin])
+
     def _end_document(self) -> None:
-        self._builder.add([self._tokenizer.end_of_document])
+        end = self._tokenizer.end_of_document
+        if self._last_token != end:
+            self._add([end])
         self._builder.end_document()
         self.hashes.append(_as_int(self._digest.digest()))
         self._digest = hashlib.blake2b(digest_size=_HASH_BYTES)
+        self._last_token = None
+
+    def _add(self, ids: Sequence[int]) -> None:
+        self._builder.add(ids)
+        if ids:
+            self._last_token = ids[-1]
 
 
 def _as_int(digest: bytes) -> int:
@@ -253,7 +287,10 @@ def _batches(chunks: Iterator[TextChunk]) -> Iterator[list[TextChunk]]:
 
 
 def _open_prepared(
-    source_files: SourceFiles, tokenizer: Tokenizer, progress: ProgressCallback
+    source_files: SourceFiles,
+    tokenizer: Tokenizer,
+    vocab_size: int,
+    progress: ProgressCallback,
 ) -> tuple[IndexedDataset, DocumentHashes, Borders]:
     """Opens a prepared corpus and reads every token once.
 
@@ -270,11 +307,11 @@ def _open_prepared(
         raise DataError("bad_corpus", detail)
     if not corpus.num_tokens:
         raise DataError("empty", f"{name} holds no tokens; prepare the data again")
-    return corpus, *_read_documents(corpus, tokenizer, name)
+    return corpus, *_read_documents(corpus, tokenizer, vocab_size, name)
 
 
 def _read_documents(
-    corpus: IndexedDataset, tokenizer: Tokenizer, name: str
+    corpus: IndexedDataset, tokenizer: Tokenizer, vocab_size: int, name: str
 ) -> tuple[DocumentHashes, Borders]:
     hashes = []
     num_end_tokens = 0
@@ -284,7 +321,7 @@ def _read_documents(
         last_token: IntArray = np.empty(0, corpus.table.dtype)
         for sequence in sequences:
             tokens = corpus[sequence]
-            _check_tokens(tokens, tokenizer.vocab_size, name)
+            _check_tokens(tokens, vocab_size, name)
             digest.update(np.ascontiguousarray(tokens).data)
             num_end_tokens += int(np.count_nonzero(tokens == tokenizer.end_of_document))
             if tokens.size:

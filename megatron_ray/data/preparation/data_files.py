@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from megatron_ray.config.data import DataConfig, DataSource
+from megatron_ray.config.model_tokenizer import ModelTokenizer
 from megatron_ray.config.problem import Problem
 from megatron_ray.data.preparation.errors import DataError
 from megatron_ray.data.preparation.file_selection import Role, named_files
@@ -42,8 +43,11 @@ class DataFiles:
         return notes
 
 
-def find_data(data: DataConfig) -> DataFiles:
-    """Finds the files of every source; a source without files is a problem."""
+def find_data(data: DataConfig, weights: ModelTokenizer | None = None) -> DataFiles:
+    """Finds the files of every source; a source without files is a problem.
+
+    `weights` is the tokenizer of the weights that the run begins with, if any.
+    """
     problems: list[Problem] = []
     train = _find_each(data.train, "train", problems)
     validation = _find_each(data.validation, "validation", problems)
@@ -55,7 +59,8 @@ def find_data(data: DataConfig) -> DataFiles:
         validation = _validation_beside(train)
     # Prepared tokens determine the vocabulary.
     prepared_at = _first_prepared(train + validation)
-    if prepared_at is not None and data.tokenizer.kind == "bpe":
+    is_trained = data.tokenizer.kind == "bpe" and weights is None
+    if prepared_at is not None and is_trained:
         detail = (
             f"{prepared_at}/path is already tokenized and a tokenizer trained now would not "
             "fit; use kind `file` with the one it was made with"

@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_ray.data.preparation.errors import read_errors
+from megatron_ray.data.preparation.errors import DataError, read_errors
 from megatron_ray.data.preparation.formats.json_lines import read_json_lines
 from megatron_ray.data.preparation.formats.parquet import read_parquet
 from megatron_ray.data.preparation.formats.records import (
@@ -19,10 +19,13 @@ from megatron_ray.data.preparation.formats.records import (
 from megatron_ray.data.preparation.formats.suffixes import file_format
 from megatron_ray.data.preparation.formats.text import read_text
 from megatron_ray.data.preparation.sources import SourceFiles
-from megatron_ray.storage.files import FileStat
+from megatron_ray.storage.files import FileStat, read_bytes
+from megatron_ray.storage.location import Location
 
 # Part of every fingerprint; to be increased when the same files yield other documents.
 _FORMAT = 2
+_POINTER = b"version https://git-lfs.github.com/spec/"
+_MAX_POINTER_BYTES = 200
 
 
 def read_chunks(
@@ -87,6 +90,7 @@ def _read_file(
     source_files: SourceFiles, file: FileStat, tally: RecordTally
 ) -> Iterator[TextChunk]:
     location = source_files.location(file)
+    _require_content(location, file)
     source = source_files.source
     form = file_format(file.path)
     assert form is not None, "files of other formats are left out"
@@ -97,6 +101,15 @@ def _read_file(
     # A bad file is left out as a whole only if bad records are allowed.
     checks_first = source.max_bad_records > 0
     return read_text(location, form.compression, tally, checks_first=checks_first)
+
+
+def _require_content(location: Location, file: FileStat) -> None:
+    """Raises DataError when a clone without Git LFS left a pointer in place of a file."""
+    if file.size > _MAX_POINTER_BYTES:
+        return
+    if read_bytes(location).startswith(_POINTER):
+        detail = f"{file.path} is a pointer of Git LFS, not the data; run git lfs pull"
+        raise DataError("file_type", detail)
 
 
 def _read_python(path: Path) -> Iterator[TextChunk]:

@@ -13,7 +13,12 @@ from pathlib import PurePosixPath
 from typing import Literal
 
 from megatron_ray.data.preparation.errors import DataError
-from megatron_ray.data.preparation.formats.suffixes import TYPES, file_format, remedy_of
+from megatron_ray.data.preparation.formats.suffixes import (
+    TYPES,
+    file_format,
+    remedy_of,
+    unpacked_path,
+)
 from megatron_ray.storage.files import FileStat
 
 Split = Literal["train", "validation", "test"]
@@ -64,6 +69,8 @@ class _Groups:
     """Data in formats that are not read."""
     hidden: list[FileStat] = field(default_factory=list)
     """Data in files or folders whose names begin with `.` or `_`."""
+    packed: list[FileStat] = field(default_factory=list)
+    """Compressed files beside the same files unpacked."""
     others: list[FileStat] = field(default_factory=list)
 
     def readable(self) -> list[FileStat]:
@@ -140,8 +147,10 @@ def _relative_name(file: FileStat, root: str) -> str:
 
 def _grouped(files: Sequence[FileStat], root: str, *, skips_hidden: bool) -> _Groups:
     groups = _Groups()
+    paths = {file.path for file in files}
     for file in files:
         name = _relative_name(file, root)
+        unpacked = unpacked_path(file.path)
         is_read = file_format(name) is not None
         is_data = is_read or remedy_of(name) is not None
         split = split_of(name)
@@ -149,6 +158,8 @@ def _grouped(files: Sequence[FileStat], root: str, *, skips_hidden: bool) -> _Gr
             # What programs keep in their own folders is not mentioned, unless it is data.
             if is_data:
                 groups.hidden.append(file)
+        elif unpacked != file.path and unpacked in paths:
+            groups.packed.append(file)
         elif is_read and _DESCRIPTION.match(PurePosixPath(name.lower()).name):
             groups.descriptions.append(file)
         elif is_read:
@@ -192,6 +203,7 @@ def _left_out(
         (f"of test data: {use}", _without(groups.test, chosen)),
         (f"without a mark of held-out data: {use}", _without(groups.unmarked, chosen)),
         ("describing the data: not read", groups.descriptions),
+        ("beside the same file unpacked: not read", groups.packed),
         ("with names that begin with . or _: not read", groups.hidden),
         (f"of other types: not read; convert them to {TYPES} to use them", groups.others),
     ]

@@ -8,40 +8,27 @@ same content reads a few small files, and a change of one source rebuilds that s
 only.
 """
 
-import io
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
 from megatron_ray.config.data import DataConfig, DataSource, source_names
+from megatron_ray.config.model_tokenizer import ModelTokenizer
 from megatron_ray.config.problem import Problem
-from megatron_ray.data.preparation.build_cache import get_or_build
-from megatron_ray.data.preparation.cache_keys import digest
-from megatron_ray.data.preparation.corpora import (
-    COUNTS,
-    RECORDS,
-    Borders,
-    ProgressCallback,
-    build_corpus,
-)
+from megatron_ray.data.preparation.built_corpora import BuiltCorpus, CorpusBuilder
+from megatron_ray.data.preparation.corpora import ProgressCallback
 from megatron_ray.data.preparation.data_files import SourceAt, find_data
-from megatron_ray.data.preparation.documents import fingerprint
-from megatron_ray.data.preparation.errors import UnusableDataError, cause, errors_at
-from megatron_ray.data.preparation.formats.records import tally_of_json
+from megatron_ray.data.preparation.errors import UnusableDataError, cause
 from megatron_ray.data.preparation.formats.suffixes import file_format
-from megatron_ray.data.preparation.sources import SourceFiles
+from megatron_ray.data.preparation.given_tokenizer import check_rows
 from megatron_ray.data.preparation.split import is_near_share
 from megatron_ray.data.preparation.tokenizer_choice import make_tokenizer
 from megatron_ray.data.prepared import PreparedCorpus, PreparedData
 from megatron_ray.data.tokenizer import Tokenizer
-from megatron_ray.storage.files import read_bytes
-from megatron_ray.storage.location import Location, parse_location
+from megatron_ray.storage.location import parse_location
 
 _DEFAULT_TEXT_KEY = DataSource.model_fields["text_key"].default
 
@@ -56,23 +43,31 @@ def prepare(
     *,
     seq_length: int,
     progress: ProgressCallback = no_progress,
+    weights: ModelTokenizer | None = None,
+    rows: int | None = None,
 ) -> PreparedData:
     """Tokenizes data that `cache` (path or URI) lacks and returns the manifest.
 
-    `progress` receives short messages for users. Safe to run concurrently and to kill.
+    `weights` is the tokenizer of the weights that the run begins with, and `rows` the
+    model's vocabulary, where they are known. `progress` receives short messages for
+    users. Safe to run concurrently and to kill.
+
     Raises UnusableDataError for errors that the user can fix, at JSON pointers below
     /data (or /storage/path when the default cache cannot be written).
     """
     with _cache_errors(data, cache):
         location = parse_location(cache)
-        data_files = find_data(data)
+        data_files = find_data(data, weights)
         # All problems are reported at once, before anything is built.
         if data_files.problems:
             raise UnusableDataError(data_files.problems)
-        tokenizer, tokenizer_file = make_tokenizer(
-            data.tokenizer, data_files.train, location, progress
+        made, tokenizer_file = make_tokenizer(
+            data.tokenizer, weights, data_files.train, location, progress
         )
-        builder = _CorpusBuilder(location, cache, tokenizer, progress)
+        # Tokenizing may take hours, so a model that is too small is refused before.
+        check_rows(made.tokenizer, rows, weights)
+        tokenizer = made.tokenizer
+        builder = CorpusBuilder(location, cache, tokenizer, rows, progress)
         # Explicit validation sources replace the split.
         held_out_fraction = data.validation_fraction
         if data.validation:
@@ -83,20 +78,18 @@ def prepare(
     # seq_length use the same tokens.
     required = seq_length + 1
     _require_length(train, "train", required)
-    notes = data_files.notes
-    for built in [*train, *validation]:
-        notes.extend(built.record_notes())
+    notes = [*made.notes, *data_files.notes]
     notes += _key_notes([*data_files.train, *data_files.validation])
-    notes += _border_notes([*train, *validation], tokenizer.end_of_document)
+    notes += _corpus_notes([*train, *validation], tokenizer.end_of_document)
     if data.separate_documents:
         _require_borders(train, tokenizer.end_of_document)
     if data.validation:
         _require_length(validation, "validation", required)
     elif held_out_fraction:
-        held_out = [built for built in train if built.has("validation")]
-        notes += _share_notes(held_out, held_out_fraction)
-        validation, omissions = _long_enough([*validation, *held_out], required)
-        notes += omissions
+        validation, held_out_notes = _with_held_out(
+            validation, train, held_out_fraction, required
+        )
+        notes += held_out_notes
     # A source may be both trained and evaluated on.
     notes = list(dict.fromkeys(notes))
     for note in notes:
@@ -107,8 +100,11 @@ def prepare(
         tokenizer_path=f"{builder.cache_uri}/{tokenizer_file}",
         vocab_size=tokenizer.vocab_size,
         end_of_document=tokenizer.end_of_document,
+        begin_of_document=tokenizer.begin_of_document,
+        rows_needed=tokenizer.rows_needed,
         unigram_nats=unigram_nats(_counts_by_weight(validation)),
         notes=tuple(notes),
+        first_document=_first_document(train, tokenizer),
     )
 
 
@@ -134,138 +130,16 @@ def unigram_nats(blend: Sequence[tuple[float, npt.NDArray[np.int64]]]) -> float 
     return float(-(used * np.log(used)).sum()) + 0.0
 
 
-class _BuiltCorpus:
-    """A source's entry in the cache."""
-
-    def __init__(
-        self,
-        pointer: str,
-        source: DataSource,
-        entry: Location,
-        entry_uri: str,
-        description: dict[str, Any],
-    ) -> None:
-        self.pointer = pointer
-        self.source = source
-        self._entry = entry
-        self._entry_uri = entry_uri
-        self._description = description
-
-    @property
-    def borders(self) -> Borders | None:
-        """The ends of documents in prepared tokens; None for text."""
-        # Earlier entries of text have none either.
-        borders = self._description.get("borders")
-        return borders and Borders(**borders)
-
-    def has(self, split: str) -> bool:
-        return self._description[split] is not None
-
-    def num_tokens(self, split: str) -> int:
-        return int(self._description[split]["num_tokens"])
-
-    def manifest(self, split: str, name: str) -> PreparedCorpus:
-        part = self._description[split]
-        prefix = part["prefix"]
-        # A bare name is a file of the entry; a path belongs to a prepared source, which is
-        # used in place.
-        if "/" not in prefix:
-            prefix = f"{self._entry_uri}/{prefix}"
-        return PreparedCorpus(
-            prefix=prefix,
-            weight=self.source.weight,
-            num_tokens=part["num_tokens"],
-            num_documents=part["num_documents"],
-            name=name,
-        )
-
-    def record_notes(self) -> list[str]:
-        """Returns sentences about records that are left out."""
-        # Only sources of text have records.
-        if RECORDS not in self._description["files"]:
-            return []
-        tally = tally_of_json(json.loads(read_bytes(self._entry / RECORDS)))
-        return tally.notes(self.source.path)
-
-    def read_counts(self) -> npt.NDArray[np.int64]:
-        content = read_bytes(self._entry / COUNTS)
-        counts: npt.NDArray[np.int64] = np.load(io.BytesIO(content))
-        return counts
+def _first_document(train: Sequence[BuiltCorpus], tokenizer: Tokenizer) -> str:
+    """Returns the beginning of the first training document with its tokens."""
+    # Entries of earlier versions of this code have no such tokens.
+    ids = train[0].first_tokens("train")
+    if not ids:
+        return ""
+    return f"first document of {train[0].source.path}: {tokenizer.describe(ids)}"
 
 
-class _CorpusBuilder:
-    """Builds the entries of one cache with one tokenizer."""
-
-    def __init__(
-        self,
-        cache: Location,
-        cache_path: str,
-        tokenizer: Tokenizer,
-        progress: ProgressCallback,
-    ) -> None:
-        self.cache_uri = cache_path.rstrip("/")
-        if cache.is_local:
-            # An absolute path and no file:// URI, because ranks may run in another working
-            # directory.
-            self.cache_uri = cache.path
-        self._cache = cache
-        self._tokenizer = tokenizer
-        self._progress = progress
-        # The end token is part of the key, because it is appended to every document.
-        self._tokenizer_digest = digest(tokenizer.to_json(), tokenizer.end_of_document)
-
-    def build_all(
-        self, sources: Sequence[SourceAt], held_out_fraction: float | None
-    ) -> list[_BuiltCorpus]:
-        """Builds each source. Raises UnusableDataError at its JSON pointer."""
-        return [self._build(source_at, held_out_fraction) for source_at in sources]
-
-    def _build(self, source_at: SourceAt, held_out_fraction: float | None) -> _BuiltCorpus:
-        pointer, source_files = source_at
-        # Files of validation data replace a share of the documents.
-        if held_out_fraction and source_files.validation_files:
-            held_out_fraction = 0.0
-
-        def build(work: Path) -> dict[str, Any]:
-            return build_corpus(
-                work,
-                source_files,
-                self._tokenizer,
-                held_out_fraction,
-                self._cache.is_local,
-                self._progress,
-            )
-
-        with errors_at(pointer):
-            # The inputs that determine the token files; weight and seq_length do not.
-            key = digest(
-                fingerprint(source_files),
-                self._tokenizer_digest,
-                held_out_fraction,
-                *_formats(source_files, held_out_fraction),
-            )
-            entry = f"corpora/{key}"
-            description = get_or_build(self._cache, entry, build)
-        return _BuiltCorpus(
-            pointer,
-            source_files.source,
-            self._cache / entry,
-            f"{self.cache_uri}/{entry}",
-            description,
-        )
-
-
-def _formats(source_files: SourceFiles, held_out_fraction: float | None) -> list[str]:
-    """Returns what changed since earlier entries, which have no such part in their key."""
-    formats = []
-    if held_out_fraction:
-        formats.append("split 2")
-    if source_files.kind == "prepared":
-        formats.append("borders")
-    return formats
-
-
-def _manifests(corpora: Sequence[_BuiltCorpus], split: str) -> tuple[PreparedCorpus, ...]:
+def _manifests(corpora: Sequence[BuiltCorpus], split: str) -> tuple[PreparedCorpus, ...]:
     names = source_names([built.source for built in corpora])
     manifests = []
     for built, name in zip(corpora, names, strict=True):
@@ -274,12 +148,12 @@ def _manifests(corpora: Sequence[_BuiltCorpus], split: str) -> tuple[PreparedCor
 
 
 def _counts_by_weight(
-    corpora: Sequence[_BuiltCorpus],
+    corpora: Sequence[BuiltCorpus],
 ) -> list[tuple[float, npt.NDArray[np.int64]]]:
     return [(built.source.weight, built.read_counts()) for built in corpora]
 
 
-def _require_length(corpora: Sequence[_BuiltCorpus], split: str, required: int) -> None:
+def _require_length(corpora: Sequence[BuiltCorpus], split: str, required: int) -> None:
     problems = []
     for built in corpora:
         num_tokens = built.num_tokens(split)
@@ -292,6 +166,14 @@ def _require_length(corpora: Sequence[_BuiltCorpus], split: str, required: int) 
         problems.append(Problem(f"{built.pointer}/path", "too_short", detail))
     if problems:
         raise UnusableDataError(problems)
+
+
+def _corpus_notes(corpora: Sequence[BuiltCorpus], end_of_document: int) -> list[str]:
+    """Returns notes on what was read and on the borders of documents."""
+    notes: list[str] = []
+    for built in corpora:
+        notes.extend(built.record_notes())
+    return notes + _border_notes(corpora, end_of_document)
 
 
 def _key_notes(sources: Sequence[SourceAt]) -> list[str]:
@@ -308,7 +190,7 @@ def _key_notes(sources: Sequence[SourceAt]) -> list[str]:
     return notes
 
 
-def _border_notes(corpora: Sequence[_BuiltCorpus], end_of_document: int) -> list[str]:
+def _border_notes(corpora: Sequence[BuiltCorpus], end_of_document: int) -> list[str]:
     """Returns notes on prepared tokens without the tokenizer's end token."""
     notes = []
     for built in corpora:
@@ -328,7 +210,7 @@ def _border_notes(corpora: Sequence[_BuiltCorpus], end_of_document: int) -> list
     return notes
 
 
-def _require_borders(corpora: Sequence[_BuiltCorpus], end_of_document: int) -> None:
+def _require_borders(corpora: Sequence[BuiltCorpus], end_of_document: int) -> None:
     """Raises UnusableDataError when no source shows where documents begin or end."""
     paths = []
     for built in corpora:
@@ -344,7 +226,7 @@ def _require_borders(corpora: Sequence[_BuiltCorpus], end_of_document: int) -> N
     raise UnusableDataError([Problem("/data/separate_documents", "no_borders", detail)])
 
 
-def _share_notes(train: Sequence[_BuiltCorpus], fraction: float) -> list[str]:
+def _share_notes(train: Sequence[BuiltCorpus], fraction: float) -> list[str]:
     """Returns notes on sources of which another share is held out than was asked for."""
     notes = []
     for built in train:
@@ -359,9 +241,25 @@ def _share_notes(train: Sequence[_BuiltCorpus], fraction: float) -> list[str]:
     return notes
 
 
+def _with_held_out(
+    validation: Sequence[BuiltCorpus],
+    train: Sequence[BuiltCorpus],
+    fraction: float,
+    required: int,
+) -> tuple[list[BuiltCorpus], list[str]]:
+    """Returns the corpora to evaluate on with those held out of `train`, and notes.
+
+    Raises UnusableDataError.
+    """
+    held_out = [built for built in train if built.has("validation")]
+    notes = _share_notes(held_out, fraction)
+    long_enough, omissions = _long_enough([*validation, *held_out], required)
+    return long_enough, notes + omissions
+
+
 def _long_enough(
-    train: Sequence[_BuiltCorpus], required: int
-) -> tuple[list[_BuiltCorpus], list[str]]:
+    train: Sequence[BuiltCorpus], required: int
+) -> tuple[list[BuiltCorpus], list[str]]:
     """Returns the corpora with enough held-out tokens for a sample, and notes on others.
 
     Small corpora are left out of the evaluation, unless all are too small. Raises

@@ -1,7 +1,7 @@
 """Makes the tokenizer of a config.
 
-Owns: reading the user's tokenizer.json, training one, the training sample. Must not
-know: how corpora are built.
+Owns: training one, the training sample, the tokenizer's file in the cache. Must not know:
+how corpora are built.
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,17 +11,23 @@ from typing import Any
 import tokenizers
 
 from megatron_ray.config.data import TokenizerConfig
-from megatron_ray.config.problem import Problem
+from megatron_ray.config.model_tokenizer import ModelTokenizer
 from megatron_ray.data.preparation.build_cache import get_or_build
 from megatron_ray.data.preparation.cache_keys import digest
 from megatron_ray.data.preparation.corpora import ProgressCallback
 from megatron_ray.data.preparation.data_files import SourceAt
 from megatron_ray.data.preparation.documents import fingerprint, read_file_chunks
-from megatron_ray.data.preparation.errors import UnusableDataError, cause, errors_at
+from megatron_ray.data.preparation.errors import errors_at
+from megatron_ray.data.preparation.given_tokenizer import (
+    GivenTokenizer,
+    given_tokenizer,
+    special_tokens_to_train,
+    trained_tokenizer,
+)
 from megatron_ray.data.preparation.sources import SourceFiles, in_sampling_order
-from megatron_ray.data.tokenizer import Tokenizer, TokenizerError
+from megatron_ray.data.tokenizer import Tokenizer
 from megatron_ray.storage.files import read_bytes
-from megatron_ray.storage.location import Location, parse_location
+from megatron_ray.storage.location import Location
 
 _FILE_NAME = "tokenizer.json"
 _SAMPLE_CHARS = 32 << 20
@@ -29,39 +35,44 @@ _SAMPLE_CHARS = 32 << 20
 
 def make_tokenizer(
     config: TokenizerConfig,
+    weights: ModelTokenizer | None,
     train: Sequence[SourceAt],
     cache: Location,
     progress: ProgressCallback,
-) -> tuple[Tokenizer, str]:
+) -> tuple[GivenTokenizer, str]:
     """Returns the tokenizer and the name of its tokenizer.json in the cache.
 
-    Raises UnusableDataError, OSError.
+    `weights` is the tokenizer of the weights that the run begins with, if any. Raises
+    UnusableDataError, OSError.
     """
-    if config.kind == "bpe":
-        name = _train(config.vocab_size, train, cache, progress)
-    elif config.kind == "bytes":
-        name = _keep(Tokenizer.of_bytes(), config.kind, cache)
-    else:
-        name = _keep(read_tokenizer(config), config.kind, cache)
-    file_name = f"{name}/{_FILE_NAME}"
+    given = given_tokenizer(config, weights)
+    if given is not None:
+        name = _keep(given.tokenizer, config.kind, cache)
+        return given, f"{name}/{_FILE_NAME}"
+    file_name = f"{_train(config, train, cache, progress)}/{_FILE_NAME}"
     # Read from the cache, because another process may have trained it first.
     content = read_bytes(cache / file_name).decode()
-    return Tokenizer.from_json(content, config.end_of_document), file_name
+    return GivenTokenizer(trained_tokenizer(config, content)), file_name
 
 
 def _train(
-    vocab_size: int,
+    config: TokenizerConfig,
     train: Sequence[SourceAt],
     cache: Location,
     progress: ProgressCallback,
 ) -> str:
     # The trainer's version is part of the key, because it may affect the merges.
     parts = [(fingerprint(source), source.source.weight) for _, source in train]
-    name = f"tokenizers/bpe-{digest(parts, vocab_size, tokenizers.__version__)}"
+    inputs: list[Any] = [parts, config.vocab_size, tokenizers.__version__]
+    special_tokens = special_tokens_to_train(config)
+    if special_tokens:
+        inputs.append(special_tokens)
+    name = f"tokenizers/bpe-{digest(*inputs)}"
 
     def build(work: Path) -> dict[str, Any]:
-        progress(f"training a tokenizer of {vocab_size} tokens")
-        _write(work, Tokenizer.train_bpe(sample_text(train), vocab_size))
+        progress(f"training a tokenizer of {config.vocab_size} tokens")
+        texts = sample_text(train)
+        _write(work, Tokenizer.train_bpe(texts, config.vocab_size, special_tokens))
         return {}
 
     get_or_build(cache, name, build)
@@ -82,31 +93,6 @@ def _keep(tokenizer: Tokenizer, kind: str, cache: Location) -> str:
 
 def _write(work: Path, tokenizer: Tokenizer) -> None:
     tokenizer.save(work / _FILE_NAME)
-
-
-def read_tokenizer(config: TokenizerConfig) -> Tokenizer:
-    """Reads the user's tokenizer.json.
-
-    Raises UnusableDataError below /data/tokenizer.
-    """
-    path = config.path or ""
-    try:
-        content = read_bytes(parse_location(path)).decode()
-        return Tokenizer.from_json(content, config.end_of_document)
-    except TokenizerError as error:
-        problem = Problem(
-            f"/data/tokenizer/{error.field}", error.code, f"{path}: {error.detail}"
-        )
-        raise UnusableDataError([problem]) from error
-    except FileNotFoundError as error:
-        detail = f"{path} does not exist where the job runs; check the path"
-        problem = Problem("/data/tokenizer/path", "not_found", detail)
-        raise UnusableDataError([problem]) from error
-    # ValueError: the file is not UTF-8.
-    except (OSError, ValueError) as error:
-        detail = f"{path} cannot be read: {cause(error)}; give the path of a tokenizer.json"
-        problem = Problem("/data/tokenizer/path", "unreadable", detail)
-        raise UnusableDataError([problem]) from error
 
 
 def sample_text(train: Sequence[SourceAt]) -> Iterator[str]:

@@ -43,11 +43,20 @@ def misfits(resolved: TrainConfig, hardware: Hardware) -> list[Problem]:
 
 
 def make_plan(
-    config: TrainConfig, hardware: Hardware | None, ranks: int | None
+    config: TrainConfig,
+    hardware: Hardware | None,
+    ranks: int | None,
+    notes: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Returns the plan of a config without problems, from itself alone."""
+    """Returns the plan of a config without problems, from itself alone.
+
+    `notes` are added to those of the plan.
+    """
     resolved = resolution.resolve(config, ranks or fewest_ranks(config))
-    notes = ["planned from the spec alone: neither its paths nor a cluster were looked at"]
+    notes = [
+        "planned from the spec alone: neither its paths nor a cluster were looked at",
+        *notes,
+    ]
     if ranks is None and config.parallel.dp == "auto":
         notes.append(
             f"dp: auto counts as {resolved.parallel.dp}, the least; set --ranks for more"

@@ -12,7 +12,7 @@ from rich.markup import escape
 
 from service.cli.connection import DataDir, Token, Url
 from service.cli.failure import CommandError
-from service.cli.library import as_arguments, checkpoint_path, run_library
+from service.cli.library import as_arguments, check_form, checkpoint_path, run_library
 from service.cli.output import AsJson, console, print_json, size
 
 # Run as a module in a process of its own: it imports torch.
@@ -56,6 +56,7 @@ def import_(
     as_json: AsJson = False,
 ) -> None:
     """Convert a Hugging Face model to a checkpoint, with a job spec that starts from it."""
+    check_form(folder)
     answer = run_library(_MODULE, ["import", folder, str(out)], "path")
     _show(answer, as_json, f"train it with: megatron-ray submit {answer.get('spec')}")
 

@@ -9,6 +9,7 @@ from rich.markup import escape
 
 from megatron_ray.config.training import TrainingConfig
 from megatron_ray.data.prepared import PreparedCorpus
+from megatron_ray.storage.path_rules import path_problems
 from service.cli.failure import CommandError
 from service.cli.offline_plan import parse_spec, problems_failure
 from service.cli.output import AsJson, console, print_json
@@ -43,6 +44,9 @@ def prepare(
     """
     # Checked here, because no service takes part.
     job = parse_spec(read_spec(spec, overrides))
+    wrong_paths = path_problems(job)
+    if wrong_paths:
+        raise problems_failure("the job spec is invalid", wrong_paths)
     folder = job.data.cache
     if cache is not None:
         folder = str(cache.expanduser().absolute())
@@ -53,8 +57,9 @@ def prepare(
     # Imported here: pyarrow and tokenizers take most of a second, which no other
     # command needs.
     from megatron_ray.data.preparation.errors import UnusableDataError
-    from megatron_ray.data.preparation.prepare import prepare as prepare_corpora
+    from workers.data_tasks import prepare_data
 
+    job = job.model_copy(update={"data": job.data.model_copy(update={"cache": folder})})
     out = console()
 
     def print_progress(message: str) -> None:
@@ -62,9 +67,7 @@ def prepare(
             out.print(f"[dim]{escape(message)}[/dim]")
 
     try:
-        prepared = prepare_corpora(
-            job.data, folder, seq_length=job.training.seq_length, progress=print_progress
-        )
+        prepared = prepare_data(job, print_progress)
     except UnusableDataError as error:
         raise problems_failure("the data cannot be used", error.problems) from error
     if as_json:
@@ -76,6 +79,8 @@ def prepare(
     )
     if job.training.steps is None:
         out.print(_length(job.training, prepared.num_train_tokens))
+    if prepared.first_document:
+        out.print(escape(prepared.first_document))
 
 
 def _amount(split: str, corpora: Sequence[PreparedCorpus]) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from service.cli.connection import local_stack
 from service.cli.failure import CommandError
+from service.local_stack.files import private_folder
 from service.local_stack.interruption import Interruption
 from service.local_stack.record import StackRecord
 from service.local_stack.sessions import GatedProcess, is_running, send_signal
@@ -24,7 +25,9 @@ def up_detached(
     """
     log = folder / "logs" / "up.log"
     try:
-        log.parent.mkdir(parents=True, exist_ok=True)
+        # Both before anything is written to them: `up` itself comes later.
+        private_folder(folder)
+        private_folder(log.parent)
         # The log is appended to; output after this offset belongs to this start.
         log_start = 0
         if log.exists():

@@ -28,6 +28,14 @@ def generate(
         ),
     ],
     prompt: Annotated[str, typer.Option(help="Prompt text.")] = "",
+    special_tokens: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Special tokens recognised in the prompt: all, none, or a name; repeatable. "
+            "Default: those of the training data.",
+            show_default=False,
+        ),
+    ] = None,
     max_new_tokens: Annotated[
         int, typer.Option(min=1, help="Maximum number of generated tokens.")
     ] = 100,
@@ -60,6 +68,7 @@ def generate(
         "--top-k": top_k,
         "--top-p": top_p,
         "--seed": seed,
+        "--special-tokens": special_tokens,
     }
     if as_json:
         print_json(run_generation(path, prompt, options))

@@ -1,58 +1,77 @@
-"""Read-only commands: jobs, show, watch, logs, events, metrics, checkpoints, ranks."""
+"""Read-only commands; the last line of a shortened answer names what is missing.
 
-from collections.abc import Callable, Mapping
+Must not know: how a job is created or changed.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 
-from service.cli.commands.jobs import JobId
+from service.cli.choice import (
+    JobChoice,
+    JobId,
+    JobName,
+    Labels,
+    Statuses,
+    labels,
+    read_pages,
+    statuses,
+)
 from service.cli.commands.log_reader import print_log
 from service.cli.commands.show import EVENT_COLUMNS, event_style, show, step_of
-from service.cli.commands.watch import watch_job
+from service.cli.commands.watch import TERMINAL, watch_job
 from service.cli.connection import DataDir, Token, Url, connect
 from service.cli.output import (
     AsJson,
     Column,
+    console,
     coordinates,
     duration,
+    moment,
     nested,
     number,
+    print_json,
+    print_note,
     print_page,
     size,
 )
+from service.client import Client
+from workers.protocol.states import JobState
 
 _METRICS = "loss,grad_norm,lr,tokens_per_s"
-_PAGE = 100
+_HOLDING = [state.value for state in JobState if state.holds_resources]
+_ENDED = [state.value for state in JobState if state.is_terminal]
+_WAITING = [state.value for state in JobState if state.value not in (*_HOLDING, *_ENDED)]
+_JOB_GROUPS = (_HOLDING, _WAITING, _ENDED)
+"""States of jobs in the order in which `jobs` lists them."""
 
 
 def register(app: typer.Typer) -> None:
     """Adds these commands."""
     # The order in which `--help` lists them.
-    for command in (jobs, show, watch, logs, events, metrics, checkpoints, ranks):
+    reading = (jobs, show, watch, logs, events, metrics, checkpoints, attempts, ranks)
+    for command in (*reading, cluster):
         app.command(command.__name__)(command)
 
 
 def jobs(
-    limit: Annotated[
-        int, typer.Option(min=1, help="Maximum number of jobs, newest first.")
-    ] = 20,
-    status: Annotated[
-        str | None, typer.Option(help="Only jobs with this status. Default: all.")
-    ] = None,
+    limit: Annotated[int, typer.Option(min=1, help="Maximum number of jobs.")] = 20,
+    status: Statuses = None,
+    name: JobName = None,
+    metadata: Labels = None,
     url: Url = None,
     token: Token = None,
     data_dir: DataDir = None,
     as_json: AsJson = False,
 ) -> None:
-    """List jobs."""
+    """List jobs: those that run first, then those that wait, then those that have ended."""
+    chosen = JobChoice(statuses(status), name, labels(metadata))
     with connect(url, token, data_dir) as client:
-
-        def fetch(after: str | None, page_size: int) -> dict[str, Any]:
-            # A page's size differs from --limit: the service caps it.
-            return client.jobs(limit=page_size, after=after, status=status)
-
-        page = _pages(fetch, limit)
+        page = _active_first(client, chosen, limit)
     columns: dict[str, Column] = {
         "id": lambda job: str(job["id"]),
         "name": lambda job: str(job.get("name")),
@@ -61,12 +80,34 @@ def jobs(
         "loss": lambda job: number(nested(job, "progress.loss")),
         "age": _age,
     }
-    print_page(
-        page,
-        as_json,
-        columns,
-        empty="no jobs yet; submit one with `megatron-ray submit SPEC`",
-    )
+    empty = "no jobs yet; submit one with `megatron-ray submit SPEC`"
+    if status or name or metadata:
+        empty = "no job matches"
+    print_page(page, as_json, columns, empty=empty)
+    if page["has_more"] and not as_json:
+        total = page["total"]
+        num_more = total - len(page["data"])
+        print_note(f"{num_more} more; show all {total} with --limit {total}")
+
+
+def _active_first(client: Client, chosen: JobChoice, limit: int) -> dict[str, Any]:
+    """Returns up to `limit` jobs as one page: those that hold ranks come first."""
+    entries: list[Any] = []
+    total = 0
+    for group in _JOB_GROUPS:
+        states = [state for state in group if state in (chosen.statuses or group)]
+        if not states:
+            continue
+        # Of a group beyond the limit one job is read, because its page has the number.
+        room = max(1, limit - len(entries))
+        page = replace(chosen, statuses=states).read(client, room)
+        total += page["total"]
+        entries += page["data"][: limit - len(entries)]
+    merged = {"object": "list", "data": entries, "first_id": None, "last_id": None}
+    if entries:
+        merged["first_id"] = entries[0]["id"]
+        merged["last_id"] = entries[-1]["id"]
+    return {**merged, "has_more": total > len(entries), "total": total}
 
 
 def watch(
@@ -136,8 +177,18 @@ def events(
                 job_id, limit=page_size, after=after, levels=level, newest_first=newest
             )
 
-        page = _pages(fetch, limit)
-    print_page(page, as_json, EVENT_COLUMNS, empty="no events", style=event_style)
+        page = read_pages(fetch, limit)
+    empty = "no events"
+    if level:
+        empty = f"no events of level {level}"
+    print_page(page, as_json, EVENT_COLUMNS, empty=empty, style=event_style)
+    if page.get("has_more") and not as_json:
+        total = page["total"]
+        order = "newer"
+        if newest:
+            order = "older"
+        num_more = total - len(page["data"])
+        print_note(f"{num_more} {order} events; show all {total} with --limit {total}")
 
 
 def metrics(
@@ -149,7 +200,7 @@ def metrics(
     max_points: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Thin out to at most this many rows. Default: no thinning."
+            min=2, help="Thin out to at most this many rows. Default: no thinning."
         ),
     ] = None,
     attempt: Annotated[
@@ -168,6 +219,9 @@ def metrics(
         page = client.metrics(
             job_id, keys=keys, from_step=from_step, max_points=max_points, attempt=attempt
         )
+        empty = ""
+        if not page["data"]:
+            empty = _no_metrics(client.show(job_id), from_step, attempt)
     # A step may have been run by several attempts, so each row names its own.
     columns: dict[str, Column] = {
         "step": lambda row: str(row["step"]),
@@ -177,7 +231,36 @@ def metrics(
         name = key.strip()
         if name:
             columns[name] = _metric_column(name)
-    print_page(page, as_json, columns, empty="no metrics yet")
+    print_page(page, as_json, columns, empty=empty)
+    if not as_json:
+        _print_missing_steps(page)
+
+
+def _print_missing_steps(page: Mapping[str, Any]) -> None:
+    """Prints which steps are missing from a page of metrics, if any."""
+    num_rows = len(page["data"])
+    if page.get("has_more"):
+        next_step = page["data"][-1]["step"] + 1
+        print_note(f"more steps follow; show them with --from-step {next_step}")
+    elif (page.get("total") or 0) > num_rows:
+        print_note(f"{num_rows} of {page['total']} steps; show all without --max-points")
+
+
+def _no_metrics(job: Mapping[str, Any], from_step: int | None, attempt: int | None) -> str:
+    """Returns why there is no row to print."""
+    last_step = nested(job, "progress.step")
+    if last_step is None:
+        return _nothing(job, "no metrics")
+    if from_step is not None and from_step > last_step:
+        return f"no metrics from step {from_step} on; the last step is {last_step}"
+    return f"no metrics of attempt {attempt}; the last step is {last_step}"
+
+
+def _nothing(job: Mapping[str, Any], what: str) -> str:
+    """Returns that there is nothing, and whether there may be something later."""
+    if job["status"] in TERMINAL:
+        return f"{what}; the job has ended ({job['status']})"
+    return f"{what} yet; the job is {job['status']}"
 
 
 def checkpoints(
@@ -190,6 +273,9 @@ def checkpoints(
     """List a job's committed checkpoints."""
     with connect(url, token, data_dir) as client:
         page = client.checkpoints(job_id)
+        empty = ""
+        if not page["data"]:
+            empty = _nothing(client.show(job_id), "no committed checkpoint")
     columns: dict[str, Column] = {
         "step": lambda entry: str(entry["step"]),
         "attempt": lambda entry: str(entry["attempt"]),
@@ -197,7 +283,7 @@ def checkpoints(
         "size": lambda entry: size(entry.get("bytes")),
         "path": lambda entry: str(entry["path"]),
     }
-    print_page(page, as_json, columns, empty="no committed checkpoint yet")
+    print_page(page, as_json, columns, empty=empty)
 
 
 def ranks(
@@ -210,6 +296,9 @@ def ranks(
     """List where each rank of a job runs."""
     with connect(url, token, data_dir) as client:
         page = client.ranks(job_id)
+        empty = ""
+        if not page["data"]:
+            empty = _nothing(client.show(job_id), "no ranks")
     columns: dict[str, Column] = {
         "rank": lambda entry: str(entry["rank"]),
         "slot": lambda entry: str(entry.get("slot")),
@@ -218,28 +307,89 @@ def ranks(
         "pid": lambda entry: str(entry.get("pid")),
         "coordinates": coordinates,
     }
-    print_page(page, as_json, columns, empty="no ranks yet")
+    print_page(page, as_json, columns, empty=empty)
 
 
-def _pages(
-    fetch: Callable[[str | None, int], dict[str, Any]], limit: int
-) -> dict[str, Any]:
-    """Returns up to `limit` entries as one page; `fetch` gets (after, page size)."""
-    entries: list[Any] = []
-    after: str | None = None
-    while True:
-        page = fetch(after, min(_PAGE, limit - len(entries)))
-        entries += page["data"]
-        # A page without entries ends the loop even if it claims that there are more.
-        if not page.get("has_more") or len(entries) >= limit or not page["data"]:
-            break
-        after = page.get("last_id") or str(page["data"][-1]["id"])
-    # One page that spans all that were fetched.
-    merged = {**page, "data": entries, "first_id": None, "last_id": None}
-    if entries:
-        merged["first_id"] = str(entries[0]["id"])
-        merged["last_id"] = str(entries[-1]["id"])
-    return merged
+def attempts(
+    job_id: JobId,
+    url: Url = None,
+    token: Token = None,
+    data_dir: DataDir = None,
+    as_json: AsJson = False,
+) -> None:
+    """List a job's attempts: why each one ended."""
+    with connect(url, token, data_dir) as client:
+        page = client.attempts(job_id)
+        empty = ""
+        if not page["data"]:
+            empty = _nothing(client.show(job_id), "no attempts")
+    columns: dict[str, Column] = {
+        "attempt": lambda entry: str(entry["attempt"]),
+        "state": lambda entry: str(entry["state"]),
+        "reason": lambda entry: str(entry.get("reason") or "-"),
+        "ranks": lambda entry: str(entry.get("world_size") or "-"),
+        "started": lambda entry: _moment_or_dash(entry.get("started_at")),
+        "ended": lambda entry: _moment_or_dash(entry.get("ended_at")),
+        "message": lambda entry: str(entry.get("message") or ""),
+    }
+    print_page(page, as_json, columns, empty=empty)
+
+
+def cluster(
+    url: Url = None,
+    token: Token = None,
+    data_dir: DataDir = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the clusters with their agents and nodes."""
+    with connect(url, token, data_dir) as client:
+        page = client.cluster()
+    if as_json:
+        print_json(page)
+        return
+    columns: dict[str, Column] = {
+        "  node": lambda node: f"  {node['address']}",
+        "state": _node_state,
+        "cpus": lambda node: f"{node['cpus']:g}",
+        "gpus": lambda node: f"{node['gpus']:g}",
+        "accelerator": lambda node: str(node.get("accelerator_type") or "-"),
+        "memory": lambda node: size(node.get("memory_bytes")),
+    }
+    for entry in page["data"]:
+        console().print(_agent_line(entry))
+        print_page({"data": entry["nodes"]}, False, columns, empty="  no nodes")
+
+
+def _agent_line(entry: Mapping[str, Any]) -> str:
+    """Returns the state of a cluster's agent as console markup."""
+    name = escape(str(entry["name"]))
+    silence_s = entry.get("agent_silence_s")
+    state = "[green]agent connected[/green]"
+    if silence_s is None:
+        state = "[yellow]agent not connected yet[/yellow]"
+    elif not entry["live"]:
+        state = f"[red]agent lost for {duration(silence_s)}[/red]"
+    parts = [f"[bold]{name}[/bold]  {state}"]
+    if entry.get("ray_version"):
+        parts.append(f"Ray {escape(str(entry['ray_version']))}")
+    parts.append(f"jobs with a driver: {len(entry['drivers'])}")
+    if entry["orphans"]:
+        parts.append(f"[yellow]actors of no known job: {len(entry['orphans'])}[/yellow]")
+    return ", ".join(parts)
+
+
+def _node_state(node: Mapping[str, Any]) -> str:
+    if not node["alive"]:
+        return "dead"
+    if node.get("storage_ok") is False:
+        return "cannot read the storage"
+    return "alive"
+
+
+def _moment_or_dash(value: Any) -> str:
+    if value is None:
+        return "-"
+    return moment(value)
 
 
 def _age(job: Mapping[str, Any]) -> str:

@@ -1,32 +1,31 @@
-"""Commands that create or change a job: submit, cancel.
+"""Commands that create or change a job: submit, checkpoint-now, delete.
 
 Must not know: how a job is followed or displayed.
 """
 
+import sys
 import time
 from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
 
+from service.cli.choice import JobId, SomeJobIds
 from service.cli.commands.watch import TERMINAL, watch_job
 from service.cli.connection import DataDir, Token, Url, connect
 from service.cli.failure import CommandError
-from service.cli.output import AsJson, console, print_json, styled_status
+from service.cli.output import AsJson, console, print_json
 from service.cli.spec_file import Overrides, SpecFile, read_spec
-from service.client import Client
+from service.client import Client, ServiceError
 
-JobId = Annotated[
-    str,
-    typer.Argument(help="Job id, as listed by `megatron-ray jobs`.", show_default=False),
-]
 _POLL_S = 0.3
 
 
 def register(app: typer.Typer) -> None:
     """Adds these commands."""
     app.command("submit")(submit)
-    app.command("cancel")(cancel)
+    app.command("checkpoint-now")(checkpoint_now)
+    app.command("delete")(delete)
 
 
 def submit(
@@ -76,44 +75,96 @@ def _print_warnings(client: Client, job_id: str) -> None:
         typer.echo(f"warning: {event['message']}", err=True)
 
 
-def cancel(
+def checkpoint_now(
     job_id: JobId,
     wait: Annotated[
-        bool, typer.Option("--wait/--no-wait", help="Wait until the job has ended.")
+        bool, typer.Option("--wait/--no-wait", help="Wait until it is committed.")
     ] = True,
-    timeout_s: Annotated[float, typer.Option(help="Maximum wait, in seconds.")] = 180.0,
+    timeout_s: Annotated[float, typer.Option(help="Maximum wait, in seconds.")] = 600.0,
     url: Url = None,
     token: Token = None,
     data_dir: DataDir = None,
     as_json: AsJson = False,
 ) -> None:
-    """Cancel a job after a final checkpoint."""
+    """Write a checkpoint of a running job now."""
     with connect(url, token, data_dir) as client:
-        job = client.cancel(job_id)
-        # The request returns before the final checkpoint is written.
+        last_event = client.events(job_id, newest_first=True, limit=1)["last_id"]
+        job = client.checkpoint(job_id)
         if wait:
-            job = _wait_for_end(client, job, timeout_s)
-    status = str(job["status"])
-    # A job that ended otherwise is reported below, as an error.
+            job = _wait_for_checkpoint(client, job_id, last_event, timeout_s)
     if as_json:
         print_json(job)
-    elif status not in TERMINAL or status == "cancelled":
-        console().print(f"{escape(job_id)} {styled_status(status)}")
-    # The job may finish before the cancellation takes effect.
-    if status in ("succeeded", "failed"):
-        raise CommandError(f"{job_id} {status} before it could be cancelled", body=job)
-    if wait and status != "cancelled":
-        raise CommandError(
-            f"{job_id} is still {status} after {timeout_s:.0f} s",
-            remedy=f"see `megatron-ray events {job_id}`",
-            body=job,
+    elif wait:
+        checkpoint = job["last_checkpoint"]
+        console().print(
+            f"checkpoint of step {checkpoint['step']} committed: {escape(checkpoint['path'])}"
         )
+    else:
+        console().print(f"checkpoint of {escape(job_id)} requested")
 
 
-def _wait_for_end(client: Client, job: dict[str, Any], timeout_s: float) -> dict[str, Any]:
-    # Polled rather than streamed: this wait has a deadline.
+def _wait_for_checkpoint(
+    client: Client, job_id: str, last_event: str | None, timeout_s: float
+) -> dict[str, Any]:
+    """Returns the job once a checkpoint is committed after `last_event`."""
     deadline = time.monotonic() + timeout_s
-    while job["status"] not in TERMINAL and time.monotonic() < deadline:
+    while time.monotonic() < deadline:
+        page = client.events(job_id, types="checkpoint.committed", after=last_event)
+        job = client.show(job_id)
+        if page["data"]:
+            return job
+        if job["status"] in TERMINAL:
+            raise CommandError(
+                f"{job_id} {job['status']} before a checkpoint was committed", body=job
+            )
         time.sleep(_POLL_S)
-        job = client.show(str(job["id"]))
-    return job
+    raise CommandError(
+        f"no checkpoint was committed in {timeout_s:.0f} s",
+        remedy=f"the request stays; see `megatron-ray events {job_id}`",
+    )
+
+
+def delete(
+    job_ids: SomeJobIds,
+    yes: Annotated[
+        bool, typer.Option("--yes", "-y", help="Do not ask before jobs are deleted.")
+    ] = False,
+    url: Url = None,
+    token: Token = None,
+    data_dir: DataDir = None,
+    as_json: AsJson = False,
+) -> None:
+    """Delete ended jobs and their history. Files that they wrote stay."""
+    ids = list(dict.fromkeys(job_ids))
+    if not yes and not as_json:
+        _ask_to_delete(ids)
+    deleted = []
+    errors = []
+    with connect(url, token, data_dir) as client:
+        for job_id in ids:
+            try:
+                client.delete(job_id)
+            except ServiceError as error:
+                # The others are deleted all the same.
+                errors.append(f"{job_id}: {error.detail}")
+            else:
+                deleted.append(job_id)
+    body = {"deleted": deleted, "errors": errors}
+    if as_json and not errors:
+        print_json(body)
+    elif not as_json:
+        for job_id in deleted:
+            console().print(f"{escape(job_id)} deleted; its files stay")
+    if errors:
+        raise CommandError("\n".join(errors), body=body)
+
+
+def _ask_to_delete(job_ids: list[str]) -> None:
+    if not sys.stdin.isatty():
+        raise CommandError(
+            "nothing was deleted",
+            remedy="add --yes to delete without a question",
+            exit_code=2,
+        )
+    if not typer.confirm(f"delete {', '.join(job_ids)} with the history?"):
+        raise CommandError("nothing was deleted")

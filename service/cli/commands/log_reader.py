@@ -28,12 +28,16 @@ def print_log(
     reader = _LogReader(
         client, job_id, rank, attempt, follows_attempts=attempt is None, as_json=as_json
     )
-    while not reader.read() and follow:
+    has_ended = reader.read()
+    while not has_ended and follow:
         time.sleep(_LOG_POLL_S)
+        has_ended = reader.read()
     if not reader.has_printed:
+        message = f"rank {rank} of {job_id} has no log"
+        if not has_ended:
+            message += " yet"
         raise CommandError(
-            f"rank {rank} of {job_id} has no log yet",
-            remedy=f"see the job's state with `megatron-ray show {job_id}`",
+            message, remedy=f"see the job's state with `megatron-ray show {job_id}`"
         )
 
 

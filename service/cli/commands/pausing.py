@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from service.cli.commands.jobs import JobId
+from service.cli.choice import JobId
 from service.cli.commands.watch import watch_job
 from service.cli.connection import DataDir, Token, Url, connect
 from service.cli.output import AsJson, console, print_json, styled_status

@@ -5,7 +5,7 @@ from typing import Any
 
 from rich.markup import escape
 
-from service.cli.commands.jobs import JobId
+from service.cli.choice import JobId
 from service.cli.connection import DataDir, Token, Url, connect
 from service.cli.output import (
     AsJson,
@@ -16,6 +16,7 @@ from service.cli.output import (
     nested,
     number,
     print_json,
+    print_note,
     print_page,
     styled_level,
     styled_status,
@@ -56,9 +57,10 @@ def _print_job(client: Client, job: Json) -> None:
     attempts = client.attempts(job_id)["data"]
     started = _newest_event(client, job_id, "attempt.started")
     recovered = _newest_event(client, job_id, "job.recovered")
-    problem_events = client.events(
+    problems = client.events(
         job_id, levels="warn,error", newest_first=True, limit=_NUM_PROBLEM_EVENTS
-    )["data"]
+    )
+    problem_events = problems["data"]
     out = console()
     name = escape(str(job.get("name")))
     out.print(f"[bold]{escape(job_id)}[/bold] {name}  {styled_status(job['status'])}")
@@ -78,6 +80,11 @@ def _print_job(client: Client, job: Json) -> None:
         # Fetched newest first to get the latest events; printed oldest first.
         page = {"data": problem_events[::-1]}
         print_page(page, False, EVENT_COLUMNS, empty="", style=event_style)
+        if problems["has_more"]:
+            print_note(
+                f"{len(problem_events)} of {problems['total']}; show all with `megatron-ray "
+                f"events {job_id} --level warn,error`"
+            )
 
 
 def _newest_event(client: Client, job_id: str, event_type: str) -> Json | None:
@@ -151,7 +158,7 @@ def _history(
         last_recovery = f"{moment(recovered['created_at'])}  {recovered['message']}"
     return {
         "attempt": current,
-        "restarts used": _restarts(job),
+        "restarts used": _restarts(job, attempts),
         "last failure": last_failure,
         "last recovery": last_recovery,
     }
@@ -181,9 +188,17 @@ def _failure(attempt: Json) -> str:
     return text
 
 
-def _restarts(job: Json) -> str:
-    """Returns how many restarts are used; a failure beyond the last one ends the job."""
-    text = str(int(job.get("failures") or 0))
+def _restarts(job: Json, attempts: Sequence[Json]) -> str:
+    """Returns how many restarts are used: failed attempts that another one followed."""
+    used = 0
+    for attempt in attempts[:-1]:
+        if attempt["state"] == "failed" and attempt.get("reason") != "preempted":
+            used += 1
+    # A resume gives a new budget; the failure that ended the job led to no restart.
+    counted = int(job.get("failures") or 0)
+    if job["status"] == "failed" and attempts and attempts[-1]["state"] == "failed":
+        counted -= 1
+    text = str(max(0, min(used, counted)))
     max_failures = nested(job, "resolved_spec.restart.max_failures")
     if max_failures is not None:
         text += f" of {max_failures}"

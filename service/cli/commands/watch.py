@@ -13,6 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Column
 
 from service.cli.failure import CommandError, with_field_lines
 from service.cli.output import (
@@ -20,16 +21,21 @@ from service.cli.output import (
     nested,
     number,
     print_json_line,
+    short_number,
     styled_level,
     styled_status,
 )
-from service.client import Client, StreamEvent
+from service.client import Client
+from service.event_stream import StreamEvent
 from workers.protocol.states import JobState
 
 TERMINAL = frozenset(state.value for state in JobState if state.is_terminal)
 """Statuses of a job that has ended."""
 
 _SECONDS_BETWEEN_LINES = 5.0
+_BAR_WIDTH = 16
+_WIDE = 100
+"""Columns from which on numbers are written in full beside the bar."""
 # Weight of the newest step in the throughput behind the ETA.
 _SMOOTHING = 0.1
 _STATE_EVENTS = frozenset(f"job.{state.value}" for state in JobState)
@@ -96,9 +102,11 @@ class Watcher:
         remaining_steps = max(0, self.steps - self.step)
         return remaining_steps * self.tokens_per_step / self._smooth_tokens_per_s
 
-    def progress_line(self) -> str:
-        """Returns step, loss, throughput and ETA on one line."""
+    def progress_line(self, *, is_short: bool = False) -> str:
+        """Returns step, loss, throughput and ETA on one line; `is_short`: beside a bar."""
         speed = number(self.tokens_per_s, 0)
+        if is_short:
+            speed = short_number(self.tokens_per_s)
         return (
             f"step {self.step}/{self.steps or '?'}  loss {number(self.loss)}  "
             f"{speed} tokens/s  ETA {duration(self.eta_s)}"
@@ -206,20 +214,21 @@ def _follow_json(client: Client, job_id: str) -> None:
 
 
 def _follow_live(client: Client, job_id: str, watcher: Watcher, screen: Console) -> None:
+    # The numbers fit beside the bar at 80 columns, also those of long jobs.
     columns = (
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=None),
-        TextColumn("{task.fields[numbers]}"),
+        BarColumn(bar_width=_BAR_WIDTH),
+        TextColumn("{task.fields[numbers]}", table_column=Column(no_wrap=True)),
     )
-    with Progress(*columns, console=screen, expand=True) as progress:
-        task = progress.add_task(escape(job_id), total=watcher.steps, numbers="waiting")
+    screen.print(f"watching [bold]{escape(job_id)}[/bold]")
+    with Progress(*columns, console=screen) as progress:
+        task = progress.add_task("", total=watcher.steps, numbers="waiting")
         for event in client.stream(job_id):
             # Printed through the progress bar, which keeps them above itself.
             for line in watcher.handle_event(event):
                 progress.console.print(line)
             numbers = watcher.status
             if watcher.step:
-                numbers = watcher.progress_line()
+                numbers = watcher.progress_line(is_short=screen.width < _WIDE)
             progress.update(
                 task, total=watcher.steps, completed=watcher.step, numbers=numbers
             )
@@ -239,6 +248,8 @@ def _follow_plain(
         # The last step is printed even directly after another one.
         is_last = watcher.step == watcher.steps or event.event == "end"
         is_due = clock() - last_line_at >= _SECONDS_BETWEEN_LINES
+        # Before an event, so that a history reads in its order.
+        is_due = is_due or bool(lines)
         if watcher.step > last_step and (is_last or is_due):
             lines = [watcher.progress_line(), *lines]
             last_line_at = clock()

@@ -332,6 +332,7 @@ def settings(tmp_path: Path, new_database: Callable[[], str | None]) -> Settings
         tokens_file=tokens,
         check_wait_s=0.05,
         ping_s=0.5,
+        single_user=True,
     )
 
 

@@ -10,7 +10,8 @@ from typing import Any
 import httpx
 import pytest
 
-from service.client import Client, ServiceError, StreamEvent, parse_stream
+from service.client import Client, ServiceError
+from service.event_stream import StreamEvent, parse_stream
 
 Answer = httpx.Response | Exception
 

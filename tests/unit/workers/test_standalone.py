@@ -21,6 +21,7 @@ from megatron_ray.inference.generate import generate, load_model
 from megatron_ray.storage.errors import DiskFullError
 from megatron_ray.storage.storage import LocalStorage, open_storage
 from tests.support.hf_folders import publish
+from workers import standalone
 from workers.decisions.journal_entry import Ending, JournalEntry, Phase
 from workers.driver.journal import Journal
 from workers.rank.messages import UserError
@@ -43,6 +44,14 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "corpus.txt").write_text("one two three four five six seven\n" * 20)
     (tmp_path / "job.yaml").write_text(SPEC)
     return tmp_path / "job.yaml"
+
+
+def test_a_model_that_cannot_be_exported_is_noted(job: Path) -> None:
+    spec = read_spec(job, ["model.position_embedding=none"], 1)
+    *_, line = standalone.warning_lines(spec)
+    assert line.startswith(
+        "warning: /model/position_embedding: checkpoints cannot be exported"
+    )
 
 
 def test_warnings_and_skipped_steps_are_seen(job: Path) -> None:

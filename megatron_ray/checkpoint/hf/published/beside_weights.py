@@ -21,6 +21,7 @@ from megatron_ray.checkpoint.hf.published.files import (
     is_licence,
     parsed,
 )
+from megatron_ray.config.model_tokenizer import token_ids as ids_by_name
 
 _VOCABULARIES = ("vocab.json", "added_tokens.json")
 """Files with the id of each token, besides tokenizer.json."""
@@ -45,18 +46,25 @@ class FilesBesideWeights:
 
 
 def files_beside_weights(
-    published: PublishedFiles, tokenizer: bytes | None, end_of_document: int | None
+    published: PublishedFiles,
+    tokenizer: bytes | None,
+    end_of_document: int | None,
+    begin_of_document: int | None = None,
 ) -> FilesBesideWeights:
     """Returns the published files, or those of the run where they contradict it.
 
-    `tokenizer` is the run's tokenizer.json, if it trained on text.
+    `tokenizer` is the run's tokenizer.json, if it trained on text; the other two are the
+    ids of the tokens around its documents.
     """
     if published and _has_published_ids(published, tokenizer, end_of_document):
         return _as_published(published, tokenizer, end_of_document)
     licences = {name: content for name, content in published.items() if is_licence(name)}
-    # A model that was not published has the end of a document for both.
+    # A model that was not published may have the end of a document for both.
+    begin = begin_of_document
+    if begin is None:
+        begin = end_of_document
     token_ids = {
-        "bos_token_id": end_of_document,
+        "bos_token_id": begin,
         "eos_token_id": end_of_document,
         "pad_token_id": None,
     }
@@ -128,32 +136,19 @@ def _has_published_ids(
     expected = _published_ids(published)
     if not expected:
         return end_of_document in _end_tokens(published)
-    own = _ids_of(json.loads(tokenizer))
+    own = ids_by_name(json.loads(tokenizer))
     return all(own.get(token) == number for token, number in expected.items())
 
 
 def _published_ids(published: PublishedFiles) -> Ids:
     ids: Ids = {}
     if TOKENIZER in published:
-        ids |= _ids_of(parsed(published, TOKENIZER))
+        ids |= ids_by_name(parsed(published, TOKENIZER))
     for name in _VOCABULARIES:
         ids |= parsed(published, name)
     decoder = parsed(published, TOKENIZER_CONFIG).get("added_tokens_decoder") or {}
     for number, token in decoder.items():
         ids[token["content"]] = int(number)
-    return ids
-
-
-def _ids_of(tokenizer: Mapping[str, Any]) -> Ids:
-    """Returns the id of every token of a parsed tokenizer.json."""
-    vocabulary = tokenizer["model"].get("vocab") or {}
-    # Unigram models list pairs of token and score, in the order of their ids.
-    if isinstance(vocabulary, list):
-        ids = {piece: number for number, (piece, _) in enumerate(vocabulary)}
-    else:
-        ids = dict(vocabulary)
-    for token in tokenizer.get("added_tokens") or ():
-        ids[token["content"]] = token["id"]
     return ids
 
 

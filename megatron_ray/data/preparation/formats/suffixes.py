@@ -62,6 +62,13 @@ def file_format(path: str) -> FileFormat | None:
     return FileFormat(kind, compression)
 
 
+def unpacked_path(path: str) -> str:
+    """Returns the path that a compressed file has after unpacking."""
+    if PurePosixPath(path.lower()).suffix in _COMPRESSIONS:
+        return str(PurePosixPath(path).with_suffix(""))
+    return path
+
+
 def remedy_of(path: str) -> str | None:
     """Returns how a file that is not read could be used.
 

@@ -516,6 +516,24 @@ def test_the_vocabulary_comes_from_the_tokenizer_unless_given() -> None:
         resolution.with_vocabulary(config(model={"vocab_size": 200}), 300)
 
 
+def test_tokens_that_do_not_occur_need_no_row_and_weights_can_get_more() -> None:
+    smaller = config(model={"vocab_size": 290})
+    assert resolution.with_vocabulary(smaller, 300, 290).model.vocab_size == 290
+    started = config(model={"vocab_size": 290}, checkpoint={"start_from": "x"})
+    with pytest.raises(ValueError, match="set it to 295, which adds rows to the weights"):
+        resolution.with_vocabulary(started, 300, 295)
+
+
+def test_a_tokenizer_that_is_taken_from_weights_has_their_size() -> None:
+    fields: dict[str, Any] = {
+        "model": {"vocab_size": 300},
+        "data": {"tokenizer": {"vocab_size": 4096}},
+    }
+    (problem,) = check.find_problems(config(**fields))
+    assert problem.pointer == "/data/tokenizer/vocab_size"
+    assert check.find_problems(config(**fields, checkpoint={"start_from": "x"})) == []
+
+
 def test_a_world_must_be_resolved_before_it_is_counted() -> None:
     with pytest.raises(ValueError, match=r"parallel\.dp is not resolved"):
         resolution.world_size(config())

@@ -1,13 +1,17 @@
 """The event stream: every event and row once, whatever happens to the connection."""
 
 import json
+import logging
 import random
+import socket
+import struct
 import threading
 import time
 from collections.abc import Iterator
 from typing import Any
 
 import httpx
+import pytest
 
 Message = dict[str, Any]
 
@@ -183,7 +187,7 @@ def test_position_may_come_in_the_query(service: Any) -> None:
     job_id = service.submit()["id"]
     service.user.post(f"/v1/jobs/{job_id}/cancel")
     with service.user.stream(
-        "GET", f"/v1/jobs/{job_id}/stream", params={"after": "2.0"}
+        "GET", f"/v1/jobs/{job_id}/stream", params={"after": f"{job_id}.2.0"}
     ) as response:
         later = list(messages(response))
     assert [message["event"] for message in later] == [
@@ -191,7 +195,7 @@ def test_position_may_come_in_the_query(service: Any) -> None:
         "state",
         "end",
     ]
-    assert later[0]["id"] == "3.0"
+    assert later[0]["id"] == f"{job_id}.3.0"
 
 
 def test_too_many_streams_are_refused_and_places_come_free(
@@ -253,3 +257,28 @@ def test_deleting_a_job_ends_its_streams(service: Any) -> None:
         next(stream)
         service.client("u" * 43).post(f"/v1/jobs/{job_id}/cancel")
         assert [message["event"] for message in stream if "event" in message][-1] == "end"
+
+
+def test_readers_that_leave_in_the_middle_of_a_message_are_no_errors(
+    service: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    job_id, driver = service.running_job()
+    driver.steps(1, 2500)
+    host, port = service.url.removeprefix("http://").split(":")
+    request = (
+        f"GET /v1/jobs/{job_id}/stream HTTP/1.1\r\nHost: x\r\n"
+        f"Authorization: {service.user.headers['Authorization']}\r\n\r\n"
+    )
+    for number in range(20):
+        with socket.create_connection((host, int(port))) as reader:
+            reader.sendall(request.encode())
+            assert reader.recv(100 * (number + 1))
+            # Closed with a reset, while the service goes on sending.
+            linger = struct.pack("ii", 1, 0)
+            reader.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+    deadline = time.monotonic() + 20
+    while service.app.state.context.telemetry.open_streams:
+        assert time.monotonic() < deadline, "a stream without a reader goes on"
+        time.sleep(0.02)
+    driver.states("succeeded", attempt=1)
+    assert [entry for entry in caplog.records if entry.levelno >= logging.WARNING] == []

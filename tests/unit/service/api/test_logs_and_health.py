@@ -1,10 +1,20 @@
 """Logs read back, health, cluster, Prometheus and OpenAPI."""
 
 import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
+import pytest
+import sqlalchemy as sa
+
 from service.jobs.logs import log_path
+from service.settings import Settings
+from service.store.schema import JobRow
 from workers.driver.logs import log_name
 
 
@@ -89,12 +99,70 @@ def test_a_link_out_of_the_job_is_not_followed(service: Any, tmp_path: Path) -> 
 
 
 def test_storage_the_service_cannot_reach_is_said_plainly(
-    service: Any, spec: dict[str, Any]
+    service: Any,
 ) -> None:
-    job_id, _ = service.running_job(spec | {"storage": {"path": "nosuch://bucket/x"}})
+    job_id, _ = service.running_job()
+    # As a version may have stored it that took every URI.
+    with service.app.state.context.store.write() as session:
+        uri = "nosuch://KEY:secret@bucket/x?secret"
+        session.execute(sa.update(JobRow).values(job_dir=uri))
     response = service.user.get(f"/v1/jobs/{job_id}/logs")
     assert response.status_code == 503
-    assert "nosuch://bucket/x" in response.json()["detail"]
+    assert response.headers["retry-after"] == "5"
+    assert "nosuch://" in response.json()["detail"]
+    assert "secret" not in response.text
+
+
+class SilentStorage:
+    """An endpoint that accepts connections and never answers."""
+
+    def __init__(self) -> None:
+        self.socket = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self.socket.getsockname()[1]}"
+
+    def close(self) -> None:
+        self.socket.close()
+
+
+@pytest.fixture
+def silent_storage(monkeypatch: pytest.MonkeyPatch) -> Iterator[SilentStorage]:
+    storage = SilentStorage()
+    # As an operator names the endpoint; pyarrow reads it.
+    monkeypatch.setenv("AWS_ENDPOINT_URL", storage.url)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    yield storage
+    storage.close()
+
+
+def test_a_storage_that_never_answers_stops_only_its_own_readers(
+    settings: Settings, start: Any, spec: dict[str, Any], silent_storage: SilentStorage
+) -> None:
+    service = start(settings.model_copy(update={"storage_timeout_s": 1.0}))
+    silent, _ = service.running_job(spec | {"storage": {"path": "s3://silent/x"}})
+    local, _ = service.running_job()
+    log_file(service, local).write_text("local")
+    answers: list[httpx.Response] = []
+
+    def read() -> None:
+        answers.append(service.user.get(f"/v1/jobs/{silent}/logs"))
+
+    readers = [threading.Thread(target=read) for _ in range(45)]
+    for reader in readers:
+        reader.start()
+    time.sleep(0.3)
+    started = time.monotonic()
+    assert service.user.get("/v1/jobs", params={"limit": 1}).status_code == 200
+    seconds = time.monotonic() - started
+    assert seconds < 1.0, "0.1 s on a machine without other work"
+    assert service.user.get(f"/v1/jobs/{local}/logs").json()["data"] == "local"
+    for reader in readers:
+        reader.join(20)
+    assert [answer.status_code for answer in answers] == [503] * 45
+    assert {answer.headers["retry-after"] for answer in answers} == {"5"}
+    ready = service.user.get("/readyz").json()
+    assert (ready["status"], ready["storage"]) == ("degraded", "does not answer")
+    silent_storage.close()
 
 
 def test_workers_and_service_agree_where_logs_lie() -> None:
@@ -188,6 +256,7 @@ def test_openapi_describes_the_public_routes_only(service: Any) -> None:
     assert paths == {
         *(
             "/v1/jobs",
+            "/v1/jobs:cancel",
             "/v1/plans",
             "/v1/plans/suggest",
             "/v1/cluster",

@@ -9,6 +9,7 @@ from megatron_ray.parallel_dims import ParallelDims
 from megatron_ray.planning.answers import estimates as planning
 from megatron_ray.planning.suggest import nearest
 from megatron_ray.sharding.parameters import local_parameters
+from service.cli import offline_plan
 from workers.protocol.job import JobSpec
 
 
@@ -420,6 +421,26 @@ def test_numbers_without_effect_are_in_the_plan_and_in_the_jobs_history(
     events = service.user.get(f"/v1/jobs/{job['id']}/events?level=warn").json()["data"]
     assert [event["type"] for event in events] == ["spec.warning"]
     assert events[0]["message"].startswith(words)
+
+
+def test_a_model_that_cannot_be_exported_is_noted_before_it_is_trained(
+    service: Any, spec: dict[str, Any]
+) -> None:
+    request = spec | {"model": {"preset": "gpt-tiny", "position_embedding": "none"}}
+    words = (
+        "/model/position_embedding: checkpoints cannot be exported in Hugging Face's format: "
+        "model.position_embedding='none' cannot be expressed in the config.json of llama"
+    )
+    assert any(words in note for note in plan(service, request)["notes"])
+    response = service.user.post("/v1/plans?hardware=CPU", json=request)
+    assert any(words in note for note in response.json()["notes"])
+    offline = offline_plan.make_plan(request, None, None)
+    assert any(words in note for note in offline["notes"])
+    job = service.submit(request)
+    events = service.user.get(f"/v1/jobs/{job['id']}/events?level=warn").json()["data"]
+    assert [event["type"] for event in events] == ["spec.warning"]
+    assert events[0]["message"].startswith(words)
+    assert not any("exported" in note for note in plan(service, spec)["notes"])
 
 
 def test_a_plan_shows_what_groups_of_parameters_set(

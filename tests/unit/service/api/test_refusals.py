@@ -235,7 +235,7 @@ BODIES = [
     (b"[" * 100_000, 400, None, ""),
     (b'{"a": ' + b"9" * 10_000 + b"}", 400, None, ""),
     (b"\xff\xfe", 400, None, ""),
-    (b" " * ((1 << 20) + 1), 413, "body_too_large", "limited to 1048576 bytes"),
+    (b" " * ((1 << 20) + 1), 413, "body_too_large", "limited to 1 MiB"),
 ]
 
 

@@ -3,11 +3,14 @@ message for a mistake.
 """
 
 import json
+import re
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import pytest
 
+from service.api.examples import RESPONSES
 from tests.support.fake_rest_service import JOB, FakeService, Run
 
 
@@ -194,32 +197,71 @@ def test_wrong_variable_is_named(run: Run, monkeypatch: pytest.MonkeyPatch) -> N
     assert "MEGATRON_RAY_PORT" in err
 
 
+def jobs_page(*ids: str, total: int | None = None, **more: Any) -> dict[str, Any]:
+    data = [{**JOB, "id": job_id, **more} for job_id in ids]
+    count = len(data) if total is None else total
+    page = {"object": "list", "data": data, "total": count, "has_more": count > len(data)}
+    return {
+        **page,
+        "first_id": ids[0] if ids else None,
+        "last_id": ids[-1] if ids else None,
+    }
+
+
 def test_jobs_follows_pages(run: Run, service: FakeService) -> None:
-    first = {
-        "object": "list",
-        "data": [JOB],
-        "first_id": "job-abc",
-        "last_id": "job-abc",
-        "has_more": True,
-    }
-    second = {
-        "object": "list",
-        "data": [{**JOB, "id": "job-def"}],
-        "last_id": "job-def",
-        "has_more": False,
-    }
-    service.routes["GET /v1/jobs"] = (200, [first, second])
+    first = jobs_page("job-abc", total=2)
+    second = {**jobs_page("job-def", total=2), "has_more": False}
+    service.routes["GET /v1/jobs"] = (200, [first, second, jobs_page()])
     code, out, _ = run("jobs", "--url", service.url)
     assert code == 0
     assert "job-abc" in out
     assert "job-def" in out
     assert "5/10" in out
-    assert [path for path, _ in service.requests] == [
+    assert [path.partition("&status")[0] for path, _ in service.requests][:2] == [
         "GET /v1/jobs?limit=20",
         "GET /v1/jobs?limit=19&after=job-abc",
     ]
-    service.routes["GET /v1/jobs"] = (200, {"data": [], "has_more": False})
+    service.routes["GET /v1/jobs"] = (200, jobs_page())
     assert "no jobs yet" in run("jobs", "--url", service.url)[1]
+    assert "no job matches" in run("jobs", "--name", "x", "--url", service.url)[1]
+
+
+def test_jobs_that_run_come_first_and_a_last_line_counts_the_others(
+    run: Run, service: FakeService
+) -> None:
+    running = jobs_page("job-old")
+    queued = jobs_page("job-q3", "job-q2", total=20, status="queued")
+    ended = jobs_page("job-end", total=4, status="failed")
+    service.routes["GET /v1/jobs"] = (200, [running, queued, ended])
+    code, out, _ = run("jobs", "--limit", "3", "--url", service.url)
+    assert code == 0
+    lines = out.splitlines()
+    assert [line.split()[0] for line in lines[1:4]] == ["job-old", "job-q3", "job-q2"]
+    assert lines[4] == "22 more; show all 25 with --limit 25"
+    states = [path.partition("status=")[2].split("%2C") for path, _ in service.requests]
+    assert "running" in states[0]
+    assert "queued" in states[1]
+    assert "succeeded" in states[2]
+    service.routes["GET /v1/jobs"] = (200, [running, queued, ended])
+    page = json.loads(run("jobs", "--limit", "3", "--json", "--url", service.url)[1])
+    assert (page["total"], page["has_more"], len(page["data"])) == (25, True, 3)
+
+
+def test_jobs_are_chosen_by_state_name_and_label(run: Run, service: FakeService) -> None:
+    service.routes["GET /v1/jobs"] = (200, jobs_page("job-abc"))
+    options = ("--status", "queued,running", "--name", "n*", "--metadata", "sweep=lr")
+    assert run("jobs", *options, "--url", service.url)[0] == 0
+    queries = [unquote(path) for path, _ in service.requests]
+    assert queries == [
+        "GET /v1/jobs?limit=20&status=running&name=n*&metadata[sweep]=lr",
+        "GET /v1/jobs?limit=19&status=queued&name=n*&metadata[sweep]=lr",
+    ]
+    code, _, err = run("jobs", "--status", "sleepy", "--url", service.url)
+    assert code == 2
+    assert "'sleepy': no such state" in err
+    assert "choose among preparing, queued" in err
+    code, _, err = run("jobs", "--metadata", "sweep", "--url", service.url)
+    assert (code, "expected label=value" in err) == (2, True)
 
 
 def test_show_has_the_validation_loss_of_each_source(
@@ -410,8 +452,14 @@ def test_metrics_of_several_parts_are_one_cell(run: Run, service: FakeService) -
     assert "load_balancing_loss 1.25, z_loss -" in out
 
 
+def cancellation(*cancelled: str, **more: Any) -> tuple[int, dict[str, Any]]:
+    jobs = [{"id": job_id, "name": "n", "status": "cancelling"} for job_id in cancelled]
+    body = {"cancelled": jobs, "ended": [], "not_found": [], "has_more": False}
+    return 202, {"object": "job.cancellation", **body, **more}
+
+
 def test_cancel_waits_for_the_end(run: Run, service: FakeService) -> None:
-    service.routes["POST /v1/jobs/job-abc/cancel"] = (200, {**JOB, "status": "cancelling"})
+    service.routes["POST /v1/jobs:cancel"] = cancellation("job-abc")
     service.routes["GET /v1/jobs/job-abc"] = (
         200,
         [{**JOB, "status": "cancelling"}, {**JOB, "status": "cancelled"}],
@@ -425,11 +473,217 @@ def test_cancel_waits_for_the_end(run: Run, service: FakeService) -> None:
 def test_cancel_fails_when_the_job_ended_otherwise_or_not_at_all(
     run: Run, service: FakeService
 ) -> None:
-    service.routes["POST /v1/jobs/job-abc/cancel"] = (200, {**JOB, "status": "succeeded"})
-    code, _, err = run("cancel", "job-abc", "--url", service.url)
+    ended = [{"id": "job-abc", "name": "n", "status": "succeeded"}]
+    service.routes["POST /v1/jobs:cancel"] = cancellation(ended=ended)
+    code, out, err = run("cancel", "job-abc", "--url", service.url)
     assert code == 1
+    assert "job-abc had ended before: succeeded" in out
     assert "job-abc succeeded before it could be cancelled" in err
-    service.routes["POST /v1/jobs/job-abc/cancel"] = (200, {**JOB, "status": "cancelling"})
+    service.routes["POST /v1/jobs:cancel"] = cancellation("job-abc")
     code, _, err = run("cancel", "job-abc", "--timeout-s", "0", "--url", service.url)
     assert code == 1
     assert "still cancelling after 0 s" in err
+
+
+def test_several_jobs_are_cancelled_in_one_request(run: Run, service: FakeService) -> None:
+    service.routes["POST /v1/jobs:cancel"] = cancellation("job-a", "job-b", not_found=["x"])
+    ids = ("job-a", "job-b", "x", "job-a")
+    code, out, err = run("cancel", *ids, "--no-wait", "--url", service.url)
+    assert service.requests == [("POST /v1/jobs:cancel", {"ids": ["job-a", "job-b", "x"]})]
+    assert out.splitlines() == ["job-a cancelling", "job-b cancelling"]
+    assert code == 1
+    assert "no job 'x'" in err
+    assert "megatron-ray jobs" in err
+
+
+def test_chosen_jobs_are_counted_and_confirmed(
+    run: Run, service: FakeService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queued = jobs_page("job-a", "job-b", status="queued")
+    service.routes["GET /v1/jobs"] = (200, queued)
+    service.routes["POST /v1/jobs:cancel"] = cancellation("job-a", "job-b")
+    chosen = ("cancel", "--metadata", "sweep=lr", "--no-wait", "--url", service.url)
+    code, _, err = run(*chosen)
+    assert code == 2
+    assert "2 jobs (2 queued) would be cancelled; nothing was done" in err
+    assert "--yes" in err
+    assert not [path for path, _ in service.requests if path.startswith("POST")]
+    query = unquote(service.requests[0][0])
+    assert "metadata[sweep]=lr" in query
+    assert "succeeded" not in query
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True)
+    for answer, expected in (("n\n", 1), ("y\n", 0)):
+        monkeypatch.setattr("typer.confirm", lambda text, answer=answer: answer == "y\n")
+        assert run(*chosen)[0] == expected
+    assert service.requests[-1] == ("POST /v1/jobs:cancel", {"ids": ["job-a", "job-b"]})
+    assert run(*chosen, "--yes")[0] == 0
+    service.routes["GET /v1/jobs"] = (200, jobs_page())
+    code, out, _ = run(*chosen)
+    assert (code, out) == (0, "no job that has not ended matches\n")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "cancel needs job ids, or a choice"),
+        (["job-a", "--status", "queued"], "cancel needs job ids, or a choice"),
+        (["--status", "failed"], "jobs that have failed cannot be cancelled"),
+    ],
+)
+def test_unclear_cancellations_end_nothing(
+    run: Run, service: FakeService, options: list[str], message: str
+) -> None:
+    code, _, err = run("cancel", *options, "--url", service.url)
+    assert code == 2
+    assert message in err
+    assert service.requests == []
+
+
+def test_checkpoint_now_waits_for_the_commit(run: Run, service: FakeService) -> None:
+    service.routes["POST /v1/jobs/job-abc/checkpoint"] = (202, JOB)
+    before = {"object": "list", "data": [], "last_id": "job-abc.7", "has_more": False}
+    committed = {**before, "data": [{"type": "checkpoint.committed"}]}
+    service.routes["GET /v1/jobs/job-abc/events"] = (200, [before, before, committed])
+    code, out, _ = run("checkpoint-now", "job-abc", "--url", service.url)
+    assert code == 0
+    assert out.startswith("checkpoint of step 5 committed: /data/jobs/job-abc")
+    assert "after=job-abc.7" in service.requests[-2][0]
+    service.routes["GET /v1/jobs/job-abc"] = (200, {**JOB, "status": "failed"})
+    service.routes["GET /v1/jobs/job-abc/events"] = (200, before)
+    code, _, err = run("checkpoint-now", "job-abc", "--url", service.url)
+    assert code == 1
+    assert "job-abc failed before a checkpoint was committed" in err
+
+
+def test_delete_asks_and_names_what_it_could_not_delete(
+    run: Run, service: FakeService
+) -> None:
+    service.routes["DELETE /v1/jobs/job-abc"] = (204, {})
+    code, _, err = run("delete", "job-abc", "--url", service.url)
+    assert (code, "nothing was deleted" in err, service.requests) == (2, True, [])
+    code, out, err = run("delete", "job-abc", "job-x", "--yes", "--url", service.url)
+    assert code == 1
+    assert out == "job-abc deleted; its files stay\n"
+    assert "job-x: there is no /v1/jobs/job-x" in err
+
+
+def test_attempts_and_clusters_are_listed(run: Run, service: FakeService) -> None:
+    attempt = {"attempt": 1, "state": "failed", "reason": "oom", "message": "out of memory"}
+    attempt |= {"world_size": 2, "started_at": "2026-11-21T03:10:00Z", "ended_at": None}
+    service.routes["GET /v1/jobs/job-abc/attempts"] = (200, {"data": [attempt]})
+    code, out, _ = run("attempts", "job-abc", "--url", service.url)
+    assert code == 0
+    expected = [
+        "1",
+        "failed",
+        "oom",
+        "2",
+        "2026-11-21",
+        "03:10:00Z",
+        "-",
+        "out",
+        "of",
+        "memory",
+    ]
+    assert out.splitlines()[1].split() == expected
+    cluster = RESPONSES["list_clusters"]
+    service.routes["GET /v1/cluster"] = (200, cluster)
+    code, out, _ = run("cluster", "--url", service.url)
+    assert code == 0
+    lines = out.splitlines()
+    assert lines[0] == "default  agent connected, Ray 2.60.0, jobs with a driver: 1"
+    assert lines[2].split() == ["192.0.2.2", "alive", "2", "0", "-", "8.0", "GiB"]
+    assert json.loads(run("cluster", "--json", "--url", service.url)[1]) == cluster
+
+
+ENDED = {**JOB, "status": "succeeded", "progress": {"step": 20, "steps": 20}}
+NEVER_RAN = {**JOB, "status": "cancelled", "progress": {"step": None, "steps": 20}}
+NOTHING: dict[str, Any] = {"object": "list", "data": [], "has_more": False, "total": 0}
+
+
+@pytest.mark.parametrize(
+    ("command", "job", "line"),
+    [
+        (
+            ["metrics", "--from-step", "1000"],
+            ENDED,
+            "no metrics from step 1000 on; the last step is 20",
+        ),
+        (["metrics"], NEVER_RAN, "no metrics; the job has ended (cancelled)"),
+        (["metrics"], {**JOB, "progress": {}}, "no metrics yet; the job is running"),
+        (["checkpoints"], ENDED, "no committed checkpoint; the job has ended (succeeded)"),
+        (["checkpoints"], JOB, "no committed checkpoint yet; the job is running"),
+        (["ranks"], NEVER_RAN, "no ranks; the job has ended (cancelled)"),
+        (["attempts"], NEVER_RAN, "no attempts; the job has ended (cancelled)"),
+        (["events", "--level", "error"], JOB, "no events of level error"),
+    ],
+)
+def test_an_empty_answer_tells_why(
+    run: Run, service: FakeService, command: list[str], job: dict[str, Any], line: str
+) -> None:
+    service.routes["GET /v1/jobs/job-abc"] = (200, job)
+    service.routes[f"GET /v1/jobs/job-abc/{command[0]}"] = (200, NOTHING)
+    code, out, _ = run(*command[:1], "job-abc", *command[1:], "--url", service.url)
+    assert (code, out) == (0, f"{line}\n")
+
+
+def test_a_shortened_answer_tells_so(run: Run, service: FakeService) -> None:
+    row = {"step": 9, "attempt": 1, "loss": 1.0}
+    page = {"object": "list", "data": [row], "has_more": False, "total": 10}
+    service.routes["GET /v1/jobs/job-abc/metrics"] = (200, page)
+    out = run("metrics", "job-abc", "--max-points", "2", "--url", service.url)[1]
+    assert out.splitlines()[-1] == "1 of 10 steps; show all without --max-points"
+    service.routes["GET /v1/jobs/job-abc/metrics"] = (200, {**page, "has_more": True})
+    out = run("metrics", "job-abc", "--url", service.url)[1]
+    assert out.splitlines()[-1] == "more steps follow; show them with --from-step 10"
+    event = {"id": "job-abc.1", "seq": 1, "created_at": "T", "type": "a.b", "level": "warn"}
+    event |= {"attempt": 1, "message": "slow disk"}
+    page = {"object": "list", "data": [event], "has_more": True, "total": 7}
+    service.routes["GET /v1/jobs/job-abc/events"] = (200, page)
+    out = run("events", "job-abc", "--limit", "1", "--url", service.url)[1]
+    assert out.splitlines()[-1] == "6 newer events; show all 7 with --limit 7"
+    out = run("show", "job-abc", "--url", service.url)[1]
+    assert out.splitlines()[-1].startswith(
+        "1 of 7; show all with `megatron-ray events job-abc"
+    )
+
+
+@pytest.mark.parametrize(
+    ("pointer", "remedy"),
+    [
+        ("/path/job_id", "`megatron-ray jobs` lists all jobs"),
+        ("/query/rank", "choose one of these with --rank"),
+        ("/query/attempt", "`megatron-ray attempts JOB` lists them"),
+    ],
+)
+def test_what_does_not_exist_has_a_remedy_of_its_own(
+    run: Run, service: FakeService, pointer: str, remedy: str
+) -> None:
+    error = {"pointer": pointer, "code": "x", "detail": "no rank 7; there are 2"}
+    body = {"code": "not_found", "title": "Not found", "detail": error["detail"]}
+    service.routes["GET /v1/jobs/job-abc/logs"] = (404, {**body, "errors": [error]})
+    code, _, err = run("logs", "job-abc", "--rank", "7", "--url", service.url)
+    assert code == 1
+    assert err.splitlines() == ["error: no rank 7; there are 2", f"  -> {remedy}"]
+
+
+@pytest.mark.parametrize(
+    ("states", "job", "used"),
+    [
+        (["failed"], {"status": "failed", "failures": 1}, "0 of 3"),
+        (["failed"] * 4, {"status": "failed", "failures": 4}, "3 of 3"),
+        (["failed", "running"], {"status": "running", "failures": 1}, "1 of 3"),
+        (["failed", "running"], {"status": "running", "failures": 0}, "0 of 3"),  # resumed
+    ],
+)
+def test_restarts_used_are_those_that_were_made(
+    run: Run, service: FakeService, states: list[str], job: dict[str, Any], used: str
+) -> None:
+    budget = {**JOB["resolved_spec"], "restart": {"max_failures": 3}}
+    service.routes["GET /v1/jobs/job-abc"] = (200, {**JOB, "resolved_spec": budget, **job})
+    attempts = []
+    for number, state in enumerate(states, 1):
+        attempts.append({"attempt": number, "state": state, "reason": "worker_died"})
+    service.routes["GET /v1/jobs/job-abc/attempts"] = (200, {"data": attempts})
+    out = run("show", "job-abc", "--url", service.url)[1]
+    assert re.search(r"restarts used +(.*)", out)[1] == used  # type: ignore[index]

@@ -9,6 +9,7 @@ import pytest
 
 from service.cli.commands import generate as generate_module
 from service.cli.failure import CommandError
+from service.cli.library import as_arguments
 from tests.support.fake_rest_service import FakeService, Run
 from workers.protocol.version import code_version
 
@@ -37,13 +38,18 @@ def test_generate_takes_the_newest_checkpoint_of_a_job(
         ]
     }
     service.routes["GET /v1/jobs/job-abc/checkpoints"] = (200, page)
+    options = ["--seed", "7", "--special-tokens", "<s>", "--special-tokens", "</s>"]
     code, out, _ = run(
-        "generate", "job-abc", "--prompt", "def f", "--seed", "7", "--url", service.url
+        "generate", "job-abc", "--prompt", "def f", *options, "--url", service.url
     )
     assert code == 0
     assert out == "def f(self):\n"
     assert asked[0][:2] == ("/new", "def f")
     assert asked[0][2]["--seed"] == 7
+    assert as_arguments(asked[0][2])[-4:] == [
+        *("--special-tokens", "<s>"),
+        *("--special-tokens", "</s>"),
+    ]
     service.routes["GET /v1/jobs/job-abc/checkpoints"] = (200, {"data": []})
     assert (
         "no committed checkpoint yet" in run("generate", "job-abc", "--url", service.url)[2]
@@ -129,7 +135,10 @@ def test_data_prepare(run: Run, tmp_path: Path) -> None:
         "data.validation_fraction=0",
     )
     assert code == 0, err
-    assert json.loads(out)["vocab_size"] >= 257
+    prepared = json.loads(out)
+    assert prepared["vocab_size"] >= 257
+    assert "corpus.txt: " in prepared["first_document"]
+    assert "'d', " in prepared["first_document"]
 
 
 def test_down_when_nothing_is_up(run: Run) -> None:
@@ -160,6 +169,20 @@ def test_usage_mistakes_end_with_code_2(run: Run) -> None:
     assert run("submit")[0] == 2
     assert run("nonsense")[0] == 2
     assert run("jobs", "--limit", "0")[0] == 2
+
+
+def test_commands_without_a_service_refuse_credentials_in_a_uri(run: Run) -> None:
+    uri = "s3://KEY:pa/ss@bucket/x?endpoint_override=127.0.0.1:9"
+    for arguments in (
+        ("data", "prepare", "spec.yaml", "--cache", "c", "--set", f"data.cache={uri}"),
+        ("convert", "import", uri, "out"),
+        ("convert", "export", uri, "out"),
+        ("generate", uri, "--prompt", "x"),
+    ):
+        code, out, err = run(*arguments)
+        assert code == 2, arguments
+        assert "the URI contains credentials" in err
+        assert "pa/ss" not in out + err
 
 
 def test_the_version_is_printed_without_a_command(run: Run) -> None:

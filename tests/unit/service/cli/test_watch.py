@@ -1,6 +1,7 @@
 """The watcher's numbers and lines, and the progress bar on a terminal."""
 
 import io
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,7 +11,9 @@ from rich.console import Console
 from service.cli.commands.demo import closing_lines
 from service.cli.commands.watch import Watcher, failure_of, watch_job
 from service.cli.failure import CommandError
-from service.client import Client, StreamEvent
+from service.cli.output import duration
+from service.client import Client
+from service.event_stream import StreamEvent
 from service.local_stack.record import StackRecord
 
 JOB: dict[str, Any] = {
@@ -195,3 +198,53 @@ def test_demo_prints_losses_checkpoint_and_sample() -> None:
     ):
         assert expected in text
     assert text.count("x") == 300 + record.dashboard_url.count("x")
+
+
+def test_the_bar_keeps_its_width_beside_the_numbers_of_a_long_job() -> None:
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=True, width=80, highlight=False)
+    steps = {"training": {"steps": 2_000_000, "global_batch_size": 512, "seq_length": 4096}}
+    job = {**JOB, "progress": {"steps": 2_000_000}, "resolved_spec": steps}
+    events = (
+        StreamEvent("state", None, job),
+        row(1_234_567, tokens_per_s=4_321_000.0),
+        StreamEvent("end", "1.100", {}),
+    )
+    watch_job(ScriptedClient(*events), "job-abcdefghijkl", out=console)
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.getvalue())
+    numbers = "step 1234567/2000000  loss 3.0000  4.32M tokens/s  ETA 4d 7h"
+    bars = [line for line in re.split(r"[\r\n]+", text) if numbers in line]
+    assert bars
+    assert bars[-1].index(numbers) == 17  # 16 cells of the bar and a space
+    assert len(bars[-1].rstrip()) <= 80
+
+
+def test_a_history_reads_in_its_order(capsys: pytest.CaptureFixture[str]) -> None:
+    screen = io.StringIO()
+    console = Console(file=screen, highlight=False, width=200)
+    committed = {"message": "checkpoint of step 50 committed", "level": "info"}
+    events = (
+        StreamEvent("job.created", "1", {"message": "job created", "level": "info"}),
+        row(50),
+        StreamEvent("checkpoint.committed", "2", committed),
+        row(100),
+        StreamEvent("end", "3", {}),
+    )
+    watch_job(ScriptedClient(*events), "job-abc", out=console)
+    lines = screen.getvalue().splitlines()
+    starts = [line.split("  ")[0] for line in lines]
+    expected = [
+        "job created",
+        "step 50/100",
+        "checkpoint of step 50 committed",
+        "step 100/100",
+    ]
+    assert starts == expected
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(59, "0:59"), (3_661, "1:01:01"), (400_000, "4d 15h"), (None, "-:--")],
+)
+def test_durations_are_short(seconds: float | None, text: str) -> None:
+    assert duration(seconds) == text

@@ -218,6 +218,19 @@ def test_notes_on_the_data_are_events(service: Any, make_node: Callable[..., Any
     assert messages == [*notes[:50], "and 11 more notes on the data"]
 
 
+def test_the_first_document_as_it_was_tokenized_is_an_event(
+    service: Any, make_node: Callable[..., Any]
+) -> None:
+    service.agent.report(make_node(cpus=4))
+    job_id = service.submit()["id"]
+    shown = "first document of set: 257 '<s>', 97 'a'"
+    service.driver(job_id).send(("prepared", {"manifest": {"first_document": shown}}))
+    (event,) = [
+        event for event in service.events(job_id) if event["type"] == "data.first_document"
+    ]
+    assert event["message"] == shown
+
+
 def test_second_job_waits_for_room_and_is_admitted_when_the_first_ends(
     service: Any, make_node: Callable[..., Any]
 ) -> None:
@@ -355,7 +368,7 @@ def test_a_history_can_be_read_from_its_end_and_by_level(service: Any) -> None:
             (
                 "event",
                 {
-                    "type": "test.note",
+                    "type": "placement.waiting",
                     "level": ("info", "warn", "error")[number % 3],
                     "message": str(number),
                 },
@@ -374,7 +387,9 @@ def test_a_history_can_be_read_from_its_end_and_by_level(service: Any) -> None:
     assert [event["seq"] for event in newest] == everything[::-1][:3]
     older = page(order="desc", limit=1000, after=newest[-1]["id"])
     assert [event["seq"] for event in [*newest, *older]] == everything[::-1]
-    assert [event["message"] for event in page(level="warn,error", type="test.note")] == [
+    assert [
+        event["message"] for event in page(level="warn,error", type="placement.waiting")
+    ] == [
         "1",
         "2",
         "4",

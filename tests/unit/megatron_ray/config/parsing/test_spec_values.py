@@ -107,7 +107,7 @@ def test_a_value_means_the_same_however_it_is_given(
         ("training.steps", "10k", "got '10k'; write it as 1000 or 1e3"),
         ("training.steps", "1e999999999", "got '1e999999999'; write it as 1000 or 1e3"),
         ("training.steps", True, "a whole number, got true; write it as 1000 or 1e3"),
-        ("training.steps", None, "a whole number, got null; write it as 1000 or 1e3"),
+        ("training.seq_length", None, "a whole number, got null; write it as 1000 or 1e3"),
         ("optimizer.lr", "0,1", "a number, got '0,1'; write it as 0.001 or 1e-3"),
         ("optimizer.lr", False, "a number, got false; write it as 0.001 or 1e-3"),
         ("parallel.dp", "1.5", "got '1.5'; write it as 1000 or 1e3; or must be 'auto'"),

@@ -197,3 +197,13 @@ def test_links_to_missing_data_are_named(tmp_path: Path) -> None:
         DataError, match=r"links to data that do not exist: 1 file \(b.jsonl\);"
     ):
         find(folder)
+
+
+def test_a_file_and_its_compressed_copy_are_read_once(tmp_path: Path) -> None:
+    folder = write_files(tmp_path / "set", "a.jsonl", "a.jsonl.gz", "b.txt.zst", "c.csv.gz")
+    (folder / "c.csv.gz").rename(folder / "b.txt.zst.md5")
+    for path in (folder, folder / "*"):
+        source = find(path)
+        assert names_of(source, folder) == ["a.jsonl", "b.txt.zst"]
+        note = "1 file (a.jsonl.gz) beside the same file unpacked: not read"
+        assert source.notes[0] == f"{path}: {note}"

@@ -18,8 +18,7 @@ from pyarrow import fs as arrow_fs
 from megatron_ray.config.data import DataConfig, DataSource, TokenizerConfig
 from megatron_ray.data.datasets import build_dataset
 from megatron_ray.data.indexed import IndexedDataset
-from megatron_ray.data.preparation import prepare as prepare_module
-from megatron_ray.data.preparation import sources, tokenizer_choice
+from megatron_ray.data.preparation import built_corpora, sources, tokenizer_choice
 from megatron_ray.data.preparation.data_files import find_data
 from megatron_ray.data.preparation.errors import UnusableDataError
 from megatron_ray.data.preparation.prepare import prepare, unigram_nats
@@ -82,7 +81,7 @@ def test_second_run_is_a_cache_hit_with_the_same_manifest(
     def never(*_: object) -> None:
         raise AssertionError("built again")
 
-    monkeypatch.setattr(prepare_module, "build_corpus", never)
+    monkeypatch.setattr(built_corpora, "build_corpus", never)
     monkeypatch.setattr(Tokenizer, "train_bpe", never)
     again: list[str] = []
     assert prepare(data, cache, seq_length=8, progress=again.append) == first

@@ -19,6 +19,7 @@ from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.data.preparation.prepare import prepare
 from megatron_ray.data.tokenizer import Tokenizer
 from megatron_ray.distributed.mesh import ParallelMesh
+from megatron_ray.training import saving
 from megatron_ray.training.session import TrainingSession
 from tests.support.hf_folders import SEQUENCE, edit_config, publish
 
@@ -130,6 +131,18 @@ def test_published_files_survive_runs_and_resumes(tmp_path: Path, published: Pat
     exported = export_folder(last, str(tmp_path / "out"))
     assert exported.notes == ()
     assert_behaves_as(tmp_path / "out", original)
+
+
+def test_a_checkpoint_of_an_earlier_version_gets_them_when_it_is_resumed(
+    tmp_path: Path, published: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "corpus.txt").write_text("a line of text\n" * 40)
+    (tmp_path / "tokenizer.json").write_text((published / "tokenizer.json").read_text())
+    with monkeypatch.context() as patched:
+        patched.setattr(saving, "read_published", lambda _: {})
+        first, _ = train(tmp_path, "run", published)
+    (resumed,) = train(tmp_path, "resumed", published, first)
+    assert read_published(resumed) == read_published(str(published))
 
 
 def test_an_import_keeps_published_files(tmp_path: Path, published: Path) -> None:

@@ -273,3 +273,14 @@ def test_fields_that_are_no_text_are_refused_with_a_remedy(
     (tmp_path / "d.jsonl").write_bytes(lines({"text": value}, {"text": value}))
     error = refusal(tmp_path / "d.jsonl")
     assert (error.field, remedy in error.detail) == ("text_key", True)
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.parquet", "a.jsonl.gz"])
+def test_pointers_in_place_of_files_are_named(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text(
+        f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 12345\n"
+    )
+    detail = refusal(tmp_path / name).detail
+    assert detail.endswith(
+        f"{name} is a pointer of Git LFS, not the data; run git lfs pull"
+    )

@@ -1,0 +1,111 @@
+"""Defines the bodies of the public API about clusters and the service's own health.
+
+Owns: their fields and descriptions. Must not know: what an agent sends.
+"""
+
+from datetime import datetime
+from typing import Literal
+
+from service.api.models import Body
+
+
+# What a node reports, as `workers.protocol.wire.NodeInfo` carries it.
+class Node(Body):
+    """One node of a cluster."""
+
+    node_id: str
+    """Ray's id of the node."""
+    address: str
+    """IP address of the node."""
+    alive: bool
+    """Whether Ray reaches the node."""
+    cpus: float
+    """CPUs that Ray may use."""
+    gpus: float
+    """GPUs that Ray may use."""
+    accelerator_type: str | None
+    """Ray's name of the GPUs; null without GPUs."""
+    memory_bytes: int
+    """Memory that Ray may use."""
+    labels: dict[str, str]
+    """Ray's labels of the node."""
+    storage_ok: bool | None
+    """Whether the node can read the shared storage; null while it was not checked."""
+
+
+class Driver(Body):
+    """One job's driver."""
+
+    job_id: str
+    """Id of the job."""
+    alive: bool
+    """Whether its process runs."""
+    detail: str
+    """What the agent knows about its state."""
+
+
+class Cluster(Body):
+    """A Ray cluster as its agent last reported it."""
+
+    object: Literal["cluster"] = "cluster"
+    """Kind of this object."""
+    name: str
+    """Name of the cluster, as a spec refers to it."""
+    live: bool
+    """Whether the agent has been in contact recently."""
+    agent_silence_s: float | None
+    """Seconds since the agent's last request; null before its first one."""
+    reported_at: datetime | None
+    """When the agent last reported; null before its first report."""
+    agent_id: str | None
+    """Id of the agent's process."""
+    code_version: str | None
+    """Version of megatron-ray that the agent runs."""
+    ray_version: str | None
+    """Version of Ray that the agent runs."""
+    namespace: str | None
+    """Ray namespace of all actors of this service."""
+    dashboard_url: str | None
+    """URL of Ray's dashboard."""
+    nodes: list[Node]
+    """All nodes that the agent last reported."""
+    drivers: list[Driver]
+    """The drivers of all jobs."""
+    orphans: list[str]
+    """Actors in the namespace that belong to no known job."""
+
+
+class AgentHealth(Body):
+    """One cluster's agent, as seen by the service."""
+
+    cluster: str
+    """Name of the cluster."""
+    live: bool
+    """Whether the agent has been in contact recently."""
+    seen_s_ago: float | None
+    """Seconds since the agent's last request; null before its first one."""
+    ray_reachable: bool
+    """Whether the agent is live and its last report has nodes."""
+    nodes: int
+    """Nodes that are alive."""
+
+
+class Readiness(Body):
+    """Whether the service can do its work."""
+
+    status: Literal["ok", "degraded", "unavailable"]
+    """`ok`; `degraded` when an agent is lost or a job's storage is silent; `unavailable`
+    without the database."""
+    database: str
+    """`ok`, or what is wrong with it."""
+    storage: str
+    """`ok`, or `does not answer` while reads of a job's storage hang."""
+    agents: list[AgentHealth]
+    """The agents of all clusters."""
+
+
+class Liveness(Body):
+    """That the process runs."""
+
+    status: Literal["ok"]
+    """Always `ok`."""
