@@ -63,8 +63,8 @@ def prepare_data(
     )
     # The vocabulary of a tokenizer that was trained is known only now.
     try:
-        resolved = spec.model_copy(update={"model": model})
-        resolved = with_vocabulary(resolved, prepared.vocab_size, prepared.rows)
+        with_weights = spec.model_copy(update={"model": model})
+        resolved = with_vocabulary(with_weights, prepared.vocab_size, prepared.rows)
     except ValueError as error:
         problem = Problem("/model/vocab_size", "vocab_fits", str(error))
         raise UnusableDataError([problem]) from error
