@@ -52,8 +52,8 @@ class SkippedStepReport:
     step: int
     loss: float
     grad_norm: float
-    reason: str
-    """What caused it, in words."""
+    message: str
+    """What happened and why, with the numbers."""
 
 
 @dataclass(frozen=True)

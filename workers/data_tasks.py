@@ -27,7 +27,7 @@ from megatron_ray.config.problem import Problem
 from megatron_ray.data.preparation.errors import UnusableDataError
 from megatron_ray.data.preparation.prepare import no_progress, prepare
 from megatron_ray.data.prepared import PreparedData
-from megatron_ray.validation.check import find_problems
+from megatron_ray.validation.check import find_problems, find_warnings
 from megatron_ray.validation.resolution import with_length, with_vocabulary
 from megatron_ray.validation.training import sample_problems
 from workers.protocol.job import JobSpec
@@ -70,7 +70,7 @@ def prepare_data(
         raise UnusableDataError([problem]) from error
     # Nor was the number of steps of a number of epochs.
     if spec.training.epochs is not None:
-        _check_epochs(spec, prepared.num_train_tokens)
+        notes += _check_epochs(spec, prepared.num_train_tokens)
     # And how much room the prepared data have left.
     if spec.storage is not None:
         problems = room_problems(resolved, spec.storage.path)
@@ -79,14 +79,24 @@ def prepare_data(
     return prepared.model_copy(update={"notes": (*notes, *prepared.notes)})
 
 
-def _check_epochs(spec: JobSpec, num_tokens: int) -> None:
-    """Raises UnusableDataError for problems of the number of steps."""
+def _check_epochs(spec: JobSpec, num_tokens: int) -> list[str]:
+    """Returns what has no effect for the number of steps.
+
+    Raises UnusableDataError for its problems.
+    """
     resolved = with_length(spec, num_tokens)
     problems = sample_problems(spec.training, resolved.training.num_steps)
     if not problems:
         problems = find_problems(resolved)
     if problems:
         raise UnusableDataError(problems)
+    # Those that do not depend on the steps were shown before.
+    earlier = find_warnings(spec)
+    notes = []
+    for warning in find_warnings(resolved):
+        if warning not in earlier:
+            notes.append(f"{warning.pointer}: {warning.detail}")
+    return notes
 
 
 def _resolve_weights(

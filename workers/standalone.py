@@ -223,10 +223,7 @@ class _Run:
         def report(item: Report) -> None:
             self._write_report(item)
             if isinstance(item, SkippedStepReport):
-                self._notify(
-                    f"warning: step {item.step} skipped, weights unchanged: loss "
-                    f"{item.loss}, gradient norm {item.grad_norm} ({item.reason})"
-                )
+                self._notify(f"warning: {item.message}")
             committer.report(item)
 
         try:

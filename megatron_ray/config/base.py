@@ -30,11 +30,14 @@ class Config(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _read_numbers(cls, value: Any, info: ValidationInfo) -> Any:
-        """Reads `1e3` as a whole number, and true as none."""
+        """Reads `1e3` as a whole number, true as none, and 1 not as true."""
         # Most values are right as they are.
-        if not isinstance(value, str | bool | list) or info.field_name is None:
+        if value is None or isinstance(value, dict) or info.field_name is None:
             return value
         kinds = _scalar_kinds(cls.model_fields[info.field_name].annotation)
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if is_number and bool in kinds and not kinds & {int, float, str}:
+            raise PydanticCustomError("bool_type", "Input should be true or false")
         if not kinds & {int, float} or kinds & {str, bool}:
             return value
         return _number(value, is_whole=int in kinds)

@@ -26,8 +26,9 @@ class ParameterGroupConfig(Config):
     """Weight decay of these parameters, norms and biases among them included. 0 spares
     them. Default: optimizer.weight_decay, and none for norms and biases."""
     lr_scale: float | None = Field(default=None, gt=0, le=10000)
-    """Factor on the learning rate of every step, warm-up and min_lr included. To train
-    some parameters not at all use `optimizer.freeze`. Default: 1."""
+    """Factor on the learning rate of every step, warm-up and min_lr included, and thus on
+    what weight decay subtracts; reports show the rate without it. To train some
+    parameters not at all use `optimizer.freeze`. Default: 1."""
     beta1: float | None = Field(default=None, ge=0, lt=1)
     """Decay rate of the first moment. Default: optimizer.beta1."""
     beta2: float | None = Field(default=None, ge=0, lt=1)

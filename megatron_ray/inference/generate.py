@@ -215,8 +215,8 @@ def generate_pieces(
     else:
         text = tokenizer.decode(tokens)
     # Bytes of a character that was never completed.
-    if text != pieces.text:
-        yield text.removeprefix(pieces.text)
+    if text.startswith(pieces.text) and text != pieces.text:
+        yield text[len(pieces.text) :]
     yield Generation(prompt, text, tuple(tokens), finish_reason, tuple(start))
 
 

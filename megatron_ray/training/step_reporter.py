@@ -28,11 +28,13 @@ class NonFiniteLossError(MegatronRayError):
     def __init__(
         self, report: StepReport, skipped: SkippedSteps, training: TrainingConfig
     ) -> None:
+        # Steps that are left out already stay so.
+        left_out = ",".join(map(str, [*training.skip_steps, report.step]))
         super().__init__(
             f"the loss of step {report.step} is {report.loss} and its gradient norm "
             f"{report.grad_norm}{_exceeded_limit(skipped, training)}; lower optimizer.lr, "
             "lengthen schedule.warmup_steps, leave the step's samples out with "
-            f"training.skip_steps=[{report.step}], or look at the data from an earlier "
+            f"training.skip_steps=[{left_out}], or look at the data from an earlier "
             "checkpoint on"
         )
 
@@ -104,11 +106,14 @@ class StepReporter:
         )
         self._report(report)
         if is_left_out:
-            self._report_skipped(report, "training.skip_steps leaves its samples out")
+            self._report_skipped(report, "its samples are left out by training.skip_steps")
         elif not is_finite:
             self._check_limits(report)
             allowed = self._training.max_skipped_steps
-            reason = f"not finite, {self.skipped.total} of at most {allowed} skipped steps"
+            reason = (
+                f"its loss is {report.loss} and its gradient norm {report.grad_norm}; "
+                f"{self.skipped.total} of at most {allowed} skipped steps"
+            )
             self._report_skipped(report, reason)
 
     def _check_limits(self, report: StepReport) -> None:
@@ -121,7 +126,8 @@ class StepReporter:
             raise NonFiniteLossError(report, self.skipped, training)
 
     def _report_skipped(self, report: StepReport, reason: str) -> None:
-        self._report(SkippedStepReport(report.step, report.loss, report.grad_norm, reason))
+        message = f"step {report.step} skipped, weights unchanged: {reason}"
+        self._report(SkippedStepReport(report.step, report.loss, report.grad_norm, message))
 
     def steps(self, numbers_of_steps: list[StepNumbers]) -> None:
         """Reports steps in their order. Raises NonFiniteLossError likewise."""

@@ -44,7 +44,12 @@ def _message_schema(event: Any, model: str) -> dict[str, Any]:
     return {"type": "object", "properties": properties, "required": ["event", "data"]}
 
 
-_EVENTS_OF_STEPS = ("checkpoint.", "eval.", "rank.checkpoint_written")
+_EVENTS_OF_STEPS = (
+    "checkpoint.",
+    "eval.",
+    "rank.checkpoint_written",
+    "rank.skipped_step",
+)
 _EVENTS_AFTER_ALL_STEPS = frozenset(
     {
         EventType.ATTEMPT_ENDED,

@@ -31,7 +31,7 @@ router = APIRouter(prefix="/v1", tags=["history"], dependencies=[Depends(check_q
 def _known_key(name: str) -> str:
     if name not in _ALWAYS_PRESENT and store.parse_series(name) is None:
         known = ", ".join(store.NAMES)
-        raise ValueError(f"must be one of {known}, or a part: {_KEYS_WITH_PARTS}")
+        raise ValueError(f"must be one of {known}, and parts of some: {_KEYS_WITH_PARTS}")
     return name
 
 

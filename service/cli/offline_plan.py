@@ -4,40 +4,16 @@ Owns: the checks and estimates that need neither a service nor a cluster. Must n
 how a plan is printed.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Mapping
 from typing import Any
 
-from pydantic import ValidationError
-
-from megatron_ray.config.errors.spec_problems import problems_from_pydantic
-from megatron_ray.config.problem import Problem
 from megatron_ray.planning.answers import estimates, without_cluster
 from megatron_ray.planning.hardware import Hardware, hardware_named
-from megatron_ray.validation import check
-from service.cli.failure import CommandError, with_field_lines
+from megatron_ray.validation import check, resolution
+from service.cli.failure import CommandError
+from service.cli.spec_parsing import parse_spec, problems_failure
 from workers.protocol.job import JobSpec
 from workers.protocol.spec_warnings import export_notes
-
-
-def parse_spec(values: Mapping[str, Any]) -> JobSpec:
-    """Returns the spec as the library reads it.
-
-    Raises CommandError with one line per invalid field.
-    """
-    try:
-        return JobSpec.from_mapping(values)
-    except ValidationError as error:
-        problems = problems_from_pydantic(error.errors(), dict(values), model=JobSpec)
-        raise problems_failure("the job spec is invalid", problems) from error
-
-
-def problems_failure(title: str, problems: Sequence[Problem]) -> CommandError:
-    """Returns an error with one line per problem."""
-    # The shape of the service's problem documents.
-    body = {"title": title, "detail": title, "errors": [asdict(item) for item in problems]}
-    lines = [(problem.pointer, problem.detail) for problem in problems]
-    return CommandError(with_field_lines(title, lines), exit_code=2, body=body)
 
 
 def make_plan(
@@ -48,7 +24,7 @@ def make_plan(
     Raises CommandError when the spec cannot run anywhere.
     """
     device = _device(hardware)
-    spec = _checked(values, device, ranks)
+    spec = _with_length(_checked(values, device, ranks))
     return without_cluster.make_plan(spec, device, ranks, export_notes(spec))
 
 
@@ -64,9 +40,27 @@ def make_suggestions(
         raise CommandError(
             "no device to suggest layouts for", remedy="set --hardware, such as H100"
         )
+    if ranks is not None and ranks > estimates.MAX_RANKS:
+        raise CommandError(f"--ranks {ranks}: at most {estimates.MAX_RANKS}", exit_code=2)
     # The number of ranks is that of the layouts, not that of the spec's own degrees.
     spec = _checked(values, device, None)
     return without_cluster.make_suggestions(spec, device, ranks)
+
+
+def _with_length(spec: JobSpec) -> JobSpec:
+    """Fills in the steps of a number of epochs when this machine has the prepared data."""
+    cache = spec.data_cache
+    if spec.training.epochs is None or cache is None:
+        return spec
+    # Imported here: no other plan needs pyarrow and tokenizers.
+    from megatron_ray.data.prepared_length import num_prepared_tokens
+
+    num_tokens = num_prepared_tokens(spec.data, cache)
+    if num_tokens is None:
+        return spec
+    resolved = resolution.with_length(spec, num_tokens)
+    assert isinstance(resolved, JobSpec)
+    return resolved
 
 
 def _device(name: str | None) -> Hardware | None:

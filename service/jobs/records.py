@@ -405,7 +405,8 @@ def _prepared_message(manifest: dict[str, Any]) -> str:
     for split, corpora in (("training", data.train), ("validation", data.validation)):
         num_tokens = sum(corpus.num_tokens for corpus in corpora)
         num_documents = sum(corpus.num_documents for corpus in corpora)
-        parts.append(f"{num_tokens:,} {split} tokens in {num_documents:,} documents")
+        documents = _count(num_documents, "document")
+        parts.append(f"{num_tokens:,} {split} tokens in {documents}")
     return f"data ready: {', '.join(parts)}, vocabulary {data.vocab_size:,}"
 
 
@@ -441,4 +442,4 @@ def _notes(manifest: dict[str, Any]) -> list[str]:
 def _count(number: int, noun: str) -> str:
     if number == 1:
         return f"1 {noun}"
-    return f"{number} {noun}s"
+    return f"{number:,} {noun}s"

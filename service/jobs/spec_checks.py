@@ -10,6 +10,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
+from megatron_ray.config.errors.messages import suggestion
 from megatron_ray.config.errors.spec_problems import pointer_to
 from megatron_ray.config.problem import Problem
 from megatron_ray.storage.path_rules import PathRules, is_below, place_of
@@ -93,7 +94,7 @@ def _check_name(
     if name in allowed:
         return []
     if allowed:
-        hint = f"known: {', '.join(allowed)}"
+        hint = suggestion(name, allowed) or f"known: {', '.join(allowed)}"
     else:
         hint = "none is configured; leave it out"
     detail = f"{field} {name[:MAX_NAME_CHARS]!r} is not configured here; {hint}"

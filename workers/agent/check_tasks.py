@@ -15,6 +15,7 @@ from megatron_ray.checkpoint.disk_space import room_problems
 from megatron_ray.config.errors.spec_problems import problems_from_pydantic
 from megatron_ray.config.problem import Problem
 from megatron_ray.data.preparation.check import check_data
+from megatron_ray.data.prepared_length import num_prepared_tokens
 from megatron_ray.storage.errors import StorageError
 from megatron_ray.storage.path_rules import Links, PathRules, path_problems
 from megatron_ray.storage.storage import open_storage
@@ -59,10 +60,23 @@ def check_task(
     # Only of a storage that can be written at all.
     if not problems:
         problems += room_problems(job, storage_path)
-    notes = list(checked.notes)
+    notes = [*checked.notes, *_length_notes(job, storage_path)]
     if not weights_problems:
         notes += left_out_notes(job)
     return {"problems": problem_rows(problems), "notes": notes}
+
+
+def _length_notes(job: JobSpec, storage_path: str) -> list[str]:
+    """Returns the steps of a number of epochs when the data are prepared already."""
+    epochs = job.training.epochs
+    if epochs is None:
+        return []
+    cache = job.data.cache or f"{storage_path.rstrip('/')}/data"
+    num_tokens = num_prepared_tokens(job.data, cache)
+    if num_tokens is None:
+        return []
+    steps = job.training.steps_over(num_tokens)
+    return [f"training.epochs={epochs:g} makes {steps:,} steps on the prepared data"]
 
 
 def link_targets(place: str) -> Iterator[str]:

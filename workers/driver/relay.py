@@ -51,10 +51,7 @@ def _describe(kind: str, data: dict[str, Any]) -> tuple[str, str]:
             f"{data['seconds']:.2f} s"
         )
     if kind == SkippedStepReport.kind:
-        return "warn", (
-            f"step {data['step']} skipped, weights unchanged: loss {data['loss']}, gradient "
-            f"norm {data['grad_norm']} ({data['reason']})"
-        )
+        return "warn", str(data["message"])
     if kind == "failed":
         return _describe_failure(data)
     if kind == "ended":

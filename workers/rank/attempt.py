@@ -219,5 +219,5 @@ def _log_message(item: Report) -> str:
     if isinstance(item, EvalReport):
         return f"step {item.step}: {item.split} loss {item.loss:.4f} over {item.num_tokens} tokens"
     if isinstance(item, SkippedStepReport):
-        return f"step {item.step} skipped, weights unchanged: {item.reason}"
+        return item.message
     return f"step {item.step}: loss {item.loss:.4f}"

@@ -27,6 +27,7 @@ from megatron_ray.data.preparation.given_tokenizer import check_rows
 from megatron_ray.data.preparation.split import is_near_share
 from megatron_ray.data.preparation.tokenizer_choice import make_tokenizer
 from megatron_ray.data.prepared import PreparedCorpus, PreparedData
+from megatron_ray.data.prepared_length import keep_length
 from megatron_ray.data.tokenizer import Tokenizer
 from megatron_ray.storage.location import parse_location
 
@@ -73,14 +74,20 @@ def prepare(
         if data.validation:
             held_out_fraction = 0.0
         train = builder.build_all(data_files.train, held_out_fraction)
+        # Plans know no tokenizer of weights.
+        if weights is None:
+            keep_length(location, data, data_files, _num_tokens(train))
         validation = builder.build_all(data_files.validation, None)
     # Checked last: the length is not part of a cache key, so that jobs with another
     # seq_length use the same tokens.
     required = seq_length + 1
     _require_length(train, "train", required)
-    notes = [*made.notes, *data_files.notes]
-    notes += _key_notes([*data_files.train, *data_files.validation])
-    notes += _corpus_notes([*train, *validation], tokenizer.end_of_document)
+    notes = [
+        *made.notes,
+        *data_files.notes,
+        *_key_notes([*data_files.train, *data_files.validation]),
+        *_corpus_notes([*train, *validation], tokenizer.end_of_document),
+    ]
     if data.separate_documents:
         _require_borders(train, tokenizer.end_of_document)
     if data.validation:
@@ -137,6 +144,10 @@ def _first_document(train: Sequence[BuiltCorpus], tokenizer: Tokenizer) -> str:
     if not ids:
         return ""
     return f"first document of {train[0].source.path}: {tokenizer.describe(ids)}"
+
+
+def _num_tokens(train: Sequence[BuiltCorpus]) -> int:
+    return sum(built.num_tokens("train") for built in train)
 
 
 def _manifests(corpora: Sequence[BuiltCorpus], split: str) -> tuple[PreparedCorpus, ...]:

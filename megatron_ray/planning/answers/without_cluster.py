@@ -7,6 +7,7 @@ Must not know: paths, jobs, HTTP.
 from collections.abc import Sequence
 from typing import Any
 
+from megatron_ray.config.errors.messages import suggestion
 from megatron_ray.config.problem import Problem
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.planning.answers import estimates
@@ -17,7 +18,8 @@ from megatron_ray.validation import resolution
 
 def unknown_hardware(name: str) -> str:
     """Returns the message for a device that is not in the tables."""
-    return f"unknown hardware {name[:80]!r}; known: {', '.join(HARDWARE)}"
+    hint = suggestion(name.upper(), HARDWARE) or f"known: {', '.join(HARDWARE)}"
+    return f"unknown hardware {name[:80]!r}; {hint}"
 
 
 def fewest_ranks(config: TrainConfig) -> int:

@@ -11,9 +11,9 @@ from megatron_ray.config.training import TrainingConfig
 from megatron_ray.data.prepared import PreparedCorpus
 from megatron_ray.storage.path_rules import path_problems
 from service.cli.failure import CommandError
-from service.cli.offline_plan import parse_spec, problems_failure
 from service.cli.output import AsJson, console, print_json
 from service.cli.spec_file import Overrides, SpecFile, read_spec
+from service.cli.spec_parsing import parse_spec, problems_failure
 
 data_app = typer.Typer(
     name="data", help="Tokenize and index corpora ahead of a job.", no_args_is_help=True
@@ -86,7 +86,10 @@ def prepare(
 def _amount(split: str, corpora: Sequence[PreparedCorpus]) -> str:
     num_documents = sum(corpus.num_documents for corpus in corpora)
     num_tokens = sum(corpus.num_tokens for corpus in corpora)
-    return f"{num_tokens:,} {split} tokens in {num_documents:,} documents"
+    noun = "documents"
+    if num_documents == 1:
+        noun = "document"
+    return f"{num_tokens:,} {split} tokens in {num_documents:,} {noun}"
 
 
 def _length(training: TrainingConfig, num_train_tokens: int) -> str:

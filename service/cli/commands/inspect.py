@@ -193,7 +193,10 @@ def events(
 
 def metrics(
     job_id: JobId,
-    keys: Annotated[str, typer.Option(help="Comma-separated names of metrics.")] = _METRICS,
+    keys: Annotated[
+        str,
+        typer.Option(help="Comma-separated names, such as val_loss/SOURCE."),
+    ] = _METRICS,
     from_step: Annotated[
         int | None, typer.Option(min=0, help="First step. Default: the job's first.")
     ] = None,

@@ -10,8 +10,6 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from megatron_ray.planning.answers.estimates import MAX_RANKS
-from service.cli import offline_plan
 from service.cli.connection import DataDir, Token, Url, connect_if_up
 from service.cli.failure import CommandError, with_field_lines
 from service.cli.output import (
@@ -65,7 +63,6 @@ def plan(
         int | None,
         typer.Option(
             min=1,
-            max=MAX_RANKS,
             help="With --suggest or --hardware: number of ranks. Default: as many as the job "
             "would get.",
         ),
@@ -136,6 +133,9 @@ class _Question:
         return client.plan(self.spec, hardware=self.hardware, ranks=self.ranks)
 
     def _from_spec(self) -> dict[str, Any]:
+        # Imported here: no other command needs the estimates.
+        from service.cli import offline_plan
+
         if self.suggest:
             return offline_plan.make_suggestions(self.spec, self.hardware, self.ranks)
         return offline_plan.make_plan(self.spec, self.hardware, self.ranks)

@@ -121,6 +121,23 @@ def test_weights_that_are_not_there_or_too_few_for_the_tokenizer(
     assert "holds neither model.safetensors nor" in problem["detail"]
 
 
+def test_the_steps_of_epochs_are_noted_where_the_data_are_prepared(
+    spec: dict[str, Any],
+) -> None:
+    del spec["checkpoint"]
+    spec["training"] = {"seq_length": 16, "global_batch_size": 2, "epochs": 2}
+    storage = spec["storage"]["path"]
+    assert check_task(spec, storage)["notes"] == []
+    prepared = prepare_data(JobSpec.from_mapping(spec))
+    steps = (2 * prepared.num_train_tokens - 1) // 16 // 2
+    note = f"training.epochs=2 makes {steps:,} steps on the prepared data"
+    assert check_task(spec, storage)["notes"] == [note]
+    spec["training"] |= {"epochs": 1 << 20, "seq_length": 1}
+    with pytest.raises(UnusableDataError, match="samples, at most") as caught:
+        prepare_data(JobSpec.from_mapping(spec))
+    assert caught.value.problems[0].pointer == "/training/epochs"
+
+
 def test_layers_of_the_weights_that_a_job_leaves_out_are_noted(
     spec: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -20,8 +20,10 @@ from megatron_ray.data.tokenizer import Tokenizer
 from megatron_ray.inference.generate import generate, load_model
 from megatron_ray.storage.errors import DiskFullError
 from megatron_ray.storage.storage import LocalStorage, open_storage
+from megatron_ray.validation.check import find_warnings
 from tests.support.hf_folders import publish
 from workers import standalone
+from workers.data_tasks import prepare_data
 from workers.decisions.journal_entry import Ending, JournalEntry, Phase
 from workers.driver.journal import Journal
 from workers.rank.messages import UserError
@@ -64,8 +66,10 @@ def test_warnings_and_skipped_steps_are_seen(job: Path) -> None:
     assert warmup.startswith(
         "warning: /schedule/warmup_steps: warmup_steps=4 is not shorter than training.steps=2"
     )
-    assert skipped.startswith("warning: step 2 skipped, weights unchanged: loss ")
-    assert skipped.endswith("(training.skip_steps leaves its samples out)")
+    assert skipped == (
+        "warning: step 2 skipped, weights unchanged: its samples are left out by "
+        "training.skip_steps"
+    )
     lines = [json.loads(line) for line in reports.read_text().splitlines()]
     kinds = [line["kind"] for line in lines if "step" in line["kind"]]
     assert kinds == ["step", "step", "skipped_step"]
@@ -76,6 +80,7 @@ def test_the_first_report_has_the_data_and_the_steps_of_a_number_of_epochs(
 ) -> None:
     reports = job.parent / "reports.jsonl"
     overrides = ["training.epochs=0.2", "training.skip_steps=[]", "data.shuffle=false"]
+    overrides.append("schedule.warmup_steps=2")
     run_standalone(job, overrides, reports, resume=False)
     lines = [json.loads(line) for line in reports.read_text().splitlines()]
     assert lines[0]["data"]["phase"] == "prepare"
@@ -102,6 +107,17 @@ def test_a_misspelt_field_has_a_suggestion(job: Path) -> None:
         read_spec(job, ["trainig.steps=3"], 1)
     with pytest.raises(UserError, match=r"/model/preset: unknown preset 'gpt2-125m'; did"):
         read_spec(job, ["model.preset=gpt2-125m"], 1)
+
+
+def test_numbers_without_effect_are_noted_once_epochs_are_steps(job: Path) -> None:
+    overrides = ["training.steps=null", "training.epochs=1", "schedule.warmup_steps=1000"]
+    spec = read_spec(job, [*overrides, "training.skip_steps=[]"], 1)
+    assert find_warnings(spec) == []
+    notes = prepare_data(spec).notes
+    assert any(
+        "/schedule/warmup_steps: warmup_steps=1000 is not shorter than" in note
+        for note in notes
+    )
 
 
 def run(job: Path, *overrides: str, resume: bool = False, **options: Any) -> str:

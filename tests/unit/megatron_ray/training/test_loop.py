@@ -120,3 +120,23 @@ def test_a_timer_splits_a_step_and_leaves_out_what_lies_between() -> None:
     assert sum(times.parts_s.values()) <= times.total_s
     timer.restart()
     assert timer.finish().parts_s == {}
+
+
+def test_the_error_names_the_steps_to_leave_out() -> None:
+    reports: list[Report] = []
+    config = make_config(LLAMA, {"dp": 1}, steps=9)
+    training = config.training.model_copy(update={"skip_steps": (1, 2)})
+    reporter = StepReporter(
+        config.model_copy(update={"training": training}),
+        ParallelMesh.single(),
+        reports.append,
+        SkippedSteps(),
+    )
+    in_flight = StepsInFlight(CPU, num_aux=0)
+    for step in (1, 2, 3):
+        in_flight.add(Progress(step), 1e-3, TIMES, sums(float("nan"), 1.0, 1.0))
+    with pytest.raises(
+        NonFiniteLossError, match=r"training\.skip_steps=\[1,2,3\], or look"
+    ):
+        reporter.steps(in_flight.pop_all())
+    assert reporter.skipped == SkippedSteps(total=1, consecutive=1, left_out=2)

@@ -137,6 +137,12 @@ FIELDS = [
         "/cluster",
         "cluster 'mars' is not configured here; known: default",
     ),
+    (
+        "/cluster",
+        "defualt",
+        "/cluster",
+        "cluster 'defualt' is not configured here; did you mean 'default'?",
+    ),
     ("/image", "evil", "/image", "image 'evil' is not configured here; known: default"),
     ("/credentials", ["root"], "/credentials/0", "none is configured; leave it out"),
     ("/storage", {"path": "runs/x"}, "/storage/path", "absolute path or a URI"),

@@ -1,6 +1,7 @@
 """Commands that work on this machine: generate, convert, data, down, demo."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -139,6 +140,20 @@ def test_data_prepare(run: Run, tmp_path: Path) -> None:
     assert prepared["vocab_size"] >= 257
     assert "corpus.txt: " in prepared["first_document"]
     assert "'d', " in prepared["first_document"]
+
+
+def test_epochs_are_steps_where_the_data_are_prepared(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "corpus.txt").write_text(
+        "\n\n".join(f"document {index} " + "word " * 200 for index in range(50))
+    )
+    given = ["spec.yaml", "--set", "training.epochs=3", "--set", "data.cache=cache"]
+    plan = ("plan", *given, "--hardware", "CPU")
+    assert "the number of steps of training.epochs follows" in run(*plan)[1]
+    out = run("data", "prepare", *given)[1]
+    assert "training tokens in 1 document," in out
+    steps = re.search(r"training\.epochs=3 makes ([\d,]+) steps of", out)
+    assert steps is not None
+    assert f"{steps[1]} steps of" in run(*plan)[1]
 
 
 def test_down_when_nothing_is_up(run: Run) -> None:

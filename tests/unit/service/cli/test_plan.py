@@ -180,6 +180,7 @@ def test_a_plan_from_the_spec_alone_names_what_to_change(run: Run) -> None:
             "/model/preset: unknown preset 'gpt-tyni'; ",
         ),
         (["--set", "schedule.min_lr=1"], 2, "/schedule/min_lr: min_lr=1 is above"),
+        (["--hardware", "h1000"], 2, "unknown hardware 'h1000'; did you mean 'H100'?"),
         (["--hardware", "abacus"], 2, "unknown hardware 'abacus'; known: A100"),
         (
             ["--hardware", "H100", "--ranks", "3", "--set", "parallel.dp=4"],
@@ -193,6 +194,11 @@ def test_a_plan_from_the_spec_alone_names_what_to_change(run: Run) -> None:
             ],
             2,
             "/parallel: a plan lists at most 65536 ranks, and this one has 100000; lower",
+        ),
+        (
+            ["--suggest", "--hardware", "H100", "--ranks", "100000"],
+            2,
+            "--ranks 100000: at most 65536",
         ),
         (["--suggest"], 1, "no device to suggest layouts for"),
         (

@@ -180,6 +180,7 @@ def test_numbers_that_are_not_finite_become_null(service: Any, make_step: Any) -
                 grad_norm=math.inf,
                 split_s={"data": math.nan},
                 other_losses={"z_loss": 2.5},
+                skipped_steps=2,
             ),
         ),
         ("eval", {"step": 1, "split": "validation", "loss": math.nan}),
@@ -188,7 +189,7 @@ def test_numbers_that_are_not_finite_become_null(service: Any, make_step: Any) -
     )
     row = service.user.get(
         f"/v1/jobs/{job_id}/metrics",
-        params={"keys": "loss,grad_norm,lr,split_s,other_losses"},
+        params={"keys": "loss,grad_norm,lr,split_s,other_losses,skipped_steps"},
     ).json()["data"][0]
     assert row == {
         "step": 1,
@@ -198,6 +199,7 @@ def test_numbers_that_are_not_finite_become_null(service: Any, make_step: Any) -
         "lr": 1e-3,
         "split_s": {"data": None},
         "other_losses": {"z_loss": 2.5},
+        "skipped_steps": 2,
     }
     assert "not finite" in service.events(job_id)[-1]["message"]
     assert service.job(job_id)["progress"]["loss"] is None

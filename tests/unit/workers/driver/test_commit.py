@@ -1,5 +1,6 @@
 """When a checkpoint is whole, and what it contains."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -131,3 +132,14 @@ def test_what_checkpoints_contain_is_read_back_by_source(tmp_path: Path) -> None
         "a3/r0": [],
     }
     assert records["a2/r0"][0].value() == step(6)
+
+
+def test_a_checkpoint_after_a_skipped_step_has_no_loss() -> None:
+    ledger = CheckpointLedger(1, attempt=1)
+    skipped = step(2)
+    skipped["data"]["loss"] = math.nan
+    ledger.reported(skipped)
+    ledger.written(0, 2, "/c/2", 1)
+    whole = ledger.take_whole()
+    assert whole is not None
+    assert whole.loss is None

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from megatron_ray.config.data import DataConfig, DataSource
 from megatron_ray.data.preparation.prepare import prepare
+from megatron_ray.data.prepared_length import num_prepared_tokens
 from tests.support.corpus_files import (
     BYTES,
     TEXTS,
@@ -88,3 +89,19 @@ def test_a_field_of_data_without_fields_is_noted(tmp_path: Path) -> None:
         f"{tmp_path}/a.txt has no fields, so text_key='body' has no effect",
         f"{prefix} has no fields, so text_key='body' has no effect",
     )
+
+
+def test_the_length_of_prepared_data_is_known_without_reading_them(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", TEXTS)
+    cache = str(tmp_path / "cache")
+    data = config(path)
+    assert num_prepared_tokens(data, cache) is None
+    assert not Path(cache).exists()
+    prepared = prepare(data, cache, seq_length=8)
+    assert num_prepared_tokens(data, cache) == prepared.num_train_tokens
+    assert num_prepared_tokens(config(path, validation_fraction=0.2), cache) is None
+    write(path, [*TEXTS, "one more"])
+    assert num_prepared_tokens(data, cache) is None, "the text is another one"
+    path.unlink()
+    assert num_prepared_tokens(data, cache) is None
+    assert num_prepared_tokens(data, "nosuch://cache") is None

@@ -1,0 +1,20 @@
+"""What reports of a rank become in the history of a job."""
+
+import json
+import math
+
+from workers.driver.relay import to_record
+from workers.rank.spool import Line
+
+
+def test_a_skipped_step_is_a_warning_in_the_history() -> None:
+    words = "step 2 skipped, weights unchanged: its gradient norm is nan"
+    data = {"step": 2, "loss": 9.5, "grad_norm": math.nan, "message": words}
+    text = json.dumps({"n": 5, "kind": "skipped_step", "attempt": 1, "data": data})
+    record = to_record(Line(5, "skipped_step", text.encode())).value()
+    assert (record["n"], record["kind"]) == (5, "event")
+    assert (record["data"]["type"], record["data"]["level"]) == (
+        "rank.skipped_step",
+        "warn",
+    )
+    assert record["data"]["message"] == words
