@@ -17,7 +17,11 @@ or, if it inherits the kind, its module:
     │   ├── InvalidLocationError      storage.errors
     │   ├── MissingFileError          storage.errors
     │   ├── AccessDeniedError         storage.errors
+    │   ├── DiskFullError             storage.errors (disk_full)
     │   └── CheckpointError           checkpoint.directory
+    │       ├── DamagedCheckpointError  checkpoint.directory (checkpoint)
+    │       ├── NoWholeCheckpointError  checkpoint.resume_point (user)
+    │       └── MixedRunsError        checkpoint.resume_point (user)
     ├── NonFiniteLossError            numerics
     ├── ScheduleError                 pipeline_parallel.schedules.simulation
     └── WriteAbandonedError           checkpoint.writer
@@ -60,6 +64,11 @@ class ErrorKind(StrEnum):
     remedy."""
     STORAGE = "storage"
     """The storage of the job; a retry may succeed."""
+    DISK_FULL = "disk_full"
+    """The storage has no room; a retry would only repeat the error until files are
+    deleted."""
+    CHECKPOINT = "checkpoint"
+    """A damaged checkpoint; a retry may succeed with an older one."""
     NUMERICS = "numerics"
     """The training itself, which a retry would only repeat."""
     INTERNAL = "internal"

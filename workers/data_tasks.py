@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ray.checkpoint.directory import CheckpointError, latest_committed
+from megatron_ray.checkpoint.disk_space import room_problems
 from megatron_ray.checkpoint.initial_model import (
     resolve_initial_model,
     weights_left_out,
@@ -44,7 +45,8 @@ def prepare_data(
 
     The storage path must be resolved; `progress` receives messages. Raises
     UnusableDataError, also if tokenizer or model do not fit the weights that the job
-    begins with or the epochs have too many samples, and StorageError.
+    begins with, the epochs have too many samples or the disk has no room left for the
+    checkpoints, and StorageError.
     """
     cache = spec.data_cache
     if cache is None:
@@ -61,14 +63,19 @@ def prepare_data(
     )
     # The vocabulary of a tokenizer that was trained is known only now.
     try:
-        resolved = spec.model_copy(update={"model": model})
-        with_vocabulary(resolved, prepared.vocab_size, prepared.rows)
+        with_weights = spec.model_copy(update={"model": model})
+        resolved = with_vocabulary(with_weights, prepared.vocab_size, prepared.rows)
     except ValueError as error:
         problem = Problem("/model/vocab_size", "vocab_fits", str(error))
         raise UnusableDataError([problem]) from error
     # Nor was the number of steps of a number of epochs.
     if spec.training.epochs is not None:
         notes += _check_epochs(spec, prepared.num_train_tokens)
+    # And how much room the prepared data have left.
+    if spec.storage is not None:
+        problems = room_problems(resolved, spec.storage.path)
+        if problems:
+            raise UnusableDataError(problems)
     return prepared.model_copy(update={"notes": (*notes, *prepared.notes)})
 
 

@@ -1,44 +1,37 @@
 """Runs a job under torchrun, without Ray and without a service.
 
-Owns: spec, data and commits, for which the driver is responsible under Ray.
+Owns: the order of spec, start, data and training, and which rank reports an error.
 
-Rank 0 prepares the data while the others wait on the store, and commits a checkpoint
-once a counter in the store shows that every rank has written its part. Must not know:
-Ray, HTTP.
+Rank 0 decides where the run begins and prepares the data while the others wait on the
+store, and commits a checkpoint once a counter in the store shows that every rank has
+written its part. Must not know: Ray, HTTP.
 """
 
-import queue
 import sys
-import threading
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
+from signal import SIGTERM
 from typing import Any
 
 import torch
 from pydantic import ValidationError
 
-from megatron_ray.checkpoint.directory import latest_committed, list_checkpoints
-from megatron_ray.commands import Command
+from megatron_ray.checkpoint.directory import latest_committed
 from megatron_ray.config.checkpoint import StorageConfig
 from megatron_ray.config.errors.spec_problems import problems_from_pydantic
-from megatron_ray.config.problem import ConfigError, Problem
+from megatron_ray.config.problem import Problem
 from megatron_ray.config.train_config import apply_overrides, read_mapping
-from megatron_ray.data.preparation.errors import UnusableDataError
 from megatron_ray.data.prepared import PreparedData
-from megatron_ray.reports import (
-    CheckpointReport,
-    EvalReport,
-    PhaseReport,
-    Report,
-    SkippedStepReport,
-    StepReport,
-)
+from megatron_ray.exceptions import ErrorKind, MegatronRayError
+from megatron_ray.reports import PhaseReport, Report, SkippedStepReport
 from megatron_ray.validation import check, resolution
+from workers.announcements import Announcements
 from workers.data_tasks import prepare_data
-from workers.driver.commit import CheckpointLedger, WholeCheckpoint, commit_whole
+from workers.exceptions import WorkersError
 from workers.protocol.job import JobSpec
 from workers.protocol.spec_warnings import spec_warnings
 from workers.rank.environment import ProcessEnvironmentError, RankEnv
@@ -46,70 +39,263 @@ from workers.rank.messages import StartRequest, UserError
 from workers.rank.session import connect_store, train
 from workers.rank.spool import Spool
 from workers.rank.stores import PrefixStore, Store
+from workers.run_start import Notify, RunStart, StartDecision
+from workers.stop_signals import StopSignals
+from workers.store_committer import StoreCommitter
 
-_PREPARE_TIMEOUT = timedelta(hours=24)
-_COMMIT_CHECK_S = 0.02
-_DATA_KEY = "data"
-_PREPARED = "prepared:"
-_PROBLEM = "problem:"
+EXIT_FAILED = 1
+EXIT_USER_ERROR = 2
+
+_PREPARED = "prepared"
+_REPORTED_KEY = "reported"
+_ENDED_KEY = "ended"
+_OTHER_ERROR_CHECK_S = 0.05
+_OTHER_ERROR_S = 5.0
+"""Seconds to wait for the error of another rank, which is the cause of a lost
+connection."""
+_STOPPED_BY_SIGNAL = 128
+"""Exit codes of processes that a signal has ended, as shells report them: 128 + number."""
+
+
+class TrainingFailedError(WorkersError):
+    """A run has failed for a reason that is no bug; the message is complete.
+
+    It is empty on ranks whose error another rank has reported.
+    """
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a run ended on this rank."""
+
+    message: str | None = None
+    """A line about the outcome, on rank 0."""
+    exit_code: int = 0
+
+
+def discard(_: str) -> None:
+    """Ignores a line."""
 
 
 def run_standalone(
-    job: Path, overrides: Sequence[str], reports: Path | None, resume: bool
-) -> str | None:
+    job: Path,
+    overrides: Sequence[str],
+    reports: Path | None,
+    *,
+    resume: bool,
+    notify: Notify = discard,
+) -> Ending:
     """Trains a job on the ranks that torchrun started.
 
-    `overrides` are `path.to.field=value`; `reports` is a file for rank 0's reports.
-    Returns a line about the outcome on rank 0, None elsewhere. Raises UserError, with
-    an empty message on all ranks but 0, so that the error is printed once.
+    `overrides` are `path.to.field=value`; `reports` is a file for rank 0's reports;
+    `notify` gets a line for everything that users should know meanwhile. Raises
+    UserError when the run cannot start and TrainingFailedError when it fails, with an
+    empty message on all ranks but one, so that each error is printed once.
     """
     try:
         env = RankEnv.from_environ()
     except ProcessEnvironmentError as error:
         raise UserError(str(error)) from error
+    # torchrun prints the output of all its processes, so only one has messages.
+    if env.rank != 0:
+        notify = discard
     try:
-        return _run(env, job, overrides, reports, resume)
+        spec = read_spec(job, overrides, env.world_size)
+        return _Run(env, spec, notify).run(reports, resume=resume)
     except UserError as error:
-        # torchrun prints the output of all its processes, so only one has a message.
         if env.rank == 0:
             raise
         raise UserError("") from error
 
 
-def _run(
-    env: RankEnv, job: Path, overrides: Sequence[str], reports: Path | None, resume: bool
-) -> str | None:
-    spec = read_spec(job, overrides, env.world_size)
-    assert spec.storage is not None
-    if env.rank == 0:
-        _print_warnings(spec)
-    request = StartRequest(
-        env=env,
-        spec=spec.model_dump(mode="json"),
-        data={},
-        attempt=1,
-        device=_device(spec),
-        device_index=env.local_rank,
-    )
-    # torchrun's own store is shared by every group of the process: these keys, like each
-    # attempt's process group, have a prefix of their own in it.
-    store = PrefixStore("megatron-ray", connect_store(request))
-    # Every rank finds the same checkpoint and number, because none is written before all
-    # ranks have joined the process group.
-    started = time.monotonic()
-    data = _share_prepared(spec, env, store)
-    prepared = _prepared_report(spec, data, time.monotonic() - started)
-    resume_from = None
-    if resume:
-        newest = latest_committed(spec.storage.path)
-        resume_from = newest.path if newest else None
-    request = replace(
-        request,
-        data=data.model_dump(mode="json"),
-        attempt=_next_attempt(spec.storage.path),
-        resume_from=resume_from,
-    )
-    return _train(request, spec, store, reports, prepared)
+class _Run:
+    """One process of a run."""
+
+    def __init__(self, env: RankEnv, spec: JobSpec, notify: Notify) -> None:
+        assert spec.storage is not None
+        self._env = env
+        self._spec = spec
+        self._storage_path = spec.storage.path
+        self._notify = notify
+        self._request = StartRequest(
+            env=env,
+            spec=spec.model_dump(mode="json"),
+            data={},
+            attempt=1,
+            device=_device(spec),
+            device_index=env.local_rank,
+        )
+        # torchrun's own store is shared by every group of the process: these keys, like
+        # each attempt's process group, have a prefix of their own in it.
+        self._store: Store = PrefixStore("megatron-ray", connect_store(self._request))
+        self._announcements = Announcements(self._store, env.rank, env.world_size)
+        self._spool: Spool | None = None
+
+    def run(self, reports: Path | None, *, resume: bool) -> Ending:
+        for line in warning_lines(self._spec):
+            self._notify(line)
+        try:
+            start = self._begin(reports, resume=resume)
+            if self._is_done(start, self._spec.training.known_steps):
+                return self._nothing_left(start)
+            data = self._prepared()
+            if self._is_done(start, self._spec.training.steps_over(data.num_train_tokens)):
+                return self._nothing_left(start)
+            request = replace(
+                self._request,
+                data=data.model_dump(mode="json"),
+                attempt=start.attempt,
+                resume_from=start.resume_from,
+            )
+            return self._train(request, start)
+        finally:
+            if self._spool is not None:
+                self._spool.close()
+
+    def _begin(self, reports: Path | None, *, resume: bool) -> RunStart:
+        """Returns where the run begins; rank 0 decides before any data are prepared."""
+        decision = StartDecision(self._spec, self._env, self._announcements, self._notify)
+        if self._env.rank:
+            return decision.follow()
+        with self._announcements.refusing_on_error():
+            start = decision.decide(resume=resume)
+            if reports is not None:
+                self._spool = _open_spool(reports, start.attempt)
+        return start
+
+    def _is_done(self, start: RunStart, steps: int | None) -> bool:
+        # A number of epochs is known in steps only once the data are prepared.
+        return start.resume_from is not None and steps is not None and start.step >= steps
+
+    def _nothing_left(self, start: RunStart) -> Ending:
+        message = (
+            f"nothing was left to do: the run has all of its {start.step} steps; newest "
+            f"checkpoint: {start.resume_from}"
+        )
+        return Ending(self._on_first(message))
+
+    def _prepared(self) -> PreparedData:
+        """Prepares the data on rank 0 and returns their description on all ranks."""
+        if self._env.rank:
+            _, value = self._announcements.receive()
+            return PreparedData.model_validate(value)
+        started = time.monotonic()
+        with self._announcements.refusing_on_error():
+            data = prepare_data(self._spec)
+            for note in data.notes:
+                self._notify(f"warning: {note}")
+            if data.first_document:
+                sys.stdout.write(f"{data.first_document}\n")
+            seconds = time.monotonic() - started
+            self._write_report(_prepared_report(self._spec, data, seconds))
+        self._announcements.announce(_PREPARED, data.model_dump(mode="json"))
+        return data
+
+    def _train(self, request: StartRequest, start: RunStart) -> Ending:
+        committer = StoreCommitter(self._spec, request, self._store, start.run)
+        with StopSignals(self._notify) as signals:
+            try:
+                outcome = self._train_and_commit(request, committer, signals)
+            except MegatronRayError as error:
+                raise self._reported(error) from error
+            except RuntimeError as error:
+                # The error of a connection to a rank that has failed itself.
+                if self._is_reported():
+                    raise TrainingFailedError("", EXIT_FAILED) from error
+                raise
+        if outcome == "finished":
+            message = f"finished; newest checkpoint: {committer.committed or 'none'}"
+            return Ending(self._on_first(message))
+        number = signals.received or SIGTERM
+        message = (
+            f"stopped after step {committer.last_step} by {number.name}; newest checkpoint: "
+            f"{committer.committed}; --resume goes on from it"
+        )
+        return Ending(self._on_first(message), _STOPPED_BY_SIGNAL + number)
+
+    def _train_and_commit(
+        self, request: StartRequest, committer: StoreCommitter, signals: StopSignals
+    ) -> str:
+        def report(item: Report) -> None:
+            self._write_report(item)
+            if isinstance(item, SkippedStepReport):
+                self._notify(f"warning: {item.message}")
+            committer.report(item)
+
+        try:
+            outcome = train(request, report, signals.command)
+        except BaseException:
+            committer.rank_failed()
+            raise
+        finally:
+            # Also after a failure, so that a complete checkpoint is committed.
+            committer.close()
+        committer.raise_error()
+        # A rank that ends early lets torchrun end the others, also rank 0 while it commits.
+        if outcome == "stopped":
+            self._await_commit()
+        return outcome
+
+    def _await_commit(self) -> None:
+        if self._env.rank == 0:
+            self._store.set(_ENDED_KEY, "")
+            return
+        # The store ends with rank 0 where no agent of torchrun serves it.
+        with suppress(RuntimeError):
+            self._store.wait([_ENDED_KEY], timedelta(seconds=self._request.timeout_s))
+
+    def _write_report(self, item: Report) -> None:
+        if self._spool is None:
+            return
+        try:
+            self._spool.append(item.kind, vars(item))
+        except OSError as error:
+            raise _reports_error(self._spool.path, error) from error
+
+    def _on_first(self, message: str) -> str | None:
+        if self._env.rank:
+            return None
+        return message
+
+    # ---- errors
+
+    def _reported(self, error: MegatronRayError) -> MegatronRayError:
+        """Returns the error to raise; only the first rank that has one has a message."""
+        kind = error.failure_kind
+        # A bug, which needs its traceback.
+        if kind is ErrorKind.INTERNAL:
+            return error
+        exit_code = EXIT_FAILED
+        if kind is ErrorKind.USER:
+            exit_code = EXIT_USER_ERROR
+        if self._store.add(_REPORTED_KEY, 1) > 1:
+            return TrainingFailedError("", exit_code)
+        message = str(error)
+        if kind in (ErrorKind.STORAGE, ErrorKind.DISK_FULL):
+            message = f"{message}; newest checkpoint: {self._newest_checkpoint()}"
+        return TrainingFailedError(message, exit_code)
+
+    def _is_reported(self) -> bool:
+        """Returns whether another rank reports an error, for which it waits a moment."""
+        deadline = time.monotonic() + _OTHER_ERROR_S
+        while self._env.world_size > 1 and time.monotonic() < deadline:
+            if self._store.add(_REPORTED_KEY, 0):
+                return True
+            time.sleep(_OTHER_ERROR_CHECK_S)
+        return False
+
+    def _newest_checkpoint(self) -> str:
+        try:
+            newest = latest_committed(self._storage_path)
+        except MegatronRayError:
+            return "unknown"
+        if newest is None:
+            return "none"
+        return newest.path
 
 
 def _prepared_report(spec: JobSpec, data: PreparedData, seconds: float) -> PhaseReport:
@@ -121,62 +307,22 @@ def _prepared_report(spec: JobSpec, data: PreparedData, seconds: float) -> Phase
     return PhaseReport("prepare", seconds, detail | {"notes": list(data.notes)})
 
 
-def _print_warnings(spec: JobSpec) -> None:
-    """Prints to stderr what is legal in a spec and may not be intended."""
-    for warning in spec_warnings(spec):
-        sys.stderr.write(f"warning: {warning.pointer}: {warning.detail}\n")
-
-
-def _next_attempt(storage_path: str) -> int:
-    """Returns the number after that of the last attempt that wrote a checkpoint."""
-    last = 0
-    for checkpoint in list_checkpoints(storage_path):
-        last = max(last, checkpoint.attempt)
-    return last + 1
-
-
-def _train(
-    request: StartRequest,
-    spec: JobSpec,
-    store: Store,
-    reports: Path | None,
-    prepared: PhaseReport,
-) -> str | None:
-    is_first = request.env.rank == 0
-    spool = None
-    if reports is not None and is_first:
-        spool = _open_spool(reports, request.attempt)
-    committer = StoreCommitter(spec, request, store)
-
-    def report(item: Report) -> None:
-        if spool is not None:
-            spool.append(item.kind, vars(item))
-        if isinstance(item, SkippedStepReport) and is_first:
-            sys.stderr.write(f"warning: {item.message}\n")
-        committer.report(item)
-
-    report(prepared)
-    try:
-        outcome = train(request, report, lambda: Command.CONTINUE)
-    except ConfigError as error:
-        raise UserError(str(error)) from error
-    finally:
-        # Also after a failure, so that a complete checkpoint is committed.
-        committer.close()
-        if spool is not None:
-            spool.close()
-    if committer.error is not None:
-        raise committer.error
-    if not is_first:
-        return None
-    return f"{outcome}; newest checkpoint: {committer.committed or 'none'}"
+def warning_lines(spec: JobSpec) -> list[str]:
+    """Returns what is legal in a spec and may not be intended, a line each."""
+    return [
+        f"warning: {warning.pointer}: {warning.detail}" for warning in spec_warnings(spec)
+    ]
 
 
 def _open_spool(path: Path, attempt: int) -> Spool:
     try:
         return Spool(path, attempt, segment_bytes=None)
     except OSError as error:
-        raise UserError(f"cannot write --reports {path}: {error.strerror}") from error
+        raise _reports_error(path, error) from error
+
+
+def _reports_error(path: Path, error: OSError) -> UserError:
+    return UserError(f"cannot write --reports {path}: {error.strerror}")
 
 
 def read_spec(job: Path, overrides: Sequence[str], world_size: int) -> JobSpec:
@@ -241,124 +387,3 @@ def _device(spec: JobSpec) -> str:
             "auto or cpu"
         )
     return "cpu"
-
-
-def _share_prepared(spec: JobSpec, env: RankEnv, store: Store) -> PreparedData:
-    """Prepares the data on rank 0 and returns its description on all ranks.
-
-    Raises UserError on all ranks when the data are not usable.
-    """
-    if env.rank == 0:
-        try:
-            data = prepare_data(spec)
-            for note in data.notes:
-                sys.stderr.write(f"warning: {note}\n")
-            if data.first_document:
-                sys.stdout.write(f"{data.first_document}\n")
-        except UnusableDataError as error:
-            # The other ranks read it and end too, instead of waiting until torchrun kills
-            # them.
-            store.set(_DATA_KEY, _PROBLEM)
-            raise UserError(f"the job cannot start:{_listed(error.problems)}") from error
-        store.set(_DATA_KEY, _PREPARED + data.model_dump_json())
-        return data
-    store.wait([_DATA_KEY], _PREPARE_TIMEOUT)
-    message = store.get(_DATA_KEY).decode()
-    if message.startswith(_PROBLEM):
-        raise UserError("rank 0 could not prepare the data")
-    return PreparedData.model_validate_json(message.removeprefix(_PREPARED))
-
-
-class StoreCommitter:
-    """Commits checkpoints on rank 0 once all ranks have counted their parts in the store.
-
-    On other ranks it only counts. It uses its own thread, since rank 0 waits for the
-    slowest rank.
-    """
-
-    def __init__(self, spec: JobSpec, request: StartRequest, store: Store) -> None:
-        assert spec.storage is not None
-        self._path = spec.storage.path
-        self._keep_last = spec.checkpoint.keep_last
-        self._request = request
-        self._store = store
-        self._is_first = request.env.rank == 0
-        self._ledger = CheckpointLedger(1, request.attempt)
-        self._items: queue.SimpleQueue[Report | None] = queue.SimpleQueue()
-        self.committed: str | None = None
-        """Path of the newest checkpoint committed here."""
-        self.error: Exception | None = None
-        """First error of the thread, for the main thread to raise."""
-        self._thread = threading.Thread(target=self._run, name="committer", daemon=True)
-        self._thread.start()
-
-    def report(self, item: Report) -> None:
-        """Adds a report of this rank; never blocks."""
-        # Phases are neither counted nor stored in a checkpoint.
-        if not isinstance(item, PhaseReport):
-            self._items.put(item)
-
-    def close(self) -> None:
-        """Waits until everything reported so far is committed."""
-        self._items.put(None)
-        self._thread.join()
-
-    def _run(self) -> None:
-        while True:
-            item = self._items.get()
-            if item is None:
-                return
-            try:
-                self._handle(item)
-            except Exception as error:  # noqa: BLE001 - raised again by the main thread, which must not miss it
-                self.error = self.error or error
-
-    def _handle(self, item: Report) -> None:
-        if isinstance(item, CheckpointReport):
-            self._count(item)
-        elif self._is_first and isinstance(item, StepReport | EvalReport):
-            self._ledger.reported(
-                {
-                    "kind": item.kind,
-                    "attempt": self._request.attempt,
-                    "data": dict(vars(item)),
-                }
-            )
-        # A checkpoint that all ranks have written is complete only after rank 0 has
-        # reported its step.
-        while self._is_first:
-            whole = self._ledger.take_whole()
-            if whole is None:
-                return
-            self._commit(whole)
-
-    def _count(self, item: CheckpointReport) -> None:
-        """Adds this rank's part of a checkpoint; on rank 0, waits for all others'."""
-        key = f"written/{self._request.attempt}/{item.step}"
-        # Bytes before the count: rank 0 reads the sum once the count is complete.
-        self._store.add(f"{key}/bytes", item.bytes_written)
-        self._store.add(key, 1)
-        if self._is_first:
-            self._await_all(key)
-            num_bytes = self._store.add(f"{key}/bytes", 0)
-            self._ledger.written(0, item.step, item.path, num_bytes)
-
-    def _await_all(self, key: str) -> None:
-        timeout_s = self._request.timeout_s
-        deadline = time.monotonic() + timeout_s
-        # Adding 0 reads the counter; `get` would block while it does not exist.
-        while self._store.add(key, 0) < self._request.env.world_size:
-            if time.monotonic() > deadline:
-                raise TimeoutError(
-                    f"not every rank wrote its part of the checkpoint within {timeout_s:g} s; "
-                    "it stays uncommitted"
-                )
-            time.sleep(_COMMIT_CHECK_S)
-
-    def _commit(self, whole: WholeCheckpoint) -> None:
-        manifest = {
-            "world_size": self._request.env.world_size,
-            "spec": self._request.spec,
-        }
-        commit_whole(whole, self._path, self._keep_last, manifest)
-        self.committed = whole.path

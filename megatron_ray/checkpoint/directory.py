@@ -1,18 +1,21 @@
 """Manages the checkpoint folders of a job.
 
-Owns: their names, when one is complete, which are kept. Must not know: tensors, torch.
+Owns: their names, when one is complete or damaged, which run has written it. Must not
+know: tensors, torch.
 
 A checkpoint is committed once its COMMITTED marker exists, which is written last and
 deleted first. manifest.json lists every file with its size, so that missing files are
-detected.
+detected. Only files that loading needs count: all others, such as a job spec, are meant
+for people, who may edit them.
 """
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
+from megatron_ray.exceptions import ErrorKind
 from megatron_ray.storage.errors import MissingFileError, StorageError
 from megatron_ray.storage.storage import Storage, open_storage
 
@@ -27,6 +30,9 @@ INDEX = "index.json"
 """Name of the index of all boxes of all logical tensors; written by rank 0."""
 
 _NAME = re.compile(r"step-(\d{8,})-a(\d{4,})")
+_NEEDED_FILES = (INDEX, "train_state.json", "tokenizer.json")
+_NEEDED_FOLDERS = ("data/", "train_state/", "digests/")
+_NO_MANIFEST = f"{MANIFEST} is missing or not readable"
 
 FileSizes = dict[str, int]
 """Bytes of each file of a checkpoint, by its name in the folder."""
@@ -34,6 +40,62 @@ FileSizes = dict[str, int]
 
 class CheckpointError(StorageError):
     """A checkpoint is incomplete, not committed, too new, or does not fit the model."""
+
+
+class DamagedCheckpointError(CheckpointError):
+    """A committed checkpoint lacks files, or has other bytes than were written.
+
+    A retry needs another checkpoint.
+    """
+
+    failure_kind = ErrorKind.CHECKPOINT
+
+
+@dataclass(frozen=True)
+class RunIdentity:
+    """The run that writes checkpoints into a folder, and which of them are its own."""
+
+    id: str | None = None
+    """Stored in every manifest; None in checkpoints of earlier versions, and for a run
+    that continues from one of these."""
+    first_attempt: int = 1
+    """Attempts of the run have this number or a higher one."""
+    owns_unnamed: bool = False
+    """Whether checkpoints without an id are its own too, because no other run ever
+    wrote to the folder."""
+    damaged: tuple[str, ...] = ()
+    """Names of checkpoints with damaged bytes, which a listing does not show. They are
+    never deleted, because a user may restore them."""
+
+    @classmethod
+    def of_manifest(cls, manifest: Mapping[str, Any]) -> Self:
+        """Returns the run that a manifest names."""
+        return cls(
+            manifest.get("run"),
+            manifest.get("first_attempt", 1),
+            manifest.get("owns_unnamed", False),
+            tuple(manifest.get("damaged", ())),
+        )
+
+    def to_manifest(self) -> dict[str, Any]:
+        """Returns the fields of a manifest that name the run."""
+        fields: dict[str, Any] = {}
+        if self.id is not None:
+            fields = {"run": self.id, "first_attempt": self.first_attempt}
+        if self.owns_unnamed:
+            fields["owns_unnamed"] = True
+        if self.damaged:
+            fields["damaged"] = list(self.damaged)
+        return fields
+
+    def owns(self, info: "CheckpointInfo") -> bool:
+        """Returns whether the run has written a checkpoint, and may delete it."""
+        if info.name in self.damaged:
+            return False
+        # An unfinished one has no manifest, but its name contains the attempt.
+        if not info.was_committed:
+            return info.attempt >= self.first_attempt
+        return info.run.id == self.id or (info.run.id is None and self.owns_unnamed)
 
 
 @dataclass(frozen=True)
@@ -45,16 +107,30 @@ class CheckpointInfo:
     path: str
     """Folder or URI."""
     committed: bool
-    """Marker, manifest and all files of the manifest exist."""
+    """The marker, the manifest and all files exist that loading needs."""
+    damage: str | None
+    """What is wrong with one that was committed; None for whole and unfinished ones."""
+    run: RunIdentity
+    """The run that has written it, as far as the manifest names it."""
     loss: float | None
     """Training loss at the step; None when not committed or not known."""
     bytes: int
     """Size of all files."""
 
     @property
+    def name(self) -> str:
+        """Name of the folder."""
+        return self.path.rpartition("/")[2]
+
+    @property
     def order(self) -> tuple[int, int]:
         """Sort key: later checkpoints compare higher."""
         return self.step, self.attempt
+
+    @property
+    def was_committed(self) -> bool:
+        """Whether it was committed, whatever has happened to it since."""
+        return self.committed or self.damage is not None
 
 
 def checkpoint_path(storage_path: str, step: int, attempt: int) -> str:
@@ -95,7 +171,10 @@ def list_checkpoints(storage_path: str) -> list[CheckpointInfo]:
 
 
 def latest_committed(storage_path: str) -> CheckpointInfo | None:
-    """Returns the newest committed checkpoint, if any. Raises StorageError."""
+    """Returns the newest committed checkpoint that has all its files, if any.
+
+    `resume_point` chooses the one to resume from. Raises StorageError.
+    """
     for info in reversed(list_checkpoints(storage_path)):
         if info.committed:
             return info
@@ -148,7 +227,7 @@ def _check_parts(storage: Storage, path: str) -> None:
     except MissingFileError as error:
         cause = f"{INDEX} is missing, rank 0 has not written its part"
         raise CheckpointError("commit", path, cause) from error
-    damage = _find_damage(index, _file_sizes(storage))
+    damage = _find_damage(index["files"], _file_sizes(storage))
     if damage is not None:
         raise CheckpointError("commit", path, damage)
 
@@ -156,8 +235,8 @@ def _check_parts(storage: Storage, path: str) -> None:
 def read_manifest(path: str) -> dict[str, Any]:
     """Returns the manifest of a committed, complete checkpoint.
 
-    Raises CheckpointError when it is not committed, has lost a file, or was written by
-    a newer version.
+    Raises CheckpointError when it is not committed or was written by a newer version,
+    DamagedCheckpointError when it has lost a file.
     """
     storage = open_storage(path)
     if not storage.exists(COMMITTED):
@@ -171,11 +250,11 @@ def read_manifest(path: str) -> dict[str, Any]:
         raise CheckpointError("load", path, cause)
     manifest = _read_manifest_file(storage, MANIFEST)
     if manifest is None:
-        raise CheckpointError("load", path, f"{MANIFEST} is missing or not readable")
+        raise DamagedCheckpointError("load", path, _NO_MANIFEST)
     check_format_version(path, manifest)
-    damage = _find_damage(manifest, _file_sizes(storage))
+    damage = _find_damage(_needed_files(manifest), _file_sizes(storage))
     if damage is not None:
-        raise CheckpointError("load", path, damage)
+        raise DamagedCheckpointError("load", path, damage)
     return manifest
 
 
@@ -191,70 +270,31 @@ def check_format_version(path: str, values: Mapping[str, Any]) -> None:
         raise CheckpointError("load", path, cause)
 
 
-def apply_retention(storage_path: str, keep_last: int) -> Sequence[str]:
-    """Deletes old and unfinished checkpoints and returns their paths.
-
-    Deleted are committed ones beyond the newest `keep_last`, and those that were never
-    finished before the newest. Nothing newer than the newest committed one is deleted:
-    it may still be written. Raises ValueError for keep_last < 1, StorageError.
-    """
-    if keep_last < 1:
-        raise ValueError(
-            f"keep_last={keep_last} must be at least 1: the only committed checkpoint is "
-            "never deleted"
-        )
-    infos = list_checkpoints(storage_path)
-    committed = [info for info in infos if info.committed]
-    if not committed:
-        return []
-    newest = committed[-1]
-    # Sorted oldest first, so the last `keep_last` are the newest.
-    expired = committed[:-keep_last]
-    for info in infos:
-        if _is_abandoned(info, newest):
-            expired.append(info)
-    for info in expired:
-        delete_checkpoint(storage_path, info)
-    return [info.path for info in expired]
-
-
-def _is_abandoned(info: CheckpointInfo, newest: CheckpointInfo) -> bool:
-    """Returns whether an unfinished checkpoint can no longer be committed.
-
-    Both step and attempt are compared: a later attempt may be writing an earlier step.
-    """
-    if info.committed or info.order >= newest.order:
-        return False
-    return info.step <= newest.step and info.attempt <= newest.attempt
-
-
-def delete_checkpoint(storage_path: str, info: CheckpointInfo) -> None:
-    """Deletes a checkpoint. Raises StorageError."""
-    storage = open_storage(storage_path)
-    folder = f"{FOLDER}/{info.path.rpartition('/')[2]}"
-    # The marker first, so that a partly deleted checkpoint is not committed.
-    storage.delete_file(f"{folder}/{COMMITTED}")
-    storage.delete_tree(folder)
-
-
 def _checkpoint_info(
     storage: Storage, storage_path: str, step: int, attempt: int, files: FileSizes
 ) -> CheckpointInfo:
     manifest = None
+    damage = None
     # Without the marker no manifest is read, which saves a request.
     if COMMITTED in files:
         name = f"{_folder(step, attempt)}/{MANIFEST}"
         manifest = _read_manifest_file(storage, name)
+        damage = _NO_MANIFEST
     # The listing contains all sizes, so only the manifest is read.
-    is_complete = manifest is not None and _find_damage(manifest, files) is None
+    if manifest is not None:
+        damage = _find_damage(_needed_files(manifest), files)
+    is_complete = manifest is not None and damage is None
+    facts = manifest or {}
     loss = None
-    if manifest is not None and is_complete:
-        loss = manifest.get("loss")
+    if is_complete:
+        loss = facts.get("loss")
     return CheckpointInfo(
         step=step,
         attempt=attempt,
         path=checkpoint_path(storage_path, step, attempt),
         committed=is_complete,
+        damage=damage,
+        run=RunIdentity.of_manifest(facts),
         loss=loss,
         bytes=sum(files.values()),
     )
@@ -279,11 +319,21 @@ def _file_sizes(storage: Storage) -> FileSizes:
     return sizes
 
 
-def _find_damage(manifest: Mapping[str, Any], files: FileSizes) -> str | None:
-    """Returns a message about missing or truncated files of a manifest, if any."""
-    for name, size in manifest["files"].items():
+def _find_damage(expected: Mapping[str, int], files: FileSizes) -> str | None:
+    """Returns a message about missing or truncated files, if any."""
+    for name, size in expected.items():
         if name not in files:
             return f"its file {name} is missing"
         if files[name] != size:
             return f"its file {name} has {files[name]} bytes, {size} were written"
     return None
+
+
+def _needed_files(manifest: Mapping[str, Any]) -> FileSizes:
+    # Earlier versions, too, list all files in it.
+    return {name: size for name, size in manifest["files"].items() if is_needed(name)}
+
+
+def is_needed(name: str) -> bool:
+    """Returns whether loading a checkpoint needs its file of that name."""
+    return name in _NEEDED_FILES or name.startswith(_NEEDED_FOLDERS)

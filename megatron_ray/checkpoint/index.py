@@ -17,16 +17,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_ray.checkpoint.digests import CheckedFiles
 from megatron_ray.checkpoint.directory import (
     FORMAT_VERSION,
     INDEX,
-    CheckpointError,
+    DamagedCheckpointError,
     check_format_version,
 )
 from megatron_ray.distributed.collectives import Group
 from megatron_ray.sharding.boxes import Box
 from megatron_ray.sharding.sharded_state import ShardedState
-from megatron_ray.storage.storage import Storage
 
 _ALIGNMENT = 64
 """Alignment in bytes, so that a reader can memory-map any dtype."""
@@ -290,13 +290,14 @@ class SavedTensor:
     """File of each slot."""
 
 
-def read_index(storage: Storage, path: str) -> dict[str, SavedTensor]:
+def read_index(files: CheckedFiles, path: str) -> dict[str, SavedTensor]:
     """Returns all tensors of a checkpoint.
 
-    Raises CheckpointError when the index is newer or not readable.
+    Raises CheckpointError when the index is newer, DamagedCheckpointError when it is not
+    readable.
     """
     try:
-        body = json.loads(storage.read_bytes(INDEX))
+        body = json.loads(files.read_bytes(INDEX))
         # The version is checked first, because a newer format may have other fields.
         check_format_version(path, body)
         tensors = {}
@@ -304,7 +305,8 @@ def read_index(storage: Storage, path: str) -> dict[str, SavedTensor]:
             tensors[fqn] = _saved_tensor(fqn, entry)
         return tensors
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError("load", path, f"{INDEX} is not readable: {error}") from error
+        cause = f"{INDEX} is not readable: {error}"
+        raise DamagedCheckpointError("load", path, cause) from error
 
 
 def _saved_tensor(fqn: str, entry: dict[str, Any]) -> SavedTensor:

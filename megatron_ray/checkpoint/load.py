@@ -6,17 +6,19 @@ Every rank reads its own boxes; no collective is needed.
 """
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from math import prod
 
 import torch
 
+from megatron_ray.checkpoint.digests import CheckedFiles
 from megatron_ray.checkpoint.directory import CheckpointError, read_manifest
 from megatron_ray.checkpoint.index import SavedTensor, Slot, overlaps, read_index
 from megatron_ray.sharding.boxes import Box
 from megatron_ray.sharding.sharded_state import ShardedState, ShardedTensor
-from megatron_ray.storage.storage import Readable, Storage, open_storage
+from megatron_ray.storage.storage import Readable, open_storage
 
 SCRATCH_BYTES = 16 * 1024 * 1024
 
@@ -35,8 +37,8 @@ def load_into(path: str, state: ShardedState) -> None:
     """Fills every box of `state`, converting dtypes where they differ.
 
     Tensors that are not in `state` are not read. Raises CheckpointError when the
-    checkpoint is not committed, incomplete, newer, or lacks a tensor or has it in
-    another shape.
+    checkpoint is not committed, newer, or lacks a tensor or has it in another shape,
+    DamagedCheckpointError when it is incomplete or has other bytes than were written.
     """
     SavedCheckpoint(path).load_into(state)
 
@@ -49,10 +51,10 @@ class SavedCheckpoint:
 
     def __init__(self, path: str) -> None:
         # Raises unless the checkpoint is committed and has all its files.
-        read_manifest(path)
+        names = tuple(read_manifest(path)["files"])
         self.path = path
-        self._storage = open_storage(path)
-        self.tensors = read_index(self._storage, path)
+        self._files = CheckedFiles(open_storage(path), path, names)
+        self.tensors = read_index(self._files, path)
 
     def load_into(self, state: ShardedState) -> None:
         """Fills every box of `state`."""
@@ -63,7 +65,7 @@ class SavedCheckpoint:
             saved = self._saved_tensor(fqn, tensor)
             for file, read in _plan_reads(self.path, fqn, saved, tensor):
                 reads_by_file[file].append(read)
-        read_all(self._storage, reads_by_file)
+        read_all(self._files.open_input, reads_by_file)
 
     def _saved_tensor(self, fqn: str, tensor: ShardedTensor) -> SavedTensor:
         saved = self.tensors.get(fqn)
@@ -79,13 +81,16 @@ class SavedCheckpoint:
         return saved
 
 
-def read_all(storage: Storage, reads_by_file: Mapping[str, Sequence[Read]]) -> None:
+def read_all(
+    open_input: Callable[[str], AbstractContextManager[Readable]],
+    reads_by_file: Mapping[str, Sequence[Read]],
+) -> None:
     """Carries out the reads of each file, through scratch memory of a fixed size."""
     scratch = torch.empty(SCRATCH_BYTES, dtype=torch.uint8)
     for file, reads in reads_by_file.items():
         # In file order, because disks read ahead.
         ordered = sorted(reads, key=lambda read: read.slot.start)
-        with storage.open_input(file) as source:
+        with open_input(file) as source:
             for read in ordered:
                 _carry_out(read, source, scratch)
 

@@ -8,8 +8,10 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from megatron_ray.checkpoint.digests import CheckedFiles
 from megatron_ray.checkpoint.directory import (
     CheckpointError,
+    DamagedCheckpointError,
     check_format_version,
     read_manifest,
 )
@@ -30,21 +32,22 @@ def read_train_state(path: str, rank: int) -> dict[str, Any]:
     """Returns the saved state of the run other than tensors.
 
     It contains this rank's own part (`rng`) if the saving layout had such a rank.
-    Raises CheckpointError when the checkpoint is not committed, incomplete, or newer.
+    Raises CheckpointError when the checkpoint is not committed or newer,
+    DamagedCheckpointError when it is incomplete or has other bytes than were written.
     """
-    files = read_manifest(path)["files"]
-    storage = open_storage(path)
+    all_names = tuple(read_manifest(path)["files"])
+    files = CheckedFiles(open_storage(path), path, all_names)
     names = [TRAIN_STATE]
     # More ranks may load a checkpoint than have saved it.
-    if rank_state_file(rank) in files:
+    if rank_state_file(rank) in all_names:
         names.append(rank_state_file(rank))
     state: dict[str, Any] = {}
     for name in names:
         try:
-            state.update(json.loads(storage.read_bytes(name)))
+            state.update(json.loads(files.read_bytes(name)))
         except (TypeError, ValueError) as error:
             cause = f"{name} is not readable: {error}"
-            raise CheckpointError("load", path, cause) from error
+            raise DamagedCheckpointError("load", path, cause) from error
     # The manifest's version is checked already; this one covers the fields read here.
     check_format_version(path, state)
     return state

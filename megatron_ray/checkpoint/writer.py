@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import torch
 
+from megatron_ray.checkpoint.digests import DigestedFiles
 from megatron_ray.checkpoint.directory import INDEX
 from megatron_ray.checkpoint.index import RankPlan, data_file, plan_save
 from megatron_ray.checkpoint.train_state import TRAIN_STATE, rank_state_file
@@ -205,9 +206,9 @@ class CheckpointWriter:
         # finish.
         if copied is not None:
             copied.synchronize()
-        storage = open_storage(path)
+        files = DigestedFiles(open_storage(path))
         memory = self._host.numpy().data
-        with storage.open_output(data_file(self._mesh.rank)) as file:
+        with files.open_output(data_file(self._mesh.rank)) as file:
             for position in range(0, len(memory), BLOCK_BYTES):
                 # Inside the context, so that after an error the file never appears.
                 if self._abandoned.is_set():
@@ -215,8 +216,9 @@ class CheckpointWriter:
                 file.write(memory[position : position + BLOCK_BYTES])
         num_bytes = len(memory)
         for name, content in small_files:
-            storage.write_bytes_atomic(name, content)
+            files.write_bytes_atomic(name, content)
             num_bytes += len(content)
+        num_bytes += files.write_digests(self._mesh.rank)
         # Checked again, because an abandoned save must not be reported as durable.
         if self._abandoned.is_set():
             raise WriteAbandonedError

@@ -3,7 +3,7 @@
 Must not know: the formats of those files.
 """
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -32,6 +32,16 @@ class CheckpointConfig(Config):
     run, or a folder in Hugging Face format. The run starts at step 0 with a fresh
     optimizer state. Ignored when the run resumes from a checkpoint of its own. Default:
     random initial weights."""
+    resume_changes: tuple[Annotated[str, Field(min_length=1, max_length=256)], ...] = Field(
+        default=(), max_length=64
+    )
+    """Fields, such as `training.steps` or `optimizer.lr`, in which the job may differ from
+    the checkpoint that it resumes from; a section such as `schedule` stands for all its
+    fields. Any other change of the model, of the learning rate or of the samples is
+    refused. How the run is executed may always change: `parallel`, `checkpoint`,
+    `storage`, `data.cache`, and of `training` micro_batch_size, recompute, compile,
+    deterministic, eval_every_steps, eval_samples, skip_steps, max_skipped_steps and
+    max_consecutive_skipped_steps. Default: nothing else may change."""
 
 
 class StorageConfig(Config):

@@ -17,6 +17,7 @@ from megatron_ray.data.blend import (
 )
 from megatron_ray.data.gpt_dataset import GPTDataset
 from megatron_ray.data.indexed import IndexedDataset
+from megatron_ray.data.lengthened import build_lengthened
 from megatron_ray.data.prepared import PreparedCorpus
 
 
@@ -40,32 +41,40 @@ def build_dataset(
     cache: str | None = None,
     *,
     shuffle: bool = True,
+    earlier: Sequence[int] = (),
 ) -> SampleDataset:
     """Returns a dataset of at least `num_samples` samples of [seq_length + 1] tokens.
 
     `cache` is the folder of prepared data; indices are written below it. All ranks may
     call this at the same time. The order depends on num_samples too, as in Megatron, so
-    a resumed run must pass the same number; without `shuffle` it does not. Raises
-    ValueError or OSError when a corpus cannot be read.
+    a resumed run must pass the same number; without `shuffle` it does not. A run that
+    is lengthened passes in `earlier` the smaller numbers that it had before, and its
+    order continues. Raises ValueError or OSError when a corpus cannot be read.
     """
     index_folder = _index_folder(cache)
+    planned = [num_samples]
+    if shuffle:
+        planned = [*earlier, num_samples]
+
+    def ordered(corpus: PreparedCorpus, sizes: Sequence[int]) -> SampleDataset:
+        tokens = IndexedDataset(corpus.prefix)
+
+        def build_part(number: int, size: int) -> SampleDataset:
+            # Another seed, because the same one would repeat the order.
+            return GPTDataset(
+                tokens, size, seq_length, seed + number, index_folder, shuffle=shuffle
+            )
+
+        return build_lengthened(sizes, build_part)
+
     if len(corpora) == 1:
         # No blend of a single dataset, which would need an order and surplus samples.
-        return GPTDataset(
-            IndexedDataset(corpora[0].prefix),
-            num_samples,
-            seq_length,
-            seed,
-            index_folder,
-            shuffle=shuffle,
-        )
+        return ordered(corpora[0], planned)
     weights = [corpus.weight for corpus in corpora]
-    sizes = samples_needed(weights, num_samples)
+    sizes = [samples_needed(weights, size) for size in planned]
     datasets = []
-    for corpus, size in zip(corpora, sizes, strict=True):
-        tokens = IndexedDataset(corpus.prefix)
-        dataset = GPTDataset(tokens, size, seq_length, seed, index_folder, shuffle=shuffle)
-        datasets.append(dataset)
+    for number, corpus in enumerate(corpora):
+        datasets.append(ordered(corpus, [row[number] for row in sizes]))
     return BlendedDataset(datasets, weights, num_samples, index_folder)
 
 

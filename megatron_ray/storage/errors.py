@@ -8,11 +8,14 @@ that code for local files can handle both alike.
     StorageError (OSError)
     ├── InvalidLocationError
     ├── MissingFileError (FileNotFoundError)
-    └── AccessDeniedError (PermissionError)
+    ├── AccessDeniedError (PermissionError)
+    └── DiskFullError
 """
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import ClassVar
 
 from pyarrow import ArrowException
 
@@ -23,9 +26,11 @@ class StorageError(MegatronRayError, OSError):
     """An operation on storage failed; the message names operation, path and cause."""
 
     failure_kind = ErrorKind.STORAGE
+    remedy: ClassVar[str] = ""
+    """End of the message, where there is only one remedy."""
 
     def __init__(self, operation: str, path: str, cause: object) -> None:
-        super().__init__(f"cannot {operation} {path}: {cause}")
+        super().__init__(f"cannot {operation} {path}: {cause}{self.remedy}")
         self.operation = operation
         self.path = path
         self.cause = str(cause)
@@ -47,6 +52,16 @@ class AccessDeniedError(StorageError, PermissionError):
     """The process lacks permission for the operation."""
 
 
+class DiskFullError(StorageError):
+    """The storage has no room, or the user's quota is used up."""
+
+    failure_kind = ErrorKind.DISK_FULL
+    remedy = "; free some space there, or lower checkpoint.keep_last, then resume"
+
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+
+
 @contextmanager
 def storage_errors(operation: str, path: str) -> Iterator[None]:
     """Converts errors of the operating system and Arrow to StorageError."""
@@ -60,6 +75,9 @@ def storage_errors(operation: str, path: str) -> Iterator[None]:
     except PermissionError as error:
         raise AccessDeniedError(operation, path, error.strerror or error) from error
     except OSError as error:
-        raise StorageError(operation, path, error.strerror or error) from error
+        kind = StorageError
+        if error.errno in _NO_ROOM:
+            kind = DiskFullError
+        raise kind(operation, path, error.strerror or error) from error
     except ArrowException as error:
         raise StorageError(operation, path, error) from error

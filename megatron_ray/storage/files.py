@@ -6,6 +6,7 @@ job below one root. Must not know: the contents of files.
 
 import io
 import os
+import shutil
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -147,6 +148,18 @@ def check_writable(folder: Location) -> None:
             # Deleted also after a failed write, which may have left an empty file.
             if _info(probe).type != arrow_fs.FileType.NotFound:
                 probe.filesystem.delete_file(probe.path)
+
+
+def free_bytes(folder: Location) -> int | None:
+    """Returns the free space of the disk that a folder is on, or will be on.
+
+    None for object stores, which do not limit it. Raises StorageError.
+    """
+    if not folder.is_local:
+        return None
+    nearest = _nearest_existing(folder)
+    with storage_errors("measure", nearest.path):
+        return shutil.disk_usage(nearest.path).free
 
 
 def _nearest_existing(folder: Location) -> Location:

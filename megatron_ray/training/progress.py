@@ -34,6 +34,9 @@ class Progress:
     """Steps taken, skipped ones included."""
     consumed_samples: int = 0
     """Number of training samples used by all ranks."""
+    planned_samples: tuple[int, ...] = ()
+    """Samples of the whole run for which their order was drawn; more than one number when
+    the run was lengthened on a resume."""
     skipped: SkippedSteps = SkippedSteps()
     """Steps without an update, as far as their numbers have been read."""
 
@@ -49,6 +52,20 @@ class Progress:
             step=self.step + 1,
             consumed_samples=self.consumed_samples + num_samples,
         )
+
+    def planned_for(self, steps: int, batch: int, *, is_same_order: bool) -> "Progress":
+        """Returns the progress with samples planned up to step `steps`.
+
+        Samples that were planned before keep their order, unless `is_same_order` is
+        False: then nothing of it is left to keep.
+        """
+        needed = self.consumed_samples + max(0, steps - self.step) * batch
+        planned = self.planned_samples
+        if not is_same_order:
+            planned = ()
+        if not planned or needed > planned[-1]:
+            planned = (*planned, needed)
+        return replace(self, planned_samples=planned)
 
     def with_skipped(self, skipped: SkippedSteps) -> "Progress":
         """Returns the progress with other counts of skipped steps."""

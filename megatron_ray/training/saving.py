@@ -7,7 +7,7 @@ random stream) is stored in its own part.
 """
 
 import base64
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
@@ -110,6 +110,7 @@ class TrainingSaver:
             "format_version": FORMAT_VERSION,
             "step": progress.step,
             "consumed_samples": progress.consumed_samples,
+            "planned_samples": progress.planned_samples,
             "skipped": asdict(progress.skipped),
             # Only fields of TrainConfig: a subclass (a job spec) may have fields that
             # readers of checkpoints do not know.
@@ -163,7 +164,9 @@ def resume(
     state = read_train_state(path, rank)
     # Checkpoints of earlier versions have no skipped steps.
     skipped = SkippedSteps(**state.get("skipped", {}))
-    progress = Progress(state["step"], state["consumed_samples"], skipped)
+    progress = Progress(
+        state["step"], state["consumed_samples"], _planned_samples(state), skipped
+    )
     optimizer.set_steps_taken(progress.num_updates)
     optimizer.publish()
     # A rank that did not exist in the saving layout keeps the stream of its seed.
@@ -171,6 +174,14 @@ def resume(
         raw = bytearray(base64.b64decode(state["rng"]["cpu"]))
         torch.set_rng_state(torch.frombuffer(raw, dtype=torch.uint8).clone())
     return progress
+
+
+def _planned_samples(state: Mapping[str, Any]) -> tuple[int, ...]:
+    if "planned_samples" in state:
+        return tuple(state["planned_samples"])
+    # Earlier versions drew the order for the steps of their config.
+    training = state["config"]["training"]
+    return (training["steps"] * training["global_batch_size"],)
 
 
 def start_from_weights(

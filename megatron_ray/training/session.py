@@ -12,8 +12,10 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from megatron_ray.checkpoint.directory import DamagedCheckpointError
 from megatron_ray.checkpoint.initial_model import initial_model, resolve_initial_model
 from megatron_ray.checkpoint.initial_tokenizer import initial_tokenizer
+from megatron_ray.checkpoint.resume_config import compare_with_checkpoint
 from megatron_ray.commands import Command
 from megatron_ray.config.problem import ConfigError, Problem
 from megatron_ray.config.train_config import TrainConfig
@@ -62,8 +64,8 @@ class TrainingSession:
     `resume_from` is the path of a committed checkpoint, of any layout; without it the
     run begins with checkpoint.start_from, or with weights drawn from the seed.
 
-    Raises ConfigError when the config contradicts the mesh, the data or the weights it
-    begins with.
+    Raises ConfigError when the config contradicts the mesh, the data, the weights it
+    begins with or the checkpoint that it resumes from.
     """
 
     def __init__(
@@ -94,6 +96,11 @@ class TrainingSession:
             "error" if self.config.training.deterministic else "default"
         )
         torch.manual_seed(self.config.training.seed)
+        is_same_order = True
+        if resume_from is not None:
+            comparison = compare_with_checkpoint(resume_from, self.config)
+            _raise_for(comparison.problems)
+            is_same_order = not comparison.changes_order
         start_from = None
         if resume_from is None:
             start_from = self.config.checkpoint.start_from
@@ -110,7 +117,12 @@ class TrainingSession:
             on_written=report,
             weights=resume_from or start_from,
         )
-        self.progress = self._load(resume_from, start_from)
+        progress = self._load(resume_from, start_from)
+        self.progress = progress.planned_for(
+            self.config.training.num_steps,
+            self.config.training.global_batch_size,
+            is_same_order=is_same_order,
+        )
         self._end_phase("load" if has_weights else "saver")
         self._components = TrainingComponents(
             self.config,
@@ -144,7 +156,11 @@ class TrainingSession:
             return resume(resume_from, self.model, self.optimizer, self.mesh.rank)
         if start_from is not None:
             seed = self.config.training.seed
-            start_from_weights(start_from, self.model, self.optimizer, seed)
+            # Unlike a checkpoint of the run's own, it has no older one in its place.
+            try:
+                start_from_weights(start_from, self.model, self.optimizer, seed)
+            except DamagedCheckpointError as error:
+                raise ConfigError(f"/checkpoint/start_from: {error}") from error
         return Progress()
 
     def _end_phase(self, name: str) -> None:
@@ -157,13 +173,15 @@ class TrainingSession:
         mesh = self.mesh
         # Samples of the whole run, also after a resume, because their order is drawn at
         # once.
+        *earlier, num_samples = self.progress.planned_samples
         dataset = build_dataset(
             data.train,
-            training.num_steps * training.global_batch_size,
+            num_samples,
             training.seq_length,
             training.seed,
             self.config.data_cache,
             shuffle=self.config.data.shuffle,
+            earlier=earlier,
         )
         return StepLoader(
             dataset,

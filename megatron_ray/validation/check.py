@@ -21,6 +21,7 @@ from megatron_ray.validation import (
     schedule,
 )
 from megatron_ray.validation import model as model_rules
+from megatron_ray.validation import resume as resume_rules
 from megatron_ray.validation import training as training_rules
 from megatron_ray.validation.parameters.freezing import freezing_problems
 from megatron_ray.validation.parameters.groups import group_problems
@@ -42,6 +43,7 @@ _RULES = (
     training_rules.dropout_problems,
     intervals.skipping_problems,
     recompute.recompute_problems,
+    resume_rules.resume_changes_problems,
 )
 """Rules in the order in which their problems are listed."""
 _STEP_WARNINGS = (

@@ -126,7 +126,7 @@ def contradictions(model: ModelConfig, weights: ModelConfig) -> list[Problem]:
         value = own.get(field)
         needed = expected.get(field)
         is_chosen = field in _LONG_CONTEXT_FIELDS and value != defaults[field]
-        if _is_same(value, needed) or is_chosen or _may_differ(model, field, needed):
+        if is_same(value, needed) or is_chosen or _may_differ(model, field, needed):
             continue
         detail = (
             f"{field}={value!r} contradicts the weights of checkpoint.start_from, which "
@@ -156,9 +156,9 @@ def _may_differ(model: ModelConfig, field: str, needed: Any) -> bool:
     return field == "mtp" and model.mtp is None
 
 
-def _is_same(value: Any, other: Any) -> bool:
+def is_same(value: Any, other: Any) -> bool:
+    """Returns whether two values of a field are equal, but for rounding in a file."""
     if isinstance(value, float) and isinstance(other, float):
-        # Numbers may have been rounded when stored in a file.
         return isclose(value, other, rel_tol=1e-6)
     return bool(value == other)
 

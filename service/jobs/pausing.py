@@ -15,7 +15,8 @@ from megatron_ray.config.errors.spec_problems import problems_from_pydantic
 from megatron_ray.config.problem import Problem
 from megatron_ray.config.train_config import without_lengths
 from megatron_ray.config.training import LENGTHS
-from megatron_ray.validation import resolution
+from megatron_ray.validation import check, resolution
+from megatron_ray.validation.resume import compare
 from service.exceptions import (
     JobActiveError,
     JobEndedError,
@@ -134,6 +135,7 @@ def changed_spec(job: JobRow, changes: Mapping[str, Any]) -> ChangedSpec:
         )
         raise SpecInvalidError(problems) from error
     _check_steps(job, spec)
+    _check_changes(job, spec)
     world_size = None
     if job.world_size is not None:
         world_size = resolution.world_size(spec)
@@ -177,6 +179,15 @@ def merged(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, A
         else:
             result[name] = change
     return result
+
+
+def _check_changes(job: JobRow, spec: JobSpec) -> None:
+    """Refuses changes that a resume may not make, or not without naming them."""
+    previous = JobSpec.from_mapping(job.resolved_spec)
+    problems = check.find_problems(spec)
+    problems += compare(spec, previous, "the job was trained with").problems
+    if problems:
+        raise SpecInvalidError(problems)
 
 
 def _check_steps(job: JobRow, spec: JobSpec) -> None:

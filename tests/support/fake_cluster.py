@@ -226,6 +226,7 @@ class FakeProcess:
         self.lines: list[Line] = []
         self.state = RankState.IDLE
         self.must_stop = False
+        self.error: dict[str, Any] | None = None
 
     def report(self, kind: str, data: dict[str, Any]) -> None:
         assert self.order is not None
@@ -244,6 +245,7 @@ class FakeProcess:
         self.state = RankState.RUNNING
         self.must_stop = False
         self.lines = []
+        self.error = None
         self.step = 0
         if order.resume_from:
             self.step = int(order.resume_from.rpartition("step-")[2].split("-")[0])
@@ -440,6 +442,7 @@ class FakeGroup:
             lines=lines,
             step=process.step,
             reports=process.step,
+            error=process.error,
         )
         return PollResult(rank, reply)
 

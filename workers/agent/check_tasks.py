@@ -10,6 +10,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from megatron_ray.checkpoint.directory import list_checkpoints
+from megatron_ray.checkpoint.disk_space import room_problems
 from megatron_ray.config.errors.spec_problems import problems_from_pydantic
 from megatron_ray.config.problem import Problem
 from megatron_ray.data.preparation.check import check_data
@@ -18,7 +20,7 @@ from megatron_ray.storage.errors import StorageError
 from megatron_ray.storage.path_rules import Links, PathRules, path_problems
 from megatron_ray.storage.storage import open_storage
 from workers.data_tasks import left_out_notes, problem_rows, resolve_initial_weights
-from workers.driver.journal import Journal, JournalError
+from workers.driver.journal import JournalError, job_of_folder
 from workers.protocol.job import JobSpec
 
 NONCE_FOLDER = ".megatron-ray"
@@ -54,7 +56,10 @@ def check_task(
         weights=weights,
         rows=model.vocab_size,
     )
-    problems = [*checked.problems, *weights_problems, *_find_other_job(storage_path)]
+    problems = [*checked.problems, *weights_problems, *_folder_problems(storage_path)]
+    # Only of a storage that can be written at all.
+    if not problems:
+        problems += room_problems(job, storage_path)
     notes = [*checked.notes, *_length_notes(job, storage_path)]
     if not weights_problems:
         notes += left_out_notes(job)
@@ -109,28 +114,37 @@ def _folders_and_links(folder: str) -> list[tuple[str, bool]]:
     return entries
 
 
-def _find_other_job(storage_path: str) -> list[Problem]:
-    """Returns a problem if a new job's folder holds another job.
+def _folder_problems(storage_path: str) -> list[Problem]:
+    """Returns a problem if a new job's folder holds another job, or another run.
 
-    Otherwise the new job would resume from the other job's checkpoints and overwrite
-    its records.
+    Otherwise the new job would resume from the other's checkpoints and overwrite its
+    records.
     """
     try:
-        entry = Journal(open_storage(storage_path)).latest()
+        job = job_of_folder(storage_path)
+        checkpoints = [
+            info for info in list_checkpoints(storage_path) if info.was_committed
+        ]
     # A journal that cannot be read still shows that the folder belongs to a job.
     except JournalError as error:
-        owner = str(error)
+        return [_in_use(storage_path, f"another job ({error})")]
     except StorageError:
         return []  # reported by the check for writing
-    else:
-        if entry is None:
-            return []
-        owner = entry.job_id
+    if job is not None:
+        return [_in_use(storage_path, f"another job ({job.job_id})")]
+    if checkpoints:
+        last = checkpoints[-1].step
+        run = f"committed checkpoints of a run without a service, up to step {last}"
+        return [_in_use(storage_path, run)]
+    return []
+
+
+def _in_use(storage_path: str, owner: str) -> Problem:
     message = (
-        f"{storage_path} already holds another job ({owner}); give this job a folder of its "
-        "own, or leave storage.path out"
+        f"{storage_path} already holds {owner}; give this job a folder of its own, or leave "
+        "storage.path out"
     )
-    return [Problem("/storage/path", "in_use", message)]
+    return Problem("/storage/path", "in_use", message)
 
 
 def write_nonce(root: str) -> tuple[str, str]:

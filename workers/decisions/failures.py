@@ -21,6 +21,10 @@ class FailureKind(StrEnum):
     NAN_LOSS = "nan_loss"
     EXCEPTION = "exception"
     STORAGE = "storage"
+    DISK_FULL = "disk_full"
+    CHECKPOINT = "checkpoint"
+    """The checkpoint that the attempt resumed from is damaged; the next attempt resumes
+    from an older one."""
     PROCESS_DIED = "process_died"
     NODE_LOST = "node_lost"
     NODE_MEMORY = "node_memory"
@@ -40,6 +44,8 @@ BY_PRECEDENCE = (
     FailureKind.OOM,
     FailureKind.NAN_LOSS,
     FailureKind.EXCEPTION,
+    FailureKind.CHECKPOINT,
+    FailureKind.DISK_FULL,
     FailureKind.STORAGE,
     FailureKind.PREEMPTED,
     FailureKind.NODE_LOST,
@@ -57,6 +63,8 @@ _REASONS = {
     FailureKind.OOM: StatusReason.OOM,
     FailureKind.NAN_LOSS: StatusReason.NAN_LOSS,
     FailureKind.STORAGE: StatusReason.STORAGE_ERROR,
+    FailureKind.DISK_FULL: StatusReason.STORAGE_ERROR,
+    FailureKind.CHECKPOINT: StatusReason.STORAGE_ERROR,
     FailureKind.PROCESS_DIED: StatusReason.WORKER_DIED,
     FailureKind.NODE_LOST: StatusReason.NODE_LOST,
     FailureKind.NODE_MEMORY: StatusReason.OOM,
@@ -71,6 +79,8 @@ _REASONS = {
 _KIND_OF_ERROR: dict[str, FailureKind] = {
     ErrorKind.USER: FailureKind.USER,
     ErrorKind.STORAGE: FailureKind.STORAGE,
+    ErrorKind.DISK_FULL: FailureKind.DISK_FULL,
+    ErrorKind.CHECKPOINT: FailureKind.CHECKPOINT,
     ErrorKind.NUMERICS: FailureKind.NAN_LOSS,
 }
 
@@ -116,6 +126,7 @@ _PEER_LOST_TEXTS = (
     "write error",
 )
 _OOM_TEXTS = ("out of memory", "can't allocate memory")
+_DISK_FULL_TEXTS = ("no space left on device", "disk quota exceeded")
 
 
 @dataclass(frozen=True)
@@ -151,8 +162,8 @@ def describe_error(error: Mapping[str, Any]) -> tuple[FailureKind, str]:
     type_name = str(error.get("type", ""))
     message = str(error.get("message", ""))
     kind = classify(type_name, message, error.get("failure_kind"))
-    # The message of a user's error is complete without the class name.
-    if kind is FailureKind.USER:
+    # These messages are complete without the class name.
+    if kind in (FailureKind.USER, FailureKind.DISK_FULL, FailureKind.CHECKPOINT):
         return kind, message
     return kind, f"{type_name or 'error'}: {message}"
 
@@ -172,6 +183,9 @@ def classify(type_name: str, message: str, failure_kind: str | None = None) -> F
         return FailureKind.OOM
     if known is not None:
         return known
+    # An OSError of a file that is not the library's.
+    if _contains_any(text, _DISK_FULL_TEXTS):
+        return FailureKind.DISK_FULL
     # With another type, such a text does not mean that a peer is the cause.
     if type_name in GROUP_TYPES and _contains_any(text, _PEER_LOST_TEXTS):
         return FailureKind.COLLATERAL

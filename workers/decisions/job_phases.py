@@ -27,6 +27,7 @@ it. Must not know: how anything is done, clocks, Ray, torch, HTTP.
     PREPARING ──DataRejected, PreparationFailed──> ENDING
     RUNNING ──AttemptFinished, AttemptStopped(cancel)──> ENDING
     RECOVERING ──RestartDecided(give up)──> ENDING
+    SCHEDULING, RECOVERING ──NothingToResume──> ENDING
     ENDING ──ResumeRequested──> PREPARING, or READY when the data are prepared
 
 The driver works in a phase until it observes something, calls `next_phase`, sends the
@@ -39,6 +40,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from workers.decisions.failures import FailureKind
 from workers.decisions.journal_entry import (
     DeadRank,
     Ending,
@@ -54,6 +56,7 @@ from workers.decisions.observations import (
     AttemptStopped,
     DataPrepared,
     DataRejected,
+    NothingToResume,
     Observation,
     Placed,
     PlacementTimedOut,
@@ -168,6 +171,8 @@ def _resume_requested(entry: JournalEntry, observed: ResumeRequested) -> Transit
         "ending": None,
         "stopping": None,
         "failed": None,
+        # Damaged checkpoints are read again, because the user may have restored them.
+        "damaged": {},
         "dead": (),
         # A new budget: the user has decided that the job is worth further attempts.
         "failures": 0,
@@ -199,6 +204,11 @@ def _placed(entry: JournalEntry, observed: Placed) -> Transition:
         "failed": None,
     }
     return Transition(Phase.STARTING, journal)
+
+
+def _nothing_to_resume(entry: JournalEntry, observed: NothingToResume) -> Transition:
+    # The job's progress must not be lost without the user's consent.
+    return _end(JobStatus(JobState.FAILED, StatusReason.STORAGE_ERROR, observed.message))
 
 
 def _placement_timed_out(entry: JournalEntry, observed: PlacementTimedOut) -> Transition:
@@ -245,6 +255,9 @@ def _attempt_failed(entry: JournalEntry, observed: AttemptFailed) -> Transition:
         detail=cause.detail[-_MAX_DETAIL:],
         dead_ranks=observed.dead_ranks,
     )
+    damaged = dict(entry.damaged)
+    if cause.kind is FailureKind.CHECKPOINT and entry.resumed_from is not None:
+        damaged[entry.resumed_from] = cause.message
     dead = {}
     # Files of earlier dead ranks are fetched once an attempt runs. If this attempt
     # never ran, those ranks stay listed, because no fetch has been started.
@@ -254,7 +267,8 @@ def _attempt_failed(entry: JournalEntry, observed: AttemptFailed) -> Transition:
         if place.rank in observed.dead_ranks:
             rank = DeadRank(attempt=entry.attempt, place=place)
             dead[entry.attempt, place.rank] = rank
-    return Transition(Phase.RECOVERING, {"failed": failed, "dead": tuple(dead.values())})
+    journal = {"failed": failed, "dead": tuple(dead.values()), "damaged": damaged}
+    return Transition(Phase.RECOVERING, journal)
 
 
 def _restart_decided(entry: JournalEntry, observed: RestartDecided) -> Transition:
@@ -328,6 +342,7 @@ TRANSITIONS: dict[tuple[Phase, type], Rule] = {
     (Phase.READY, StopRequested): _stop_requested,
     # The service has admitted the job; Ray places it.
     (Phase.SCHEDULING, Placed): _placed,
+    (Phase.SCHEDULING, NothingToResume): _nothing_to_resume,
     (Phase.SCHEDULING, PlacementTimedOut): _placement_timed_out,
     (Phase.SCHEDULING, StopRequested): _stop_requested,
     # One attempt, from its first process to its last report.
@@ -341,6 +356,7 @@ TRANSITIONS: dict[tuple[Phase, type], Rule] = {
     # Between two attempts; living processes and the placement group are kept.
     (Phase.RECOVERING, RestartDecided): _restart_decided,
     (Phase.RECOVERING, Placed): _placed,
+    (Phase.RECOVERING, NothingToResume): _nothing_to_resume,
     (Phase.RECOVERING, PlacementTimedOut): _placement_timed_out,
     (Phase.RECOVERING, StopRequested): _stop_requested,
     # The end, which only the user's request reverses.

@@ -108,6 +108,8 @@ class JournalEntry(BaseModel):
     last_commit: int = 0
     """Step of the newest committed checkpoint; 0: none."""
     resumed_from: str | None = None
+    damaged: dict[str, str] = Field(default_factory=dict)
+    """What is wrong with checkpoints in which ranks have read damaged bytes, by path."""
     checkpoint_requests: int = 0
     """Requests for a checkpoint that were passed on to the ranks."""
     stopping: DesiredState | None = None

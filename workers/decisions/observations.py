@@ -68,6 +68,13 @@ class Placed:
 
 
 @dataclass(frozen=True)
+class NothingToResume:
+    """Checkpoints were committed, and none of them can be loaded any more."""
+
+    message: str
+
+
+@dataclass(frozen=True)
 class PlacementTimedOut:
     """The placement group did not become ready in time."""
 
@@ -123,6 +130,7 @@ Observation = (
     | StopRequested
     | ResumeRequested
     | Placed
+    | NothingToResume
     | PlacementTimedOut
     | RanksStarted
     | AttemptAbandoned

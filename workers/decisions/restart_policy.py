@@ -13,7 +13,12 @@ from workers.protocol.states import StatusReason
 PROGRESS_ATTEMPTS = 3
 """Failed attempts in a row without a higher committed step that end a job."""
 BACKOFF_CAP_S = 60.0
-DETERMINISTIC = (FailureKind.USER, FailureKind.OOM, FailureKind.NAN_LOSS)
+DETERMINISTIC = (
+    FailureKind.USER,
+    FailureKind.OOM,
+    FailureKind.NAN_LOSS,
+    FailureKind.DISK_FULL,
+)
 """Failures that every further attempt would repeat."""
 
 
@@ -56,6 +61,10 @@ def decide_restart(
     if cause.kind in DETERMINISTIC:
         message = f"{message} (not restarted: the error is deterministic)"
         return RestartDecision(False, 0.0, cause.reason, message, history)
+    # Not counted either: the next attempt resumes from an older checkpoint, so at most
+    # as many attempts fail in this way as there are checkpoints.
+    if cause.kind is FailureKind.CHECKPOINT:
+        return RestartDecision(True, 0.0, cause.reason, message, history)
     # Preemptions are not failures of the job, so they have a separate budget.
     if cause.kind is FailureKind.PREEMPTED:
         return _after_preemption(policy, history, cause)

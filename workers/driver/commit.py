@@ -13,11 +13,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_ray.checkpoint.directory import (
-    apply_retention,
+    RunIdentity,
     commit,
     list_checkpoints,
     read_reports,
 )
+from megatron_ray.checkpoint.retention import apply_retention
 from megatron_ray.reports import EvalReport, StepReport
 from megatron_ray.storage.storage import Storage, open_storage
 from workers.rank.spool import Line, parse_line
@@ -132,7 +133,8 @@ def commit_whole(
 ) -> Sequence[str]:
     """Commits a checkpoint, then deletes those that retention no longer keeps.
 
-    Returns the deleted paths. Raises StorageError.
+    Only checkpoints of the run that `manifest` names are deleted. Returns their paths.
+    Raises StorageError.
     """
     # A repeated commit changes nothing, so after a driver died between commit and
     # retention its successor can simply repeat both.
@@ -145,7 +147,8 @@ def commit_whole(
     commit(
         whole.path, {**manifest, **facts}, whole.reports, storage=open_storage(whole.path)
     )
-    return list(apply_retention(storage_path, keep_last))
+    run = RunIdentity.of_manifest(manifest)
+    return list(apply_retention(storage_path, keep_last, run))
 
 
 def contained_records(storage_path: str) -> dict[str, list[Line]]:

@@ -6,6 +6,7 @@ Shared by all phases. Must not know: Ray, HTTP, which phase follows.
 
 from typing import Any
 
+from megatron_ray.checkpoint.directory import RunIdentity
 from megatron_ray.parallel_dims import ParallelDims
 from workers.decisions.job_phases import Transition
 from workers.decisions.journal_entry import JournalEntry, Phase
@@ -88,6 +89,16 @@ class JobContext:
                 raise ValueError("the job's spec is not known yet")
             self._spec = JobSpec.from_mapping(self.entry.spec)
         return self._spec
+
+    @property
+    def run(self) -> RunIdentity:
+        """The run that the job's checkpoints belong to.
+
+        The journal keeps other jobs out of the folder, so checkpoints that earlier
+        versions wrote there are the job's own.
+        """
+        damaged = [path.rpartition("/")[2] for path in self.entry.damaged]
+        return RunIdentity(self.job_id, owns_unnamed=True, damaged=tuple(damaged))
 
     @property
     def world_size(self) -> int:

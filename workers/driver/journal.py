@@ -9,10 +9,11 @@ so that recovery works while the service is down.
 """
 
 import json
+from dataclasses import dataclass
 
 from pydantic import ValidationError
 
-from megatron_ray.storage.storage import Storage
+from megatron_ray.storage.storage import Storage, open_storage
 from workers.decisions.journal_entry import FORMAT_VERSION, JournalEntry
 from workers.exceptions import WorkersError
 from workers.rank.environment import RankEnv
@@ -72,6 +73,25 @@ class Journal:
                 f"{self._storage.uri(name)} is not a journal entry of format "
                 f"{FORMAT_VERSION}: {error}"
             ) from error
+
+
+@dataclass(frozen=True)
+class FolderJob:
+    """The job of a service that a folder belongs to."""
+
+    job_id: str
+    has_ended: bool
+
+
+def job_of_folder(path: str) -> FolderJob | None:
+    """Returns the job whose journal is in a folder; None without one.
+
+    Raises StorageError, JournalError when the journal cannot be read.
+    """
+    entry = Journal(open_storage(path)).latest()
+    if entry is None:
+        return None
+    return FolderJob(entry.job_id, entry.ending is not None)
 
 
 def start_orders(entry: JournalEntry, accelerator: str) -> dict[int, StartRequest]:

@@ -167,6 +167,7 @@ class JobLifecycle:
             "world_size": len(entry.ranks),
             "spec": entry.spec,
             "code_version": entry.code_version,
+            **job.run.to_manifest(),
         }
         return AttemptPlan(
             attempt=entry.attempt,

@@ -91,11 +91,15 @@ class Recovery:
     def _record_checkpoints(self) -> None:
         """Records commits and deletions that the earlier incarnation did not record."""
         committed = {}
+        existing = set()
         for info in list_checkpoints(self._job.job_dir):
             if info.committed:
                 committed[info.path] = info
+            # Damaged ones are kept, so they are not recorded as deleted.
+            if info.was_committed:
+                existing.add(info.path)
         # Storage is the source of truth: a commit is durable before it is recorded.
-        for path in self._job.records.kept_checkpoints.keys() - committed.keys():
+        for path in self._job.records.kept_checkpoints.keys() - existing:
             self._job.records.deleted(path)
         for info in sorted(committed.values(), key=lambda info: info.order):
             self._progress.record_commit(info.step, info.path, info.bytes, info.loss)
@@ -139,7 +143,10 @@ class Recovery:
         decision = decide_restart(
             job.spec.restart, history, cause, entry.last_commit, job.ports.jitter()
         )
-        self._record_decision(decision)
+        origin = f"step {entry.last_commit}"
+        if cause.kind is FailureKind.CHECKPOINT:
+            origin = "an older checkpoint"
+        self._record_decision(decision, origin)
         return RestartDecided(decision)
 
     def _free_ranks(self) -> tuple[int, ...]:
@@ -160,12 +167,11 @@ class Recovery:
             job.records.event("attempt.failed", message, "error", data, ranks)
         job.records.attempt(AttemptState.FAILED, job.world_size, cause.reason, message)
 
-    def _record_decision(self, decision: RestartDecision) -> None:
+    def _record_decision(self, decision: RestartDecision, origin: str) -> None:
         message = f"not restarting: {decision.message}"
         level = "error"
         if decision.retry:
-            step = self._job.entry.last_commit
-            message = f"restarting from step {step}: {decision.message}"
+            message = f"restarting from {origin}: {decision.message}"
             level = "warn"
         data = {
             "retry": decision.retry,

@@ -4,8 +4,14 @@ Owns: the phase READY, and the placement of every attempt. Must not know: admiss
 what runs on the resources.
 """
 
-from megatron_ray.checkpoint.directory import latest_committed
+from megatron_ray.checkpoint.directory import CheckpointInfo
+from megatron_ray.checkpoint.resume_point import (
+    MixedRunsError,
+    NoWholeCheckpointError,
+    choose_resume_point,
+)
 from workers.decisions.observations import (
+    NothingToResume,
     Placed,
     PlacementTimedOut,
     RunRequested,
@@ -68,7 +74,7 @@ class Scheduling:
             self._plan = self._make_plan()
         return self._plan
 
-    def place(self) -> Placed | PlacementTimedOut | StopRequested:
+    def place(self) -> Placed | NothingToResume | PlacementTimedOut | StopRequested:
         """Waits until the placement group is ready, and records what it waits for.
 
         Called before every attempt, because after a failure Ray may be moving bundles
@@ -100,10 +106,28 @@ class Scheduling:
                 return PlacementTimedOut(message, job.revision)
         self._plan = plan
         self._journal_nodes(plan)
-        newest = latest_committed(job.job_dir)
+        return self._choose_checkpoint()
+
+    def _choose_checkpoint(self) -> Placed | NothingToResume:
+        """Chooses the checkpoint to resume from; records those that cannot be loaded."""
+        job = self._job
+        try:
+            point = choose_resume_point(job.job_dir, self._find_damage)
+        except (NoWholeCheckpointError, MixedRunsError) as error:
+            return NothingToResume(str(error))
+        for item in point.passed_over:
+            # An unfinished one is what every failed attempt may leave.
+            if item.info.was_committed:
+                message = f"the checkpoint cannot be loaded and is passed over: {item}"
+                job.records.event("checkpoint.damaged", message, "error")
+        newest = point.checkpoint
         if newest is None:
             return Placed(job.ports.code_version, None)
         return Placed(job.ports.code_version, newest.path, newest.step)
+
+    def _find_damage(self, info: CheckpointInfo) -> str | None:
+        """Returns what ranks of earlier attempts have read; the driver reads no tensors."""
+        return info.damage or self._job.entry.damaged.get(info.path)
 
     def _make_plan(self) -> PlacementPlan:
         job = self._job

@@ -57,6 +57,7 @@ class EventType(StrEnum):
     CHECKPOINT_REQUESTED = "checkpoint.requested"
     CHECKPOINT_COMMITTED = "checkpoint.committed"
     CHECKPOINT_DELETED = "checkpoint.deleted"
+    CHECKPOINT_DAMAGED = "checkpoint.damaged"
     POLICY_DECISION = "policy.decision"
     SPARES_DISABLED = "spares.disabled"
     DRIVER_RESTARTED = "driver.restarted"

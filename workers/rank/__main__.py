@@ -7,17 +7,12 @@ Owns: the command line of one rank, its options and exit codes.
 """
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
-from megatron_ray.storage.errors import StorageError
-from megatron_ray.training.step_reporter import NonFiniteLossError
 from workers.rank.messages import UserError
-from workers.standalone import run_standalone
-
-EXIT_FAILED = 1
-EXIT_USER_ERROR = 2
+from workers.standalone import EXIT_USER_ERROR, TrainingFailedError, run_standalone
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -44,22 +39,33 @@ def main(
 ) -> None:
     """Train a job without Ray and without a service, one process per rank.
 
-    Exit codes: 0 when trained, 1 when training failed, 2 for an error in the job or the
-    options.
+    SIGTERM or SIGINT ends the run after a checkpoint, a second one at once. Exit codes: 0
+    when trained, 1 when training failed, 2 for an error in the job, its files or the
+    options, 143 and 130 when stopped by SIGTERM and SIGINT.
     """
     try:
-        result = run_standalone(job, set_ or [], reports, resume)
+        ending = run_standalone(
+            job, set_ or [], reports, resume=resume, notify=_echo_to_stderr
+        )
     except UserError as error:
-        # The text is empty on all ranks but one, so that the message appears once.
-        if str(error):
-            typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(EXIT_USER_ERROR) from None
-    except (NonFiniteLossError, StorageError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(EXIT_FAILED) from None
-    # Only rank 0 returns a summary.
-    if result is not None:
-        typer.echo(result)
+        _fail(str(error), EXIT_USER_ERROR)
+    except TrainingFailedError as error:
+        _fail(str(error), error.exit_code)
+    # Only rank 0 has a summary.
+    if ending.message is not None:
+        typer.echo(ending.message)
+    raise typer.Exit(ending.exit_code)
+
+
+def _echo_to_stderr(line: str) -> None:
+    typer.echo(line, err=True)
+
+
+def _fail(message: str, exit_code: int) -> NoReturn:
+    # The text is empty on all ranks but one, so that the message appears once.
+    if message:
+        typer.echo(f"error: {message}", err=True)
+    raise typer.Exit(exit_code) from None
 
 
 if __name__ == "__main__":

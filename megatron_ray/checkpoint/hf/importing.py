@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from megatron_ray.checkpoint.digests import DigestedFiles
 from megatron_ray.checkpoint.directory import FORMAT_VERSION, INDEX, CheckpointError, commit
 from megatron_ray.checkpoint.hf.output_folder import new_folder
 from megatron_ray.checkpoint.hf.published.files import inside_checkpoint, read_published
@@ -25,7 +26,7 @@ from megatron_ray.config.model import ModelConfig
 from megatron_ray.config.model_tokenizer import ModelTokenizer
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.sharding.boxes import Box
-from megatron_ray.storage.storage import Storage, Writable, open_storage
+from megatron_ray.storage.storage import Writable, open_storage
 
 SPEC = "spec.yaml"
 _MAX_SEQ_LENGTH = 4096
@@ -60,7 +61,7 @@ def import_folder(source: str, out: str) -> Imported:
     weights.check_copies()
     tokenizer = read_published_tokenizer(weights.storage, source)
     with new_folder(out) as folder:
-        storage = open_storage(str(folder))
+        storage = DigestedFiles(open_storage(str(folder)))
         num_bytes = _write_tensors(weights, storage)
         # The folder is renamed at the end, so paths in its files start with `out`.
         final = str(Path(out).absolute())
@@ -72,6 +73,7 @@ def import_folder(source: str, out: str) -> Imported:
         train_state = json.dumps(_train_state(config, tokenizer))
         storage.write_bytes_atomic(TRAIN_STATE, train_state.encode())
         storage.write_bytes_atomic(SPEC, _spec(config, final).encode())
+        storage.write_digests(0)
         # The marker is written last, so that a committed checkpoint is complete.
         commit(str(folder), {"imported_from": source}, [])
     return Imported(
@@ -96,7 +98,7 @@ def _tokenizer_notes(model: ModelConfig, tokenizer: ModelTokenizer) -> tuple[str
     return (note,)
 
 
-def _write_tensors(weights: HfWeights, storage: Storage) -> int:
+def _write_tensors(weights: HfWeights, storage: DigestedFiles) -> int:
     """Writes all tensors as those of a single rank; returns their bytes."""
     tensors = []
     for name, shape in weights.shapes.items():
@@ -105,7 +107,7 @@ def _write_tensors(weights: HfWeights, storage: Storage) -> int:
     # The plan of a training run with one rank, so that the index has the same form.
     plan = plan_all([tensors])[0]
     if not isinstance(plan, RankPlan) or plan.index is None:
-        raise CheckpointError("write", storage.uri(), plan)
+        raise CheckpointError("write", weights.storage.uri(), plan)
     with storage.open_output(data_file(0)) as file:
         _write_slots(weights, plan, file)
     storage.write_bytes_atomic(INDEX, plan.index)

@@ -72,7 +72,7 @@ class HfWeights(HfFolder):
                 fp8_reads += reads
             else:
                 reads_by_file[stored.file] += reads
-        read_all(self.storage, reads_by_file)
+        read_all(self.storage.open_input, reads_by_file)
         for file_reads in reads_by_file.values():
             self._check_copies(file_reads)
         # fp8 boxes need several reads, of values and of factors.
@@ -110,7 +110,7 @@ class HfWeights(HfFolder):
         return factors[row_blocks][:, column_blocks]
 
     def _read_box(self, stored: StoredTensor, box: Box, target: Tensor) -> None:
-        read_all(self.storage, {stored.file: [Read(_slot(stored), box, target)]})
+        read_all(self.storage.open_input, {stored.file: [Read(_slot(stored), box, target)]})
 
     def _check_copies(self, reads: Iterable[Read]) -> None:
         """Compares what was read with its copies in the files.

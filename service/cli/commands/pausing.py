@@ -56,7 +56,9 @@ def resume(
 ) -> None:
     """Resume a paused, cancelled, failed or finished job from its newest checkpoint.
 
-    `--set training.steps=2000` gives a finished job more steps.
+    `--set training.steps=2000` gives a finished job more steps. What changes its learning
+    rate, samples or model must also be named: `--set
+    checkpoint.resume_changes=[training.steps]`.
     """
     changes = override({}, overrides)
     with connect(url, token, data_dir) as client:

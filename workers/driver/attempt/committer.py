@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_ray.reports import CheckpointReport
-from megatron_ray.storage.errors import StorageError
+from megatron_ray.storage.errors import DiskFullError, StorageError
+from workers.decisions.failures import FailureKind
 from workers.driver.attempt.plan import AttemptPlan
 from workers.driver.commit import CheckpointLedger, WholeCheckpoint, commit_whole
 from workers.driver.ports import JobPorts
@@ -34,6 +35,13 @@ class CommitFailed:
 
     step: int
     error: StorageError
+
+    @property
+    def kind(self) -> FailureKind:
+        """Whether another attempt may succeed."""
+        if isinstance(self.error, DiskFullError):
+            return FailureKind.DISK_FULL
+        return FailureKind.STORAGE
 
     @property
     def message(self) -> str:

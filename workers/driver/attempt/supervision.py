@@ -8,7 +8,6 @@ from collections.abc import Sequence
 
 from megatron_ray.commands import Command
 from megatron_ray.reports import PhaseReport, StepReport
-from workers.decisions.failures import FailureKind
 from workers.decisions.observations import AttemptFailed, AttemptFinished
 from workers.driver.attempt.committer import CheckpointCommitter, Committed
 from workers.driver.attempt.outcome import (
@@ -154,7 +153,7 @@ class Supervision:
             self._monitor.release(result.released)
             self._listener.committed(result.whole, result.deleted)
         else:
-            self._monitor.fail(FailureKind.STORAGE, result.message)
+            self._monitor.fail(result.kind, result.message)
 
     def _finish_commits(self) -> None:
         """Commits every whole checkpoint before the attempt counts as over."""

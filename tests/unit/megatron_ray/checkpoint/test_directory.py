@@ -9,14 +9,16 @@ import pytest
 
 from megatron_ray.checkpoint.directory import (
     CheckpointError,
-    apply_retention,
+    DamagedCheckpointError,
+    RunIdentity,
     checkpoint_path,
     commit,
-    delete_checkpoint,
     latest_committed,
     list_checkpoints,
     read_manifest,
 )
+from megatron_ray.checkpoint.index import data_file
+from megatron_ray.checkpoint.train_state import TOKENIZER, TRAIN_STATE, rank_state_file
 from megatron_ray.storage.storage import open_storage
 
 
@@ -78,7 +80,6 @@ def test_a_committed_checkpoint_has_reports_manifest_and_loss(tmp_path: Path) ->
 def test_no_checkpoints_is_an_empty_list(tmp_path: Path) -> None:
     assert list_checkpoints(str(tmp_path / "none")) == []
     assert latest_committed(str(tmp_path)) is None
-    assert apply_retention(str(tmp_path), 1) == []
 
 
 def test_other_folders_are_left_alone(tmp_path: Path) -> None:
@@ -170,46 +171,48 @@ def test_newer_formats_are_refused(tmp_path: Path, version: object) -> None:
         read_manifest(path)
 
 
-def test_retention_keeps_the_newest_and_what_may_be_in_the_making(tmp_path: Path) -> None:
-    for step in (10, 20, 30, 40):
-        write(tmp_path, step)
-    write(tmp_path, 25, committed=False)
-    write(tmp_path, 50, committed=False)
-    write(tmp_path, 30, 2, committed=False)  # a later attempt that went back
-    deleted = apply_retention(str(tmp_path), 2)
-    assert sorted(path.rpartition("/")[2] for path in deleted) == [
-        "step-00000010-a0001",
-        "step-00000020-a0001",
-        "step-00000025-a0001",
-    ]
-    assert steps(tmp_path) == [(30, 1), (30, 2), (40, 1), (50, 1)]
-    assert apply_retention(str(tmp_path), 2) == []
+def test_files_for_people_may_be_edited_removed_and_added(tmp_path: Path) -> None:
+    path = Path(write(tmp_path, 5, committed=False))
+    (path / "spec.yaml").write_text("steps: 1000\n")
+    (path / "chat_template.jinja").write_text("{{ messages }}")
+    commit(str(path), {}, [])
+    (path / "spec.yaml").write_text("steps: 2\n")
+    (path / "spec.yaml~").write_text("steps: 1000\n")
+    (path / ".spec.yaml.swp").write_bytes(b"b0VIM")
+    (path / "spec-of-my-own.yaml").write_text("steps: 7\n")
+    (path / "chat_template.jinja").unlink()
+    (path / "reports.jsonl").unlink()
+    assert "spec.yaml" in read_manifest(str(path))["files"]
+    (info,) = list_checkpoints(str(tmp_path))
+    assert info.committed
+    assert info.damage is None
 
 
-def test_the_only_committed_checkpoint_stays(tmp_path: Path) -> None:
-    write(tmp_path, 10)
-    write(tmp_path, 20, committed=False)
-    assert apply_retention(str(tmp_path), 1) == []
-    with pytest.raises(
-        ValueError,
-        match="keep_last=0 must be at least 1: the only committed checkpoint is never deleted",
-    ):
-        apply_retention(str(tmp_path), 0)
-
-
-def test_deleting_takes_the_marker_first(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("name", [TRAIN_STATE, TOKENIZER, rank_state_file(3), data_file(2)])
+def test_a_file_that_loading_needs_may_not_change_its_size(
+    tmp_path: Path, name: str
 ) -> None:
-    path = write(tmp_path, 10)
+    path = write(tmp_path, 5, committed=False)
+    open_storage(path).write_bytes_atomic(name, b"{}")
+    commit(path, {}, [])
+    Path(path, name).write_bytes(b"{ }")
+    message = f"its file {name} has 3 bytes, 2 were written"
+    with pytest.raises(DamagedCheckpointError, match=message):
+        read_manifest(path)
+    (info,) = list_checkpoints(str(tmp_path))
+    assert (info.committed, info.was_committed, info.damage) == (False, True, message)
 
-    def fail(*_: object) -> None:
-        raise OSError(5, "disk gone")
 
-    monkeypatch.setattr("shutil.rmtree", fail)
-    with pytest.raises(Exception, match="disk gone"):
-        delete_checkpoint(str(tmp_path), list_checkpoints(str(tmp_path))[0])
-    assert Path(path, "index.json").exists()
-    assert latest_committed(str(tmp_path)) is None
+def test_a_manifest_names_the_run_that_wrote_it(tmp_path: Path) -> None:
+    runs = [
+        RunIdentity("run-x", 3),
+        RunIdentity(),
+        RunIdentity("job-a", 1, owns_unnamed=True),
+        RunIdentity(damaged=("step-00000001-a0001",)),
+    ]
+    for step, run in enumerate(runs):
+        commit(write(tmp_path, step, committed=False), run.to_manifest(), [])
+    assert [info.run for info in list_checkpoints(str(tmp_path))] == runs
 
 
 def test_drivers_need_no_torch_to_commit() -> None:

@@ -95,7 +95,11 @@ def test_an_ended_job_is_resumed_with_a_new_budget(service: Any, end: str) -> No
     driver.send(("attempt", {"state": "failed"}), attempt=1)
     driver.states(end, attempt=1)
     assert service.job(job_id)["failures"] == 1
-    job = changed(service, job_id, "resume", changes={"training": {"steps": 40}})
+    changes = {
+        "training": {"steps": 40},
+        "checkpoint": {"resume_changes": ["training.steps"]},
+    }
+    job = changed(service, job_id, "resume", changes=changes)
     assert (job["status"], job["desired_state"]) == ("preparing", "prepare")
     assert (job["failures"], job["resumes"], job["problem"]) == (0, 1, None)
     assert job["ended_at"] is None
@@ -140,6 +144,9 @@ def test_a_changed_spec_is_checked_before_the_job_is_resumed(service: Any) -> No
         ({"training": {"stepz": 40}}, "/training/stepz"),
         ({"training": {"steps": "many"}}, "/training/steps"),
         ({"training": 3}, "/training"),
+        # The rate would decay over other steps, which nothing in the spec asks for.
+        ({"training": {"steps": 40}}, "/training/steps"),
+        ({"training": {"steps": 40, "seq_length": 8}}, "/training/seq_length"),
     ]:
         response = change(service, job_id, "resume", changes=changes)
         assert response.status_code == 422, changes
@@ -157,7 +164,8 @@ def test_a_job_is_resumed_for_another_length(
     manifest = {"train": [{"num_tokens": 10**5, "num_documents": 1}]}
     driver.send(("prepared", {"manifest": manifest, "steps": 20}))
     driver.states("succeeded", attempt=1)
-    job = changed(service, job_id, "resume", changes={"training": length})
+    changes = {"training": length, "checkpoint": {"resume_changes": ["training.steps"]}}
+    job = changed(service, job_id, "resume", changes=changes)
     training = job["resolved_spec"]["training"]
     batch = training["global_batch_size"] * training["seq_length"]
     assert training["steps"] == job["progress"]["steps"] > 20

@@ -27,6 +27,8 @@ from workers.protocol.states import StatusReason
 EXPECTED = {
     ErrorKind.USER: FailureKind.USER,
     ErrorKind.STORAGE: FailureKind.STORAGE,
+    ErrorKind.DISK_FULL: FailureKind.DISK_FULL,
+    ErrorKind.CHECKPOINT: FailureKind.CHECKPOINT,
     ErrorKind.NUMERICS: FailureKind.NAN_LOSS,
     ErrorKind.INTERNAL: FailureKind.EXCEPTION,
 }

@@ -29,6 +29,7 @@ from workers.decisions.observations import (
     AttemptStopped,
     DataPrepared,
     DataRejected,
+    NothingToResume,
     Observation,
     Placed,
     PlacementTimedOut,
@@ -60,6 +61,7 @@ ROWS: list[tuple[Phase, Observation, Phase]] = [
     (Phase.READY, CANCEL, Phase.ENDING),
     (Phase.READY, PAUSE, Phase.READY),
     (Phase.SCHEDULING, Placed("2", "/c/4", 4), Phase.STARTING),
+    (Phase.SCHEDULING, NothingToResume("all damaged"), Phase.ENDING),
     (Phase.SCHEDULING, PlacementTimedOut("too full", 7), Phase.READY),
     (Phase.SCHEDULING, CANCEL, Phase.ENDING),
     (Phase.SCHEDULING, PAUSE, Phase.READY),
@@ -76,6 +78,7 @@ ROWS: list[tuple[Phase, Observation, Phase]] = [
     (Phase.RECOVERING, RestartDecided(RETRY), Phase.RECOVERING),
     (Phase.RECOVERING, RestartDecided(GIVE_UP), Phase.ENDING),
     (Phase.RECOVERING, Placed("2", None), Phase.STARTING),
+    (Phase.RECOVERING, NothingToResume("all damaged"), Phase.ENDING),
     (Phase.RECOVERING, PlacementTimedOut("too full", 7), Phase.READY),
     (Phase.RECOVERING, CANCEL, Phase.ENDING),
     (Phase.RECOVERING, PAUSE, Phase.READY),
@@ -240,6 +243,29 @@ def test_a_failure_is_journaled_until_it_is_judged() -> None:
     assert written.failed is None
     assert (written.failures, written.preemptions) == (2, 1)
     assert written.commits_at_failure == (0, 4)
+
+
+def test_a_damaged_checkpoint_is_remembered_until_the_user_resumes_the_job() -> None:
+    cause = Failure(FailureKind.CHECKPOINT, "other bytes", rank=0)
+    before = entry(
+        Phase.RUNNING, resumed_from="/c/8", damaged={"/c/9": "a file is missing"}
+    )
+    written = after(next_phase(before, AttemptFailed(cause)), before)
+    assert written.damaged == {"/c/9": "a file is missing", "/c/8": "other bytes"}
+    other = after(next_phase(before, AttemptFailed(CAUSE)), before)
+    assert other.damaged == before.damaged
+    before = entry(Phase.READY, damaged=written.damaged)
+    assert after(next_phase(before, RunRequested()), before).damaged == written.damaged
+    before = entry(Phase.ENDING, damaged=written.damaged)
+    resumed = next_phase(before, ResumeRequested(1, {}, 8))
+    assert after(resumed, before).damaged == {}
+
+
+def test_a_job_without_a_whole_checkpoint_fails_instead_of_beginning_anew() -> None:
+    transition = next_phase(entry(Phase.RECOVERING), NothingToResume("all damaged"))
+    ending = transition.journal["ending"]
+    assert (ending.state, ending.reason) == ("failed", "storage_error")
+    assert ending.message == "all damaged"
 
 
 def test_giving_up_spends_the_budget_and_ends_in_one_step() -> None:

@@ -23,12 +23,24 @@ def decide(
     )
 
 
-@pytest.mark.parametrize("kind", [FailureKind.USER, FailureKind.OOM, FailureKind.NAN_LOSS])
+@pytest.mark.parametrize(
+    "kind",
+    [FailureKind.USER, FailureKind.OOM, FailureKind.NAN_LOSS, FailureKind.DISK_FULL],
+)
 def test_what_would_only_repeat_is_not_tried_again(kind: FailureKind) -> None:
     decision = decide(Failure(kind, "no", rank=3))
     assert not decision.retry
     assert decision.message == "rank 3: no (not restarted: the error is deterministic)"
     assert decision.history == RestartHistory()
+
+
+def test_a_damaged_checkpoint_costs_no_restart() -> None:
+    history = RestartHistory(failures=3, commits_at_failure=(5, 5, 5))
+    cause = Failure(FailureKind.CHECKPOINT, "other bytes")
+    decision = decide(cause, history, 5, RestartConfig(max_failures=0))
+    assert decision.retry
+    assert decision.delay_s == 0
+    assert decision.history == history
 
 
 def test_first_try_is_immediate_then_waits_double() -> None:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_ray.checkpoint.directory import checkpoint_path, commit
 from megatron_ray.storage.storage import open_storage
 from tests.support.fake_cluster import FakeCluster, FakeControlPlane, fake_ports
 from workers.agent.check_tasks import check_task
@@ -86,3 +87,45 @@ def test_a_spec_that_names_a_folder_in_use_is_refused_before_it_is_a_job(
         in problem["detail"]
     )
     assert check_task(spec, str(tmp_path / "fresh"))["problems"] == []
+
+
+def test_a_new_job_is_refused_where_a_run_without_a_service_has_checkpoints(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "corpus.txt").write_text("some words " * 1000)
+    storage = tmp_path / "storage"
+    checkpoint = checkpoint_path(str(storage), 5, 1)
+    open_storage(checkpoint).write_bytes_atomic("index.json", b'{"files": {}}')
+    commit(checkpoint, {}, [])
+    spec = {
+        "model": {"preset": "gpt-tiny"},
+        "data": {
+            "train": [{"path": str(tmp_path / "corpus.txt")}],
+            "tokenizer": {"kind": "bytes"},
+        },
+        "training": {"seq_length": 16, "global_batch_size": 2, "steps": 1},
+        "optimizer": {"lr": 0.001},
+    }
+    (problem,) = check_task(spec, str(storage))["problems"]
+    assert (problem["pointer"], problem["code"]) == ("/storage/path", "in_use")
+    assert "already holds committed checkpoints of a run without" in problem["detail"]
+
+
+def test_a_new_job_is_refused_where_its_checkpoints_do_not_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "corpus.txt").write_text("some words " * 1000)
+    monkeypatch.setattr("megatron_ray.checkpoint.disk_space.free_bytes", lambda _: 10**6)
+    spec = {
+        "model": {"preset": "gpt-tiny"},
+        "data": {
+            "train": [{"path": str(tmp_path / "corpus.txt")}],
+            "tokenizer": {"kind": "bytes"},
+        },
+        "training": {"seq_length": 16, "global_batch_size": 2, "steps": 9},
+        "checkpoint": {"every_steps": 1},
+        "optimizer": {"lr": 0.001},
+    }
+    (problem,) = check_task(spec, str(tmp_path / "storage"))["problems"]
+    assert (problem["pointer"], problem["code"]) == ("/storage/path", "disk_space")
+    assert "has 1.0 MB free, but 3 checkpoints of" in problem["detail"]

@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 
-from megatron_ray.storage.errors import StorageError
+from megatron_ray.storage.errors import DiskFullError, StorageError
 from megatron_ray.storage.storage import Storage
 from tests.support.fake_cluster import (
     JOB_ID,
     FakeCluster,
     FakeControlPlane,
+    FakeProcess,
     FakeStorage,
     FakeTasks,
     FaultInjector,
@@ -19,6 +20,7 @@ from tests.support.fake_cluster import (
 )
 from workers.driver.lifecycle import JobLifecycle
 from workers.protocol.states import JobState
+from workers.rank.messages import RankState
 from workers.ray.tasks import TaskFailedError
 
 
@@ -52,11 +54,13 @@ def final_state(control_plane: FakeControlPlane) -> dict[str, Any]:
 
 
 class FullStorage(FakeStorage):
-    """A disk that is full whenever the marker of a checkpoint is written."""
+    """A disk that refuses the marker of every checkpoint."""
+
+    error: type[StorageError] = StorageError
 
     def write_bytes_atomic(self, name: str, data: bytes) -> None:
         if name == "COMMITTED":
-            raise StorageError("write", name, "No space left on device")
+            raise self.error("write", name, "No space left on device")
         super().write_bytes_atomic(name, data)
 
 
@@ -121,3 +125,94 @@ def test_an_unharmed_job_goes_through_its_states_in_order(
     first = control_plane.of_kind("attempt")[0]
     assert first.data["message"] == "from step 0"
     assert control_plane.ignored == []
+
+
+def committed(control_plane: FakeControlPlane) -> dict[int, Path]:
+    """The folders of the checkpoints that were committed, by step."""
+    rows = control_plane.of_kind("checkpoint")
+    return {row.data["step"]: Path(row.data["path"]) for row in rows}
+
+
+def test_a_damaged_checkpoint_is_recorded_and_an_older_one_resumes_the_job(
+    control_plane: FakeControlPlane, cluster: FakeCluster
+) -> None:
+    cluster.steps = 8
+    cluster.dies = (1, 6)
+
+    def damage() -> float:
+        (committed(control_plane)[4] / "index.json").unlink()
+        return 0.0
+
+    # Asked for when the attempt has failed, before the next one is prepared.
+    run(control_plane, cluster, jitter=damage)
+    assert control_plane.state is JobState.SUCCEEDED
+    (event,) = control_plane.events("checkpoint.damaged")
+    message = event.data["message"]
+    assert "step-00000004-a0001: its file index.json is missing" in message
+    starts = [row.data["message"] for row in control_plane.of_kind("attempt")]
+    assert "from checkpoint step 2" in starts
+    folder = committed(control_plane)[4].with_name("step-00000004-a0001")
+    assert folder.is_dir(), "a user may restore it"
+
+
+def test_a_job_whose_checkpoints_are_all_damaged_does_not_begin_anew(
+    control_plane: FakeControlPlane, cluster: FakeCluster
+) -> None:
+    cluster.dies = (1, 4)
+
+    def damage() -> float:
+        (committed(control_plane)[2] / "manifest.json").write_text("")
+        return 0.0
+
+    run(control_plane, cluster, jitter=damage)
+    assert control_plane.state is JobState.FAILED
+    ending = final_state(control_plane)
+    assert ending["reason"] == "storage_error"
+    assert "none of its committed checkpoints is whole" in ending["message"]
+    assert "step-00000002-a0001: manifest.json is missing" in ending["message"]
+
+
+def test_bytes_that_a_rank_reads_as_damaged_lead_to_an_older_checkpoint(
+    control_plane: FakeControlPlane, cluster: FakeCluster
+) -> None:
+    cluster.steps = 8
+    cluster.dies = (1, 6)
+
+    def refuse(process: FakeProcess) -> None:
+        order = process.order
+        assert order is not None
+        if (order.resume_from or "").endswith("step-00000004-a0001"):
+            process.state = RankState.FAILED
+            process.error = {
+                "type": "DamagedCheckpointError",
+                "message": f"cannot load {order.resume_from}: other bytes",
+                "failure_kind": "checkpoint",
+            }
+
+    cluster.on_step = refuse
+    run(control_plane, cluster)
+    assert control_plane.state is JobState.SUCCEEDED
+    starts = [row.data["message"] for row in control_plane.of_kind("attempt")]
+    assert "from checkpoint step 4" in starts
+    assert "from checkpoint step 2" in starts
+    (event,) = control_plane.events("checkpoint.damaged")
+    assert "step-00000004-a0001: cannot load" in event.data["message"]
+    decisions = [row.data["message"] for row in control_plane.events("policy.decision")]
+    assert decisions[0].startswith("restarting from step 4: ")
+    assert decisions[1].startswith("restarting from an older checkpoint: ")
+
+
+def test_a_full_disk_is_one_failure_with_its_remedy(
+    control_plane: FakeControlPlane, cluster: FakeCluster
+) -> None:
+    def full(path: str) -> Storage:
+        storage = full_at_step_4(path)
+        if isinstance(storage, FullStorage):
+            storage.error = DiskFullError
+        return storage
+
+    run(control_plane, cluster, open_storage=full)
+    assert len(control_plane.events("attempt.failed")) == 1
+    ending = final_state(control_plane)
+    assert (ending["state"], ending["reason"]) == ("failed", "storage_error")
+    assert "free some space there, or lower checkpoint.keep_last" in ending["message"]

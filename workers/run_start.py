@@ -1,0 +1,172 @@
+"""Decides where a run under torchrun begins.
+
+Owns: the checkpoint to resume from, the attempt's number, the id of the run, and what is
+refused before any data are prepared. Must not know: Ray, HTTP, how ranks train.
+"""
+
+import uuid
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Self
+
+from megatron_ray.checkpoint.claim import Claim, read_claim
+from megatron_ray.checkpoint.digests import verify_share
+from megatron_ray.checkpoint.directory import (
+    CheckpointInfo,
+    RunIdentity,
+    list_checkpoints,
+)
+from megatron_ray.checkpoint.disk_space import room_problems, writable_problems
+from megatron_ray.checkpoint.resume_config import compare_with_checkpoint
+from megatron_ray.checkpoint.resume_point import choose_resume_point
+from megatron_ray.config.problem import Problem
+from workers.announcements import Announcements
+from workers.driver.journal import JournalError, job_of_folder
+from workers.protocol.job import JobSpec
+from workers.rank.environment import RankEnv
+from workers.rank.messages import UserError
+
+Notify = Callable[[str], None]
+
+_START = "start"
+_VERIFY = "verify"
+
+
+@dataclass(frozen=True)
+class RunStart:
+    """Where a run begins."""
+
+    attempt: int
+    run: RunIdentity = field(default_factory=RunIdentity)
+    resume_from: str | None = None
+    """Path of the checkpoint to resume from; None: begin at step 0."""
+    step: int = 0
+    """Steps that are done already."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the fields as plain values."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Self:
+        """Returns the start that `to_json` described."""
+        run = values["run"]
+        identity = RunIdentity(**{**run, "damaged": tuple(run["damaged"])})
+        return cls(**{**values, "run": identity})
+
+
+class StartDecision:
+    """Agrees on the start of a run with all ranks; rank 0 decides.
+
+    `notify` gets a line for everything that users should know. Raises UserError when the
+    run cannot start, StorageError.
+    """
+
+    def __init__(
+        self, spec: JobSpec, env: RankEnv, announcements: Announcements, notify: Notify
+    ) -> None:
+        assert spec.storage is not None
+        self._spec = spec
+        self._path = spec.storage.path
+        self._env = env
+        self._announcements = announcements
+        self._notify = notify
+
+    def decide(self, *, resume: bool) -> RunStart:
+        """Decides on rank 0, and claims the folder for the attempt."""
+        _raise_for(writable_problems(self._path))
+        self._require_no_live_job(resume)
+        if resume:
+            start = self._resume()
+        else:
+            self._require_own_folder()
+            start = self._new_run()
+        _raise_for(room_problems(self._spec, self._path))
+        Claim(start.attempt, start.run.id).write(self._path)
+        self._announcements.announce(_START, start.to_json())
+        return start
+
+    def follow(self) -> RunStart:
+        """Reads this rank's share of checkpoints that rank 0 considers, then its decision."""
+        while True:
+            kind, value = self._announcements.receive()
+            if kind == _START:
+                return RunStart.from_json(value)
+            damage = verify_share(value, self._env.rank, self._env.world_size)
+            self._announcements.answer(damage or "")
+
+    def _new_run(self) -> RunStart:
+        attempt = self._next_attempt()
+        run = RunIdentity(f"run-{uuid.uuid4().hex[:12]}", first_attempt=attempt)
+        return RunStart(attempt, run)
+
+    def _next_attempt(self) -> int:
+        """Returns a number above that of every attempt that has used the folder."""
+        last = 0
+        claim = read_claim(self._path)
+        if claim is not None:
+            last = claim.attempt
+        for checkpoint in list_checkpoints(self._path):
+            last = max(last, checkpoint.attempt)
+        return last + 1
+
+    def _resume(self) -> RunStart:
+        point = choose_resume_point(self._path, self._find_damage)
+        for item in point.passed_over:
+            self._notify(
+                f"warning: passing over a checkpoint that cannot be loaded, {item}"
+            )
+        checkpoint = point.checkpoint
+        if checkpoint is None:
+            self._notify(f"{self._path} holds no checkpoint; the run begins at step 0")
+            return self._new_run()
+        comparison = compare_with_checkpoint(checkpoint.path, self._spec)
+        _raise_for(comparison.problems)
+        for line in comparison.accepted:
+            self._notify(f"resuming with a change: {line}")
+        damaged = [item.info.name for item in point.passed_over if item.info.was_committed]
+        run = replace(checkpoint.run, damaged=(*checkpoint.run.damaged, *damaged))
+        return RunStart(self._next_attempt(), run, checkpoint.path, checkpoint.step)
+
+    def _require_own_folder(self) -> None:
+        """Raises UserError when another run's checkpoints are in the folder."""
+        others = [info for info in list_checkpoints(self._path) if info.was_committed]
+        if not others:
+            return
+        detail = (
+            f"{self._path} holds committed checkpoints of another run, up to "
+            f"step {others[-1].step}; go on with that run with --resume, or give this one a "
+            "storage.path of its own"
+        )
+        _raise_for([Problem("/storage/path", "in_use", detail)])
+
+    def _require_no_live_job(self, resume: bool) -> None:
+        """Raises UserError when the folder belongs to a job of a service."""
+        try:
+            job = job_of_folder(self._path)
+        except JournalError as error:
+            raise UserError(f"the job cannot start: {error}") from error
+        if job is None or (resume and job.has_ended):
+            return
+        remedy = "give this run a storage.path of its own"
+        if resume:
+            remedy = f"cancel {job.job_id} first, or {remedy}"
+        detail = f"{self._path} belongs to {job.job_id}, a job of a service; {remedy}"
+        _raise_for([Problem("/storage/path", "in_use", detail)])
+
+    def _find_damage(self, info: CheckpointInfo) -> str | None:
+        """Returns what is wrong with a checkpoint; all ranks read a share of its bytes."""
+        self._announcements.announce(_VERIFY, info.path)
+        damage = verify_share(info.path, self._env.rank, self._env.world_size)
+        for answer in self._announcements.answers():
+            damage = damage or answer or None
+        return damage
+
+
+def _raise_for(problems: tuple[Problem, ...] | list[Problem]) -> None:
+    """Raises UserError with all problems, if there are any."""
+    if problems:
+        lines = ""
+        for problem in problems:
+            lines += f"\n  {problem.pointer}: {problem.detail}"
+        raise UserError(f"the job cannot start:{lines}")
