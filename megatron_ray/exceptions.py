@@ -9,6 +9,7 @@ or, if it inherits the kind, its module:
     MegatronRayError                  internal
     ├── InputError                    user
     │   ├── ConfigError               config.problem
+    │   │   └── UnsupportedFieldError checkpoint.hf.families.family
     │   ├── LayoutError               pipeline_parallel.schedules.layout
     │   ├── DataError                 data.preparation.errors
     │   ├── TokenizerError            data.tokenizer
