@@ -9,7 +9,7 @@ from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.storage.errors import StorageError
 from megatron_ray.storage.files import check_writable, free_bytes
 from megatron_ray.storage.location import parse_location
-from megatron_ray.validation.disk_space import space_problems
+from megatron_ray.validation.storage.disk_space import space_problems
 
 
 def writable_problems(storage_path: str) -> list[Problem]:

@@ -11,7 +11,6 @@ from megatron_ray.config.parallelism import ParallelismConfig
 from megatron_ray.config.problem import Problem
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.parallel_dims import ParallelDims
-from megatron_ray.storage.path_rules import PathRules, path_problems
 from megatron_ray.validation import (
     experts,
     intervals,
@@ -26,6 +25,7 @@ from megatron_ray.validation import training as training_rules
 from megatron_ray.validation.parameters.freezing import freezing_problems
 from megatron_ray.validation.parameters.groups import group_problems
 from megatron_ray.validation.resolution import expert_dp_multiple, least_dp
+from megatron_ray.validation.storage.path_rules import PathRules, path_problems
 
 _RULES = (
     layout.order_problems,

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from megatron_ray.storage.path_rules import form_error
+from megatron_ray.validation.storage.path_rules import form_error
 from service.cli.connection import connect
 from service.cli.failure import CommandError
 

@@ -13,8 +13,8 @@ from sqlalchemy.orm import Session
 from megatron_ray.config.errors.messages import suggestion
 from megatron_ray.config.errors.spec_problems import pointer_to
 from megatron_ray.config.problem import Problem
-from megatron_ray.storage.path_rules import PathRules, is_below, place_of
 from megatron_ray.validation import check
+from megatron_ray.validation.storage.path_rules import PathRules, is_below, place_of
 from service.jobs import lifecycle
 from service.settings import Settings
 from service.store.schema import JobRow

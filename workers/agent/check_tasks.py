@@ -17,8 +17,8 @@ from megatron_ray.config.problem import Problem
 from megatron_ray.data.preparation.check import check_data
 from megatron_ray.data.prepared_length import num_prepared_tokens
 from megatron_ray.storage.errors import StorageError
-from megatron_ray.storage.path_rules import Links, PathRules, path_problems
 from megatron_ray.storage.storage import open_storage
+from megatron_ray.validation.storage.path_rules import Links, PathRules, path_problems
 from workers.data_tasks import left_out_notes, problem_rows, resolve_initial_weights
 from workers.driver.journal import JournalError, job_of_folder
 from workers.protocol.job import JobSpec

@@ -9,7 +9,7 @@ from rich.markup import escape
 
 from megatron_ray.config.training import TrainingConfig
 from megatron_ray.data.prepared import PreparedCorpus
-from megatron_ray.storage.path_rules import path_problems
+from megatron_ray.validation.storage.path_rules import path_problems
 from service.cli.failure import CommandError
 from service.cli.output import AsJson, console, print_json
 from service.cli.spec_file import Overrides, SpecFile, read_spec

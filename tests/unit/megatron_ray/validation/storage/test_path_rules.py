@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from megatron_ray.config.problem import Problem
 from megatron_ray.exceptions import MegatronRayError, redacted
 from megatron_ray.storage.errors import StorageError
-from megatron_ray.storage.path_rules import (
+from megatron_ray.validation.storage.path_rules import (
     Links,
     PathRules,
     form_error,
@@ -153,7 +153,9 @@ def test_no_field_that_is_a_path_is_left_out() -> None:
         "TokenizerConfig.path",
         "CheckpointConfig.start_from",
     }
-    assert paths_of(JobSpec) == judged, "name the new one in storage/path_rules.py"
+    assert paths_of(JobSpec) == judged, (
+        "name the new one in validation/storage/path_rules.py"
+    )
     for pointer in FIELDS:
         assert [field.pointer for field in path_fields(spec(pointer, "/x"))] == [pointer]
 

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from megatron_ray.config.train_config import TrainConfig
-from megatron_ray.validation.disk_space import (
+from megatron_ray.validation.storage.disk_space import (
     checkpoint_bytes,
     num_checkpoints,
     space_problems,
