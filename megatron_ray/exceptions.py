@@ -22,7 +22,8 @@ or, if it inherits the kind, its module:
     │   └── CheckpointError           checkpoint.directory
     │       ├── DamagedCheckpointError  checkpoint.directory (checkpoint)
     │       ├── NoWholeCheckpointError  checkpoint.resume_point (user)
-    │       └── MixedRunsError        checkpoint.resume_point (user)
+    │       ├── MixedRunsError        checkpoint.resume_point (user)
+    │       └── TakenOverError        checkpoint.claim (user)
     ├── NonFiniteLossError            numerics
     ├── ScheduleError                 pipeline_parallel.schedules.simulation
     └── WriteAbandonedError           checkpoint.writer

@@ -231,7 +231,12 @@ def save(
         1,
         path,
         optimizer.sharded_state(),
-        {"format_version": FORMAT_VERSION, "step": 1, "consumed_samples": 8},
+        {
+            "format_version": FORMAT_VERSION,
+            "step": 1,
+            "consumed_samples": 8,
+            "config": config.model_dump(mode="json"),
+        },
     )
     writer.close()
     return weights(optimizer)

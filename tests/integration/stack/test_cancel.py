@@ -54,7 +54,7 @@ def endless(road: Road, **groups: Any) -> dict[str, Any]:
 def preparing(road: Road, observer: Observer) -> Iterator[str]:
     """Megabytes to learn a vocabulary from take their time."""
     words = random.Random(7)
-    path = road.data_dir / f"large-{time.monotonic_ns()}.txt"
+    path = road.corpus.parent / f"large-{time.monotonic_ns()}.txt"
     path.write_text(
         " ".join(
             "".join(words.choices("abcdefghij", k=words.randint(3, 9)))

@@ -88,7 +88,7 @@ def succeeds(road: Road, observer: Observer) -> str:
 
 def is_mistaken(road: Road, observer: Observer) -> str:
     """The data are gone when they are looked at closely."""
-    path = road.data_dir / "gone.txt"
+    path = road.corpus.parent / "gone.txt"
     path.write_text("here for a moment only " * 2000)
     job_id = submit(road, short(road, data={"train": [{"path": str(path)}]}))
     path.unlink()

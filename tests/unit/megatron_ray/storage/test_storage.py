@@ -10,6 +10,7 @@ from pyarrow import ArrowInvalid, fs
 
 from megatron_ray.storage.errors import (
     AccessDeniedError,
+    DiskFullError,
     InvalidLocationError,
     MissingFileError,
     StorageError,
@@ -162,7 +163,8 @@ def test_errors_cross_process_borders() -> None:
     [
         (FileNotFoundError(2, "gone"), MissingFileError),
         (PermissionError(13, "denied"), AccessDeniedError),
-        (OSError(28, "No space left on device"), StorageError),
+        (OSError(28, "No space left on device"), DiskFullError),
+        (OSError(5, "Input/output error"), StorageError),
         (ArrowInvalid("bad"), StorageError),
     ],
 )
