@@ -360,8 +360,7 @@ def _active_ids(session: Session, body: CancelJobsRequest) -> list[str]:
 
     One more than a request may change shows that there are more.
     """
-    active = [state for state in JobState if not state.is_terminal]
-    statuses = [state for state in body.status or active if state in active]
+    statuses = [state for state in body.status or JobState if not state.is_terminal]
     chosen = JobFilter(statuses, body.name, (body.metadata or {}).items())
     statement = chosen.select().limit(MAX_JOBS_PER_REQUEST + 1)
     return [job.id for job in session.scalars(statement)]

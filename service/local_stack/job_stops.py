@@ -11,13 +11,13 @@ from typing import Any
 
 from service.client import Client, ServiceError
 from service.local_stack.record import StackRecord
-from workers.protocol.states import JobState, StatusReason
+from workers.protocol.states import ACTIVE_STATES, JobState, StatusReason
 
 _POLL_S = 0.2
 _PAGE = 100
 _CONFLICT = 409
 _NEEDS_NO_PAUSE = (JobState.PAUSED, JobState.PREPARING)
-_UNFINISHED = ",".join([state.value for state in JobState if not state.is_terminal])
+_UNFINISHED = ",".join(ACTIVE_STATES)
 
 Report = Callable[[str], None]
 """Receives one message for the user."""

@@ -35,6 +35,10 @@ class JobState(StrEnum):
         )
 
 
+ACTIVE_STATES = tuple([state.value for state in JobState if not state.is_terminal])
+"""The states of jobs that have not ended."""
+
+
 class DesiredState(StrEnum):
     """State that the user or admission requests from a job's driver."""
 

@@ -26,7 +26,7 @@ from service.cli.connection import DataDir, Token, Url, connect
 from service.cli.failure import CommandError
 from service.cli.output import AsJson, console, print_json, styled_status
 from service.client import Client
-from workers.protocol.states import JobState
+from workers.protocol.states import ACTIVE_STATES
 
 _POLL_S = 0.3
 _JOBS_PER_REQUEST = 100
@@ -85,15 +85,14 @@ def cancel(
 
 def _confirmed(client: Client, chosen: JobChoice, *, is_sure: bool) -> list[str]:
     """Returns the ids of the jobs that match, once the user has agreed to them."""
-    active = [state.value for state in JobState if not state.is_terminal]
     ended = sorted(set(chosen.statuses) & TERMINAL)
     if ended:
         raise CommandError(
             f"jobs that have {ended[0]} cannot be cancelled",
-            remedy=f"choose among {', '.join(active)}",
+            remedy=f"choose among {', '.join(ACTIVE_STATES)}",
             exit_code=_USAGE,
         )
-    jobs = replace(chosen, statuses=chosen.statuses or active).read(client)["data"]
+    jobs = replace(chosen, statuses=chosen.statuses or ACTIVE_STATES).read(client)["data"]
     if not jobs or is_sure:
         return [job["id"] for job in jobs]
     counts = Counter(str(job["status"]) for job in jobs)

@@ -266,6 +266,13 @@ def _nothing(job: Mapping[str, Any], what: str) -> str:
     return f"{what} yet; the job is {job['status']}"
 
 
+def _empty(client: Client, job_id: str, page: Mapping[str, Any], what: str) -> str:
+    """Returns the line that stands for an empty page; nothing for one with entries."""
+    if page["data"]:
+        return ""
+    return _nothing(client.show(job_id), what)
+
+
 def checkpoints(
     job_id: JobId,
     url: Url = None,
@@ -276,9 +283,7 @@ def checkpoints(
     """List a job's committed checkpoints."""
     with connect(url, token, data_dir) as client:
         page = client.checkpoints(job_id)
-        empty = ""
-        if not page["data"]:
-            empty = _nothing(client.show(job_id), "no committed checkpoint")
+        empty = _empty(client, job_id, page, "no committed checkpoint")
     columns: dict[str, Column] = {
         "step": lambda entry: str(entry["step"]),
         "attempt": lambda entry: str(entry["attempt"]),
@@ -299,9 +304,7 @@ def ranks(
     """List where each rank of a job runs."""
     with connect(url, token, data_dir) as client:
         page = client.ranks(job_id)
-        empty = ""
-        if not page["data"]:
-            empty = _nothing(client.show(job_id), "no ranks")
+        empty = _empty(client, job_id, page, "no ranks")
     columns: dict[str, Column] = {
         "rank": lambda entry: str(entry["rank"]),
         "slot": lambda entry: str(entry.get("slot")),
@@ -323,9 +326,7 @@ def attempts(
     """List a job's attempts: why each one ended."""
     with connect(url, token, data_dir) as client:
         page = client.attempts(job_id)
-        empty = ""
-        if not page["data"]:
-            empty = _nothing(client.show(job_id), "no attempts")
+        empty = _empty(client, job_id, page, "no attempts")
     columns: dict[str, Column] = {
         "attempt": lambda entry: str(entry["attempt"]),
         "state": lambda entry: str(entry["state"]),

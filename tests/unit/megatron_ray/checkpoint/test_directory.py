@@ -20,6 +20,7 @@ from megatron_ray.checkpoint.directory import (
 from megatron_ray.checkpoint.index import data_file
 from megatron_ray.checkpoint.train_state import TOKENIZER, TRAIN_STATE, rank_state_file
 from megatron_ray.storage.storage import open_storage
+from tests.support.checkpoint_folders import write_checkpoint
 
 
 def write(
@@ -30,17 +31,11 @@ def write(
     committed: bool = True,
     loss: float | None = None,
 ) -> str:
-    path = checkpoint_path(str(root), step, attempt)
-    storage = open_storage(path)
-    storage.write_bytes_atomic("index.json", b'{"files": {"data/rank-00000.bin": 8}}')
-    storage.write_bytes_atomic("data/rank-00000.bin", b"12345678")
+    manifest = None
     if committed:
-        commit(
-            path,
-            {"step": step, "attempt": attempt, "loss": loss},
-            [{"kind": "step", "step": step}],
-        )
-    return path
+        manifest = {"step": step, "attempt": attempt, "loss": loss}
+    reports = [{"kind": "step", "step": step}]
+    return write_checkpoint(root, step, attempt, manifest, reports)
 
 
 def steps(root: Path) -> list[tuple[int, int]]:

@@ -7,12 +7,11 @@ import pytest
 from megatron_ray.checkpoint.directory import (
     RunIdentity,
     checkpoint_path,
-    commit,
     latest_committed,
     list_checkpoints,
 )
 from megatron_ray.checkpoint.retention import apply_retention, delete_checkpoint
-from megatron_ray.storage.storage import open_storage
+from tests.support.checkpoint_folders import write_checkpoint
 
 
 def write(
@@ -23,13 +22,10 @@ def write(
     committed: bool = True,
     run: RunIdentity | None = None,
 ) -> str:
-    path = checkpoint_path(str(root), step, attempt)
-    storage = open_storage(path)
-    storage.write_bytes_atomic("index.json", b'{"files": {"data/rank-00000.bin": 8}}')
-    storage.write_bytes_atomic("data/rank-00000.bin", b"12345678")
+    manifest = None
     if committed:
-        commit(path, (run or RunIdentity()).to_manifest(), [])
-    return path
+        manifest = (run or RunIdentity()).to_manifest()
+    return write_checkpoint(root, step, attempt, manifest)
 
 
 def steps(root: Path) -> list[tuple[int, int]]:

@@ -1,6 +1,7 @@
 """What a restarted driver finds."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -65,21 +66,26 @@ def test_a_folder_of_another_job_is_refused(tmp_path: Path) -> None:
     assert latest.epoch == 3, "nothing was touched"
 
 
-def test_a_spec_that_names_a_folder_in_use_is_refused_before_it_is_a_job(
-    tmp_path: Path,
-) -> None:
-    storage = tmp_path / "storage"
-    open_journal(storage).write(JournalEntry(job_id="job-old"))
-    (tmp_path / "corpus.txt").write_text("some words " * 1000)
-    spec = {
+def spec_with_corpus(folder: Path) -> dict[str, Any]:
+    """A spec whose corpus is written to the folder."""
+    (folder / "corpus.txt").write_text("some words " * 1000)
+    return {
         "model": {"preset": "gpt-tiny"},
         "data": {
-            "train": [{"path": str(tmp_path / "corpus.txt")}],
+            "train": [{"path": str(folder / "corpus.txt")}],
             "tokenizer": {"kind": "bytes"},
         },
         "training": {"seq_length": 16, "global_batch_size": 2, "steps": 1},
         "optimizer": {"lr": 0.001},
     }
+
+
+def test_a_spec_that_names_a_folder_in_use_is_refused_before_it_is_a_job(
+    tmp_path: Path,
+) -> None:
+    storage = tmp_path / "storage"
+    open_journal(storage).write(JournalEntry(job_id="job-old"))
+    spec = spec_with_corpus(tmp_path)
     (problem,) = check_task(spec, str(storage))["problems"]
     assert (problem["pointer"], problem["code"]) == ("/storage/path", "in_use")
     assert (
@@ -92,20 +98,11 @@ def test_a_spec_that_names_a_folder_in_use_is_refused_before_it_is_a_job(
 def test_a_new_job_is_refused_where_a_run_without_a_service_has_checkpoints(
     tmp_path: Path,
 ) -> None:
-    (tmp_path / "corpus.txt").write_text("some words " * 1000)
     storage = tmp_path / "storage"
     checkpoint = checkpoint_path(str(storage), 5, 1)
     open_storage(checkpoint).write_bytes_atomic("index.json", b'{"files": {}}')
     commit(checkpoint, {}, [])
-    spec = {
-        "model": {"preset": "gpt-tiny"},
-        "data": {
-            "train": [{"path": str(tmp_path / "corpus.txt")}],
-            "tokenizer": {"kind": "bytes"},
-        },
-        "training": {"seq_length": 16, "global_batch_size": 2, "steps": 1},
-        "optimizer": {"lr": 0.001},
-    }
+    spec = spec_with_corpus(tmp_path)
     (problem,) = check_task(spec, str(storage))["problems"]
     assert (problem["pointer"], problem["code"]) == ("/storage/path", "in_use")
     assert "already holds committed checkpoints of a run without" in problem["detail"]
@@ -114,18 +111,10 @@ def test_a_new_job_is_refused_where_a_run_without_a_service_has_checkpoints(
 def test_a_new_job_is_refused_where_its_checkpoints_do_not_fit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "corpus.txt").write_text("some words " * 1000)
     monkeypatch.setattr("megatron_ray.checkpoint.disk_space.free_bytes", lambda _: 10**6)
-    spec = {
-        "model": {"preset": "gpt-tiny"},
-        "data": {
-            "train": [{"path": str(tmp_path / "corpus.txt")}],
-            "tokenizer": {"kind": "bytes"},
-        },
-        "training": {"seq_length": 16, "global_batch_size": 2, "steps": 9},
-        "checkpoint": {"every_steps": 1},
-        "optimizer": {"lr": 0.001},
-    }
+    spec = spec_with_corpus(tmp_path)
+    spec["training"]["steps"] = 9
+    spec["checkpoint"] = {"every_steps": 1}
     (problem,) = check_task(spec, str(tmp_path / "storage"))["problems"]
     assert (problem["pointer"], problem["code"]) == ("/storage/path", "disk_space")
     assert "has 1.0 MB free, but 3 checkpoints of" in problem["detail"]
