@@ -178,6 +178,9 @@ def _unreadable_body(error: HTTPException) -> str:
         return f"the body is not UTF-8 at byte {cause.start}; send JSON in UTF-8"
     if isinstance(cause, RecursionError):
         return "the body is nested too deeply; no field needs more than a few levels"
+    if isinstance(cause, ValueError):
+        # Python reads no such numbers, because the cost would be the square of the digits.
+        return "the body has a whole number of thousands of digits; no field takes one"
     return f"{error.detail}; see /openapi.json for what is expected"
 
 
