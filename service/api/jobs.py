@@ -215,7 +215,7 @@ def pause_job(
 @router.post(
     "/jobs/{job_id}/resume", status_code=202, response_model=Job, responses={409: {}}
 )
-def resume_job(
+async def resume_job(
     job_id: JobId,
     context: ContextDep,
     caller: CurrentCaller,
@@ -230,11 +230,15 @@ def resume_job(
     options = body or ResumeRequest()
     path = f"/v1/jobs/{job_id}/resume"
     repeatable = IdempotentRequest.of(key, caller.token_id, path, options.model_dump())
+    earlier = await run_in_threadpool(_earlier_response, context, repeatable)
+    if earlier is not None:
+        return _answer(earlier, is_replay=True)
     submitter = Submitter(context.settings, context.store, context.agents, context.compute)
+    changed = await submitter.prepare_resume(job_id, options.changes)
 
     def resume(session: Session, job: JobRow) -> None:
         if JobState(job.status).is_terminal:
-            submitter.resume(session, job, options.changes)
+            submitter.resume(session, job, changed)
         elif options.changes:
             raise JobActiveError(
                 f"the job is {job.status}; a spec can only be changed after the job's end"
@@ -244,7 +248,7 @@ def resume_job(
         session.flush()
         queue.admit_jobs(session, lifecycle.lock_cluster(session, job.cluster))
 
-    return _change(context, job_id, repeatable, resume)
+    return await run_in_threadpool(_change, context, job_id, repeatable, resume)
 
 
 @router.post(

@@ -180,7 +180,7 @@ class Agent:
             while not self._stop.is_set():
                 reply = self.desired(after, 1.0)
                 after = reply.revision
-                for check in reply.checks:
+                for check in (*reply.checks, *reply.resume_checks):
                     answer = {"problems": problems, "notes": notes}
                     self.http.post(
                         "/internal/v1/agent/checks",
