@@ -32,7 +32,7 @@ from service.http.errors import ProblemError
 from service.http.idempotency import MAX_KEY_CHARS, IdempotentRequest, StoredResponse
 from service.http.parameters import check_query, deep_object, labels_of, split_commas
 from service.jobs import lifecycle, pausing, queue
-from service.jobs.submit import Submitter
+from service.jobs.submit import PreparedJob, Submitter
 from service.store.schema import JobRow
 from service.store.selection import JobFilter
 from workers.protocol.job import JobSpec
@@ -80,8 +80,8 @@ async def create_job(
         return _created(earlier, is_replay=True)
     # Stores `submitted` instead of `spec`: the user's input without defaults.
     submitter = Submitter(context.settings, context.store, context.agents, context.compute)
-    job = await submitter.prepare(spec, submitted)
-    store = partial(_store_job, context, submitter, spec, job, repeatable)
+    prepared = await submitter.prepare(spec, submitted)
+    store = partial(_store_job, context, submitter, prepared, repeatable)
     response, is_replay = await run_in_threadpool(store)
     if not is_replay:
         context.telemetry.jobs_created.inc()
@@ -303,19 +303,19 @@ def _check_still_there(session: Session, created: StoredResponse) -> None:
 def _store_job(
     context: Context,
     submitter: Submitter,
-    spec: JobSpec,
-    job: JobRow,
+    prepared: PreparedJob,
     repeatable: IdempotentRequest,
 ) -> tuple[StoredResponse, bool]:
     """Stores a prepared job; returns the response and whether it is an earlier one."""
     with context.store.write() as session:
+        job = prepared.row
         lifecycle.lock_cluster(session, job.cluster)
         # Checked again under the lock, because the same request may have been answered
         # meanwhile.
         earlier = repeatable.earlier_response(session)
         if earlier is not None:
             return earlier, True
-        submitter.create(session, spec, job)
+        submitter.create(session, prepared)
         body = render.job(session, job).model_dump(mode="json")
         repeatable.store_response(session, 201, body)
         return StoredResponse(201, body), False

@@ -38,6 +38,16 @@ def new_job_id() -> str:
 
 
 @dataclass(frozen=True)
+class PreparedJob:
+    """A new job that is not stored yet."""
+
+    spec: JobSpec
+    row: JobRow
+    is_checked: bool
+    """Whether the cluster's agent has looked at the spec's paths."""
+
+
+@dataclass(frozen=True)
 class Submitter:
     """Checks submitted specs and creates jobs from them."""
 
@@ -47,8 +57,8 @@ class Submitter:
     compute: CapacityLimiter
     """Limits the threads that compute."""
 
-    async def prepare(self, spec: JobSpec, submitted: dict[str, Any]) -> JobRow:
-        """Returns the row of a new job, to be stored by `create`.
+    async def prepare(self, spec: JobSpec, submitted: dict[str, Any]) -> PreparedJob:
+        """Returns a new job, to be stored by `create`.
 
         `submitted` is the spec as the user sent it. Raises SpecInvalidError with
         everything that is wrong at once.
@@ -79,19 +89,24 @@ class Submitter:
         else:
             job.resolved_spec = spec.model_dump(mode="json")
             job.world_size = None
-        return job
+        return PreparedJob(spec, job, is_checked=checked is not None)
 
-    def create(self, session: Session, spec: JobSpec, job: JobRow) -> None:
+    def create(self, session: Session, prepared: PreparedJob) -> None:
         """Stores a prepared job in the caller's transaction, which locks its cluster.
 
         Raises SpecInvalidError when another job has taken the folder since `prepare`.
         """
         # Checked again: another job may have been stored since `prepare` looked.
+        spec = prepared.spec
         problems = spec_checks.check_storage(session, spec)
         if problems:
             raise SpecInvalidError(problems)
+        job = prepared.row
+        event = _created(prepared)
         is_agent_ready = job.world_size is not None and self.agents.is_live(job.cluster)
-        lifecycle.create(session, job, spec.metadata, is_agent_ready=is_agent_ready)
+        lifecycle.create(
+            session, job, spec.metadata, event=event, is_agent_ready=is_agent_ready
+        )
         _add_warnings(session, job, spec)
         session.flush()
 
@@ -208,6 +223,19 @@ class Submitter:
     def _wake_agent(self, cluster: str) -> None:
         with self.store.write() as session:
             lifecycle.raise_revision(session, cluster)
+
+
+def _created(prepared: PreparedJob) -> lifecycle.NewEvent:
+    """Returns the first event of a job, a warning if its paths were not checked."""
+    job = prepared.row
+    event = lifecycle.NewEvent("job.created", f"job {job.name!r} created", actor="user")
+    if prepared.is_checked:
+        return event
+    message = (
+        f"{event.message}; its paths were not checked, because the agent of cluster "
+        f"{job.cluster!r} does not answer: a wrong one fails the job later"
+    )
+    return replace(event, message=message, level="warn")
 
 
 def _add_warnings(session: Session, job: JobRow, spec: JobSpec) -> None:

@@ -71,7 +71,8 @@ def submit(
 
 def _print_warnings(client: Client, job_id: str) -> None:
     """Prints what the service has noted about a spec that it has accepted."""
-    for event in client.events(job_id, types="spec.warning")["data"]:
+    noted = client.events(job_id, types="job.created,spec.warning", levels="warn")
+    for event in noted["data"]:
         typer.echo(f"warning: {event['message']}", err=True)
 
 
