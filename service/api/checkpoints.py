@@ -9,7 +9,7 @@ from fastapi.responses import JSONResponse, Response
 from service.api import render
 from service.api.models import Attempt, Checkpoint, JobId, Page, RankPlacement
 from service.http.dependencies import ContextDep
-from service.http.parameters import check_query
+from service.http.parameters import WRITTEN_NUMBER, check_query
 from service.jobs import lifecycle
 from service.store.schema import AttemptRow, CheckpointRow
 
@@ -52,7 +52,9 @@ def list_ranks(
     job_id: JobId,
     context: ContextDep,
     attempt: Annotated[
-        int | None, Query(ge=1, lt=1 << 31, description="Attempt. Default: newest.")
+        int | None,
+        WRITTEN_NUMBER,
+        Query(ge=1, lt=1 << 31, description="Attempt. Default: newest."),
     ] = None,
 ) -> Response:
     """Lists where each rank runs.

@@ -30,7 +30,13 @@ from service.http.bodies import BoundedBodyRoute
 from service.http.dependencies import Context, ContextDep, CurrentCaller
 from service.http.errors import ProblemError
 from service.http.idempotency import MAX_KEY_CHARS, IdempotentRequest, StoredResponse
-from service.http.parameters import check_query, deep_object, labels_of, split_commas
+from service.http.parameters import (
+    WRITTEN_NUMBER,
+    check_query,
+    deep_object,
+    labels_of,
+    split_commas,
+)
 from service.jobs import lifecycle, pausing, queue
 from service.jobs.submit import PreparedJob, Submitter
 from service.store.schema import JobRow
@@ -92,7 +98,9 @@ async def create_job(
 def list_jobs(
     request: Request,
     context: ContextDep,
-    limit: Annotated[int, Query(ge=1, le=100, description="Jobs per page.")] = 20,
+    limit: Annotated[
+        int, WRITTEN_NUMBER, Query(ge=1, le=100, description="Jobs per page.")
+    ] = 20,
     after: Annotated[
         str | None,
         Query(

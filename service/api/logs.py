@@ -10,7 +10,7 @@ from service.api import render
 from service.api.models import JobId, Log
 from service.exceptions import NotFoundError
 from service.http.dependencies import Context, ContextDep
-from service.http.parameters import check_query
+from service.http.parameters import WRITTEN_NUMBER, check_query
 from service.jobs import lifecycle
 from service.store.schema import AttemptRow, JobRow
 from workers.protocol.states import JobState
@@ -25,15 +25,21 @@ router = APIRouter(prefix="/v1", tags=["history"], dependencies=[Depends(check_q
 async def read_log(
     job_id: JobId,
     context: ContextDep,
-    rank: Annotated[int, Query(ge=0, lt=100_000, description="Rank.")] = 0,
+    rank: Annotated[int, WRITTEN_NUMBER, Query(ge=0, lt=100_000, description="Rank.")] = 0,
     attempt: Annotated[
-        int | None, Query(ge=1, le=9999, description="Attempt. Default: newest.")
+        int | None,
+        WRITTEN_NUMBER,
+        Query(ge=1, le=9999, description="Attempt. Default: newest."),
     ] = None,
     offset: Annotated[
-        int, Query(ge=0, lt=1 << 62, description="Byte of the file to start at.")
+        int,
+        WRITTEN_NUMBER,
+        Query(ge=0, lt=1 << 62, description="Byte of the file to start at."),
     ] = 0,
     limit: Annotated[
-        int, Query(ge=4, le=1 << 20, description="Largest number of bytes to return.")
+        int,
+        WRITTEN_NUMBER,
+        Query(ge=4, le=1 << 20, description="Largest number of bytes to return."),
     ] = 1 << 16,
 ) -> Log:
     """Reads a part of a rank's log, starting at `offset`.

@@ -9,7 +9,7 @@ from pydantic import AfterValidator, BeforeValidator, Field
 from service.api import render
 from service.api.models import JobId, MetricsRow, Page
 from service.http.dependencies import ContextDep
-from service.http.parameters import check_query, split_commas
+from service.http.parameters import WRITTEN_NUMBER, check_query, split_commas
 from service.jobs import lifecycle
 from service.store import series as store
 from service.store.schema import AttemptRow
@@ -51,10 +51,11 @@ def list_metrics(
         ),
     ] = None,
     from_step: Annotated[
-        int, Query(ge=0, lt=1 << 62, description="First step to return.")
+        int, WRITTEN_NUMBER, Query(ge=0, lt=1 << 62, description="First step to return.")
     ] = 0,
     max_points: Annotated[
         int | None,
+        WRITTEN_NUMBER,
         Query(
             ge=2,
             le=MAX_ROWS,
@@ -64,6 +65,7 @@ def list_metrics(
     ] = None,
     attempt: Annotated[
         int | None,
+        WRITTEN_NUMBER,
         Query(
             ge=1,
             lt=1 << 31,

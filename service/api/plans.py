@@ -20,7 +20,7 @@ from service.api.plan_models import (
 from service.exceptions import RequestInvalidError, SpecInvalidError, bounded
 from service.http.bodies import BoundedBodyRoute
 from service.http.dependencies import Context, ContextDep
-from service.http.parameters import check_query
+from service.http.parameters import WRITTEN_NUMBER, check_query
 from service.jobs import cluster_fit, spec_checks
 from service.jobs.agents import CheckedPaths
 from service.jobs.capacity import ClusterCapacity, resource_request
@@ -49,6 +49,7 @@ HardwareName = Annotated[
 ]
 NumRanks = Annotated[
     int | None,
+    WRITTEN_NUMBER,
     Query(
         ge=1,
         le=estimates.MAX_RANKS,

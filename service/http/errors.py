@@ -19,7 +19,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 
-from megatron_ray.config.errors.messages import plain_message, short_value
+from megatron_ray.config.errors.messages import refusal
 from megatron_ray.config.errors.spec_problems import pointer_to, problems_from_pydantic
 from megatron_ray.config.problem import Problem
 from service.exceptions import (
@@ -238,7 +238,7 @@ def _invalid_parameters(details: Sequence[Mapping[str, Any]]) -> RequestInvalidE
         name = item["loc"][1]
         sentence = f"{name} is required; add it"
         if item["type"] != "missing":
-            sentence = f"{name} {plain_message(item)}, got {short_value(item.get('input'))}"
+            sentence = f"{name} {refusal(item, item.get('input'))}"
         sentences.append(sentence)
         problems.append(Problem(pointer_to(item["loc"][:2]), item["type"], sentence))
     return RequestInvalidError("; ".join(sentences), problems)

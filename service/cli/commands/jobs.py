@@ -137,7 +137,7 @@ def delete(
 ) -> None:
     """Delete ended jobs and their history. Files that they wrote stay."""
     ids = list(dict.fromkeys(job_ids))
-    if not yes and not as_json:
+    if not yes:
         _ask_to_delete(ids)
     deleted = []
     errors = []
@@ -167,5 +167,6 @@ def _ask_to_delete(job_ids: list[str]) -> None:
             remedy="add --yes to delete without a question",
             exit_code=2,
         )
-    if not typer.confirm(f"delete {', '.join(job_ids)} with the history?"):
+    # On stderr: with --json, stdout is JSON alone.
+    if not typer.confirm(f"delete {', '.join(job_ids)} with the history?", err=True):
         raise CommandError("nothing was deleted")

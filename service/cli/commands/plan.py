@@ -12,6 +12,7 @@ from rich.markup import escape
 
 from service.cli.connection import DataDir, Token, Url, connect_if_up
 from service.cli.failure import CommandError, with_field_lines
+from service.cli.numbers import at_least
 from service.cli.output import (
     AsJson,
     console,
@@ -62,7 +63,7 @@ def plan(
     ranks: Annotated[
         int | None,
         typer.Option(
-            min=1,
+            parser=at_least(1),
             help="With --suggest or --hardware: number of ranks. Default: as many as the job "
             "would get.",
         ),
