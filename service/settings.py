@@ -148,6 +148,8 @@ class Settings(BaseModel):
         except ValidationError as error:
             messages = []
             for item in error.errors():
-                variable = PREFIX + str(item["loc"][0]).upper()
-                messages.append(f"{variable}: {refusal(item, item['input'])}")
+                name = str(item["loc"][0])
+                # As it was written, and not as it was read.
+                value = values.get(name, item["input"])
+                messages.append(f"{PREFIX}{name.upper()}: {refusal(item, value)}")
             raise SettingsError("; ".join(messages)) from error
