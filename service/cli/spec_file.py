@@ -12,10 +12,13 @@ import typer
 from megatron_ray.config.train_config import apply_overrides, read_mapping
 from service.cli.failure import CommandError
 
+_STDIN = Path("/dev/stdin")
 SpecFile = Annotated[
     Path,
     typer.Argument(
-        help="Job spec, a YAML or JSON file.", metavar="SPEC", show_default=False
+        help="Job spec, a YAML or JSON file; - reads stdin.",
+        metavar="SPEC",
+        show_default=False,
     ),
 ]
 Overrides = Annotated[
@@ -33,6 +36,8 @@ def read_spec(path: Path, overrides: Iterable[str] | None) -> dict[str, Any]:
 
     Raises CommandError with the file or the override that cannot be read.
     """
+    if str(path) == "-":
+        path = _STDIN
     try:
         values = read_mapping(path)
     except OSError as error:
