@@ -9,6 +9,8 @@ from megatron_ray.parallel_dims import ParallelDims
 from megatron_ray.planning.answers import estimates as planning
 from megatron_ray.planning.suggest import nearest
 from megatron_ray.sharding.parameters import local_parameters
+from megatron_ray.validation.resolution import with_vocabulary
+from megatron_ray.validation.storage.disk_space import checkpoint_bytes
 from service.cli import offline_plan
 from workers.protocol.job import JobSpec
 
@@ -64,6 +66,9 @@ def test_bytes_are_counted_from_the_parameter_table(
         "dp",
         "world",
     }
+    resolved = JobSpec.from_mapping(answer["resolved_spec"])
+    assert answer["checkpoint_bytes"] == checkpoint_bytes(with_vocabulary(resolved, 1024))
+    assert answer["num_checkpoints"] == 1
     assert answer["bubble_share"] == 0
     assert answer["ranks"][3] == {
         "rank": 3,
