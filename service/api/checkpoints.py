@@ -5,6 +5,7 @@ from typing import Annotated, Any
 import sqlalchemy as sa
 from fastapi import APIRouter, Depends, Query
 from fastapi.responses import JSONResponse, Response
+from pydantic import Field
 
 from service.api import render
 from service.api.models import Attempt, Checkpoint, JobId, Page, RankPlacement
@@ -53,8 +54,9 @@ def list_ranks(
     context: ContextDep,
     attempt: Annotated[
         int | None,
+        Field(ge=1, lt=1 << 31),
         WRITTEN_NUMBER,
-        Query(ge=1, lt=1 << 31, description="Attempt. Default: newest."),
+        Query(description="Attempt. Default: newest."),
     ] = None,
 ) -> Response:
     """Lists where each rank runs.

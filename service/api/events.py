@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 import sqlalchemy as sa
 from fastapi import APIRouter, Depends, Header, Query
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, Field
 from starlette.concurrency import run_in_threadpool
 
 from service.api import render
@@ -84,7 +84,7 @@ def list_events(
     job_id: JobId,
     context: ContextDep,
     limit: Annotated[
-        int, WRITTEN_NUMBER, Query(ge=1, le=1000, description="Events per page.")
+        int, Field(ge=1, le=1000), WRITTEN_NUMBER, Query(description="Events per page.")
     ] = 100,
     after: Annotated[
         str | None,

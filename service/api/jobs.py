@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import sqlalchemy as sa
 from fastapi import APIRouter, Depends, Header, Query, Request
 from fastapi.responses import JSONResponse, Response
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, Field
 from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 
@@ -99,7 +99,7 @@ def list_jobs(
     request: Request,
     context: ContextDep,
     limit: Annotated[
-        int, WRITTEN_NUMBER, Query(ge=1, le=100, description="Jobs per page.")
+        int, Field(ge=1, le=100), WRITTEN_NUMBER, Query(description="Jobs per page.")
     ] = 20,
     after: Annotated[
         str | None,

@@ -4,6 +4,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 from fastapi import APIRouter, Depends, Query
+from pydantic import Field
 from starlette.concurrency import run_in_threadpool
 
 from service.api import render
@@ -25,21 +26,26 @@ router = APIRouter(prefix="/v1", tags=["history"], dependencies=[Depends(check_q
 async def read_log(
     job_id: JobId,
     context: ContextDep,
-    rank: Annotated[int, WRITTEN_NUMBER, Query(ge=0, lt=100_000, description="Rank.")] = 0,
+    rank: Annotated[
+        int, Field(ge=0, lt=100_000), WRITTEN_NUMBER, Query(description="Rank.")
+    ] = 0,
     attempt: Annotated[
         int | None,
+        Field(ge=1, le=9999),
         WRITTEN_NUMBER,
-        Query(ge=1, le=9999, description="Attempt. Default: newest."),
+        Query(description="Attempt. Default: newest."),
     ] = None,
     offset: Annotated[
         int,
+        Field(ge=0, lt=1 << 62),
         WRITTEN_NUMBER,
-        Query(ge=0, lt=1 << 62, description="Byte of the file to start at."),
+        Query(description="Byte of the file to start at."),
     ] = 0,
     limit: Annotated[
         int,
+        Field(ge=4, le=1 << 20),
         WRITTEN_NUMBER,
-        Query(ge=4, le=1 << 20, description="Largest number of bytes to return."),
+        Query(description="Largest number of bytes to return."),
     ] = 1 << 16,
 ) -> Log:
     """Reads a part of a rank's log, starting at `offset`.

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 from anyio.to_thread import run_sync
 from fastapi import APIRouter, Depends, Query, Response
+from pydantic import Field
 from starlette.concurrency import run_in_threadpool
 
 from megatron_ray.config.problem import Problem
@@ -49,10 +50,9 @@ HardwareName = Annotated[
 ]
 NumRanks = Annotated[
     int | None,
+    Field(ge=1, le=estimates.MAX_RANKS),
     WRITTEN_NUMBER,
     Query(
-        ge=1,
-        le=estimates.MAX_RANKS,
         description="Number of ranks. Default: as many as the job would get.",
     ),
 ]
