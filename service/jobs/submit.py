@@ -120,12 +120,12 @@ class Submitter:
         """
         prepare = partial(self._changed_spec, job_id, changes)
         changed, had_driver = await run_sync(prepare, limiter=self.compute)
-        if changed is None or changed.resolved.storage is None:
-            return changed
+        if changed is None:
+            return None
         # The agent's check comes last, because it takes longest.
         spec = changed.resolved
         checked = None
-        if self.agents.is_live(spec.cluster):
+        if spec.storage is not None and self.agents.is_live(spec.cluster):
             resumed = ResumedJob(
                 job_id=job_id, has_other_data=changed.has_other_data, had_driver=had_driver
             )
