@@ -6,6 +6,7 @@ Owns: the bodies, plain functions. Torch- and Ray-free; each returns plain value
 import os
 import secrets
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from pydantic import ValidationError
@@ -138,7 +139,9 @@ def _folder_problems(storage_path: str) -> list[Problem]:
     except StorageError:
         return []  # reported by the check for writing
     if job is not None:
-        return [_in_use(storage_path, f"another job ({job.job_id})")]
+        problem = _in_use(storage_path, f"another job ({job.job_id})")
+        remedy = f", or continue that job with `megatron-ray resume {job.job_id}`"
+        return [replace(problem, detail=problem.detail + remedy)]
     if checkpoints:
         last = checkpoints[-1].step
         run = f"committed checkpoints of a run without a service, up to step {last}"

@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from service.http.errors import PROBLEM_TYPES
+from tests.support.service_tokens import tokens_file
 
 Json = dict[str, Any]
 
@@ -543,11 +544,10 @@ def module_settings(
     from service.settings import Settings
 
     folder = tmp_path_factory.mktemp("refusals")
-    (folder / "tokens.json").write_text(json.dumps({"user": "u" * 43, "agent": "a" * 43}))
     return Settings(
         data_dir=folder / "data",
         database_url=new_database(),
-        tokens_file=folder / "tokens.json",
+        tokens_file=tokens_file(folder),
         check_wait_s=0.0,
     )
 

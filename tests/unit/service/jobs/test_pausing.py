@@ -8,7 +8,7 @@ import pytest
 
 from service.local_stack.job_stops import StopJobs, StoppedJobs, resume_jobs, stop_jobs
 from service.local_stack.record import StackRecord
-from tests.unit.service.conftest import USER_TOKEN
+from tests.support.service_tokens import USER_TOKEN
 
 
 def change(service: Any, job_id: str, verb: str, **body: Any) -> httpx.Response:
