@@ -15,7 +15,8 @@ from anyio.to_thread import run_sync
 from fastapi import Request, Response
 from fastapi.routing import APIRoute
 
-from megatron_ray.config.parsing.json_values import RepeatedKeyError, read_json
+from megatron_ray.config.parsing.json_values import UnusableJSONError, read_json
+from megatron_ray.config.problem import Problem
 from service.http.dependencies import context_of
 from service.http.errors import ProblemError, invalid_body
 
@@ -54,8 +55,9 @@ class BoundedBodyRoute(APIRoute):
             raise _refusal(f"the body has more than {MAX_VALUES:,} values")
         try:
             value = read_json(body)
-        except RepeatedKeyError as error:
-            raise _refusal(str(error)) from error
+        except UnusableJSONError as error:
+            problem = Problem(error.pointer, "bad_json", str(error))
+            raise ProblemError("bad_request", str(error), [problem]) from error
         # The framework answers for what is missing or no JSON.
         except (ValueError, RecursionError):
             return

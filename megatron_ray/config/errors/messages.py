@@ -29,6 +29,7 @@ _TEMPLATES = {
     "float_type": "must be a number",
     "finite_number": "must be a finite number",
     "string_type": "must be a string",
+    "string_unicode": "must be text of whole characters",
     "list_type": "must be a list",
     "tuple_type": "must be a list",
     "dict_type": "must be a JSON object",

@@ -81,6 +81,9 @@ def test_bodies_without_measure_are_not_validated(
 @pytest.mark.parametrize(
     ("body", "status", "words"),
     [
+        (r'{"name": "\ud83d\ude00 \uD800"}', 400, "is one half of a character; write the"),
+        (r'{"\udc00": 1}', 400, "is one half of a character; write the character"),
+        (r'{"metadata": {"a": "\ud83d\ude00"}}', 422, "/model: model is required"),
         ('{"a": 1, "a": 2}', 400, "the key 'a' is given twice; keep one of them"),
         (f'{{"training": {{"steps": {"9" * 5000}}}}}', 422, "with fewer digits, got '999"),
     ],
