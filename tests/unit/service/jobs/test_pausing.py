@@ -285,8 +285,8 @@ def test_a_resumed_job_keeps_its_place_and_takes_its_new_name(service: Any) -> N
     assert {key: job[key] for key in changes} == changes
     assert job["resolved_spec"]["parallel"]["dp"] == 4
     assert job["resolved_spec"]["storage"]["path"] == job["storage_path"]
-    found = service.user.get("/v1/jobs?name=longer&metadata[team]=b").json()["data"]
-    assert [entry["id"] for entry in found] == [job_id]
+    matching = service.user.get("/v1/jobs?name=longer&metadata[team]=b").json()["data"]
+    assert [entry["id"] for entry in matching] == [job_id]
 
 
 def test_the_length_of_other_data_is_not_that_of_the_old_ones(service: Any) -> None:
