@@ -233,6 +233,25 @@ def test_jobs_that_do_not_stop_in_time_are_interrupted_and_resumed(service: Any)
     assert driver.desired()["desired"] == "run"
 
 
+def test_a_job_that_cannot_be_resumed_does_not_keep_others_from_it(service: Any) -> None:
+    first, driver = service.running_job()
+    changed(service, first, "pause", reason="stack_stopped")
+    driver.states("paused", attempt=1)
+    second = service.submit()["id"]
+    changed(service, second, "pause", reason="stack_stopped")
+    reports: list[str] = []
+
+    def report(text: str) -> None:
+        reports.append(text)
+        # The user is quicker.
+        if text.startswith(f"resuming {second}"):
+            changed(service, second, "resume")
+
+    resume_jobs(record_of(service), report)
+    assert reports[1].startswith(f"{second} is not resumed: the job is preparing; only a")
+    assert service.job(first)["desired_state"] == "run"
+
+
 def test_jobs_are_cancelled_when_asked_for(service: Any) -> None:
     job_id = service.submit()["id"]
     result = stop_jobs(record_of(service), lambda text: None, 20, StopJobs.CANCEL)
