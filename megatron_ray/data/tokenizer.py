@@ -260,6 +260,11 @@ class Tokenizer:
         name: str | None = self._inner.id_to_token(token_id)
         return name
 
+    def is_special(self, token_id: int) -> bool:
+        """Whether a token is one that text does not become by itself."""
+        token = self._inner.get_added_tokens_decoder().get(token_id)
+        return token is not None and bool(token.special)
+
     def describe(self, ids: Sequence[int]) -> str:
         """Returns the first ids with the text of each, for people to read."""
         pieces = []

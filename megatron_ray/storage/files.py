@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from pyarrow import fs as arrow_fs
 
@@ -80,7 +80,7 @@ def broken_links(folder: Location) -> list[FileStat]:
     return links
 
 
-def open_stream(location: Location, compression: str | None = None) -> IO[bytes]:
+def open_stream(location: Location, compression: str | None = None) -> io.BufferedReader:
     """Opens a file for sequential reads.
 
     `compression` is Arrow's name of the file's compression, such as `gzip`; None reads

@@ -211,9 +211,12 @@ def _keys(source: SourceFiles) -> _FileKeys:
 
 def _key(source: SourceFiles, file: FileStat) -> tuple[str, str]:
     path = file.path
-    # A file may be reached by several paths.
+    # A file may be reached by several paths, through symbolic links and through hard ones.
     if source.root.is_local:
         path = os.path.realpath(path)
+        status = os.stat(path)
+        if status.st_nlink > 1:
+            path = f"{status.st_dev}:{status.st_ino}"
     return path, source.source.text_key
 
 

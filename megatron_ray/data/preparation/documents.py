@@ -56,16 +56,15 @@ def read_file_chunks(
     """
     if tally is None:
         tally = new_tally(source_files)
-    remedy = "check the path and the credentials"
-    form = file_format(file.path)
-    if form is not None and form.compression is not None:
-        remedy = "check that the file is complete, or unpack it"
+    num_records = tally.num_records
     # Covers reading as well as opening, because disks may fail at any time.
-    with read_errors(file.path, remedy):
+    with read_errors(file.path, _read_remedy(file)):
         if source_files.kind == "builtin":
             yield from _read_python(Path(file.path))
-        else:
-            yield from _read_file(source_files, file, tally)
+            return
+        yield from _read_file(source_files, file, tally)
+    if tally.num_records == num_records:
+        tally.add_empty_file(file.path)
 
 
 def fingerprint(source_files: SourceFiles) -> str:
@@ -101,6 +100,16 @@ def _read_file(
     # A bad file is left out as a whole only if bad records are allowed.
     checks_first = source.max_bad_records > 0
     return read_text(location, form.compression, tally, checks_first=checks_first)
+
+
+def _read_remedy(file: FileStat) -> str:
+    """Returns what to do about an error that does not show its cause."""
+    form = file_format(file.path)
+    if form is not None and form.compression is not None:
+        return "check that the file is complete, or unpack it"
+    if form is not None and form.kind == "parquet":
+        return "check that the file is complete"
+    return "check the path and the credentials"
 
 
 def _require_content(location: Location, file: FileStat) -> None:

@@ -30,10 +30,13 @@ _MAX_NAMES_SHOWN = 5
 _SPLIT_WORD = re.compile(
     r"(?<![a-z])(?:"
     r"(?P<train>train|training)"
-    r"|(?P<validation>validation|valid|val|dev|devel|development|eval|evaluation)"
-    r"|(?P<test>test|testing|h[eo]ld[-_. ]?out)"
-    r")(?:[-_]?(?:set|split|data))?(?![a-z])"
+    r"|(?P<validation>validations?|validate|valid|val|dev|devel|development"
+    r"|evals?|evaluations?)"
+    r"|(?P<test>tests?|testing|h[eo]ld[-_. ]?outs?)"
+    r")(?:[-_]?(?:sets?|splits?|data|dev))?(?![a-z])"
 )
+# Where such a word begins in a name like myTest.jsonl.
+_CAPITAL = re.compile(r"(?<=[a-z0-9])(?=Train|Val|Eval|Test|Held|Hold)")
 _DESCRIPTION = re.compile(
     r"(?:readme|licen[cs]e|copying)(?![a-z])"
     r"|(?:notice|authors|contributors|contributing|changelog|citation|code_of_conduct"
@@ -92,8 +95,8 @@ def select_files(
     readable = groups.readable()
     if not readable and not is_folder:
         # A pattern that matches nothing but descriptions means them.
-        readable = groups.descriptions
-        groups.descriptions = []
+        readable = [file for file in groups.descriptions if file_format(file.path)]
+        groups.descriptions = _without(groups.descriptions, readable)
     if groups.unreadable:
         pattern = None
         if is_folder and readable:
@@ -118,7 +121,7 @@ def split_of(name: str) -> Split | None:
 
     A folder thus decides for the files in it.
     """
-    for part in PurePosixPath(name.lower()).parts:
+    for part in PurePosixPath(_CAPITAL.sub("_", name).lower()).parts:
         match = _SPLIT_WORD.search(part)
         if match is None:
             continue
@@ -160,7 +163,7 @@ def _grouped(files: Sequence[FileStat], root: str, *, skips_hidden: bool) -> _Gr
                 groups.hidden.append(file)
         elif unpacked != file.path and unpacked in paths:
             groups.packed.append(file)
-        elif is_read and _DESCRIPTION.match(PurePosixPath(name.lower()).name):
+        elif _DESCRIPTION.match(PurePosixPath(name.lower()).name):
             groups.descriptions.append(file)
         elif is_read:
             getattr(groups, split or "unmarked").append(file)

@@ -76,6 +76,12 @@ def remedy_of(path: str) -> str | None:
     """
     suffix = PurePosixPath(path.lower()).suffix
     if suffix in _COMPRESSIONS:
+        packed = PurePosixPath(unpacked_path(path.lower())).suffix
+        if packed in _KINDS or packed in _COMPRESSIONS:
+            return _UNPACK
+        inner = remedy_of(unpacked_path(path))
+        if inner is not None:
+            return inner
         return f"{_UNPACK}, or name it by what it holds, such as .jsonl{suffix}"
     for remedy, suffixes in _REMEDIES:
         if suffix in suffixes.split():

@@ -75,6 +75,14 @@ def test_a_file_named_in_both_lists_is_noted(folder: Path) -> None:
     assert data.notes == [f"{folder}/a.jsonl is both trained on and evaluated on"]
 
 
+def test_a_hard_link_is_the_same_file(folder: Path) -> None:
+    (folder / "link.jsonl").hardlink_to(folder / "a.jsonl")
+    data = find(folder, ["[abc].jsonl"], ["link.jsonl"])
+    assert (stems(data.train), stems(data.validation)) == (["bc"], ["link"])
+    (note,) = find(folder, ["a.jsonl"], ["link.jsonl"]).notes
+    assert note.endswith("a.jsonl is both trained on and evaluated on")
+
+
 def test_other_fields_of_the_same_file_are_other_text(folder: Path) -> None:
     other = DataSource(path=str(folder / "a.jsonl"), text_key="title")
     source = DataSource(path=str(folder))

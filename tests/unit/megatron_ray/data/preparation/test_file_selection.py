@@ -46,6 +46,13 @@ def find(path: Path | str, role: Role = "train") -> SourceFiles:
         ("holdout/a.txt", "test"),
         ("test/train-0.jsonl", "test"),
         ("train/test-0.jsonl", "train"),
+        ("tests/a.jsonl", "test"),
+        ("testdev.jsonl", "test"),
+        ("evals/a.jsonl", "validation"),
+        ("validate.txt", "validation"),
+        ("myTest.jsonl", "test"),
+        ("myTrainSet.jsonl", "train"),
+        ("GameDev.txt", None),
         ("latest.jsonl", None),
         ("contest.txt", None),
         ("trains.txt", None),
@@ -148,7 +155,10 @@ def test_a_folder_of_another_split_is_refused_with_a_pattern_that_works(
         ("b.zip", "unpack it"),
         ("b.jsonl.xz", "unpack it"),
         ("part-0.gz", "unpack it, or name it by what it holds, such as .jsonl.gz"),
-        ("b.parquet.gz", "unpack it"),
+        ("b.parquet.gz", "unpack it, or give only"),
+        ("b.tar.gz", "unpack it, or give only"),
+        ("b.jsonl.gz.gz", "unpack it, or give only"),
+        ("b.csv.gz", "convert it to .jsonl or .parquet"),
         ("b.csv", "convert it to .jsonl or .parquet"),
         ("data-00000-of-00001.arrow", "convert it to .jsonl or .parquet"),
         ("b.bin", "give the pair as a source of its own"),
@@ -176,6 +186,16 @@ def test_other_files_are_named(tmp_path: Path) -> None:
         "7 files (0.md, 1.md, 2.md, 3.md, 4.md, ...) of other types: not read; convert them "
         "to .txt, .jsonl, .parquet to use them",
     ]
+
+
+def test_descriptions_of_any_type_are_named_as_such(tmp_path: Path) -> None:
+    folder = write_files(tmp_path / "set", "a.jsonl", "README.md", "LICENSE", "README.txt")
+    (note,) = find(folder).notes
+    assert note == (
+        f"{folder}: 3 files (LICENSE, README.md, README.txt) describing the data: not read"
+    )
+    with pytest.raises(DataError, match="of a type that cannot be read"):
+        find(folder / "LIC*")
 
 
 def test_a_description_is_read_when_it_is_named(tmp_path: Path) -> None:
