@@ -8,7 +8,7 @@ import io
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,6 +78,38 @@ def broken_links(folder: Location) -> list[FileStat]:
             if os.path.islink(path) and not os.path.exists(path):
                 links.append(FileStat(path, 0, 0))
     return links
+
+
+def file_identity(path: str) -> str:
+    """Returns what is the same for all paths to a local file, through links of any kind.
+
+    Raises OSError.
+    """
+    real_path = os.path.realpath(path)
+    status = os.stat(real_path)
+    # Only where needed, because some network filesystems give a file changing numbers.
+    if status.st_nlink > 1:
+        return f"{status.st_dev}:{status.st_ino}"
+    return real_path
+
+
+def split_repeated(files: Sequence[FileStat]) -> tuple[list[FileStat], list[FileStat]]:
+    """Returns local files, and apart those that are other paths to earlier ones.
+
+    Raises OSError.
+    """
+    distinct = []
+    repeated = []
+    first_paths: dict[tuple[int, int], str] = {}
+    for file in files:
+        # One cheap call for most files; a shared number alone is no proof.
+        status = os.stat(file.path)
+        first_path = first_paths.setdefault((status.st_dev, status.st_ino), file.path)
+        if first_path == file.path or file_identity(first_path) != file_identity(file.path):
+            distinct.append(file)
+        else:
+            repeated.append(file)
+    return distinct, repeated
 
 
 def open_stream(location: Location, compression: str | None = None) -> io.BufferedReader:

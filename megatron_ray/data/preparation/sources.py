@@ -22,7 +22,14 @@ from megatron_ray.data.preparation.file_selection import (
 )
 from megatron_ray.data.preparation.formats.suffixes import TYPES, file_format, remedy_of
 from megatron_ray.storage.errors import InvalidLocationError
-from megatron_ray.storage.files import FileStat, broken_links, file_stat, is_folder, walk
+from megatron_ray.storage.files import (
+    FileStat,
+    broken_links,
+    file_stat,
+    is_folder,
+    split_repeated,
+    walk,
+)
 from megatron_ray.storage.location import Location, parse_location
 
 STDLIB = "builtin://python-stdlib"
@@ -246,6 +253,14 @@ def _matches(parts: tuple[str, ...], patterns: tuple[str, ...]) -> bool:
 
 def _text_files(source: DataSource, root: Location, selection: Selection) -> SourceFiles:
     files = selection.files
+    notes = selection.notes
+    if root.is_local:
+        # Links may lead to the same files, and those in a circle many times.
+        by_depth = sorted(files, key=lambda file: (file.path.count("/"), file.path))
+        files, repeated = split_repeated(by_depth)
+        if repeated:
+            names = named_files(repeated, _fixed_folder(root).path)
+            notes = [*notes, f"{source.path}: {names} linked to others: read once"]
     if not sum(file.size for file in files):
         detail = f"{source.path} is empty; give files with text in them"
         raise DataError("empty", detail)
@@ -255,7 +270,7 @@ def _text_files(source: DataSource, root: Location, selection: Selection) -> Sou
         root,
         _by_path(files),
         _by_path(selection.validation),
-        tuple(selection.notes),
+        tuple(notes),
     )
 
 

@@ -83,6 +83,20 @@ def test_a_hard_link_is_the_same_file(folder: Path) -> None:
     assert note.endswith("a.jsonl is both trained on and evaluated on")
 
 
+def test_files_that_links_reach_again_are_read_once(folder: Path) -> None:
+    (folder / "circle").symlink_to(folder)
+    (folder / "b2.jsonl").hardlink_to(folder / "b.jsonl")
+    (folder / "a2.jsonl").symlink_to("a.jsonl")
+    data = find(folder, ["[ab]*.jsonl"])
+    assert stems(data.train) == ["ab"]
+    assert data.notes == [
+        f"{folder}/[ab]*.jsonl: 2 files (a2.jsonl, b2.jsonl) linked to others: read once"
+    ]
+    data = find(folder, ["."])
+    assert stems(data.train) == ["abc"]
+    assert "circle/a.jsonl, circle/a2.jsonl" in data.notes[0]
+
+
 def test_other_fields_of_the_same_file_are_other_text(folder: Path) -> None:
     other = DataSource(path=str(folder / "a.jsonl"), text_key="title")
     source = DataSource(path=str(folder))
