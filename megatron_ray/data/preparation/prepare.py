@@ -86,6 +86,7 @@ def prepare(
         *made.notes,
         *data_files.notes,
         *_key_notes([*data_files.train, *data_files.validation]),
+        *_special_token_notes(data, tokenizer),
         *_corpus_notes([*train, *validation], data, tokenizer),
     ]
     if data.separate_documents:
@@ -207,6 +208,14 @@ def _key_notes(sources: Sequence[SourceAt]) -> list[str]:
                 f"{source.path} has no fields, so text_key={source.text_key!r} has no effect"
             )
     return notes
+
+
+def _special_token_notes(data: DataConfig, tokenizer: Tokenizer) -> Iterator[str]:
+    if data.tokenizer.special_tokens_in_text == "all" and not tokenizer.recognises_special:
+        yield (
+            "data.tokenizer.special_tokens_in_text=all has no effect, as the tokenizer has no "
+            "special tokens but its end token"
+        )
 
 
 def _end_notes(

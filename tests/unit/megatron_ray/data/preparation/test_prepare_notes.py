@@ -96,6 +96,19 @@ def test_data_that_do_not_begin_as_prompts_will_are_noted(tmp_path: Path) -> Non
     )
 
 
+def test_a_tokenizer_without_special_tokens_for_text_is_noted(
+    tmp_path: Path, corpus: Path
+) -> None:
+    tokenizer = TokenizerConfig(kind="bytes", special_tokens_in_text="all")
+    (note,) = prepare(
+        config(corpus, tokenizer=tokenizer), str(tmp_path / "cache"), seq_length=8
+    ).notes
+    assert note.startswith("data.tokenizer.special_tokens_in_text=all has no effect, as")
+    named = TokenizerConfig(kind="bytes", special_tokens_in_text=("<|endoftext|>",))
+    data = config(corpus, tokenizer=named)
+    assert prepare(data, str(tmp_path / "cache"), seq_length=8).notes == ()
+
+
 def test_a_field_of_data_without_fields_is_noted(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("one two three " * 20)
     lines = write(tmp_path / "b.jsonl", TEXTS)
