@@ -215,8 +215,11 @@ def _tokenize(
     if not writer.hashes:
         raise DataError("empty", f"{name} holds no text; give files with text in them")
     prefix.with_name(RECORDS).write_text(json.dumps(tally.to_json()))
+    noun = "documents"
+    if len(writer.hashes) == 1:
+        noun = "document"
     progress(
-        f"tokenized {name}: {len(writer.hashes)} documents, "
+        f"tokenized {name}: {len(writer.hashes)} {noun}, "
         f"{writer.num_tokens / 1e6:.2f} million tokens"
     )
     return np.array(writer.hashes, np.uint64)
