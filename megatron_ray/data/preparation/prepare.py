@@ -338,10 +338,14 @@ def _long_enough(
                 "on"
             )
     if not long_enough:
+        remedy = "lower training.seq_length"
+        # Validation files stand in place of a share.
+        if any(built.has("train") for built in train):
+            remedy = f"raise validation_fraction, {remedy}"
         detail = (
             f"the held-out documents have {most_tokens} tokens, but one sample needs "
-            f"seq_length + 1 = {required}; raise validation_fraction, lower "
-            "training.seq_length, name data.validation sources, or set 0 to evaluate nothing"
+            f"seq_length + 1 = {required}; {remedy}, name data.validation sources, or set 0 "
+            "to evaluate nothing"
         )
         raise UnusableDataError([Problem("/data/validation_fraction", "too_short", detail)])
     return long_enough, notes
