@@ -35,8 +35,11 @@ _SPLIT_WORD = re.compile(
     r"|(?P<test>tests?|testing|h[eo]ld[-_. ]?outs?)"
     r")(?:[-_]?(?:sets?|splits?|data|dev))?(?![a-z])"
 )
-# Where such a word begins in a name like myTest.jsonl.
-_CAPITAL = re.compile(r"(?<=[a-z0-9])(?=Train|Val|Eval|Test|Held|Hold)")
+# Where such a word begins or ends in names like myTest.jsonl and testA.jsonl.
+_CAPITAL = re.compile(
+    r"(?<=[a-z0-9])(?=Train|Val|Eval|Test|Held|Hold)"
+    r"|(?<=[Tt]est|[Ee]val)(?=[A-Z])|(?<=[Dd]ev|[Vv]al)(?=[A-Z])|(?<=[Tt]rain|[Vv]alid)(?=[A-Z])"
+)
 _DESCRIPTION = re.compile(
     r"(?:readme|licen[cs]e|copying)(?![a-z])"
     r"|(?:notice|authors|contributors|contributing|changelog|citation|code_of_conduct"
