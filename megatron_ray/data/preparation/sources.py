@@ -8,6 +8,7 @@ import fnmatch
 import hashlib
 import os
 import sysconfig
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Literal
@@ -127,28 +128,38 @@ def _unknown_type(file: FileStat) -> DataError:
 
 def _find_in_folder(source: DataSource, folder: Location, role: Role) -> SourceFiles:
     files = list(walk(folder))
-    _require_targets(source, folder)
+    broken = broken_links(folder)
+    _require_targets(source, folder, broken)
     selection = select_files(source.path, folder.path, files, role, is_folder=True)
+    if broken:
+        # A folder of data may have been behind one, on a disk that is not mounted.
+        names = named_files(broken, folder.path)
+        selection.notes.append(f"{source.path}: {names} linked to nothing: not read")
     if not selection.files:
         detail = f"the folder {source.path} holds no {TYPES} file; {_REMEDY}"
         raise DataError("no_files", detail)
     return _text_files(source, folder, selection)
 
 
-def _require_targets(source: DataSource, folder: Location) -> None:
-    """Raises DataError when a link to data leads nowhere."""
-    broken = [file for file in broken_links(folder) if file_format(file.path) is not None]
-    if broken:
+def _require_targets(
+    source: DataSource, folder: Location, broken: Sequence[FileStat]
+) -> None:
+    """Raises DataError when one of the broken links is named like data."""
+    data = [file for file in broken if file_format(file.path) is not None]
+    if data:
         detail = (
             f"{source.path} has links to data that do not exist: "
-            f"{named_files(broken, folder.path)}; restore the data or remove the links"
+            f"{named_files(data, folder.path)}; restore the data or remove the links"
         )
         raise DataError("not_found", detail)
 
 
 def _find_matching(source: DataSource, root: Location, role: Role) -> SourceFiles:
     base = _fixed_folder(root)
-    files = _glob(base, root.path)
+    files: list[FileStat] = []
+    if is_folder(base):
+        files = _matching(walk(base), root.path)
+        _require_targets(source, base, _matching(broken_links(base), root.path))
     if not files:
         detail = f"no file matches {source.path} where the job runs; check the pattern"
         raise DataError("not_found", detail)
@@ -224,15 +235,9 @@ def _fixed_folder(root: Location) -> Location:
     return Location(root.filesystem, path, root.is_local)
 
 
-def _glob(base: Location, path: str) -> list[FileStat]:
-    if not is_folder(base):
-        return []
-    patterns = PurePosixPath(path).parts
-    matching = []
-    for file in walk(base):
-        if _matches(PurePosixPath(file.path).parts, patterns):
-            matching.append(file)
-    return matching
+def _matching(files: Iterable[FileStat], pattern: str) -> list[FileStat]:
+    patterns = PurePosixPath(pattern).parts
+    return [file for file in files if _matches(PurePosixPath(file.path).parts, patterns)]
 
 
 def _matches(parts: tuple[str, ...], patterns: tuple[str, ...]) -> bool:

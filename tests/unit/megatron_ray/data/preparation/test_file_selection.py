@@ -215,11 +215,15 @@ def test_links_to_missing_data_are_named(tmp_path: Path) -> None:
     folder = write_files(tmp_path / "set", "a.jsonl")
     (folder / "notes").symlink_to("nowhere")
     assert names_of(find(folder), folder) == ["a.jsonl"]
+    assert find(folder).notes == (f"{folder}: 1 file (notes) linked to nothing: not read",)
     (folder / "b.jsonl").symlink_to("nowhere.jsonl")
     with pytest.raises(
         DataError, match=r"links to data that do not exist: 1 file \(b.jsonl\);"
     ):
         find(folder)
+    with pytest.raises(DataError, match=r"do not exist: 1 file \(b.jsonl\)"):
+        find(f"{folder}/*.jsonl")
+    assert names_of(find(f"{folder}/a*"), folder) == ["a.jsonl"]
 
 
 def test_a_file_and_its_compressed_copy_are_read_once(tmp_path: Path) -> None:
