@@ -312,7 +312,22 @@ def _open_prepared(
         raise DataError("bad_corpus", detail)
     if not corpus.num_tokens:
         raise DataError("empty", f"{name} holds no tokens; prepare the data again")
+    if not _covers_sequences(corpus.table):
+        detail = (
+            f"the documents that the index of {name} marks are not its {len(corpus)} "
+            "sequences; prepare the data again"
+        )
+        raise DataError("bad_corpus", detail)
     return corpus, *_read_documents(corpus, tokenizer, vocab_size, name)
+
+
+def _covers_sequences(table: IndexTable) -> bool:
+    """Whether lengths and positions are possible and each sequence is of one document."""
+    marks = table.documents
+    if len(marks) < 2 or marks[0] != 0 or marks[-1] != len(table.lengths):
+        return False
+    smallest = min(table.lengths.min(initial=0), table.pointers.min(initial=0))
+    return bool(smallest >= 0 and (np.diff(marks) >= 0).all())
 
 
 def _read_documents(

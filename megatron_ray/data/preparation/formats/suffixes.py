@@ -14,9 +14,11 @@ _KINDS: dict[str, Literal["text", "json_lines", "parquet"]] = {
     ".txt": "text",
     ".text": "text",
     ".jsonl": "json_lines",
+    ".jsonlines": "json_lines",
     ".ndjson": "json_lines",
     ".json": "json_lines",
     ".parquet": "parquet",
+    ".pq": "parquet",
 }
 _COMPRESSIONS = {
     ".gz": "gzip",
@@ -32,7 +34,7 @@ _CONVERT = "convert it to .jsonl or .parquet"
 _REMEDIES = (
     (
         _UNPACK,
-        ".zip .tar .tgz .tbz .tbz2 .txz .tzst .7z .rar .z .xz .lzma .lz .lz4 .br .sz",
+        ".zip .tar .tgz .tbz .tbz2 .txz .tzst .7z .rar .z .xz .lzma .lz .lz4 .br .sz .snappy",
     ),
     (_CONVERT, ".csv .tsv .arrow .feather .ipc .orc .avro .xls .xlsx .tfrecord .tfrecords"),
     (_CONVERT, ".mds .lance .msgpack .pkl .pickle .npy .npz .h5 .hdf5 .db .sqlite .warc"),
