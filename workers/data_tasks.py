@@ -24,7 +24,6 @@ from megatron_ray.checkpoint.initial_tokenizer import initial_tokenizer
 from megatron_ray.config.model import ModelConfig
 from megatron_ray.config.model_tokenizer import ModelTokenizer
 from megatron_ray.config.problem import Problem
-from megatron_ray.config.training import TrainingConfig
 from megatron_ray.data.preparation.errors import UnusableDataError
 from megatron_ray.data.preparation.prepare import no_progress, prepare
 from megatron_ray.data.prepared import PreparedData
@@ -72,13 +71,13 @@ def prepare_data(
     # Nor was the number of steps of a number of epochs.
     if spec.training.epochs is not None:
         notes += _check_epochs(spec, prepared.num_train_tokens)
-    for note in notes:
-        progress(note)
     # And how much room the prepared data have left.
     if spec.storage is not None:
         problems = room_problems(resolved, spec.storage.path)
         if problems:
             raise UnusableDataError(problems)
+    for note in notes:
+        progress(note)
     return prepared.model_copy(update={"notes": (*notes, *prepared.notes)})
 
 
@@ -93,29 +92,13 @@ def _check_epochs(spec: JobSpec, num_tokens: int) -> list[str]:
         problems = find_problems(resolved)
     if problems:
         raise UnusableDataError(problems)
-    notes = _length_notes(resolved.training, spec.training.epochs, num_tokens)
     # Those that do not depend on the steps were shown before.
     earlier = find_warnings(spec)
+    notes = []
     for warning in find_warnings(resolved):
         if warning not in earlier:
             notes.append(f"{warning.pointer}: {warning.detail}")
     return notes
-
-
-def _length_notes(
-    training: TrainingConfig, epochs: float | None, num_tokens: int
-) -> list[str]:
-    """Returns a note when the one step that is trained at least is more than the epochs."""
-    passes = (
-        training.num_steps * training.global_batch_size * training.seq_length / num_tokens
-    )
-    if epochs is None or passes <= epochs:
-        return []
-    return [
-        f"/training/epochs: one step of {training.global_batch_size} x {training.seq_length} "
-        f"tokens is {passes:.1f} passes over the training documents, not {epochs:g}; lower "
-        "training.global_batch_size for fewer"
-    ]
 
 
 def _resolve_weights(
