@@ -5,6 +5,7 @@ Owns: the formats .jsonl and .json. Must not know: other formats, tokens.
 
 import codecs
 import json
+import shlex
 from collections.abc import Iterator
 from typing import Any
 
@@ -29,6 +30,7 @@ AS_ONE_TEXT = "write the parts of each row as one text"
 """What to do with lists, such as the messages of a chat."""
 _MAX_NAMES_SHOWN = 8
 _ENOUGH_OBJECTS = 1000
+_UNPACKERS = {"gzip": "gzip -dc", "zstd": "zstd -dc", "bz2": "bzip2 -dc"}
 _ABSENT = object()
 _KINDS = {
     bool: "true or false",
@@ -50,7 +52,7 @@ def read_json_lines(
     Raises DataError when the file is no JSON lines, or when none of its first objects has
     the field.
     """
-    reader = _LineReader(location.path, text_key, tally)
+    reader = _LineReader(location.path, compression, text_key, tally)
     with open_stream(location, compression) as stream:
         other = other_content(
             stream.peek(HEAD_BYTES)[:HEAD_BYTES], location.path, compression
@@ -71,8 +73,11 @@ def read_json_lines(
 class _LineReader:
     """Reads the lines of one file."""
 
-    def __init__(self, path: str, text_key: str, tally: RecordTally) -> None:
+    def __init__(
+        self, path: str, compression: str | None, text_key: str, tally: RecordTally
+    ) -> None:
         self._path = path
+        self._compression = compression
         self._text_key = text_key
         self._tally = tally
         self._num_lines = 0
@@ -151,9 +156,16 @@ class _LineReader:
         if jq_filter is not None:
             detail = (
                 f"{self._path} is one JSON value, not JSON lines; write one object per line, "
-                f"for example with: jq -c '{jq_filter}' {self._path}"
+                f"for example with: {self._conversion(jq_filter)}"
             )
             raise DataError("file_type", detail)
+
+    def _conversion(self, jq_filter: str) -> str:
+        """Returns a shell command that prints the file's objects, one a line."""
+        path = shlex.quote(self._path)
+        if self._compression is None:
+            return f"jq -c '{jq_filter}' {path}"
+        return f"{_UNPACKERS[self._compression]} {path} | jq -c '{jq_filter}'"
 
     def _on_absent(self, record: dict[str, Any]) -> None:
         if self._other_fields is None:

@@ -82,6 +82,9 @@ def test_json_files_hold_lines(tmp_path: Path) -> None:
         if content.startswith("{"):
             command = "jq -c '.'"
         assert error.detail.endswith(f"with: {command} {tmp_path}/a.json")
+    path = tmp_path / "a b.json.zst"
+    path.write_bytes(zstd(b'[{"text": "a"}]'))
+    assert refusal(path).detail.endswith(f"with: zstd -dc '{path}' | jq -c '.[]'")
 
 
 def tar(data: bytes) -> bytes:
