@@ -6,9 +6,10 @@ Owns: which reader reads which file. Must not know: tokens, splits, caches.
 import hashlib
 import json
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from megatron_ray.data.preparation.errors import DataError, read_errors
+from megatron_ray.data.preparation.formats.contents import HEAD_BYTES, is_compressed
 from megatron_ray.data.preparation.formats.json_lines import read_json_lines
 from megatron_ray.data.preparation.formats.parquet import read_parquet
 from megatron_ray.data.preparation.formats.records import (
@@ -19,7 +20,7 @@ from megatron_ray.data.preparation.formats.records import (
 from megatron_ray.data.preparation.formats.suffixes import file_format
 from megatron_ray.data.preparation.formats.text import read_text
 from megatron_ray.data.preparation.sources import SourceFiles
-from megatron_ray.storage.files import FileStat, read_bytes
+from megatron_ray.storage.files import FileStat, open_stream, read_bytes
 from megatron_ray.storage.location import Location
 
 # Part of every fingerprint; to be increased when the same files yield other documents.
@@ -62,7 +63,11 @@ def read_file_chunks(
         if source_files.kind == "builtin":
             yield from _read_python(Path(file.path))
             return
-        yield from _read_file(source_files, file, tally)
+        try:
+            yield from _read_file(source_files, file, tally)
+        except OSError:
+            _require_compressed(source_files.location(file))
+            raise
     if tally.num_records == num_records:
         tally.add_empty_file(file.path)
 
@@ -110,6 +115,19 @@ def _read_remedy(file: FileStat) -> str:
     if form is not None and form.kind == "parquet":
         return "check that the file is complete"
     return "check the path and the credentials"
+
+
+def _require_compressed(location: Location) -> None:
+    """Raises DataError when a file that is named as compressed is not."""
+    form = file_format(location.path)
+    if form is None or form.compression is None:
+        return
+    with open_stream(location) as stream:
+        head = stream.read(HEAD_BYTES)
+    if not is_compressed(head, form.compression):
+        suffix = PurePosixPath(location.path).suffix
+        detail = f"{location.path} is not compressed; take {suffix} off its name"
+        raise DataError("file_type", detail)
 
 
 def _require_content(location: Location, file: FileStat) -> None:

@@ -18,10 +18,16 @@ _UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 _TAR_MAGIC_AT = 257
 _ENOUGH_BYTES = 64
 _UNPACK = "unpack it"
+_COMPRESSIONS = {
+    "gzip": re.compile(rb"\x1f\x8b"),
+    # The second is a frame of other data before the compressed ones.
+    "zstd": re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18"),
+    "bz2": re.compile(rb"BZh[1-9]1AY&SY"),
+}
 _FORMS = (
-    (re.compile(rb"\x1f\x8b"), "compressed with gzip", "add .gz to its name"),
-    (re.compile(rb"\x28\xb5\x2f\xfd"), "compressed with zstd", "add .zst to its name"),
-    (re.compile(rb"BZh[1-9]1AY&SY"), "compressed with bzip2", "add .bz2 to its name"),
+    (_COMPRESSIONS["gzip"], "compressed with gzip", "add .gz to its name"),
+    (_COMPRESSIONS["zstd"], "compressed with zstd", "add .zst to its name"),
+    (_COMPRESSIONS["bz2"], "compressed with bzip2", "add .bz2 to its name"),
     (re.compile(rb"\xfd7zXZ\x00"), "compressed with xz", _UNPACK),
     (re.compile(rb"\x04\x22\x4d\x18"), "compressed with lz4", _UNPACK),
     (re.compile(rb"PK\x03\x04"), "a zip archive", _UNPACK),
@@ -51,6 +57,11 @@ def other_content(head: bytes, name: str, compression: str | None) -> BadRecord 
     if head.strip(b"\0"):
         return BadRecord(f"{name} is UTF-16 text", "convert it to UTF-8", "not_utf8")
     return BadRecord(f"{name} holds zero bytes in place of text", "restore it", "not_utf8")
+
+
+def is_compressed(head: bytes, compression: str) -> bool:
+    """Whether a file begins as one of a compression does. `compression` is Arrow's name."""
+    return _COMPRESSIONS[compression].match(head) is not None
 
 
 def _has_zero_bytes(head: bytes) -> bool:

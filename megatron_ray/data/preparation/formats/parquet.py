@@ -53,9 +53,10 @@ def read_parquet(
         try:
             table = pq.ParquetFile(file)
         except pa.ArrowInvalid as error:
+            cause = short_cause(error).rstrip(".")
             detail = (
-                f"{location.path} is not a Parquet file: {short_cause(error)}; check that it is "
-                "complete, or name it by what it holds"
+                f"{location.path} is not a Parquet file: {cause}; check that it is complete, or "
+                "name it by what it holds"
             )
             raise DataError("file_type", detail) from error
         path = _column_path(table.schema_arrow, text_key, location.path)

@@ -129,6 +129,16 @@ def test_files_with_other_contents_than_their_names_are_refused_with_a_remedy(
     assert message in refusal(tmp_path / name).detail
 
 
+@pytest.mark.parametrize("suffix", COMPRESSIONS)
+def test_files_that_were_unpacked_under_their_names_are_refused_with_a_remedy(
+    tmp_path: Path, suffix: str
+) -> None:
+    path = tmp_path / f"a.jsonl{suffix}"
+    path.write_bytes(ROWS)
+    detail = f"{path} is not compressed; take {suffix} off its name"
+    assert refusal(path).detail == detail
+
+
 def test_a_text_file_with_other_contents_is_one_bad_record(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(GZIPPED)
     (tmp_path / "b.txt").write_text("b")
