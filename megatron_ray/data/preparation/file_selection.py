@@ -116,6 +116,12 @@ def select_files(
     for reason, left_out in _left_out(groups, chosen, role):
         if left_out:
             notes.append(f"{path}: {named_files(left_out, root)} {reason}")
+    # Shells leave these out of patterns, and programs keep copies of files in such folders.
+    hidden = [file for file in chosen if "/." in f"/{_relative_name(file, root)}"]
+    if hidden:
+        notes.append(
+            f"{path}: {named_files(hidden, root)} with names that begin with .: read"
+        )
     return Selection(chosen, _without(groups.validation, chosen), notes)
 
 

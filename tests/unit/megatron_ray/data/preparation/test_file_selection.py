@@ -191,6 +191,14 @@ def test_other_files_are_named(tmp_path: Path) -> None:
     ]
 
 
+def test_hidden_files_that_a_pattern_matches_are_named(tmp_path: Path) -> None:
+    folder = write_files(tmp_path / "set", "a.jsonl", ".copies/a.jsonl", "_b/a.jsonl")
+    source = find(f"{folder}/**/*.jsonl")
+    assert len(source.files) == 3
+    (note,) = source.notes
+    assert note.endswith(": 1 file (.copies/a.jsonl) with names that begin with .: read")
+
+
 def test_descriptions_of_any_type_are_named_as_such(tmp_path: Path) -> None:
     folder = write_files(tmp_path / "set", "a.jsonl", "README.md", "LICENSE", "README.txt")
     (note,) = find(folder).notes
