@@ -77,6 +77,8 @@ def prepare_data(
         problems = room_problems(resolved, spec.storage.path)
         if problems:
             raise UnusableDataError(problems)
+    for note in notes:
+        progress(note)
     return prepared.model_copy(update={"notes": (*notes, *prepared.notes)})
 
 

@@ -48,7 +48,9 @@ def read_spec(path: Path, overrides: Iterable[str] | None) -> dict[str, Any]:
         ) from error
     except UnicodeDecodeError as error:
         raise CommandError(
-            f"{path} is not text", remedy="set SPEC to a YAML or JSON file", exit_code=2
+            f"{path} is not text in UTF-8",
+            remedy="save it as UTF-8, in YAML or JSON",
+            exit_code=2,
         ) from error
     except ValueError as error:
         raise CommandError(

@@ -3,7 +3,7 @@
 Must not know: how a job is created or changed.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Annotated, Any
@@ -249,7 +249,21 @@ def metrics(
             columns[name] = _metric_column(name)
     print_page(page, as_json, columns, empty=empty)
     if not as_json:
+        _print_empty_columns(page, columns)
         _print_missing_steps(page)
+
+
+def _print_empty_columns(page: Mapping[str, Any], columns: Iterable[str]) -> None:
+    """Prints which parts of metrics, such as misspelt sources, no step has."""
+    for name in columns:
+        metric, is_part, _ = name.partition("/")
+        if not is_part or any(row.get(name) is not None for row in page["data"]):
+            continue
+        hint = f"--keys {metric} shows the parts"
+        if metric == "val_loss":
+            hint = "megatron-ray show JOB names the sources"
+        if page["data"]:
+            print_note(f"no step has {name}; {hint}")
 
 
 def _print_missing_steps(page: Mapping[str, Any]) -> None:

@@ -477,6 +477,21 @@ def test_metrics_of_several_parts_are_one_cell(run: Run, service: FakeService) -
     assert "load_balancing_loss 1.25, z_loss -" in out
 
 
+def test_parts_that_no_step_has_are_named(run: Run, service: FakeService) -> None:
+    names = ("loss", "val_loss/[en]", "val_loss/typo", "split_s/typo")
+    row = dict.fromkeys(names) | {"step": 3, "attempt": 1, "val_loss/[en]": 2.5}
+    page = {"object": "list", "data": [row], "has_more": False}
+    service.routes["GET /v1/jobs/job-abc/metrics"] = (200, page)
+    arguments = ("metrics", "job-abc", "--keys", ",".join(names), "--url", service.url)
+    code, out, _ = run(*arguments)
+    assert code == 0
+    assert "val_loss/[en]" in out
+    assert "no step has val_loss/typo; megatron-ray show JOB names the sources" in out
+    assert "no step has split_s/typo; --keys split_s shows the parts" in out
+    assert "no step has val_loss/[en]" not in out
+    assert "no step has" not in run(*arguments, "--json")[1]
+
+
 def cancellation(*cancelled: str, **more: Any) -> tuple[int, dict[str, Any]]:
     jobs = [{"id": job_id, "name": "n", "status": "cancelling"} for job_id in cancelled]
     body = {"cancelled": jobs, "ended": [], "not_found": [], "has_more": False}
