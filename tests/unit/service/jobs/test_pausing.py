@@ -368,3 +368,5 @@ def test_a_resume_that_is_sent_twice_is_answered_once(service: Any) -> None:
     again = service.user.post(path, json={}, headers=key)
     assert again.headers["Idempotent-Replayed"] == "true"
     assert (again.status_code, again.json()) == (202, first.json())
+    assert service.user.delete(f"/v1/jobs/{job_id}").status_code == 204
+    assert service.user.post(path, json={}, headers=key).status_code == 404
