@@ -218,6 +218,13 @@ def test_a_good_config_has_no_problem() -> None:
             "multiple of 2, or turn it off",
         ),
         (
+            {"model": {"hidden_size": 8192, "num_attention_heads": 4}},
+            None,
+            "/model/num_attention_heads",
+            "hidden_size=8192 over num_attention_heads=4 leaves heads of width 2048; use more "
+            "heads, or give head_dim, at most 1024",
+        ),
+        (
             {"model": {"head_dim": 31}},
             None,
             "/model/head_dim",
