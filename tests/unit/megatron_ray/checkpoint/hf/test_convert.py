@@ -160,6 +160,16 @@ def test_types_are_kept_or_chosen(tmp_path: Path) -> None:
     )
 
 
+def test_weights_wider_than_the_published_ones_are_noted(tmp_path: Path) -> None:
+    publish("llama", tmp_path / "hf")
+    edit_config(tmp_path / "hf", dtype="bfloat16")
+    import_folder(str(tmp_path / "hf"), str(tmp_path / "ours"))
+    (note,) = export_folder(str(tmp_path / "ours"), str(tmp_path / "out")).notes
+    assert "float32, as they were trained, and were published as bfloat16: --dtype" in note
+    chosen = export_folder(str(tmp_path / "ours"), str(tmp_path / "fp32"), torch.float32)
+    assert chosen.notes == ()
+
+
 def test_boxes_are_read_from_anywhere(tmp_path: Path) -> None:
     publish("gpt2", tmp_path / "hf")
     weights = HfWeights(str(tmp_path / "hf"))
