@@ -177,6 +177,11 @@ class HfFolder:
                 reason += (
                     f"; it holds {len(extra)} others that are not known: {_some(extra)}"
                 )
+            else:
+                reason += (
+                    f"; download its files again, or correct {CONFIG} if the model has no "
+                    "such tensors"
+                )
             raise ConfigError(reason)
         if extra:
             raise ConfigError(

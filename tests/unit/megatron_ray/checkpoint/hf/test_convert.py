@@ -529,7 +529,8 @@ def with_config(**changed: Any) -> Damage:
         ),
         (
             without("model.norm.weight"),
-            "lacks 1 of the 21 tensors that its config.json asks for: model.norm.weight",
+            "lacks 1 of the 21 tensors that its config.json asks for: model.norm.weight; "
+            "download its files again, or correct config.json if the model has no such",
         ),
         (
             with_tensor("model.layers.0.self_attn.q_proj.bias", torch.zeros(32)),
