@@ -166,7 +166,10 @@ def _spec(config: TrainConfig, path: str) -> str:
     # Null is a value where it is not the default, such as of mla.q_lora_rank.
     fields = config.model_dump(mode="json", exclude_defaults=True)
     fields = {"name": "from-pretrained", **fields, "checkpoint": {"start_from": path}}
+    data = "data"
+    if config.data.tokenizer.path is None:
+        data = "data, their tokenizer"
     return (
-        "# A run that starts from these weights. Choose data, sequence length, batch, steps "
+        f"# A run that starts from these weights. Choose {data}, sequence length, batch, steps "
         f"and learning rate.\n{yaml.safe_dump(fields, sort_keys=False)}"
     )
