@@ -64,8 +64,9 @@ def files_beside_weights(
     `tokenizer` is the run's tokenizer.json, if it trained on text; the other two are the
     ids of the tokens around its documents.
     """
+    own = _tokenizer_files(tokenizer, end_of_document, begin_of_document)
     if published and _has_published_ids(published, tokenizer, end_of_document):
-        return _as_published(published, tokenizer, end_of_document)
+        return _as_published(published, tokenizer, own, end_of_document)
     licences = {name: content for name, content in published.items() if is_licence(name)}
     # A model that was not published may have the end of a document for both.
     begin = begin_of_document
@@ -83,20 +84,22 @@ def files_beside_weights(
             "the run's tokenizer is not the published one, so published ids of tokens and "
             f"{', '.join(left_out) or 'settings'} are left out"
         )
-    files = licences | _tokenizer_files(tokenizer, end_of_document)
-    return FilesBesideWeights(files, token_ids, tuple(notes))
+    return FilesBesideWeights(licences | own, token_ids, tuple(notes))
 
 
 def _as_published(
-    published: PublishedFiles, tokenizer: bytes | None, end_of_document: int | None
+    published: PublishedFiles,
+    tokenizer: bytes | None,
+    own: dict[str, bytes],
+    end_of_document: int | None,
 ) -> FilesBesideWeights:
+    """Returns the published files, and those of the run's `own` that they lack."""
     token_ids = {}
     for name, value in parsed(published, CONFIG).items():
         if is_token_id(name):
             token_ids[name] = value
     files = dict(published)
     del files[CONFIG]
-    own = _tokenizer_files(tokenizer, end_of_document)
     # The published file has settings for other programs, which the run's lacks.
     if TOKENIZER in files and _is_same_tokenizer(published, tokenizer):
         own.pop(TOKENIZER, None)
@@ -142,15 +145,18 @@ def _json_bytes(values: Mapping[str, Any]) -> bytes:
 
 
 def _tokenizer_files(
-    tokenizer: bytes | None, end_of_document: int | None
+    tokenizer: bytes | None, end_of_document: int | None, begin_of_document: int | None
 ) -> dict[str, bytes]:
     """Returns the files of a tokenizer that was not published."""
     if tokenizer is None:
         return {}
     settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
-    for token in json.loads(tokenizer).get("added_tokens", []):
-        if token["id"] == end_of_document:
-            settings.setdefault("eos_token", token["content"])
+    ids = ids_by_name(json.loads(tokenizer))
+    names = {token_id: name for name, token_id in ids.items()}
+    tokens = {"bos_token": begin_of_document, "eos_token": end_of_document}
+    for key, token_id in tokens.items():
+        if token_id in names:
+            settings[key] = names[token_id]
     return {TOKENIZER: tokenizer, TOKENIZER_CONFIG: _json_bytes(settings)}
 
 

@@ -214,10 +214,22 @@ def test_another_tokenizer_leaves_published_ids_out_and_says_so(
         "pad_token_id": None,
     }
     assert beside.files.keys() == {"LICENSE", "tokenizer.json", "tokenizer_config.json"}
-    assert json.loads(beside.files["tokenizer_config.json"])["eos_token"] == "<|endoftext|>"
+    settings = json.loads(beside.files["tokenizer_config.json"])
+    assert settings["eos_token"] == "<|endoftext|>"
+    assert "bos_token" not in settings
     (note,) = beside.notes
     assert "the run's tokenizer is not the published one" in note
     assert "chat_template.jinja" in note
+
+
+def test_the_tokenizer_of_a_run_knows_the_tokens_around_its_documents() -> None:
+    content = with_begin(byte_tokenizer("<s>", "</s>"), 256).encode()
+    beside = files_beside_weights({}, content, 257, 256)
+    assert json.loads(beside.files["tokenizer_config.json"]) == {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+    }
 
 
 @pytest.mark.parametrize("end", [258, 7])
