@@ -129,7 +129,7 @@ def check_rows(
         return
     remedy = "raise it, or leave it out"
     if weights is not None:
-        remedy = f"set it to {needed}, which adds rows to the weights"
+        remedy = f"set it to {needed} or more: rows that the weights lack are added"
     detail = (
         f"model.vocab_size={rows} is smaller than the tokenizer's {needed}, whose last token "
         f"is {tokenizer.name_of(needed - 1)!r}; {remedy}"

@@ -527,7 +527,9 @@ def test_tokens_that_do_not_occur_need_no_row_and_weights_can_get_more() -> None
     smaller = config(model={"vocab_size": 290})
     assert resolution.with_vocabulary(smaller, 300, 290).model.vocab_size == 290
     started = config(model={"vocab_size": 290}, checkpoint={"start_from": "x"})
-    with pytest.raises(ValueError, match="set it to 295, which adds rows to the weights"):
+    with pytest.raises(
+        ValueError, match="set it to 295 or more: rows that the weights lack"
+    ):
         resolution.with_vocabulary(started, 300, 295)
 
 
