@@ -91,15 +91,18 @@ def _read_gemma(config: HfConfig) -> dict[str, Any]:
 
 
 def _write_gemma(model: ModelConfig) -> dict[str, Any]:
+    # Gemma's scale is implied by the family, so another one would be lost.
     scale = sqrt(model.hidden_size)
-    # It is implied by the family, so another one would be lost.
     if not isclose(model.embedding_scale, scale, rel_tol=1e-6):
-        detail = f"={model.embedding_scale!r} is not {scale!r}, the root of hidden_size"
+        detail = (
+            f"={model.embedding_scale:g} is not the square root of hidden_size, {scale:g}"
+        )
         raise UnsupportedFieldError("embedding_scale", detail)
-    return write_decoder(model) | {
+    return {
+        **write_decoder(model),
         **write_attention_bias(model),
-        "hidden_act": "gelu_pytorch_tanh",
-        "hidden_activation": "gelu_pytorch_tanh",
+        "hidden_act": _GELU[0],
+        "hidden_activation": _GELU[0],
     }
 
 
