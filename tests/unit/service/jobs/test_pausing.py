@@ -233,6 +233,25 @@ def test_jobs_that_do_not_stop_in_time_are_interrupted_and_resumed(service: Any)
     assert driver.desired()["desired"] == "run"
 
 
+def test_a_job_that_cannot_be_resumed_does_not_keep_others_from_it(service: Any) -> None:
+    first, driver = service.running_job()
+    changed(service, first, "pause", reason="stack_stopped")
+    driver.states("paused", attempt=1)
+    second = service.submit()["id"]
+    changed(service, second, "pause", reason="stack_stopped")
+    reports: list[str] = []
+
+    def report(text: str) -> None:
+        reports.append(text)
+        # The user is quicker.
+        if text.startswith(f"resuming {second}"):
+            changed(service, second, "resume")
+
+    resume_jobs(record_of(service), report)
+    assert reports[1].startswith(f"{second} is not resumed: the job is preparing; only a")
+    assert service.job(first)["desired_state"] == "run"
+
+
 def test_jobs_are_cancelled_when_asked_for(service: Any) -> None:
     job_id = service.submit()["id"]
     result = stop_jobs(record_of(service), lambda text: None, 20, StopJobs.CANCEL)
@@ -285,8 +304,8 @@ def test_a_resumed_job_keeps_its_place_and_takes_its_new_name(service: Any) -> N
     assert {key: job[key] for key in changes} == changes
     assert job["resolved_spec"]["parallel"]["dp"] == 4
     assert job["resolved_spec"]["storage"]["path"] == job["storage_path"]
-    found = service.user.get("/v1/jobs?name=longer&metadata[team]=b").json()["data"]
-    assert [entry["id"] for entry in found] == [job_id]
+    matching = service.user.get("/v1/jobs?name=longer&metadata[team]=b").json()["data"]
+    assert [entry["id"] for entry in matching] == [job_id]
 
 
 def test_the_length_of_other_data_is_not_that_of_the_old_ones(service: Any) -> None:
