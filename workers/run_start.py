@@ -42,10 +42,14 @@ class RunStart:
     """Path of the checkpoint to resume from; None: begin at step 0."""
     step: int = 0
     """Steps that are done already."""
+    claim: Claim | None = None
+    """The claim of the folder, on rank 0."""
 
     def to_json(self) -> dict[str, Any]:
         """Returns the fields as plain values."""
-        return asdict(self)
+        values = asdict(self)
+        del values["claim"]
+        return values
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Self:
@@ -76,15 +80,17 @@ class StartDecision:
         """Decides on rank 0, and claims the folder for the attempt."""
         _raise_for(writable_problems(self._path))
         self._require_no_live_job(resume)
+        self._require_no_live_run(resume)
         if resume:
             start = self._resume()
         else:
             self._require_own_folder()
             start = self._new_run()
         _raise_for(room_problems(self._spec, self._path))
-        Claim(start.attempt, start.run.id).write(self._path)
+        claim = Claim.of_this_process(start.attempt, start.run.id)
+        claim.write(self._path)
         self._announcements.announce(_START, start.to_json())
-        return start
+        return replace(start, claim=claim)
 
     def follow(self) -> RunStart:
         """Reads this rank's share of checkpoints that rank 0 considers, then its decision."""
@@ -152,6 +158,27 @@ class StartDecision:
         if resume:
             remedy = f"cancel {job.job_id} first, or {remedy}"
         detail = f"{self._path} belongs to {job.job_id}, a job of a service; {remedy}"
+        _raise_for([Problem("/storage/path", "in_use", detail)])
+
+    def _require_no_live_run(self, resume: bool) -> None:
+        """Raises UserError while another run, or this one, is writing to the folder."""
+        claim = read_claim(self._path)
+        if claim is None or not claim.may_be_running:
+            return
+        remedy = "give this one a storage.path of its own"
+        if claim.is_of_this_machine:
+            remedy = f"stop it first, or {remedy}"
+        # On another machine it may have been killed, which only the user can know.
+        elif resume:
+            return
+        else:
+            remedy = (
+                f"{remedy}, or, if that one was killed, take the folder over with --resume"
+            )
+        detail = (
+            f"{self._path} is in use by another run that has not ended: attempt {claim.attempt} "
+            f"of {claim.run}, process {claim.pid} on {claim.host}; {remedy}"
+        )
         _raise_for([Problem("/storage/path", "in_use", detail)])
 
     def _find_damage(self, info: CheckpointInfo) -> str | None:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 
+from megatron_ray.checkpoint.claim import Claim
 from megatron_ray.checkpoint.directory import latest_committed
 from megatron_ray.config.checkpoint import StorageConfig
 from megatron_ray.config.errors.spec_problems import problems_from_pydantic
@@ -134,6 +135,7 @@ class _Run:
         self._store: Store = PrefixStore("megatron-ray", connect_store(self._request))
         self._announcements = Announcements(self._store, env.rank, env.world_size)
         self._spool: Spool | None = None
+        self._claim: Claim | None = None
 
     def run(self, reports: Path | None, *, resume: bool) -> Ending:
         for line in warning_lines(self._spec):
@@ -142,7 +144,7 @@ class _Run:
             start = self._begin(reports, resume=resume)
             if self._is_done(start, self._spec.training.known_steps):
                 return self._nothing_left(start)
-            data = self._prepared()
+            data = self._prepared(start)
             if self._is_done(start, self._spec.training.steps_over(data.num_train_tokens)):
                 return self._nothing_left(start)
             request = replace(
@@ -153,6 +155,8 @@ class _Run:
             )
             return self._train(request, start)
         finally:
+            if self._claim is not None:
+                self._claim.end(self._storage_path)
             if self._spool is not None:
                 self._spool.close()
 
@@ -163,6 +167,7 @@ class _Run:
             return decision.follow()
         with self._announcements.refusing_on_error():
             start = decision.decide(resume=resume)
+            self._claim = start.claim
             if reports is not None:
                 self._spool = _open_spool(reports, start.attempt)
         return start
@@ -178,14 +183,17 @@ class _Run:
         )
         return Ending(self._on_first(message))
 
-    def _prepared(self) -> PreparedData:
+    def _prepared(self, start: RunStart) -> PreparedData:
         """Prepares the data on rank 0 and returns their description on all ranks."""
         if self._env.rank:
             _, value = self._announcements.receive()
             return PreparedData.model_validate(value)
         started = time.monotonic()
         with self._announcements.refusing_on_error():
-            data = prepare_data(self._spec)
+            data = prepare_data(self._spec, resume_from=start.resume_from)
+            # Of runs that have started at once, only the last one goes on.
+            if start.claim is not None:
+                start.claim.require(self._storage_path)
             for note in data.notes:
                 self._notify(f"warning: {note}")
             if data.first_document:
@@ -196,7 +204,7 @@ class _Run:
         return data
 
     def _train(self, request: StartRequest, start: RunStart) -> Ending:
-        committer = StoreCommitter(self._spec, request, self._store, start.run)
+        committer = StoreCommitter(self._spec, request, self._store, start)
         with StopSignals(self._notify) as signals:
             try:
                 outcome = self._train_and_commit(request, committer, signals)
@@ -210,11 +218,14 @@ class _Run:
         if outcome == "finished":
             message = f"finished; newest checkpoint: {committer.committed or 'none'}"
             return Ending(self._on_first(message))
-        number = signals.received or SIGTERM
+        cause = "a signal to another rank"
+        if signals.received is not None:
+            cause = signals.received.name
         message = (
-            f"stopped after step {committer.last_step} by {number.name}; newest checkpoint: "
+            f"stopped after step {committer.last_step} by {cause}; newest checkpoint: "
             f"{committer.committed}; --resume goes on from it"
         )
+        number = signals.received or SIGTERM
         return Ending(self._on_first(message), _STOPPED_BY_SIGNAL + number)
 
     def _train_and_commit(

@@ -98,7 +98,7 @@ class TrainingSession:
         torch.manual_seed(self.config.training.seed)
         is_same_order = True
         if resume_from is not None:
-            comparison = compare_with_checkpoint(resume_from, self.config)
+            comparison = compare_with_checkpoint(resume_from, self.config, data.train_sizes)
             _raise_for(comparison.problems)
             is_same_order = not comparison.changes_order
         start_from = None

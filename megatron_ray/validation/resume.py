@@ -7,8 +7,8 @@ Fields that are added later are guarded until they are listed.
 Pure. Must not know: files, checkpoints.
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import Any
 
@@ -95,13 +95,23 @@ class ResumeComparison:
     problems: tuple[Problem, ...]
     accepted: tuple[str, ...]
     """A line for each change that checkpoint.resume_changes names."""
-    changes_order: bool
-    """Whether samples come from other data or in another order."""
+    changed: tuple[str, ...] = ()
+    """Names of all fields that differ."""
 
+    @property
+    def changes_order(self) -> bool:
+        """Whether samples come from other data or in another order."""
+        return any(_is_within(field, _ORDER_FIELDS) for field in self.changed)
+
+
+CorpusSize = tuple[int, int]
+"""Tokens and documents of a corpus to train on, which another text hardly ever has."""
 
 _NOT_OF_SAMPLES = {"max_bad_records", "name"}
 """Fields of a source that do not change its samples."""
 
+_TRAIN = "data.train"
+_MAX_LISTED = 4
 _ORDER_FIELDS = ("data", "training.seq_length", "training.seed")
 
 
@@ -140,8 +150,48 @@ def compare(config: TrainConfig, saved: TrainConfig, origin: str) -> ResumeCompa
             problems.append(Problem(_pointer(name), "resume_change", detail))
         else:
             accepted.append(f"{name} is {value}, and was {saved_value} until now")
-    changes_order = any(_is_within(field, _ORDER_FIELDS) for field in changed)
-    return ResumeComparison(tuple(problems), tuple(accepted), changes_order)
+    return ResumeComparison(tuple(problems), tuple(accepted), tuple(changed))
+
+
+def with_corpora(
+    comparison: ResumeComparison,
+    config: TrainConfig,
+    sizes: Sequence[CorpusSize],
+    saved: Sequence[CorpusSize],
+) -> ResumeComparison:
+    """Returns a comparison with that of the corpora of `data.train`, in their order.
+
+    Files at the same paths may have another content by now.
+    """
+    # Other fields of the data explain other sizes.
+    is_explained = any(_is_within(field, ("data",)) for field in comparison.changed)
+    if is_explained or list(sizes) == list(saved):
+        return comparison
+    detail = (
+        f"the files have changed: they give {_listed(sizes)} to train on, and gave "
+        f"{_listed(saved)} when the run was saved"
+    )
+    changed = (*comparison.changed, _TRAIN)
+    if _is_accepted(_TRAIN, config):
+        accepted = (*comparison.accepted, f"{_TRAIN}: {detail}")
+        return replace(comparison, accepted=accepted, changed=changed)
+    detail += (
+        f"; {_EFFECTS['data']}; restore the files, or add {_TRAIN} to "
+        "checkpoint.resume_changes to go on with them"
+    )
+    problem = Problem(_pointer(_TRAIN), "resume_change", detail)
+    return replace(comparison, problems=(*comparison.problems, problem), changed=changed)
+
+
+def _listed(sizes: Sequence[CorpusSize]) -> str:
+    """Returns sizes of corpora in words; only the first few of many."""
+    rows = [
+        f"{tokens:,} tokens in {documents:,} documents"
+        for tokens, documents in sizes[:_MAX_LISTED]
+    ]
+    if len(sizes) > _MAX_LISTED:
+        rows.append("...")
+    return " + ".join(rows)
 
 
 def _explained_by_others(

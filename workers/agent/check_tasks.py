@@ -10,6 +10,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from megatron_ray.checkpoint.claim import read_claim
 from megatron_ray.checkpoint.directory import list_checkpoints
 from megatron_ray.checkpoint.disk_space import room_problems
 from megatron_ray.config.errors.spec_problems import problems_from_pydantic
@@ -122,6 +123,7 @@ def _folder_problems(storage_path: str) -> list[Problem]:
     """
     try:
         job = job_of_folder(storage_path)
+        claim = read_claim(storage_path)
         checkpoints = [
             info for info in list_checkpoints(storage_path) if info.was_committed
         ]
@@ -135,6 +137,9 @@ def _folder_problems(storage_path: str) -> list[Problem]:
     if checkpoints:
         last = checkpoints[-1].step
         run = f"committed checkpoints of a run without a service, up to step {last}"
+        return [_in_use(storage_path, run)]
+    if claim is not None and claim.may_be_running:
+        run = f"a run without a service, process {claim.pid} on {claim.host}"
         return [_in_use(storage_path, run)]
     return []
 

@@ -60,7 +60,7 @@ FREE: list[dict[str, Any]] = [
 @pytest.mark.parametrize("changes", FREE)
 def test_how_a_run_is_executed_may_change(changes: dict[str, Any]) -> None:
     comparison = compare(changes)
-    assert comparison == resume.ResumeComparison((), (), changes_order=False)
+    assert comparison == resume.ResumeComparison((), (), ())
 
 
 GUARDED: list[tuple[dict[str, Any], str]] = [
