@@ -5,7 +5,7 @@ inside the caller's transaction. Must not know: HTTP, waiting, how records arriv
 """
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -188,11 +188,17 @@ def create(
     session.add(job)
     # The flush gives the job its number, which labels and events refer to.
     session.flush()
-    for key, value in labels.items():
-        session.add(LabelRow(job=job.number, key=key, value=value))
+    set_labels(session, job, labels)
     event = NewEvent("job.created", f"job {job.name!r} created", actor="user")
     add_event(session, job, event)
     desired_changed(session, job)
+
+
+def set_labels(session: Session, job: JobRow, labels: Mapping[str, str]) -> None:
+    """Replaces the labels of a job."""
+    session.execute(sa.delete(LabelRow).where(LabelRow.job == job.number))
+    for key, value in labels.items():
+        session.add(LabelRow(job=job.number, key=key, value=value))
 
 
 def enter_preparing(job: JobRow, *, is_agent_ready: bool) -> None:

@@ -17,6 +17,7 @@ from megatron_ray.config.train_config import without_lengths
 from megatron_ray.config.training import LENGTHS
 from megatron_ray.validation import check, resolution
 from megatron_ray.validation.resume import compare
+from megatron_ray.validation.storage.path_rules import place_of
 from service.exceptions import (
     JobActiveError,
     JobEndedError,
@@ -101,6 +102,9 @@ def resume_ended(
     `is_agent_ready`: whether a live agent can start preparing it now.
     """
     previous = job.status
+    job.name = spec.resolved["name"]
+    job.priority = spec.resolved["priority"]
+    lifecycle.set_labels(session, job, spec.resolved["metadata"])
     job.spec = spec.submitted
     job.resolved_spec = spec.resolved
     job.world_size = spec.world_size
@@ -134,6 +138,7 @@ def changed_spec(job: JobRow, changes: Mapping[str, Any]) -> ChangedSpec:
             error.errors(include_url=False), resolved, model=JobSpec
         )
         raise SpecInvalidError(problems) from error
+    _check_place(job, spec)
     _check_steps(job, spec)
     _check_changes(job, spec)
     world_size = None
@@ -179,6 +184,25 @@ def merged(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, A
         else:
             result[name] = change
     return result
+
+
+def _check_place(job: JobRow, spec: JobSpec) -> None:
+    """Refuses to take a job to another place, where its checkpoints are not."""
+    problems = []
+    if spec.storage is not None and place_of(spec.storage.path) != place_of(job.job_dir):
+        detail = (
+            f"{spec.storage.path}, but the job's checkpoints are in {job.job_dir}; set it "
+            "back, or submit another job with checkpoint.start_from"
+        )
+        problems.append(Problem("/storage/path", "fixed_field", detail))
+    if spec.cluster != job.cluster:
+        detail = (
+            f"{spec.cluster}, but the job belongs to cluster {job.cluster}; set it back, or "
+            "submit another job"
+        )
+        problems.append(Problem("/cluster", "fixed_field", detail))
+    if problems:
+        raise SpecInvalidError(problems)
 
 
 def _check_changes(job: JobRow, spec: JobSpec) -> None:

@@ -98,8 +98,13 @@ def test_an_ended_job_is_resumed_with_a_new_budget(service: Any, end: str) -> No
     changes = {
         "training": {"steps": 40},
         "checkpoint": {"resume_changes": ["training.steps"]},
+        "name": "longer",
+        "priority": 7,
+        "metadata": {"team": "speech"},
     }
     job = changed(service, job_id, "resume", changes=changes)
+    assert (job["name"], job["priority"]) == ("longer", 7)
+    assert job["metadata"] == {"team": "speech"}
     assert (job["status"], job["desired_state"]) == ("preparing", "prepare")
     assert (job["failures"], job["resumes"], job["problem"]) == (0, 1, None)
     assert job["ended_at"] is None
@@ -147,6 +152,9 @@ def test_a_changed_spec_is_checked_before_the_job_is_resumed(service: Any) -> No
         # The rate would decay over other steps, which nothing in the spec asks for.
         ({"training": {"steps": 40}}, "/training/steps"),
         ({"training": {"steps": 40, "seq_length": 8}}, "/training/seq_length"),
+        # Its checkpoints are in its own folder, which its own cluster sees.
+        ({"storage": {"path": "/data/elsewhere"}}, "/storage/path"),
+        ({"cluster": "other"}, "/cluster"),
     ]:
         response = change(service, job_id, "resume", changes=changes)
         assert response.status_code == 422, changes
