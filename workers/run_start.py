@@ -12,8 +12,10 @@ from typing import Any, Self
 from megatron_ray.checkpoint.claim import Claim, read_claim
 from megatron_ray.checkpoint.digests import verify_share
 from megatron_ray.checkpoint.directory import (
+    COMMITTED,
     CheckpointInfo,
     RunIdentity,
+    finish_commit,
     list_checkpoints,
 )
 from megatron_ray.checkpoint.disk_space import room_problems, writable_problems
@@ -117,6 +119,7 @@ class StartDecision:
         return last + 1
 
     def _resume(self) -> RunStart:
+        self._finish_commits()
         point = choose_resume_point(self._path, self._find_damage)
         for item in point.passed_over:
             self._notify(
@@ -134,9 +137,21 @@ class StartDecision:
         run = replace(checkpoint.run, damaged=(*checkpoint.run.damaged, *damaged))
         return RunStart(self._next_attempt(), run, checkpoint.path, checkpoint.step)
 
+    def _finish_commits(self) -> None:
+        """Finishes commits that ended before the marker, as the successor of a driver does."""
+        for info in list_checkpoints(self._path):
+            if info.lacks_marker:
+                finish_commit(info.path)
+                self._notify(
+                    f"{info.path} lacked only its {COMMITTED} marker, which it has now"
+                )
+
     def _require_own_folder(self) -> None:
         """Raises UserError when another run's checkpoints are in the folder."""
-        others = [info for info in list_checkpoints(self._path) if info.was_committed]
+        others = []
+        for info in list_checkpoints(self._path):
+            if info.was_committed or info.lacks_marker:
+                others.append(info)
         if not others:
             return
         detail = (

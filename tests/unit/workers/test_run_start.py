@@ -85,6 +85,24 @@ def test_one_flipped_bit_in_any_file_of_the_newest_is_passed_over(
     assert json.loads((checkpoints(job)[-1] / "manifest.json").read_text())["attempt"] == 2
 
 
+def test_a_checkpoint_that_lacks_only_its_marker_is_not_lost(job: Path) -> None:
+    run(job, *EVERY)
+    first, newest = checkpoints(job)
+    for path in (first, newest):
+        (path / "COMMITTED").unlink()
+    assert "holds committed checkpoints of another run, up to step 4" in refusal(
+        job, *EVERY
+    )
+    # What a deletion has left is not a checkpoint any more.
+    (first / "index.json").unlink()
+    notices: list[str] = []
+    message = run(job, *EVERY, resume=True, notify=notices.append)
+    assert message == (
+        f"nothing was left to do: the run has all of its 4 steps; newest checkpoint: {newest}"
+    )
+    assert notices == [f"{newest} lacked only its COMMITTED marker, which it has now"]
+
+
 def running_elsewhere(attempt: int = 1) -> Claim:
     return Claim(attempt, "run-other", "another start", "other-machine", 4711)
 
