@@ -98,6 +98,8 @@ def _changes_of_text(
 
     Raises UnusableDataError for differences that the spec does not allow.
     """
+    # The steps of a number of epochs are known only now.
+    spec = with_length(spec, prepared.num_train_tokens)
     of_fields = compare_with_checkpoint(checkpoint, spec)
     comparison = compare_with_checkpoint(checkpoint, spec, prepared.train_sizes)
     if comparison.problems:

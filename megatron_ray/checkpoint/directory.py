@@ -247,10 +247,12 @@ def read_manifest(path: str) -> dict[str, Any]:
     """
     storage = open_storage(path)
     if not storage.exists(COMMITTED):
-        cause = (
-            "it is not committed (no COMMITTED marker): the save did not finish, use an "
-            "older checkpoint"
-        )
+        cause = contained_checkpoint(path)
+        if cause is None:
+            cause = (
+                "it is not committed (no COMMITTED marker): the save did not finish, use an "
+                "older checkpoint"
+            )
         # A wrong path is a more common error, with a different remedy.
         if not storage.list():
             cause = "there is no checkpoint at this path"
@@ -263,6 +265,20 @@ def read_manifest(path: str) -> dict[str, Any]:
     if damage is not None:
         raise DamagedCheckpointError("load", path, damage)
     return manifest
+
+
+def contained_checkpoint(path: str) -> str | None:
+    """Returns a sentence that names the newest checkpoint in a run's folder, if it is one.
+
+    A run's folder is a common mistake where one of its checkpoints is needed.
+    """
+    run, _, name = path.rstrip("/").rpartition("/")
+    if name != FOLDER:
+        run = path
+    newest = latest_committed(run or ".")
+    if newest is None:
+        return None
+    return f"it is the folder of a run, whose newest checkpoint is {newest.path}: give that"
 
 
 def check_format_version(path: str, values: Mapping[str, Any]) -> None:
