@@ -13,6 +13,7 @@ from megatron_ray.checkpoint.claim import Claim, read_claim
 from megatron_ray.checkpoint.digests import verify_share
 from megatron_ray.checkpoint.directory import (
     COMMITTED,
+    FOLDER,
     CheckpointInfo,
     RunIdentity,
     finish_commit,
@@ -147,7 +148,14 @@ class StartDecision:
                 )
 
     def _require_own_folder(self) -> None:
-        """Raises UserError when another run's checkpoints are in the folder."""
+        """Raises UserError when another run's checkpoints are in, or around, the folder."""
+        outer = _run_around(self._path)
+        if outer is not None:
+            detail = (
+                f"{self._path} is inside the checkpoints of the run in {outer}; give this one "
+                "a storage.path of its own"
+            )
+            _raise_for([Problem("/storage/path", "in_use", detail)])
         others = []
         for info in list_checkpoints(self._path):
             if info.was_committed or info.lacks_marker:
@@ -203,6 +211,16 @@ class StartDecision:
         for answer in self._announcements.answers():
             damage = damage or answer or None
         return damage
+
+
+def _run_around(path: str) -> str | None:
+    """Returns the folder of a run whose checkpoints a path would be among."""
+    parts = path.rstrip("/").split("/")
+    for number, part in enumerate(parts):
+        root = "/".join(parts[:number]) or "."
+        if part == FOLDER and list_checkpoints(root):
+            return root
+    return None
 
 
 def _raise_for(problems: tuple[Problem, ...] | list[Problem]) -> None:

@@ -38,7 +38,7 @@ from workers.protocol.spec_warnings import spec_warnings
 from workers.rank.environment import ProcessEnvironmentError, RankEnv
 from workers.rank.messages import StartRequest, UserError
 from workers.rank.session import connect_store, train
-from workers.rank.spool import Spool
+from workers.rank.spool import Spool, holds_reports
 from workers.rank.stores import PrefixStore, Store
 from workers.run_start import Notify, RunStart, StartDecision
 from workers.stop_signals import StopSignals
@@ -169,8 +169,26 @@ class _Run:
             start = decision.decide(resume=resume)
             self._claim = start.claim
             if reports is not None:
-                self._spool = _open_spool(reports, start.attempt)
+                self._spool = self._open_spool(reports, start)
         return start
+
+    def _open_spool(self, path: Path, start: RunStart) -> Spool:
+        """Opens the report file; one with other contents would be spoilt."""
+        try:
+            if path.is_file() and not holds_reports(path):
+                raise UserError(
+                    f"cannot write --reports {path}: the file has something other than "
+                    "reports in it; give another one"
+                )
+            spool = Spool(path, start.attempt, segment_bytes=None)
+        except OSError as error:
+            raise _reports_error(path, error) from error
+        if spool.last_n and start.resume_from is None:
+            self._notify(
+                f"warning: --reports {path} has reports of another run, after which those of "
+                "this one are written"
+            )
+        return spool
 
     def _is_done(self, start: RunStart, steps: int | None) -> bool:
         # A number of epochs is known in steps only once the data are prepared.
@@ -325,15 +343,8 @@ def warning_lines(spec: JobSpec) -> list[str]:
     ]
 
 
-def _open_spool(path: Path, attempt: int) -> Spool:
-    try:
-        return Spool(path, attempt, segment_bytes=None)
-    except OSError as error:
-        raise _reports_error(path, error) from error
-
-
 def _reports_error(path: Path, error: OSError) -> UserError:
-    return UserError(f"cannot write --reports {path}: {error.strerror}")
+    return UserError(f"cannot write --reports {path}: {error.strerror or error}")
 
 
 def read_spec(job: Path, overrides: Sequence[str], world_size: int) -> JobSpec:

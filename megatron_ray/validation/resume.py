@@ -10,7 +10,7 @@ Pure. Must not know: files, checkpoints.
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, TypeGuard
 
 from pydantic import BaseModel
 
@@ -141,6 +141,7 @@ def compare(config: TrainConfig, saved: TrainConfig, origin: str) -> ResumeCompa
         if field == _DECAY_END and config.schedule.decay_steps is None:
             name = "training.steps"
         changed.append(name)
+        value, saved_value = _differing(value, saved_value)
         if _is_fixed(name) or not _is_accepted(name, config):
             detail = _describe(name, value, f"{origin} {saved_value}")
             if name == "training.steps" and config.schedule.min_lr > 0:
@@ -151,6 +152,25 @@ def compare(config: TrainConfig, saved: TrainConfig, origin: str) -> ResumeCompa
         else:
             accepted.append(f"{name} is {value}, and was {saved_value} until now")
     return ResumeComparison(tuple(problems), tuple(accepted), tuple(changed))
+
+
+def _differing(value: object, saved: object) -> tuple[object, object]:
+    """Returns what differs between two values; of lists of objects, the first entry."""
+    if not _are_objects(value) or not _are_objects(saved):
+        return value, saved
+    if len(value) != len(saved):
+        return f"a list of {len(value)}", f"a list of {len(saved)}"
+    for number, (entry, saved_entry) in enumerate(zip(value, saved, strict=True)):
+        names = [name for name in entry if entry[name] != saved_entry[name]]
+        if names:
+            fields = ", ".join(f"{name} {entry[name]}" for name in names)
+            saved_fields = ", ".join(f"{name} {saved_entry[name]}" for name in names)
+            return f"{fields} in entry {number}", saved_fields
+    return value, saved
+
+
+def _are_objects(value: object) -> TypeGuard[list[dict[str, Any]]]:
+    return isinstance(value, list) and all(isinstance(entry, dict) for entry in value)
 
 
 def with_corpora(
@@ -204,7 +224,14 @@ def _explained_by_others(
     for field, derived in _DERIVED.items():
         if getattr(config.model, field) != getattr(saved.model, field):
             explained += [f"model.{name}" for name in derived]
+    kind = config.data.tokenizer.kind
+    if kind != saved.data.tokenizer.kind:
+        explained.append("data.tokenizer.vocab_size")
+        # A file's content is compared where it is read.
+        if kind == "file":
+            explained.append("data.tokenizer.kind")
     if (config.model.moe is None) != (saved.model.moe is None):
+        explained.append("model.ffn_hidden_size")
         for field in fields:
             if field.startswith("model.moe.") and field != "model.moe.num_experts":
                 explained.append(field)

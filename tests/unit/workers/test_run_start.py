@@ -149,3 +149,36 @@ def test_of_two_runs_that_start_at_once_only_the_later_one_trains(
     assert checkpoints(job) == []
     claim = read_claim(PATH)
     assert claim == running_elsewhere(), "the other one's claim stays"
+
+
+def test_a_folder_among_another_runs_checkpoints_is_refused(job: Path) -> None:
+    run(job, *EVERY)
+    for place in (f"{PATH}/checkpoints", f"{checkpoints(job)[-1]}/mine/"):
+        message = refusal(job, *PLAIN, f"storage.path={place}")
+        assert "is inside the checkpoints of the run in " in message
+        assert message.endswith("give this one a storage.path of its own")
+    assert run(job, *PLAIN, "storage.path=checkpoints").startswith("finished; ")
+
+
+def test_reports_spoil_no_other_file(job: Path) -> None:
+    text = job.read_text()
+    message = refusal(job, *PLAIN, reports=job)
+    assert message.startswith(f"cannot write --reports {job}: the file has something other")
+    assert job.read_text() == text
+    # A neighbour is not a part of the reports, whatever its name is.
+    neighbour = job.parent / "out.2"
+    neighbour.write_text("notes without a newline")
+    reports = job.parent / "out"
+    reports.write_bytes(b'{"n":1,"at":17')
+    run(job, *PLAIN, reports=reports)
+    assert neighbour.read_text() == "notes without a newline"
+    assert sorted(losses(reports)) == [1, 2]
+    notices: list[str] = []
+    other = "storage.path=runs/other"
+    run(job, *PLAIN, other, reports=reports, notify=notices.append)
+    assert notices == [
+        f"warning: --reports {reports} has reports of another run, after which those of this "
+        "one are written"
+    ]
+    message = refusal(job, *PLAIN, "storage.path=runs/full", reports=Path("/dev/full"))
+    assert message == "cannot write --reports /dev/full: No space left on device"
