@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from tests.support.standalone_job import (
 )
 from workers import standalone
 from workers.data_tasks import prepare_data
+from workers.standalone import TrainingFailedError
 
 PATH = "runs/job"
 MORE = (*EVERY, "training.steps=6", "schedule.kind=constant")
@@ -68,6 +70,28 @@ def test_other_text_at_the_same_path_is_refused_or_named(job: Path) -> None:
     assert "735 tokens in 1 documents when" in refusal(
         job, *MORE, "training.steps=8", resume=True
     )
+
+
+def test_damaged_prepared_data_are_made_again_or_one_message(job: Path) -> None:
+    run(job, *EVERY)
+    data = job.parent / PATH / "data"
+    for path in data.glob("indices/*/*.npy"):
+        path.write_bytes(b"")
+    reports = job.parent / "reports.jsonl"
+    five = (*MORE, "training.steps=5", "checkpoint.resume_changes=[schedule.kind]")
+    run(job, *five, resume=True, reports=reports)
+    assert sorted(losses(reports)) == [5]
+    (index,) = data.glob("corpora/*/*.idx")
+    index.write_bytes(bytes(index.stat().st_size))
+    with pytest.raises(TrainingFailedError) as caught:
+        run(job, *MORE, resume=True)
+    assert str(caught.value) == (
+        f"/data: {index} is not a Megatron index: it does not start with MMIDIDX; delete its "
+        "folder, and the data are prepared again"
+    )
+    assert caught.value.exit_code == 2
+    shutil.rmtree(index.parent)
+    assert run(job, *MORE, resume=True).startswith("finished; ")
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "train_state.json", "index.json"])
