@@ -300,9 +300,8 @@ def _checkpoint_info(
     # A save that has not come to its commit has no manifest, which saves a request.
     if MANIFEST in files:
         manifest = _read_manifest_file(storage, f"{_folder(step, attempt)}/{MANIFEST}")
-    if manifest is None:
-        damage = _NO_MANIFEST
-    else:
+    damage: str | None = _NO_MANIFEST
+    if manifest is not None:
         # The listing contains all sizes, so only the manifest is read.
         damage = _find_damage(_needed_files(manifest), files)
     has_marker = COMMITTED in files
