@@ -85,7 +85,7 @@ class Claim:
 
     def end(self, storage_path: str) -> None:
         """Notes that the attempt has ended, unless a later one has claimed the folder."""
-        # Without the note a later run has to be told that it may take the folder over.
+        # Without the note a later run may need --resume to take the folder over.
         with suppress(StorageError):
             if read_claim(storage_path) == self:
                 replace(self, has_ended=True).write(storage_path)

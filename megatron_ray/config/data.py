@@ -34,7 +34,7 @@ class DataSource(Config):
     """Name of the JSON field (.jsonl) or the column (.parquet) with the text; a dotted
     path, such as `meta.text`, for one inside an object or struct. Rows without text (null,
     empty or absent) are left out and counted."""
-    max_bad_records: int = Field(default=0, ge=0)
+    max_bad_records: int = Field(default=0, ge=0, le=1 << 40)
     """Bad records (lines that are no JSON object, values that are no text, text that is
     not UTF-8) that are left out and counted; more end the job before it trains. Default:
     any bad record ends it, with a message that names the first and their number."""

@@ -260,6 +260,16 @@ class Tokenizer:
         name: str | None = self._inner.id_to_token(token_id)
         return name
 
+    @property
+    def recognises_special(self) -> bool:
+        """Whether there are special tokens that are recognised in text."""
+        return any(self.is_special(token_id) for token_id in self._recognised.values())
+
+    def is_special(self, token_id: int) -> bool:
+        """Whether a token is one that text does not become by itself."""
+        token = self._inner.get_added_tokens_decoder().get(token_id)
+        return token is not None and bool(token.special)
+
     def describe(self, ids: Sequence[int]) -> str:
         """Returns the first ids with the text of each, for people to read."""
         pieces = []

@@ -173,9 +173,14 @@ def raise_revision(session: Session, cluster: str) -> int:
 
 
 def create(
-    session: Session, job: JobRow, labels: dict[str, str], *, is_agent_ready: bool
+    session: Session,
+    job: JobRow,
+    labels: Mapping[str, str],
+    *,
+    event: NewEvent,
+    is_agent_ready: bool,
 ) -> None:
-    """Adds a job in state preparing.
+    """Adds a job in state preparing; `event` is the first of its history.
 
     `is_agent_ready`: whether a live agent can start preparing it now.
     """
@@ -189,13 +194,12 @@ def create(
     # The flush gives the job its number, which labels and events refer to.
     session.flush()
     set_labels(session, job, labels)
-    event = NewEvent("job.created", f"job {job.name!r} created", actor="user")
     add_event(session, job, event)
     desired_changed(session, job)
 
 
 def set_labels(session: Session, job: JobRow, labels: Mapping[str, str]) -> None:
-    """Replaces the labels of a job."""
+    """Replaces the labels by which a job is found."""
     session.execute(sa.delete(LabelRow).where(LabelRow.job == job.number))
     for key, value in labels.items():
         session.add(LabelRow(job=job.number, key=key, value=value))

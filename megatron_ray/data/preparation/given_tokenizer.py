@@ -261,7 +261,7 @@ def _read(path: str) -> str:
     Raises UnusableDataError.
     """
     try:
-        return read_bytes(parse_location(path)).decode()
+        return read_bytes(parse_location(path)).decode("utf-8-sig")
     except FileNotFoundError as error:
         detail = f"{path} does not exist where the job runs; check the path"
         raise _problem("path", "not_found", detail) from error

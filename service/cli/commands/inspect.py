@@ -3,7 +3,7 @@
 Must not know: how a job is created or changed.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Annotated, Any
@@ -16,6 +16,7 @@ from service.cli.choice import (
     JobId,
     JobName,
     Labels,
+    SomeJobIds,
     Statuses,
     labels,
     read_pages,
@@ -23,8 +24,9 @@ from service.cli.choice import (
 )
 from service.cli.commands.log_reader import print_log
 from service.cli.commands.show import EVENT_COLUMNS, event_style, show, step_of
-from service.cli.commands.watch import TERMINAL, watch_job
+from service.cli.commands.watch import TERMINAL, watch_jobs
 from service.cli.connection import DataDir, Token, Url, connect
+from service.cli.numbers import at_least
 from service.cli.output import (
     AsJson,
     Column,
@@ -59,7 +61,9 @@ def register(app: typer.Typer) -> None:
 
 
 def jobs(
-    limit: Annotated[int, typer.Option(min=1, help="Maximum number of jobs.")] = 20,
+    limit: Annotated[
+        int, typer.Option(parser=at_least(1), help="Maximum number of jobs.")
+    ] = 20,
     status: Statuses = None,
     name: JobName = None,
     metadata: Labels = None,
@@ -111,7 +115,7 @@ def _active_first(client: Client, chosen: JobChoice, limit: int) -> dict[str, An
 
 
 def watch(
-    job_id: JobId,
+    job_ids: SomeJobIds,
     verbose: Annotated[
         bool,
         typer.Option(
@@ -123,17 +127,21 @@ def watch(
     data_dir: DataDir = None,
     as_json: AsJson = False,
 ) -> None:
-    """Follow a job to its end. Exit code 0 only when it succeeds."""
+    """Follow jobs to their end. Exit code 0 only when all succeed."""
     with connect(url, token, data_dir) as client:
-        watch_job(client, job_id, as_json=as_json, verbose=verbose)
+        watch_jobs(client, job_ids, as_json=as_json, verbose=verbose)
 
 
 def logs(
     job_id: JobId,
-    rank: Annotated[int, typer.Option(min=0, help="Rank whose log to print.")] = 0,
+    rank: Annotated[
+        int, typer.Option(parser=at_least(0), help="Rank whose log to print.")
+    ] = 0,
     attempt: Annotated[
         int | None,
-        typer.Option(min=1, help="Attempt whose log to print. Default: newest."),
+        typer.Option(
+            parser=at_least(1), help="Attempt whose log to print. Default: newest."
+        ),
     ] = None,
     follow: Annotated[
         bool, typer.Option("--follow", "-f", help="Follow until the job ends.")
@@ -156,7 +164,9 @@ def logs(
 
 def events(
     job_id: JobId,
-    limit: Annotated[int, typer.Option(min=1, help="Maximum number of events.")] = 1000,
+    limit: Annotated[
+        int, typer.Option(parser=at_least(1), help="Maximum number of events.")
+    ] = 1000,
     level: Annotated[
         str | None,
         typer.Option(help="Only these levels, such as warn,error. Default: all."),
@@ -198,18 +208,21 @@ def metrics(
         typer.Option(help="Comma-separated names, such as val_loss/SOURCE."),
     ] = _METRICS,
     from_step: Annotated[
-        int | None, typer.Option(min=0, help="First step. Default: the job's first.")
+        int | None,
+        typer.Option(parser=at_least(0), help="First step. Default: the job's first."),
     ] = None,
     max_points: Annotated[
         int | None,
         typer.Option(
-            min=2, help="Thin out to at most this many rows. Default: no thinning."
+            parser=at_least(2),
+            help="Thin out to at most this many rows. Default: no thinning.",
         ),
     ] = None,
     attempt: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Only this attempt. Default: the newest that ran each step."
+            parser=at_least(1),
+            help="Only this attempt. Default: the newest that ran each step.",
         ),
     ] = None,
     url: Url = None,
@@ -236,7 +249,21 @@ def metrics(
             columns[name] = _metric_column(name)
     print_page(page, as_json, columns, empty=empty)
     if not as_json:
+        _print_empty_columns(page, columns)
         _print_missing_steps(page)
+
+
+def _print_empty_columns(page: Mapping[str, Any], columns: Iterable[str]) -> None:
+    """Prints which parts of metrics, such as misspelt sources, no step has."""
+    for name in columns:
+        metric, is_part, _ = name.partition("/")
+        if not is_part or any(row.get(name) is not None for row in page["data"]):
+            continue
+        hint = f"--keys {metric} shows the parts"
+        if metric == "val_loss":
+            hint = "megatron-ray show JOB names the sources"
+        if page["data"]:
+            print_note(f"no step has {name}; {hint}")
 
 
 def _print_missing_steps(page: Mapping[str, Any]) -> None:

@@ -393,6 +393,12 @@ def test_a_good_config_has_no_problem() -> None:
             "min_lr above 0, leave decay_steps out, or lower steps to 8",
         ),
         (
+            {"schedule": {"decay_steps": 8, "min_lr": 1e-12}},
+            None,
+            "/schedule/decay_steps",
+            "decay_steps=8 with min_lr=1e-12 leaves a rate of 1e-12 for 3 of training.steps=10",
+        ),
+        (
             {"training": {"steps": 2, "skip_steps": [2, 1]}},
             None,
             "/training/skip_steps",

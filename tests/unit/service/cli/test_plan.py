@@ -38,6 +38,8 @@ def test_plan(run: Run, service: FakeService, fits: bool) -> None:
         "communication": [
             {"axis": "tp", "kind": "all_reduce", "operations": 12, "bytes": 3 << 20}
         ],
+        "checkpoint_bytes": 6 << 20,
+        "num_checkpoints": 3,
         "bubble_share": 0.0,
         "hardware": "H100",
         "time": TIME,
@@ -58,6 +60,7 @@ def test_plan(run: Run, service: FakeService, fits: bool) -> None:
     assert "1,000 steps of 4 x 64 tokens: 256,000 tokens" in out
     assert "4.0 MiB" in out
     assert "tp all-reduce" in out
+    assert "storage for checkpoints: 18.0 MiB (3 of 6.0 MiB, at most at once)" in out
     assert "memory on the most loaded rank (rank 0)" in out
     assert "3.0 MiB in 12 calls" in out
     assert "on H100, estimated: 1.50 s" in out

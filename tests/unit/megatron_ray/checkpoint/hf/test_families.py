@@ -300,6 +300,15 @@ def test_what_is_not_supported_is_named(changed: dict[str, Any], words: str) -> 
         ),
         ({"embedding_scale": 3.0}, "model.embedding_scale=3.0 cannot be expressed"),
         (
+            {"zero_centered_norm": True},
+            "model.embedding_scale=1 is not the square root of hidden_size, 11.3137 (gemma)",
+        ),
+        ({"activation": "geglu_tanh"}, "model.embedding_scale=1 is not the square root"),
+        (
+            {"activation": "geglu_tanh", "embedding_scale": 128**0.5},
+            "model.zero_centered_norm=False cannot be expressed in the config.json of gemma",
+        ),
+        (
             {"qkv_bias": True, "qk_norm": True},
             "model.qkv_bias=True cannot be expressed in the config.json of qwen3",
         ),

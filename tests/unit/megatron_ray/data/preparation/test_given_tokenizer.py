@@ -66,6 +66,16 @@ def test_the_files_beside_a_tokenizer_declare_its_end_token(tmp_path: Path) -> N
     assert around(named) == [None, "<|endoftext|>"]
 
 
+def test_a_byte_order_mark_before_a_tokenizer_changes_nothing(tmp_path: Path) -> None:
+    chosen = file(tmp_path, "\ufeff" + CHAT)
+    settings = b'\xef\xbb\xbf{"eos_token": "<|im_end|>"}'
+    (tmp_path / "tokenizer_config.json").write_bytes(settings)
+    assert around(chosen) == [None, "<|im_end|>"]
+    assert around(chosen, weights(CHAT)) == [None, "<|im_end|>"]
+    # Weights without a tokenizer of their own.
+    assert around(chosen, weights(None)) == [None, "<|im_end|>"]
+
+
 def test_a_guess_is_noted_and_a_declaration_is_not(tmp_path: Path) -> None:
     chosen = file(tmp_path, GEMMA)
     given = given_tokenizer(chosen, None)
