@@ -97,9 +97,9 @@ class TokenizerConfig(Config):
     end_of_document: str | None = None
     """Token appended to every document. Default: the one that the weights the run begins
     with were made with, or else the one declared by the files beside `path`
-    (`eos_token_id` of config.json, `eos_token` of tokenizer_config.json), or else the
-    first of the usual names (such as `<|endoftext|>`) among the tokenizer's special
-    tokens."""
+    (`eos_token_id` of config.json, `eos_token` of tokenizer_config.json), or else the one
+    that the tokenizer puts after every text, or else the first of the usual names (such
+    as `<|endoftext|>`) among the tokenizer's special tokens."""
     begin_of_document: str | None = None
     """Token put before every document, and before every prompt of a model trained so
     (`<s>` of Llama 2, `<bos>` of Gemma). Empty for none. Default: the one that the
@@ -147,7 +147,8 @@ class DataConfig(Config):
     """Isolates documents that are packed into one sample: attention and positions start
     anew in each document, and the first token of a document is not a label
     (Megatron's reset_attention_mask, reset_position_ids and eod_mask_loss together).
-    A document ends as in the .idx file, and after an end-of-document token."""
+    A document ends as in the .idx file, and after an end-of-document token that does not
+    begin it."""
     cache: str | None = Field(default=None, max_length=4096)
     """Folder of prepared .bin/.idx files and sample indices, which jobs may share.
     Default: `<storage.path>/data`."""

@@ -90,6 +90,8 @@ class Tokenizer:
         inner.encode_special_tokens = True
         self._inner = inner
         self.end_of_document = end_of_document
+        self.end_tokens = frozenset([end_of_document])
+        """Tokens at which generation ends; a chat model may have several."""
         self.begin_of_document = begin_of_document
         self.special_tokens_in_text = special_tokens_in_text
         # Ids may have gaps; embeddings need rows up to the largest id.

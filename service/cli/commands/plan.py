@@ -143,7 +143,7 @@ class _Question:
 
 
 def _check_fits(answer: dict[str, Any], suggest: bool, as_json: bool) -> None:
-    """Raises CommandError when the job does not fit."""
+    """Raises CommandError when the job has problems or does not fit."""
     # The plan is always printed, so that users see what does not fit. With --json the error
     # repeats the response; otherwise stdout already has it.
     body = None
@@ -158,7 +158,10 @@ def _check_fits(answer: dict[str, Any], suggest: bool, as_json: bool) -> None:
         fields: list[tuple[str, str]] = []
         for problem in problems:
             fields.append((problem.get("pointer") or "/", problem.get("detail")))
-        raise CommandError(with_field_lines("this job does not fit", fields), body=body)
+        message = "this job cannot run"
+        if answer.get("fits") is False:
+            message = "this job does not fit"
+        raise CommandError(with_field_lines(message, fields), body=body)
 
 
 def _print_plan(answer: Json) -> None:

@@ -258,7 +258,7 @@ def test_a_tokenizer_with_more_tokens_than_rows_is_told_at_once_and_rows_can_be_
     assert pointer == "/model/vocab_size"
     assert detail == (
         "model.vocab_size=257 is smaller than the tokenizer's 258, whose last token is "
-        "'<pad>'; set it to 258, which adds rows to the weights"
+        "'<pad>'; set it to 258 or more: rows that the weights lack are added"
     )
     spec["model"]["vocab_size"] = 258
     assert submitted(spec) == []

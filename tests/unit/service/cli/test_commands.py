@@ -167,6 +167,18 @@ def test_wrong_connection_options(run: Run, arguments: list[str], message: str) 
     assert "->" in err
 
 
+def test_secrets_of_an_address_are_not_repeated(run: Run) -> None:
+    for url in (
+        "http://u:SECRET@127.0.0.1:9",
+        "http://127.0.0.1:9/?t=SECRET",
+        "ftp://u:SECRET@h",
+    ):
+        code, _, err = run("jobs", "--url", url)
+        assert code == 1
+        assert "SECRET" not in err
+        assert "://" in err
+
+
 def test_wrong_token_names_the_remedy(run: Run, service: FakeService) -> None:
     service.routes["GET /v1/jobs"] = (
         401,

@@ -49,6 +49,17 @@ def test_logs_go_on_with_the_next_attempt(
     assert asked[-1].startswith("rank=0&attempt=2&")
 
 
+def test_logs_of_one_attempt_tell_that_there_are_others(
+    run: Run, service: FakeService
+) -> None:
+    pieces = [{"data": "two\n", "next_offset": 4}, {"data": "", "next_offset": 4}]
+    service.routes["GET /v1/jobs/job-abc/logs"] = (200, pieces)
+    service.routes["GET /v1/jobs/job-abc"] = (200, {**JOB, "attempt": 2})
+    code, out, err = run("logs", "job-abc", "--url", service.url)
+    assert (code, out) == (0, "two\n")
+    assert err == "this is attempt 2; show an earlier one with --attempt\n"
+
+
 def test_logs_of_a_rank_that_wrote_none(run: Run, service: FakeService) -> None:
     service.routes["GET /v1/jobs/job-abc/logs"] = (200, {"data": "", "next_offset": 0})
     code, _, err = run("logs", "job-abc", "--rank", "3", "--url", service.url)

@@ -70,7 +70,20 @@ def test_plan(run: Run, service: FakeService, fits: bool) -> None:
     assert "bubble" not in out
     assert code == (0 if fits else 1)
     assert ("/parallel: 2 ranks, but there is room for 1; add nodes" in err) is not fits
+    assert ("this job does not fit" in err) is not fits
     assert service.requests[0][1]["name"] == "tiny"
+
+
+def test_problems_of_a_job_that_fits_are_no_lack_of_room(
+    run: Run, service: FakeService
+) -> None:
+    problem = {"pointer": "/checkpoint/start_from", "detail": "cannot read it"}
+    answer = {"object": "plan", "world_size": 1, "fits": True, "problems": [problem]}
+    service.routes["POST /v1/plans"] = (200, answer)
+    code, _, err = run("plan", "spec.yaml", "--url", service.url)
+    assert code == 1
+    assert "this job cannot run" in err
+    assert "/checkpoint/start_from: cannot read it" in err
 
 
 def test_suggestions(run: Run, service: FakeService) -> None:

@@ -330,6 +330,10 @@ def test_what_is_not_supported_is_named(changed: dict[str, Any], words: str) -> 
         ),
         ({"attention_output_bias": True}, "model.qkv_bias=False cannot be expressed"),
         ({"norm": "layernorm"}, "model.activation='swiglu' is not one of 'gelu_tanh'"),
+        (
+            {"preset": "gemma-2b", "hidden_size": 256},
+            "model.embedding_scale=45.2548 is not the square root of hidden_size, 16 (gemma)",
+        ),
         ({"mla": {}}, "model.moe is null, and every such model has experts (deepseek_v3)"),
         (
             {"preset": "deepseek-tiny", "moe": {"scores_per_group": 1}},
