@@ -167,6 +167,7 @@ def _resume_problems(
         return problems
     try:
         entry = Journal(open_storage(storage_path)).latest()
+        claim = read_claim(storage_path)
         checkpoints = [
             info for info in list_checkpoints(storage_path) if info.was_committed
         ]
@@ -185,6 +186,12 @@ def _resume_problems(
             f"{storage_path} any more; {remedy}"
         )
         problems.append(Problem("/storage/path", "lost", detail))
+    elif claim is not None and claim.may_be_running:
+        detail = (
+            f"{storage_path} is in use by a run without a service, process {claim.pid} on "
+            f"{claim.host}; stop it first"
+        )
+        problems.append(Problem("/storage/path", "in_use", detail))
     return problems
 
 
