@@ -15,6 +15,7 @@ import socket
 import uuid
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any, Self
 
 from megatron_ray.checkpoint.directory import CheckpointError
@@ -44,12 +45,16 @@ class Claim:
     """Name of the machine of rank 0; empty in claims of earlier versions."""
     pid: int = 0
     """Process id of rank 0."""
+    process: str | None = None
+    """What distinguishes rank 0 from other processes that have had its id."""
     has_ended: bool = False
 
     @classmethod
     def of_this_process(cls, attempt: int, run: str | None) -> Self:
         """Returns the claim of an attempt whose rank 0 is this process."""
-        return cls(attempt, run, uuid.uuid4().hex, socket.gethostname(), os.getpid())
+        start = uuid.uuid4().hex
+        pid = os.getpid()
+        return cls(attempt, run, start, socket.gethostname(), pid, process_of(pid))
 
     @property
     def is_of_this_machine(self) -> bool:
@@ -64,7 +69,9 @@ class Claim:
         if not self.is_of_this_machine:
             return True
         # The process is this one where runs follow each other in it.
-        return self.pid != os.getpid() and _exists(self.pid)
+        if self.process is None or self.pid == os.getpid():
+            return False
+        return process_of(self.pid) == self.process
 
     def write(self, storage_path: str) -> None:
         """Replaces the claim of an earlier attempt. Raises StorageError."""
@@ -102,13 +109,20 @@ def read_claim(storage_path: str) -> Claim | None:
         return None
 
 
-def _exists(pid: int) -> bool:
-    """Returns whether there is a process with this id."""
+def process_of(pid: int) -> str | None:
+    """Returns boot and start time of a process, which no other one with its id has.
+
+    None when there is no such process any more. Ids are used again, in containers and
+    after a restart of the machine even soon.
+    """
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    # It belongs to another user.
-    except PermissionError:
-        return True
-    return True
+        stat = Path(f"/proc/{pid}/stat").read_text()
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return None
+    # The name before it, in parentheses, may contain spaces.
+    state, *fields = stat.rpartition(")")[2].split()
+    # A zombie has ended.
+    if state == "Z":
+        return None
+    return f"{boot}/{fields[18]}"

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from megatron_ray.checkpoint.claim import Claim, read_claim
+from megatron_ray.checkpoint.claim import Claim, process_of, read_claim
 from megatron_ray.data.prepared import PreparedData
 from tests.support.standalone_job import (
     EVERY,
@@ -133,7 +133,9 @@ def running_elsewhere(attempt: int = 1) -> Claim:
 
 def test_a_folder_in_which_a_run_is_running_is_refused(job: Path) -> None:
     # The parent of this process is another process that exists.
-    alive = replace(Claim.of_this_process(3, "run-other"), pid=os.getppid())
+    pid = os.getppid()
+    claim = Claim.of_this_process(3, "run-other")
+    alive = replace(claim, pid=pid, process=process_of(pid))
     (job.parent / PATH).mkdir(parents=True)
     alive.write(PATH)
     for resume in (False, True):
@@ -143,11 +145,15 @@ def test_a_folder_in_which_a_run_is_running_is_refused(job: Path) -> None:
         assert message.endswith(
             "; stop it first, or give this one a storage.path of its own"
         )
-    replace(alive, has_ended=True).write(PATH)
+    # Another process has its id by now.
+    replace(alive, process="an earlier boot/1").write(PATH)
     run(job, *PLAIN)
-    claim = read_claim(PATH)
-    assert claim is not None
-    assert (claim.attempt, claim.pid, claim.has_ended) == (4, os.getpid(), True)
+    ended = read_claim(PATH)
+    assert ended is not None
+    assert (ended.attempt, ended.pid, ended.has_ended) == (4, os.getpid(), True)
+    shutil.rmtree(job.parent / PATH / "checkpoints")
+    replace(alive, has_ended=True).write(PATH)
+    assert run(job, *PLAIN).startswith("finished; ")
 
 
 def test_only_a_resume_takes_over_a_folder_of_another_machine(job: Path) -> None:
