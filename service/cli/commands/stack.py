@@ -12,8 +12,8 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from service.cli.commands.detached import up_detached
 from service.cli.connection import DataDir, resolve_data_dir
+from service.cli.detached import up_detached
 from service.cli.failure import CommandError
 from service.cli.numbers import at_least
 from service.cli.output import AsJson, console, print_json
