@@ -17,6 +17,7 @@ from typing import Any, Self
 import httpx
 
 from megatron_ray.config.problem import Problem
+from megatron_ray.exceptions import redacted
 from service.event_stream import StreamEvent, lines_of, parse_stream
 
 Json = dict[str, Any]
@@ -426,6 +427,5 @@ def _refusal(response: httpx.Response) -> ServiceError:
 
 
 def _unreachable(url: str, error: Exception) -> ServiceError:
-    return ServiceError(
-        "unreachable", f"no service answers at {url} ({type(error).__name__}: {error})"
-    )
+    detail = f"no service answers at {url} ({type(error).__name__}: {error})"
+    return ServiceError("unreachable", redacted(detail))

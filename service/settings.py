@@ -13,7 +13,8 @@ from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from megatron_ray.config.errors.messages import plain_message, short_value
+from megatron_ray.config.errors.messages import refusal
+from megatron_ray.config.parsing.numbers import whole_number
 
 PREFIX = "MEGATRON_RAY_"
 
@@ -91,6 +92,18 @@ class Settings(BaseModel):
                 names.append(part.strip())
         return tuple(names)
 
+    @field_validator(
+        "port", "max_body_bytes", "max_internal_body_bytes", "max_streams", mode="before"
+    )
+    @classmethod
+    def _read_numbers(cls, value: Any) -> Any:
+        number = None
+        if isinstance(value, str):
+            number = whole_number(value)
+        if number is None:
+            return value
+        return number
+
     @field_validator("data_prefixes", "storage_prefixes")
     @classmethod
     def _absolute_prefixes(cls, prefixes: tuple[str, ...] | None) -> tuple[str, ...] | None:
@@ -135,7 +148,8 @@ class Settings(BaseModel):
         except ValidationError as error:
             messages = []
             for item in error.errors():
-                variable = PREFIX + str(item["loc"][0]).upper()
-                value = short_value(item["input"])
-                messages.append(f"{variable}: {plain_message(item)}, got {value}")
+                name = str(item["loc"][0])
+                # As it was written, and not as it was read.
+                value = values.get(name, item["input"])
+                messages.append(f"{PREFIX}{name.upper()}: {refusal(item, value)}")
             raise SettingsError("; ".join(messages)) from error

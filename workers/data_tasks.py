@@ -71,12 +71,29 @@ def prepare_data(
     # Nor was the number of steps of a number of epochs.
     if spec.training.epochs is not None:
         notes += _check_epochs(spec, prepared.num_train_tokens)
+    notes += _batch_notes(spec, prepared.num_train_tokens)
     # And how much room the prepared data have left.
     if spec.storage is not None:
         problems = room_problems(resolved, spec.storage.path)
         if problems:
             raise UnusableDataError(problems)
+    for note in notes:
+        progress(note)
     return prepared.model_copy(update={"notes": (*notes, *prepared.notes)})
+
+
+def _batch_notes(spec: JobSpec, num_tokens: int) -> list[str]:
+    """Returns a note when a step has more samples than the training data."""
+    training = spec.training
+    # A sample has one extra token, the label of the last input.
+    num_samples = max(1, (num_tokens - 1) // training.seq_length)
+    if training.global_batch_size <= num_samples:
+        return []
+    return [
+        f"/training/global_batch_size: each step has {training.global_batch_size} samples, and "
+        f"the training data make {num_samples} of {training.seq_length} tokens: every step "
+        "repeats them; lower it, or use more data"
+    ]
 
 
 def _check_epochs(spec: JobSpec, num_tokens: int) -> list[str]:

@@ -128,9 +128,13 @@ class ServiceClient:
         """Sends the problems that a check of a spec's paths found."""
         self._post("/internal/v1/agent/checks", result)
 
-    def cursor(self, job_id: str, epoch: int) -> CursorReply:
-        """Returns what the service has stored of each of a job's sources."""
-        body = self._get(f"/internal/v1/jobs/{job_id}/cursor", {"epoch": epoch})
+    def cursor(self, job_id: str, epoch: int, last_n: int = 0) -> CursorReply:
+        """Returns what the service has stored of each of a job's sources.
+
+        `last_n` is the highest number of the driver's own records in the job's folder.
+        """
+        query = {"epoch": epoch, "last_n": last_n}
+        body = self._get(f"/internal/v1/jobs/{job_id}/cursor", query)
         return self._parse(CursorReply, body)
 
     def records(self, batch: RecordBatch) -> RecordReply:

@@ -360,7 +360,7 @@ def _parse_spec(job: Path, overrides: Sequence[str]) -> JobSpec:
     except OSError as error:
         raise UserError(f"cannot read {job}: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise UserError(f"cannot read {job}: it is not a text file") from error
+        raise UserError(f"cannot read {job}: it is not text in UTF-8") from error
     except ValidationError as error:
         problems = problems_from_pydantic(error.errors(), values, model=JobSpec)
         raise UserError(f"{job} is not a valid job spec:{_listed(problems)}") from error

@@ -30,7 +30,7 @@ def is_native_checkpoint(path: str) -> bool:
         return False
     cause = (
         "it is neither a committed checkpoint (no COMMITTED marker) nor a folder in Hugging "
-        "Face's format (no config.json)"
+        "Face's format (no config.json); give the folder that holds one of the two"
     )
     raise CheckpointError("read", path, cause)
 

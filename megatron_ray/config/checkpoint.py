@@ -17,10 +17,10 @@ class CheckpointConfig(Config):
     never loaded.
     """
 
-    every_steps: int | None = Field(default=None, ge=1)
+    every_steps: int | None = Field(default=None, ge=1, le=1 << 40)
     """Steps between checkpoints. Default: a single checkpoint after the last step. Set
     it for every run that is long enough to fail."""
-    keep_last: int = Field(default=2, ge=1)
+    keep_last: int = Field(default=2, ge=1, le=1 << 40)
     """Number of committed checkpoints to keep. Older ones are deleted when a newer one
     is committed."""
     mode: Literal["async", "sync"] = "async"

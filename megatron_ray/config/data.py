@@ -34,7 +34,7 @@ class DataSource(Config):
     """Name of the JSON field (.jsonl) or the column (.parquet) with the text; a dotted
     path, such as `meta.text`, for one inside an object or struct. Rows without text (null,
     empty or absent) are left out and counted."""
-    max_bad_records: int = Field(default=0, ge=0)
+    max_bad_records: int = Field(default=0, ge=0, le=1 << 40)
     """Bad records (lines that are no JSON object, values that are no text, text that is
     not UTF-8) that are left out and counted; more end the job before it trains. Default:
     any bad record ends it, with a message that names the first and their number."""
@@ -97,9 +97,9 @@ class TokenizerConfig(Config):
     end_of_document: str | None = None
     """Token appended to every document. Default: the one that the weights the run begins
     with were made with, or else the one declared by the files beside `path`
-    (`eos_token_id` of config.json, `eos_token` of tokenizer_config.json), or else the
-    first of the usual names (such as `<|endoftext|>`) among the tokenizer's special
-    tokens."""
+    (`eos_token_id` of config.json, `eos_token` of tokenizer_config.json), or else the one
+    that the tokenizer puts after every text, or else the first of the usual names (such
+    as `<|endoftext|>`) among the tokenizer's special tokens."""
     begin_of_document: str | None = None
     """Token put before every document, and before every prompt of a model trained so
     (`<s>` of Llama 2, `<bos>` of Gemma). Empty for none. Default: the one that the
@@ -147,7 +147,8 @@ class DataConfig(Config):
     """Isolates documents that are packed into one sample: attention and positions start
     anew in each document, and the first token of a document is not a label
     (Megatron's reset_attention_mask, reset_position_ids and eod_mask_loss together).
-    A document ends as in the .idx file, and after an end-of-document token."""
+    A document ends as in the .idx file, and after an end-of-document token that does not
+    begin it."""
     cache: str | None = Field(default=None, max_length=4096)
     """Folder of prepared .bin/.idx files and sample indices, which jobs may share.
     Default: `<storage.path>/data`."""

@@ -75,12 +75,12 @@ class ScheduleConfig(Config):
 
     kind: Literal["constant", "linear", "cosine"] = "cosine"
     """Shape of the decay from `optimizer.lr` to `min_lr`; `constant` does not decay."""
-    warmup_steps: int = Field(default=0, ge=0)
+    warmup_steps: int = Field(default=0, ge=0, le=1 << 40)
     """Steps of linear warm-up. A warm-up longer than the job never reaches
     `optimizer.lr`, which is noted before the start."""
     min_lr: float = Field(default=0.0, ge=0)
     """Learning rate at the end of the decay; at most `optimizer.lr`."""
-    decay_steps: int | None = Field(default=None, ge=1)
+    decay_steps: int | None = Field(default=None, ge=1, le=1 << 40)
     """Step at which the decay ends, counted from step 0 with the warm-up included, and
     after it; then the rate stays at `min_lr`, which may be 0 for at most a tenth of the
     steps. Default: training.steps."""

@@ -30,9 +30,9 @@ class ParallelismConfig(Config):
     """Contents of each pipeline stage in Megatron's notation, such as
     `Et*3|(tt|)*29,m|L`: E embedding, t layer, m multi-token prediction layer, L head and
     loss, | end of a stage, *n repetition. Default: equal numbers of layers."""
-    first_stage_layers: int | None = Field(default=None, ge=0)
+    first_stage_layers: int | None = Field(default=None, ge=0, le=1 << 40)
     """Number of layers of the first stage. Default: as many as the other stages."""
-    last_stage_layers: int | None = Field(default=None, ge=0)
+    last_stage_layers: int | None = Field(default=None, ge=0, le=1 << 40)
     """Number of layers of the last stage. Default: as many as the other stages."""
     cp: int = Field(default=1, ge=1, le=1024)
     """Context parallel size: ranks that split each sequence, for long sequences."""
@@ -60,13 +60,13 @@ class ParallelismConfig(Config):
     zero: Literal[0, 1, 3] = 1
     """ZeRO stage: 0 shards nothing, 1 shards the optimizer state over the data-parallel
     ranks, 3 shards weights and gradients too."""
-    zero_replicas: int = Field(default=1, ge=1)
+    zero_replicas: int = Field(default=1, ge=1, le=1 << 40)
     """For zero=3: number of copies of the sharded state (hybrid sharding, HSDP). Each
     copy is sharded over dp x cp / zero_replicas ranks."""
     order: str = "tp-cp-ep-dp-pp"
     """Order of the axes in the rank numbering: the first axis has neighbouring ranks,
     the last has those farthest apart. Default: Megatron's."""
-    bucket_elements: int | None = Field(default=None, ge=1)
+    bucket_elements: int | None = Field(default=None, ge=1, le=1 << 40)
     """Approximate number of gradient elements per reduction bucket. Default: max(40e6,
     1e6 x dp) as in Megatron, and in small models an eighth of the parameters but at
     least 1e6 x dp."""

@@ -23,7 +23,7 @@ class RopeScaling(Config):
     attention."""
     factor: float = Field(ge=1)
     """Ratio of the new to the original sequence length."""
-    original_max_position_embeddings: int = Field(default=8192, ge=1)
+    original_max_position_embeddings: int = Field(default=8192, ge=1, le=1 << 40)
     """Sequence length of the original training, in tokens. Not used by `linear`."""
     low_freq_factor: float = Field(default=1.0, gt=0)
     """`llama3`: frequencies with wavelengths above original length / low_freq_factor are

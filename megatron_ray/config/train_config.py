@@ -18,6 +18,7 @@ from megatron_ray.config.data import DataConfig
 from megatron_ray.config.model import ModelConfig
 from megatron_ray.config.optimizer import OptimizerConfig, ScheduleConfig
 from megatron_ray.config.parallelism import ParallelismConfig
+from megatron_ray.config.parsing.json_values import read_json, require_json
 from megatron_ray.config.parsing.yaml_values import read_yaml
 from megatron_ray.config.training import LENGTHS, TrainingConfig
 
@@ -70,20 +71,26 @@ class TrainConfig(Config):
 def read_mapping(path: Path) -> dict[str, Any]:
     """Reads a YAML or JSON file.
 
-    Raises OSError, and ValueError with the file's name when it is not a mapping.
+    Raises OSError, and ValueError with the file's name when it is not a mapping, or has a
+    value that no JSON spec could have.
     """
     content = _decoded(path.read_bytes())
     try:
         if path.suffix == ".json":
-            values = json.loads(content)
+            values = read_json(content)
         else:
             values = read_yaml(content)
-    except (yaml.YAMLError, json.JSONDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise ValueError(f"{path} is not valid YAML or JSON: {error}") from error
+    except RecursionError as error:
+        raise ValueError(f"{path} is nested too deeply for a spec") from error
+    if values is None:
+        raise ValueError(f"{path} is empty, expected a mapping of fields")
     if not isinstance(values, dict):
         raise ValueError(
             f"{path} holds {type(values).__name__}, expected a mapping of fields"
         )
+    require_json(values, str(path))
     return values
 
 
@@ -111,7 +118,7 @@ def apply_overrides(values: Mapping[str, Any], overrides: Iterable[str]) -> dict
     it is in a YAML file. A length of the training replaces one that is given in another
     unit. Raises ValueError when an override is malformed.
     """
-    # A round trip through JSON copies deeply and leaves only plain types.
+    # A round trip through JSON copies deeply.
     result: dict[str, Any] = json.loads(json.dumps(values))
     overrides = tuple(overrides)
     overridden = {override.partition("=")[0] for override in overrides}
@@ -123,7 +130,7 @@ def apply_overrides(values: Mapping[str, Any], overrides: Iterable[str]) -> dict
             raise ValueError(f"--set {override!r}: expected path.to.field=value")
         try:
             value = read_yaml(raw_value)
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, RecursionError) as error:
             raise ValueError(
                 f"--set {override!r}: the value is not valid YAML; put it in quotes"
             ) from error
@@ -131,6 +138,7 @@ def apply_overrides(values: Mapping[str, Any], overrides: Iterable[str]) -> dict
             _set(result, path.strip().split("."), value)
         except _PathError as error:
             raise ValueError(f"--set {override!r}: {error}") from error
+    require_json(result, "--set")
     return result
 
 

@@ -86,7 +86,7 @@ class TrainingConfig(Config):
     deterministic: bool = False
     """Uses only bit-reproducible kernels on GPUs, which are slower. Runs on CPUs are
     bit-reproducible without it."""
-    eval_every_steps: int | None = Field(default=None, ge=1)
+    eval_every_steps: int | None = Field(default=None, ge=1, le=1 << 40)
     """Steps between evaluations on the validation data; the last step is evaluated too.
     Default: evaluation after the last step only."""
     eval_samples: int = Field(default=64, ge=1, le=1 << 24)
@@ -99,7 +99,9 @@ class TrainingConfig(Config):
     max_consecutive_skipped_steps: int = Field(default=3, ge=1, le=1 << 40)
     """Number of skipped steps in a row; one more ends the job even if
     max_skipped_steps allows it, because weights that give no numbers do not recover."""
-    skip_steps: tuple[Annotated[int, Field(ge=1)], ...] = Field(default=(), max_length=1024)
+    skip_steps: tuple[Annotated[int, Field(ge=1, le=1 << 40)], ...] = Field(
+        default=(), max_length=1024
+    )
     """Steps, counted from 1, whose samples are left out: they are skipped like steps
     that are not finite, whatever their numbers are, and are not counted as such. For a
     run that is resumed before a batch that it cannot train on. Default: none."""

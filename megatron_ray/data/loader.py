@@ -154,10 +154,14 @@ def _document_starts(
 ) -> np.ndarray:
     """Returns [B, S + 1] whether a token is the first of its document in the sample."""
     all_starts = np.zeros(samples.shape, dtype=bool)
+    ends = samples == end_of_document
     if starts is not None:
         all_starts |= starts
+        # Some models begin documents with the token that ends them. Whether the first token
+        # of a sample begins its document is not known.
+        ends[:, 1:] &= ~starts[:, 1:]
     all_starts[:, 0] = True
-    all_starts[:, 1:] |= samples[:, :-1] == end_of_document
+    all_starts[:, 1:] |= ends[:, :-1]
     return all_starts
 
 

@@ -90,6 +90,8 @@ class Tokenizer:
         inner.encode_special_tokens = True
         self._inner = inner
         self.end_of_document = end_of_document
+        self.end_tokens = frozenset([end_of_document])
+        """Tokens at which generation ends; a chat model may have several."""
         self.begin_of_document = begin_of_document
         self.special_tokens_in_text = special_tokens_in_text
         # Ids may have gaps; embeddings need rows up to the largest id.
@@ -259,6 +261,16 @@ class Tokenizer:
         """Returns the name of a token, or None for an unknown id."""
         name: str | None = self._inner.id_to_token(token_id)
         return name
+
+    @property
+    def recognises_special(self) -> bool:
+        """Whether there are special tokens that are recognised in text."""
+        return any(self.is_special(token_id) for token_id in self._recognised.values())
+
+    def is_special(self, token_id: int) -> bool:
+        """Whether a token is one that text does not become by itself."""
+        token = self._inner.get_added_tokens_decoder().get(token_id)
+        return token is not None and bool(token.special)
 
     def describe(self, ids: Sequence[int]) -> str:
         """Returns the first ids with the text of each, for people to read."""

@@ -11,7 +11,7 @@ on typer, which the service's command line uses.
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from megatron_ray.checkpoint.directory import CheckpointError
+from megatron_ray.checkpoint.hf.published.files import published_end_tokens
 from megatron_ray.checkpoint.load import load_into
 from megatron_ray.checkpoint.train_state import TOKENIZER, read_train_state
 from megatron_ray.config.data import SpecialTokens
@@ -55,7 +56,7 @@ class Generation:
     text: str
     """The continuation, without the prompt."""
     tokens: tuple[int, ...]
-    """New tokens, without the token that ends a document."""
+    """New tokens, without the end token."""
     finish_reason: Literal["length", "end_of_document"]
     prompt_tokens: tuple[int, ...] = ()
     """Tokens that the model was given: the prompt's, after the token that begins a
@@ -138,12 +139,17 @@ def _load_tokenizer(
             checkpoint_path,
             f"it holds no {TOKENIZER}, so its tokens cannot be turned into text",
         ) from error
-    return Tokenizer.from_json(
+    tokenizer = Tokenizer.from_json(
         text,
         train_state.get("end_of_document"),
         train_state.get("begin_of_document"),
         special_tokens_in_text,
     )
+    # A published model may have more end tokens, such as that of a turn in a chat.
+    published = published_end_tokens(checkpoint_path)
+    if tokenizer.end_of_document in published:
+        tokenizer.end_tokens |= published
+    return tokenizer
 
 
 def generate(
@@ -156,7 +162,7 @@ def generate(
     top_p: float | None = None,
     seed: int = 0,
 ) -> Generation:
-    """Continues `prompt` until a document ends or there are `max_new_tokens`.
+    """Continues `prompt` until an end token or there are `max_new_tokens`.
 
     The prompt is the beginning of a document; an empty one begins a new one. The same
     seed gives the same text.
@@ -195,11 +201,11 @@ def generate_pieces(
         max_new_tokens,
         sampling,
         seed,
-        stop=tokenizer.end_of_document,
+        stop=tokenizer.end_tokens,
         # A model may lack rows for special tokens that never occurred.
         vocabulary=min(tokenizer.vocab_size, model.config.vocabulary),
     ):
-        if token == tokenizer.end_of_document:
+        if token in tokenizer.end_tokens:
             finish_reason = "end_of_document"
             break
         tokens.append(token)
@@ -237,7 +243,7 @@ def generate_tokens(
     sampling: Sampling,
     seed: int,
     *,
-    stop: int,
+    stop: Collection[int],
     vocabulary: int,
 ) -> list[int]:
     """Returns new token ids; see `iterate_tokens`."""
@@ -262,10 +268,10 @@ def iterate_tokens(
     sampling: Sampling,
     seed: int,
     *,
-    stop: int,
+    stop: Collection[int],
     vocabulary: int,
 ) -> Iterator[int]:
-    """Yields new token ids, up to and including the first `stop`.
+    """Yields new token ids, up to and including the first of `stop`.
 
     Ids from `vocabulary` on are padding of the embedding and never chosen.
     """
@@ -291,7 +297,7 @@ def iterate_tokens(
         token = choose(logits[0, :vocabulary].float().cpu(), sampling, generator)
         tokens.append(token)
         yield token
-        if token == stop:
+        if token in stop:
             break
 
 

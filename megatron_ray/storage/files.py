@@ -4,14 +4,16 @@ Owns: single files and the folders of a data source; `storage` handles the files
 job below one root. Must not know: the contents of files.
 """
 
+import errno
 import io
 import os
 import shutil
+import stat
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from pyarrow import fs as arrow_fs
 
@@ -51,10 +53,13 @@ def is_folder(location: Location) -> bool:
 
 
 def walk(folder: Location) -> Iterator[FileStat]:
-    """Yields all files below a folder in arbitrary order.
+    """Yields all files below a folder in arbitrary order, also those behind links.
 
     Raises StorageError when it cannot be listed.
     """
+    if folder.is_local:
+        yield from _walk_local(folder.path, (os.path.realpath(folder.path),))
+        return
     # One listing for the whole tree; object stores return a thousand names per request.
     selector = arrow_fs.FileSelector(folder.path, recursive=True)
     with storage_errors("list", folder.path):
@@ -62,6 +67,34 @@ def walk(folder: Location) -> Iterator[FileStat]:
     for info in infos:
         if info.type == arrow_fs.FileType.File:
             yield _file_stat(info)
+
+
+def _walk_local(folder: str, entered: tuple[str, ...]) -> Iterator[FileStat]:
+    """Yields the files below a folder that was reached through the folders `entered`.
+
+    Links back to one of those, which would never end, are not followed. Raises
+    StorageError.
+    """
+    subfolders = []
+    with storage_errors("list", folder), os.scandir(folder) as entries:
+        for entry in entries:
+            try:
+                is_folder = entry.is_dir()
+                status = entry.stat()
+            except OSError as error:
+                # Links that lead nowhere or to themselves, and what was deleted meanwhile.
+                if error.errno not in (errno.ENOENT, errno.ELOOP):
+                    raise
+                continue
+            if is_folder:
+                subfolders.append(entry.path)
+            elif stat.S_ISREG(status.st_mode):
+                yield FileStat(entry.path, status.st_size, status.st_mtime_ns)
+    for subfolder in subfolders:
+        target = os.path.realpath(subfolder)
+        # The root of a disk has a folder that users may not read.
+        if target not in entered and os.path.basename(target) != "lost+found":
+            yield from _walk_local(subfolder, (*entered, target))
 
 
 def broken_links(folder: Location) -> list[FileStat]:
@@ -80,7 +113,39 @@ def broken_links(folder: Location) -> list[FileStat]:
     return links
 
 
-def open_stream(location: Location, compression: str | None = None) -> IO[bytes]:
+def file_identity(path: str) -> str:
+    """Returns what is the same for all paths to a local file, through links of any kind.
+
+    Raises OSError.
+    """
+    real_path = os.path.realpath(path)
+    status = os.stat(real_path)
+    # Only where needed, because some network filesystems give a file changing numbers.
+    if status.st_nlink > 1:
+        return f"{status.st_dev}:{status.st_ino}"
+    return real_path
+
+
+def split_repeated(files: Sequence[FileStat]) -> tuple[list[FileStat], list[FileStat]]:
+    """Returns local files, and apart those that are other paths to earlier ones.
+
+    Raises OSError.
+    """
+    distinct = []
+    repeated = []
+    first_paths: dict[tuple[int, int], str] = {}
+    for file in files:
+        # One cheap call for most files; a shared number alone is no proof.
+        status = os.stat(file.path)
+        first_path = first_paths.setdefault((status.st_dev, status.st_ino), file.path)
+        if first_path == file.path or file_identity(first_path) != file_identity(file.path):
+            distinct.append(file)
+        else:
+            repeated.append(file)
+    return distinct, repeated
+
+
+def open_stream(location: Location, compression: str | None = None) -> io.BufferedReader:
     """Opens a file for sequential reads.
 
     `compression` is Arrow's name of the file's compression, such as `gzip`; None reads

@@ -98,7 +98,7 @@ def with_vocabulary(
     if own_size is not None and own_size < needed:
         remedy = "raise it, or leave it out"
         if config.checkpoint.start_from is not None:
-            remedy = f"set it to {needed}, which adds rows to the weights"
+            remedy = f"set it to {needed} or more: rows that the weights lack are added"
         raise ConfigError(
             f"model.vocab_size={own_size} is smaller than the tokenizer's {needed}; {remedy}"
         )

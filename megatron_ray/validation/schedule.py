@@ -42,20 +42,21 @@ def _idle_problems(config: TrainConfig) -> list[Problem]:
     # At the end of every decay to 0 one step has a rate of 0.
     if idle <= max(1, _MAX_IDLE_SHARE * steps):
         return []
+    lowest = f"{config.schedule.min_lr:g}"
     detail = (
-        f"decay_steps={decay_steps} with min_lr=0 leaves a rate of 0 for {idle} of "
-        f"training.steps={steps}; set min_lr above 0, leave decay_steps out, or lower steps "
-        f"to {decay_steps}"
+        f"decay_steps={decay_steps} with min_lr={lowest} leaves a rate of {lowest} for {idle} "
+        f"of training.steps={steps}; set min_lr above {lowest}, leave decay_steps out, or "
+        f"lower steps to {decay_steps}"
     )
     return [Problem("/schedule/decay_steps", "rate_of_zero", detail)]
 
 
 def idle_steps(config: TrainConfig) -> int:
-    """Returns the number of steps whose learning rate is 0."""
+    """Returns the number of steps whose learning rate is 0, or too small to count."""
     schedule = config.schedule
     steps = config.training.num_steps
     decay_steps = schedule.decay_steps or steps
-    if schedule.kind == "constant" or schedule.min_lr > 0:
+    if schedule.kind == "constant" or schedule.min_lr >= _SMALLEST_RATE:
         return 0
     # Step `decay_steps` is the first one at min_lr, unless the warm-up includes it.
     first = max(decay_steps, schedule.warmup_steps + 1)
@@ -93,8 +94,9 @@ def schedule_warnings(config: TrainConfig) -> list[Problem]:
     idle = idle_steps(config)
     if idle > 1 or idle == steps:
         detail = (
-            f"the rate is 0 in {idle} of {steps} steps, since the decay ends at "
-            f"min_lr=0 in step {decay_steps}; a min_lr above 0 trains in them too"
+            f"the rate is {schedule.min_lr:g} in {idle} of {steps} steps, since the decay ends "
+            f"at min_lr={schedule.min_lr:g} in step {decay_steps}; a higher min_lr trains in "
+            "them too"
         )
         warnings.append(Problem("/schedule/min_lr", "rate_of_zero", detail))
     return warnings

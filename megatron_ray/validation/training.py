@@ -11,6 +11,9 @@ from megatron_ray.config.training import TrainingConfig
 MAX_SAMPLES = 1 << 31
 """The order of samples is an index of 12 bytes per sample in memory-mapped files, built
 before the first step."""
+_MIN_HEAD_WIDTH = 2
+_MAX_HEAD_WIDTH = 1024
+"""Bounds of model.head_dim, which hold too where it follows from other fields."""
 
 
 def known_sample_problems(config: TrainConfig) -> list[Problem]:
@@ -62,11 +65,14 @@ def length_problems(config: TrainConfig) -> list[Problem]:
 
 def _head_problems(model: ModelConfig) -> list[Problem]:
     problems = []
-    if model.head_width < 2:
+    if not _MIN_HEAD_WIDTH <= model.head_width <= _MAX_HEAD_WIDTH:
+        remedy = "use fewer heads, a larger hidden_size, or give head_dim"
+        if model.head_width > _MAX_HEAD_WIDTH:
+            remedy = f"use more heads, or give head_dim, at most {_MAX_HEAD_WIDTH}"
         detail = (
             f"hidden_size={model.hidden_size} over "
             f"num_attention_heads={model.num_attention_heads} leaves heads of width "
-            f"{model.head_width}; use fewer heads, a larger hidden_size, or give head_dim"
+            f"{model.head_width}; {remedy}"
         )
         problems.append(Problem("/model/num_attention_heads", "head_width", detail))
     # Rotation turns pairs of elements.

@@ -5,11 +5,12 @@ from typing import Annotated, Any
 import sqlalchemy as sa
 from fastapi import APIRouter, Depends, Query
 from fastapi.responses import JSONResponse, Response
+from pydantic import Field
 
 from service.api import render
 from service.api.models import Attempt, Checkpoint, JobId, Page, RankPlacement
 from service.http.dependencies import ContextDep
-from service.http.parameters import check_query
+from service.http.parameters import WRITTEN_NUMBER, check_query
 from service.jobs import lifecycle
 from service.store.schema import AttemptRow, CheckpointRow
 
@@ -52,7 +53,10 @@ def list_ranks(
     job_id: JobId,
     context: ContextDep,
     attempt: Annotated[
-        int | None, Query(ge=1, lt=1 << 31, description="Attempt. Default: newest.")
+        int | None,
+        Field(ge=1, lt=1 << 31),
+        WRITTEN_NUMBER,
+        Query(description="Attempt. Default: newest."),
     ] = None,
 ) -> Response:
     """Lists where each rank runs.

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 import sqlalchemy as sa
 from fastapi import APIRouter, Depends, Header, Query
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, Field
 from starlette.concurrency import run_in_threadpool
 
 from service.api import render
@@ -16,7 +16,7 @@ from service.exceptions import RequestInvalidError
 from service.http.dependencies import Context, ContextDep
 from service.http.errors import ProblemError
 from service.http.event_stream import PING, EventStream, message
-from service.http.parameters import check_query, split_commas
+from service.http.parameters import WRITTEN_NUMBER, check_query, split_commas
 from service.jobs import lifecycle
 from service.store import metrics
 from service.store.schema import EventRow, JobRow
@@ -83,7 +83,9 @@ router = APIRouter(prefix="/v1", tags=["history"], dependencies=[Depends(check_q
 def list_events(
     job_id: JobId,
     context: ContextDep,
-    limit: Annotated[int, Query(ge=1, le=1000, description="Events per page.")] = 100,
+    limit: Annotated[
+        int, Field(ge=1, le=1000), WRITTEN_NUMBER, Query(description="Events per page.")
+    ] = 100,
     after: Annotated[
         str | None,
         Query(

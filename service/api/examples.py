@@ -211,6 +211,8 @@ RESPONSES: dict[str, Any] = {
             "vocab_size": 4096,
         },
         "communication": [],
+        "checkpoint_bytes": 22_020_096,
+        "num_checkpoints": 3,
         "bubble_share": 0.0,
         "hardware": "CPU",
         "time": _TIME,

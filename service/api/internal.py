@@ -15,7 +15,7 @@ from starlette.concurrency import run_in_threadpool
 from megatron_ray.config.errors.messages import plain_message
 from megatron_ray.config.errors.spec_problems import pointer_to
 from megatron_ray.config.problem import Problem
-from service.exceptions import RequestInvalidError
+from service.exceptions import DriverReplacedError, RequestInvalidError
 from service.http.dependencies import Context, ContextDep
 from service.jobs import cluster_fit, ingest, lifecycle, queue
 from service.jobs.agents import CheckedPaths
@@ -26,6 +26,7 @@ from workers.protocol.states import DesiredState
 from workers.protocol.wire import (
     PROTOCOL,
     AgentReport,
+    CheckRequest,
     CheckResult,
     CursorReply,
     DesiredJob,
@@ -95,8 +96,15 @@ async def desired_jobs(
     # A long poll counts as contact during its whole wait.
     context.agents.record_contact(cluster)
     reply = await run_in_threadpool(_desired_reply, context, cluster)
-    checks = context.agents.open_checks(cluster)
-    return _json(reply.model_copy(update={"checks": checks}))
+    checks: list[CheckRequest] = []
+    resume_checks: list[CheckRequest] = []
+    for check in context.agents.open_checks(cluster):
+        if check.resumed is None:
+            checks.append(check)
+        else:
+            resume_checks.append(check)
+    update = {"checks": tuple(checks), "resume_checks": tuple(resume_checks)}
+    return _json(reply.model_copy(update=update))
 
 
 @router.post("/agent/checks")
@@ -116,12 +124,15 @@ async def check_result(request: Request, context: ContextDep) -> dict[str, bool]
 
 
 @router.get("/jobs/{job_id}/cursor")
-async def cursor(job_id: str, context: ContextDep, epoch: int) -> Response:
+async def cursor(
+    job_id: str, context: ContextDep, epoch: int, last_n: int | None = None
+) -> Response:
     """Returns the highest number stored of each source, for a driver that has started.
 
-    From here on lower epochs are refused.
+    From here on lower epochs are refused. `last_n` is the highest number of the driver's
+    records in the job's folder; None from drivers of earlier versions.
     """
-    return _json(await run_in_threadpool(_cursor, context, job_id, epoch))
+    return _json(await run_in_threadpool(_cursor, context, job_id, epoch, last_n))
 
 
 @router.post("/jobs/{job_id}/records")
@@ -270,12 +281,17 @@ def _desired_one(context: Context, job_id: str) -> DesiredJob:
         return _desired(context, lifecycle.find(session, job_id))
 
 
-def _cursor(context: Context, job_id: str, epoch: int) -> CursorReply:
+def _cursor(context: Context, job_id: str, epoch: int, last_n: int | None) -> CursorReply:
     with context.store.write() as session:
         # A write, because the driver's epoch is stored before it sends anything.
         job = lifecycle.lock(session, job_id)
         ingest.take_epoch(job, epoch)
-        return CursorReply(stored=ingest.stored_numbers(session, job))
+        stored = ingest.stored_numbers(session, job)
+        is_lost = last_n is not None and ingest.fail_if_lost(session, job, stored, last_n)
+    # After the commit, which an error would undo.
+    if is_lost:
+        raise DriverReplacedError("the job's folder has lost files, so the job has failed")
+    return CursorReply(stored=stored)
 
 
 def _store_records(context: Context, job_id: str, body: bytes) -> RecordReply:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import sqlalchemy as sa
 from fastapi import APIRouter, Depends, Header, Query, Request
 from fastapi.responses import JSONResponse, Response
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, Field
 from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 
@@ -30,9 +30,15 @@ from service.http.bodies import BoundedBodyRoute
 from service.http.dependencies import Context, ContextDep, CurrentCaller
 from service.http.errors import ProblemError
 from service.http.idempotency import MAX_KEY_CHARS, IdempotentRequest, StoredResponse
-from service.http.parameters import check_query, deep_object, labels_of, split_commas
+from service.http.parameters import (
+    WRITTEN_NUMBER,
+    check_query,
+    deep_object,
+    labels_of,
+    split_commas,
+)
 from service.jobs import lifecycle, pausing, queue
-from service.jobs.submit import Submitter
+from service.jobs.submit import PreparedJob, Submitter
 from service.store.schema import JobRow
 from service.store.selection import JobFilter
 from workers.protocol.job import JobSpec
@@ -80,8 +86,8 @@ async def create_job(
         return _created(earlier, is_replay=True)
     # Stores `submitted` instead of `spec`: the user's input without defaults.
     submitter = Submitter(context.settings, context.store, context.agents, context.compute)
-    job = await submitter.prepare(spec, submitted)
-    store = partial(_store_job, context, submitter, spec, job, repeatable)
+    prepared = await submitter.prepare(spec, submitted)
+    store = partial(_store_job, context, submitter, prepared, repeatable)
     response, is_replay = await run_in_threadpool(store)
     if not is_replay:
         context.telemetry.jobs_created.inc()
@@ -92,7 +98,9 @@ async def create_job(
 def list_jobs(
     request: Request,
     context: ContextDep,
-    limit: Annotated[int, Query(ge=1, le=100, description="Jobs per page.")] = 20,
+    limit: Annotated[
+        int, Field(ge=1, le=100), WRITTEN_NUMBER, Query(description="Jobs per page.")
+    ] = 20,
     after: Annotated[
         str | None,
         Query(
@@ -215,7 +223,7 @@ def pause_job(
 @router.post(
     "/jobs/{job_id}/resume", status_code=202, response_model=Job, responses={409: {}}
 )
-def resume_job(
+async def resume_job(
     job_id: JobId,
     context: ContextDep,
     caller: CurrentCaller,
@@ -230,11 +238,15 @@ def resume_job(
     options = body or ResumeRequest()
     path = f"/v1/jobs/{job_id}/resume"
     repeatable = IdempotentRequest.of(key, caller.token_id, path, options.model_dump())
+    earlier = await run_in_threadpool(_earlier_response, context, repeatable)
+    if earlier is not None:
+        return _answer(earlier, is_replay=True)
     submitter = Submitter(context.settings, context.store, context.agents, context.compute)
+    changed = await submitter.prepare_resume(job_id, options.changes)
 
     def resume(session: Session, job: JobRow) -> None:
         if JobState(job.status).is_terminal:
-            submitter.resume(session, job, options.changes)
+            submitter.resume(session, job, changed)
         elif options.changes:
             raise JobActiveError(
                 f"the job is {job.status}; a spec can only be changed after the job's end"
@@ -244,7 +256,7 @@ def resume_job(
         session.flush()
         queue.admit_jobs(session, lifecycle.lock_cluster(session, job.cluster))
 
-    return _change(context, job_id, repeatable, resume)
+    return await run_in_threadpool(_change, context, job_id, repeatable, resume)
 
 
 @router.post(
@@ -299,19 +311,19 @@ def _check_still_there(session: Session, created: StoredResponse) -> None:
 def _store_job(
     context: Context,
     submitter: Submitter,
-    spec: JobSpec,
-    job: JobRow,
+    prepared: PreparedJob,
     repeatable: IdempotentRequest,
 ) -> tuple[StoredResponse, bool]:
     """Stores a prepared job; returns the response and whether it is an earlier one."""
     with context.store.write() as session:
+        job = prepared.row
         lifecycle.lock_cluster(session, job.cluster)
         # Checked again under the lock, because the same request may have been answered
         # meanwhile.
         earlier = repeatable.earlier_response(session)
         if earlier is not None:
             return earlier, True
-        submitter.create(session, spec, job)
+        submitter.create(session, prepared)
         body = render.job(session, job).model_dump(mode="json")
         repeatable.store_response(session, 201, body)
         return StoredResponse(201, body), False

@@ -4,13 +4,14 @@ from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 from fastapi import APIRouter, Depends, Query
+from pydantic import Field
 from starlette.concurrency import run_in_threadpool
 
 from service.api import render
 from service.api.models import JobId, Log
 from service.exceptions import NotFoundError
 from service.http.dependencies import Context, ContextDep
-from service.http.parameters import check_query
+from service.http.parameters import WRITTEN_NUMBER, check_query
 from service.jobs import lifecycle
 from service.store.schema import AttemptRow, JobRow
 from workers.protocol.states import JobState
@@ -25,15 +26,26 @@ router = APIRouter(prefix="/v1", tags=["history"], dependencies=[Depends(check_q
 async def read_log(
     job_id: JobId,
     context: ContextDep,
-    rank: Annotated[int, Query(ge=0, lt=100_000, description="Rank.")] = 0,
+    rank: Annotated[
+        int, Field(ge=0, lt=100_000), WRITTEN_NUMBER, Query(description="Rank.")
+    ] = 0,
     attempt: Annotated[
-        int | None, Query(ge=1, le=9999, description="Attempt. Default: newest.")
+        int | None,
+        Field(ge=1, le=9999),
+        WRITTEN_NUMBER,
+        Query(description="Attempt. Default: newest."),
     ] = None,
     offset: Annotated[
-        int, Query(ge=0, lt=1 << 62, description="Byte of the file to start at.")
+        int,
+        Field(ge=0, lt=1 << 62),
+        WRITTEN_NUMBER,
+        Query(description="Byte of the file to start at."),
     ] = 0,
     limit: Annotated[
-        int, Query(ge=4, le=1 << 20, description="Largest number of bytes to return.")
+        int,
+        Field(ge=4, le=1 << 20),
+        WRITTEN_NUMBER,
+        Query(description="Largest number of bytes to return."),
     ] = 1 << 16,
 ) -> Log:
     """Reads a part of a rank's log, starting at `offset`.

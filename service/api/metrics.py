@@ -9,7 +9,7 @@ from pydantic import AfterValidator, BeforeValidator, Field
 from service.api import render
 from service.api.models import JobId, MetricsRow, Page
 from service.http.dependencies import ContextDep
-from service.http.parameters import check_query, split_commas
+from service.http.parameters import WRITTEN_NUMBER, check_query, split_commas
 from service.jobs import lifecycle
 from service.store import series as store
 from service.store.schema import AttemptRow
@@ -51,22 +51,25 @@ def list_metrics(
         ),
     ] = None,
     from_step: Annotated[
-        int, Query(ge=0, lt=1 << 62, description="First step to return.")
+        int,
+        Field(ge=0, lt=1 << 62),
+        WRITTEN_NUMBER,
+        Query(description="First step to return."),
     ] = 0,
     max_points: Annotated[
         int | None,
+        Field(ge=2, le=MAX_ROWS),
+        WRITTEN_NUMBER,
         Query(
-            ge=2,
-            le=MAX_ROWS,
             description="Largest number of rows. The first row, the last one and the "
             "extremes are kept. Default: no thinning.",
         ),
     ] = None,
     attempt: Annotated[
         int | None,
+        Field(ge=1, lt=1 << 31),
+        WRITTEN_NUMBER,
         Query(
-            ge=1,
-            lt=1 << 31,
             description="Attempt whose rows to return. Default: for each step the highest "
             "attempt that has it.",
         ),

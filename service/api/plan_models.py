@@ -126,6 +126,10 @@ class Plan(Body):
     """null while the vocabulary size is unknown."""
     communication: list[PlanTraffic] | None
     """null when it is unknown; `notes` has the reason."""
+    checkpoint_bytes: int | None
+    """Size of one checkpoint; null while the vocabulary size is unknown."""
+    num_checkpoints: int
+    """Number of checkpoints that the storage contains at once, at most."""
     bubble_share: float | None
     """Share of a step in which a pipeline rank waits for other ranks."""
     hardware: str | None

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 from anyio.to_thread import run_sync
 from fastapi import APIRouter, Depends, Query, Response
+from pydantic import Field
 from starlette.concurrency import run_in_threadpool
 
 from megatron_ray.config.problem import Problem
@@ -20,7 +21,7 @@ from service.api.plan_models import (
 from service.exceptions import RequestInvalidError, SpecInvalidError, bounded
 from service.http.bodies import BoundedBodyRoute
 from service.http.dependencies import Context, ContextDep
-from service.http.parameters import check_query
+from service.http.parameters import WRITTEN_NUMBER, check_query
 from service.jobs import cluster_fit, spec_checks
 from service.jobs.agents import CheckedPaths
 from service.jobs.capacity import ClusterCapacity, resource_request
@@ -49,9 +50,9 @@ HardwareName = Annotated[
 ]
 NumRanks = Annotated[
     int | None,
+    Field(ge=1, le=estimates.MAX_RANKS),
+    WRITTEN_NUMBER,
     Query(
-        ge=1,
-        le=estimates.MAX_RANKS,
         description="Number of ranks. Default: as many as the job would get.",
     ),
 ]

@@ -1,6 +1,8 @@
 """Turns rows of the database into bodies of the public API.
 
 Owns: which columns the API shows, and paging. Must not know: requests.
+
+Texts and paths are redacted: earlier versions have stored URIs with secrets.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -10,6 +12,7 @@ from typing import Any, TypeVar
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
+from megatron_ray.exceptions import redacted
 from service.api.cluster_models import Cluster, Driver, Node
 from service.api.models import (
     Attempt,
@@ -103,7 +106,32 @@ def job(session: Session, row: JobRow) -> Job:
     summary = summaries(session, [row])[0]
     # By attribute and not by model_dump, which would copy nested bodies to dictionaries.
     fields = {name: getattr(summary, name) for name in JobSummary.model_fields}
-    return Job(**fields, spec=row.spec, resolved_spec=row.resolved_spec)
+    return Job(
+        **fields,
+        spec=_shown_spec(row.spec),
+        resolved_spec=_shown_spec(row.resolved_spec),
+    )
+
+
+def _shown_spec(spec: dict[str, Any]) -> dict[str, Any]:
+    shown = {}
+    for name, value in spec.items():
+        # Labels are the user's own texts, and no paths.
+        if name != "metadata":
+            value = _redacted(value)
+        shown[name] = value
+    return shown
+
+
+def _redacted(value: Any) -> Any:
+    """Returns nested values whose texts have no secret of a URI in them."""
+    if isinstance(value, str):
+        return redacted(value)
+    if isinstance(value, dict):
+        return {key: _redacted(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_redacted(item) for item in value]
+    return value
 
 
 def cancellation(
@@ -138,8 +166,8 @@ def _event(job_id: str, row: EventRow) -> Event:
         created_at=utc(row.created_at),
         level=EventLevel(row.level),
         type=row.type,
-        message=row.message,
-        data=row.data,
+        message=redacted(row.message),
+        data=_redacted(row.data),
         ranks=row.ranks,
         actor=row.actor,
     )
@@ -151,7 +179,7 @@ def attempt(row: AttemptRow) -> Attempt:
         attempt=row.attempt,
         state=AttemptState(row.state),
         reason=_reason(row.reason),
-        message=row.message,
+        message=redacted(row.message),
         world_size=row.world_size,
         started_at=utc_or_none(row.started_at),
         ended_at=utc_or_none(row.ended_at),
@@ -163,7 +191,7 @@ def checkpoint(row: CheckpointRow) -> Checkpoint:
     return Checkpoint(
         step=row.step,
         attempt=row.attempt,
-        path=row.path,
+        path=redacted(row.path),
         committed_at=utc(row.committed_at),
         bytes=row.bytes,
         loss=row.loss,
@@ -214,7 +242,7 @@ def _summary(row: JobRow, labels: dict[str, str]) -> JobSummary:
         name=row.name,
         status=JobState(row.status),
         status_reason=_reason(row.status_reason),
-        message=row.message,
+        message=redacted(row.message),
         desired_state=DesiredState(row.desired),
         pause_reason=_pause_reason(row),
         resumes=row.resumes,
@@ -229,7 +257,7 @@ def _summary(row: JobRow, labels: dict[str, str]) -> JobSummary:
         preemptions=row.preemptions,
         progress=_progress(row),
         problem=_problem(row),
-        storage_path=row.job_dir,
+        storage_path=redacted(row.job_dir),
         last_checkpoint=_last_checkpoint(row),
     )
 
@@ -253,8 +281,8 @@ def _problem(row: JobRow) -> dict[str, Any] | None:
         return None
     # Rows of earlier versions contain complete documents with old titles.
     extra = {name: stored[name] for name in stored if name not in _DOCUMENT_MEMBERS}
-    errors = stored.get("errors", [])
-    return problem_document(stored["code"], stored["detail"], errors, **extra)
+    errors = _redacted(stored.get("errors", []))
+    return problem_document(stored["code"], redacted(stored["detail"]), errors, **extra)
 
 
 def _last_checkpoint(row: JobRow) -> LastCheckpoint | None:
@@ -262,7 +290,9 @@ def _last_checkpoint(row: JobRow) -> LastCheckpoint | None:
     if last is None:
         return None
     return LastCheckpoint(
-        step=last["step"], path=last["path"], committed_at=utc(last["committed_at"])
+        step=last["step"],
+        path=redacted(last["path"]),
+        committed_at=utc(last["committed_at"]),
     )
 
 

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from megatron_ray.exceptions import redacted
 from service.cli.failure import CommandError
 from service.client import Client
 from service.local_stack.record import RecordUnreadableError, StackRecord, read_record
@@ -86,7 +87,8 @@ def connect_if_up(
     if url is not None:
         if not url.startswith(("http://", "https://")):
             raise CommandError(
-                f"--url {url}: not an address", remedy="write it as http://host:port"
+                f"--url {redacted(url)}: not an address",
+                remedy="write it as http://host:port",
             )
         # The local stack's token is never sent to another service.
         return Client(url, secret)

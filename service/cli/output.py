@@ -77,9 +77,10 @@ def print_table(
     if not cells:
         console().print(escape(empty))
         return
-    table = Table(*columns, box=None, pad_edge=False, header_style="bold")
+    # Names and messages may contain brackets, which are markup to rich.
+    headings = map(escape, columns)
+    table = Table(*headings, box=None, pad_edge=False, header_style="bold")
     for row, style in itertools.zip_longest(cells, styles, fillvalue=""):
-        # Names and messages may contain brackets, which are markup to rich.
         table.add_row(*map(escape, row), style=style)
     width = None
     if not sys.stdout.isatty():

@@ -7,7 +7,6 @@ The framework validates on the event loop, where one hostile body would stop eve
 else; what arrives there has been validated here and is small.
 """
 
-import json
 from collections.abc import Callable, Coroutine
 from functools import partial
 from typing import Any
@@ -16,6 +15,8 @@ from anyio.to_thread import run_sync
 from fastapi import Request, Response
 from fastapi.routing import APIRoute
 
+from megatron_ray.config.parsing.json_values import UnusableJSONError, read_json
+from megatron_ray.config.problem import Problem
 from service.http.dependencies import context_of
 from service.http.errors import ProblemError, invalid_body
 
@@ -53,7 +54,10 @@ class BoundedBodyRoute(APIRoute):
         if num_values > MAX_VALUES:
             raise _refusal(f"the body has more than {MAX_VALUES:,} values")
         try:
-            value = json.loads(body)
+            value = read_json(body)
+        except UnusableJSONError as error:
+            problem = Problem(error.pointer, "bad_json", str(error))
+            raise ProblemError("bad_request", str(error), [problem]) from error
         # The framework answers for what is missing or no JSON.
         except (ValueError, RecursionError):
             return

@@ -19,7 +19,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 
-from megatron_ray.config.errors.messages import plain_message, short_value
+from megatron_ray.config.errors.messages import refusal
 from megatron_ray.config.errors.spec_problems import pointer_to, problems_from_pydantic
 from megatron_ray.config.problem import Problem
 from service.exceptions import (
@@ -178,6 +178,9 @@ def _unreadable_body(error: HTTPException) -> str:
         return f"the body is not UTF-8 at byte {cause.start}; send JSON in UTF-8"
     if isinstance(cause, RecursionError):
         return "the body is nested too deeply; no field needs more than a few levels"
+    if isinstance(cause, ValueError):
+        # Python reads no such numbers, because the cost would be the square of the digits.
+        return "the body has a whole number of thousands of digits; no field takes one"
     return f"{error.detail}; see /openapi.json for what is expected"
 
 
@@ -235,7 +238,7 @@ def _invalid_parameters(details: Sequence[Mapping[str, Any]]) -> RequestInvalidE
         name = item["loc"][1]
         sentence = f"{name} is required; add it"
         if item["type"] != "missing":
-            sentence = f"{name} {plain_message(item)}, got {short_value(item.get('input'))}"
+            sentence = f"{name} {refusal(item, item.get('input'))}"
         sentences.append(sentence)
         problems.append(Problem(pointer_to(item["loc"][:2]), item["type"], sentence))
     return RequestInvalidError("; ".join(sentences), problems)

@@ -21,6 +21,7 @@ from service.http.telemetry import UNKNOWN_ROUTE
 from service.settings import Settings
 
 logger = logging.getLogger("service.access")
+_LENGTH = re.compile(r"[0-9]{1,18}")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _METHODS_WITH_BODY = frozenset({"PATCH", "POST", "PUT"})
 _JSON_SUFFIX = re.compile(r"application/[a-z0-9.!#$&^_-]+\+json")
@@ -160,7 +161,7 @@ def _limit_body(
         "body_too_large", f"a request body is limited to {_size(limit)}; send less"
     )
     length = headers.get(b"content-length", "0")
-    if not length.isdigit() or int(length) > limit:
+    if not _LENGTH.fullmatch(length) or int(length) > limit:
         raise error
     received = 0
 

@@ -13,9 +13,11 @@ from typing import Any
 
 from fastapi import Request
 from fastapi.dependencies.models import Dependant
+from pydantic import BeforeValidator
 
 from megatron_ray.config.errors.messages import short_value
 from megatron_ray.config.errors.spec_problems import pointer_to
+from megatron_ray.config.parsing.numbers import whole_number
 from megatron_ray.config.problem import Problem
 from service.exceptions import RequestInvalidError
 
@@ -69,6 +71,18 @@ def split_commas(values: Any) -> Any:
     for value in values:
         parts += [part.strip() for part in str(value).split(",")]
     return parts
+
+
+def _read_number(value: Any) -> Any:
+    if isinstance(value, str):
+        number = whole_number(value)
+        if number is not None:
+            return number
+    return value
+
+
+WRITTEN_NUMBER = BeforeValidator(_read_number)
+"""For parameters that are whole numbers, which are written as in a spec: 1000 or 1e3."""
 
 
 def deep_object(name: str, description: str) -> dict[str, Any]:

@@ -59,23 +59,12 @@ class Agents:
             requests.append(check.request)
         return tuple(requests)
 
-    def start_check(
-        self,
-        cluster: str,
-        spec: dict[str, Any],
-        storage_path: str,
-        path_rules: dict[str, Any],
-    ) -> "PathCheck":
+    def start_check(self, cluster: str, **fields: Any) -> "PathCheck":
         """Adds a check of a resolved spec's paths to the agent's next long poll.
 
-        The caller must wake the long poll.
+        `fields` are those of CheckRequest. The caller must wake the long poll.
         """
-        request = CheckRequest(
-            check_id=f"check-{uuid.uuid4().hex[:12]}",
-            spec=spec,
-            storage_path=storage_path,
-            path_rules=path_rules,
-        )
+        request = CheckRequest(check_id=f"check-{uuid.uuid4().hex[:12]}", **fields)
         # Made on the event loop, where the submission waits and the result arrives.
         future: CheckFuture = asyncio.get_running_loop().create_future()
         check = PathCheck(self, cluster, request, future)

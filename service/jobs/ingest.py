@@ -8,7 +8,7 @@ so sending a batch again is always safe.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
@@ -19,12 +19,15 @@ from service.exceptions import (
     RecordGapError,
     RequestInvalidError,
 )
-from service.jobs import lifecycle
+from service.jobs import lifecycle, queue
 from service.jobs.records import RecordApplier
 from service.store.database import Store
 from service.store.schema import JobRow, SourceRow
+from workers.protocol.states import JobState, StatusReason
 from workers.protocol.wire import PROTOCOL, Record, RecordBatch
 
+DRIVER = "driver"
+"""Source of the driver's own records."""
 _SOURCE = re.compile(r"driver|a\d{1,9}/r\d{1,9}")
 IndexedRecord = tuple[int, Record]
 """A record and its index in the batch as it was sent, for pointers in errors."""
@@ -88,6 +91,31 @@ def stored_numbers(session: Session, job: JobRow) -> dict[str, int]:
     """Returns the highest number stored of each source of a job."""
     rows = session.scalars(sa.select(SourceRow).where(SourceRow.job == job.number))
     return {row.source: row.stored for row in rows}
+
+
+def fail_if_lost(
+    session: Session, job: JobRow, stored: Mapping[str, int], last_n: int
+) -> bool:
+    """Fails a job whose folder lacks records that were sent before; returns whether it did.
+
+    A driver writes its records to the folder before it sends them. One that lacks some
+    was emptied or restored, and numbers its next ones as those that were stored, which
+    would all be dropped.
+    """
+    if last_n >= stored.get(DRIVER, 0):
+        return False
+    message = (
+        f"{job.job_dir} has lost files of this job: its newest record there is number {last_n} "
+        f"of {stored[DRIVER]}; restore the folder and resume the job, or submit the spec as a "
+        "new job"
+    )
+    event = lifecycle.NewEvent("job.failed", message, "error")
+    reason = StatusReason.STORAGE_ERROR
+    if not JobState(job.status).is_terminal:
+        lifecycle.transition(session, job, JobState.FAILED, reason, event)
+        job.problem = lifecycle.stored_problem("job_failed", message, reason=reason)
+        queue.admit_jobs(session, lifecycle.lock_cluster(session, job.cluster))
+    return True
 
 
 def _new_records(batch: RecordBatch, stored: int) -> list[IndexedRecord]:

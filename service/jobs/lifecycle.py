@@ -5,7 +5,7 @@ inside the caller's transaction. Must not know: HTTP, waiting, how records arriv
 """
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -173,9 +173,14 @@ def raise_revision(session: Session, cluster: str) -> int:
 
 
 def create(
-    session: Session, job: JobRow, labels: dict[str, str], *, is_agent_ready: bool
+    session: Session,
+    job: JobRow,
+    labels: Mapping[str, str],
+    *,
+    event: NewEvent,
+    is_agent_ready: bool,
 ) -> None:
-    """Adds a job in state preparing.
+    """Adds a job in state preparing; `event` is the first of its history.
 
     `is_agent_ready`: whether a live agent can start preparing it now.
     """
@@ -188,11 +193,16 @@ def create(
     session.add(job)
     # The flush gives the job its number, which labels and events refer to.
     session.flush()
-    for key, value in labels.items():
-        session.add(LabelRow(job=job.number, key=key, value=value))
-    event = NewEvent("job.created", f"job {job.name!r} created", actor="user")
+    set_labels(session, job, labels)
     add_event(session, job, event)
     desired_changed(session, job)
+
+
+def set_labels(session: Session, job: JobRow, labels: Mapping[str, str]) -> None:
+    """Replaces the labels by which a job is found."""
+    session.execute(sa.delete(LabelRow).where(LabelRow.job == job.number))
+    for key, value in labels.items():
+        session.add(LabelRow(job=job.number, key=key, value=value))
 
 
 def enter_preparing(job: JobRow, *, is_agent_ready: bool) -> None:

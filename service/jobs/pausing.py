@@ -1,7 +1,7 @@
 """Pauses jobs, and resumes paused and ended ones.
 
 Owns: the requests, and how the spec of an ended job is changed. Works inside the caller's
-transaction. Must not know: HTTP.
+transaction. Must not know: HTTP, the rules on specs (`service.jobs.submit`).
 """
 
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ from megatron_ray.config.errors.spec_problems import problems_from_pydantic
 from megatron_ray.config.problem import Problem
 from megatron_ray.config.train_config import without_lengths
 from megatron_ray.config.training import LENGTHS
-from megatron_ray.validation import check, resolution
+from megatron_ray.validation import resolution
 from megatron_ray.validation.resume import compare
 from service.exceptions import (
     JobActiveError,
@@ -41,10 +41,13 @@ class ChangedSpec:
 
     submitted: dict[str, Any]
     """Without defaults, as the user would have submitted it."""
-    resolved: dict[str, Any]
-    world_size: int | None
+    resolved: JobSpec
     changes: dict[str, Any]
     """The changed fields only, nested as in the spec."""
+    resumes: int
+    """The job's resumes when the spec was changed."""
+    has_other_data: bool
+    """Whether the data that are prepared are not those of the spec any more."""
 
 
 def pause(session: Session, job: JobRow, reason: StatusReason) -> None:
@@ -102,8 +105,12 @@ def resume_ended(
     """
     previous = job.status
     job.spec = spec.submitted
-    job.resolved_spec = spec.resolved
-    job.world_size = spec.world_size
+    job.resolved_spec = spec.resolved.model_dump(mode="json")
+    if job.world_size is not None:
+        job.world_size = resolution.world_size(spec.resolved)
+    job.name = spec.resolved.name
+    job.priority = spec.resolved.priority
+    lifecycle.set_labels(session, job, spec.resolved.metadata)
     job.resumes += 1
     job.failures = 0
     job.preemptions = 0
@@ -122,28 +129,35 @@ def resume_ended(
 def changed_spec(job: JobRow, changes: Mapping[str, Any]) -> ChangedSpec:
     """Returns the spec of an ended job with changes, which are nested as in the spec.
 
-    Raises SpecInvalidError when it is not valid, or leaves the job nothing to do.
+    Raises SpecInvalidError when it is not valid, changes what a resume may not, or leaves
+    the job nothing to do.
     """
+    previous = JobSpec.from_mapping(job.resolved_spec)
     # The resolved spec is changed too and not resolved again: the cluster may have
     # another size by now, and the job is to continue with the layout that it had.
     resolved = merged(_changeable(job.resolved_spec, changes), changes)
     try:
-        spec = _with_length(JobSpec.from_mapping(resolved), job.prepared)
+        spec = JobSpec.from_mapping(resolved)
     except ValidationError as error:
         problems = problems_from_pydantic(
             error.errors(include_url=False), resolved, model=JobSpec
         )
         raise SpecInvalidError(problems) from error
+    has_other_data = spec.data != previous.data
+    # The number of tokens of other data is not known before they are prepared.
+    if not has_other_data:
+        spec = _with_length(spec, job.prepared)
     _check_steps(job, spec)
-    _check_changes(job, spec)
-    world_size = None
-    if job.world_size is not None:
-        world_size = resolution.world_size(spec)
+    problems = _fixed_problems(job, spec, previous)
+    problems += compare(spec, previous, "the job was trained with").problems
+    if problems:
+        raise SpecInvalidError(problems)
     return ChangedSpec(
         submitted=merged(_changeable(job.spec, changes), changes),
-        resolved=spec.model_dump(mode="json"),
-        world_size=world_size,
+        resolved=spec,
         changes=dict(changes),
+        resumes=job.resumes,
+        has_other_data=has_other_data,
     )
 
 
@@ -181,13 +195,19 @@ def merged(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, A
     return result
 
 
-def _check_changes(job: JobRow, spec: JobSpec) -> None:
-    """Refuses changes that a resume may not make, or not without naming them."""
-    previous = JobSpec.from_mapping(job.resolved_spec)
-    problems = check.find_problems(spec)
-    problems += compare(spec, previous, "the job was trained with").problems
-    if problems:
-        raise SpecInvalidError(problems)
+def _fixed_problems(job: JobRow, spec: JobSpec, previous: JobSpec) -> list[Problem]:
+    """Returns a problem for each place that a job cannot leave."""
+    problems = []
+    if spec.storage != previous.storage:
+        detail = (
+            f"the job's checkpoints are in {job.job_dir}, and it continues there; leave "
+            "storage out, or submit a new job with checkpoint.start_from"
+        )
+        problems.append(Problem("/storage/path", "fixed_field", detail))
+    if spec.cluster != previous.cluster:
+        detail = f"the job stays on cluster {job.cluster!r}; leave cluster out"
+        problems.append(Problem("/cluster", "fixed_field", detail))
+    return problems
 
 
 def _check_steps(job: JobRow, spec: JobSpec) -> None:

@@ -7,7 +7,7 @@ Nothing is stored before all checks have passed, so a rejected spec leaves no tr
 
 import secrets
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -16,15 +16,18 @@ from anyio.to_thread import run_sync
 from sqlalchemy.orm import Session
 
 from megatron_ray.config.problem import Problem
-from service.exceptions import SpecInvalidError
+from service.exceptions import JobActiveError, SpecInvalidError
 from service.jobs import cluster_fit, lifecycle, pausing, spec_checks
 from service.jobs.agents import Agents, CheckedPaths
 from service.jobs.capacity import ClusterCapacity
+from service.jobs.pausing import ChangedSpec
 from service.settings import Settings
 from service.store.database import Store
 from service.store.schema import JobRow
 from workers.protocol.job import JobSpec
 from workers.protocol.spec_warnings import spec_warnings
+from workers.protocol.states import JobState
+from workers.protocol.wire import ResumedJob
 
 _ALPHABET = "abcdefghijklmnopqrstuvwxyz234567"
 
@@ -32,6 +35,16 @@ _ALPHABET = "abcdefghijklmnopqrstuvwxyz234567"
 def new_job_id() -> str:
     """Returns a readable id of 60 random bits."""
     return "job-" + "".join(secrets.SystemRandom().choices(_ALPHABET, k=12))
+
+
+@dataclass(frozen=True)
+class PreparedJob:
+    """A new job that is not stored yet."""
+
+    spec: JobSpec
+    row: JobRow
+    is_checked: bool
+    """Whether the cluster's agent has looked at the spec's paths."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +57,8 @@ class Submitter:
     compute: CapacityLimiter
     """Limits the threads that compute."""
 
-    async def prepare(self, spec: JobSpec, submitted: dict[str, Any]) -> JobRow:
-        """Returns the row of a new job, to be stored by `create`.
+    async def prepare(self, spec: JobSpec, submitted: dict[str, Any]) -> PreparedJob:
+        """Returns a new job, to be stored by `create`.
 
         `submitted` is the spec as the user sent it. Raises SpecInvalidError with
         everything that is wrong at once.
@@ -76,38 +89,90 @@ class Submitter:
         else:
             job.resolved_spec = spec.model_dump(mode="json")
             job.world_size = None
-        return job
+        return PreparedJob(spec, job, is_checked=checked is not None)
 
-    def create(self, session: Session, spec: JobSpec, job: JobRow) -> None:
+    def create(self, session: Session, prepared: PreparedJob) -> None:
         """Stores a prepared job in the caller's transaction, which locks its cluster.
 
         Raises SpecInvalidError when another job has taken the folder since `prepare`.
         """
         # Checked again: another job may have been stored since `prepare` looked.
+        spec = prepared.spec
         problems = spec_checks.check_storage(session, spec)
         if problems:
             raise SpecInvalidError(problems)
+        job = prepared.row
+        event = _created(prepared)
         is_agent_ready = job.world_size is not None and self.agents.is_live(job.cluster)
-        lifecycle.create(session, job, spec.metadata, is_agent_ready=is_agent_ready)
+        lifecycle.create(
+            session, job, spec.metadata, event=event, is_agent_ready=is_agent_ready
+        )
         _add_warnings(session, job, spec)
         session.flush()
 
-    def resume(self, session: Session, job: JobRow, changes: dict[str, Any]) -> None:
+    async def prepare_resume(
+        self, job_id: str, changes: dict[str, Any]
+    ) -> ChangedSpec | None:
+        """Returns the changed spec of an ended job, to be stored by `resume`.
+
+        None for a job that has not ended. Raises NotFoundError, and SpecInvalidError with
+        what is wrong with the changed spec.
+        """
+        prepare = partial(self._changed_spec, job_id, changes)
+        changed, had_driver = await run_sync(prepare, limiter=self.compute)
+        if changed is None:
+            return None
+        # The agent's check comes last, because it takes longest.
+        spec = changed.resolved
+        checked = None
+        if spec.storage is not None and self.agents.is_live(spec.cluster):
+            resumed = ResumedJob(
+                job_id=job_id, has_other_data=changed.has_other_data, had_driver=had_driver
+            )
+            checked = await self._ask_agent(spec, spec.storage.path, resumed)
+        if checked is not None and checked.problems:
+            raise SpecInvalidError(checked.problems)
+        return changed
+
+    def resume(self, session: Session, job: JobRow, changed: ChangedSpec | None) -> None:
         """Resumes an ended job in the caller's transaction, which has locked it.
 
-        Raises SpecInvalidError with everything that is wrong with the changed spec.
+        Raises SpecInvalidError when another job has taken the folder, JobActiveError when
+        the job has changed since `prepare_resume`.
         """
-        changed = pausing.changed_spec(job, changes)
-        spec = JobSpec.from_mapping(changed.resolved)
-        problems = spec_checks.check_storage(session, spec)
-        if changes:
-            problems += self._check(spec, cluster_fit.capacity_of(session, job.cluster))
+        if changed is None or changed.resumes != job.resumes:
+            raise JobActiveError("the job was changed at the same time; send it again")
+        problems = spec_checks.check_storage(session, changed.resolved)
         if problems:
             raise SpecInvalidError(problems)
         is_agent_ready = job.world_size is not None and self.agents.is_live(job.cluster)
         pausing.resume_ended(session, job, changed, is_agent_ready=is_agent_ready)
-        if changes:
-            _add_warnings(session, job, spec)
+        if changed.changes:
+            _add_warnings(session, job, changed.resolved)
+
+    def _changed_spec(
+        self, job_id: str, changes: dict[str, Any]
+    ) -> tuple[ChangedSpec | None, bool]:
+        """Returns the changed spec, and whether the job has had a driver.
+
+        Not inside a transaction: a layout that fits may have to be searched for.
+        """
+        with self.store.read() as session:
+            job = lifecycle.find(session, job_id)
+            if not JobState(job.status).is_terminal:
+                return None, False
+            changed = pausing.changed_spec(job, changes)
+            capacity = cluster_fit.capacity_of(session, job.cluster)
+        # What is unchanged was accepted before, maybe by an earlier version.
+        if not changes:
+            return changed, job.epoch > 0
+        problems = self._check(changed.resolved, capacity)
+        if problems:
+            raise SpecInvalidError(problems)
+        if job.world_size is not None and changed.resolved.parallel.dp == "auto":
+            resolved = cluster_fit.resolve(changed.resolved, capacity, job.job_dir)
+            changed = replace(changed, resolved=resolved.spec)
+        return changed, job.epoch > 0
 
     def read_cluster(self, spec: JobSpec) -> tuple[ClusterCapacity, list[Problem]]:
         """Returns the spec's cluster, and why its folder cannot be used."""
@@ -128,9 +193,18 @@ class Submitter:
             return None
         resolve = partial(cluster_fit.resolve, spec, capacity, job_dir)
         resolved = await run_sync(resolve, limiter=self.compute)
-        values = resolved.spec.model_dump(mode="json")
-        rules = asdict(spec_checks.path_rules(self.settings))
-        path_check = self.agents.start_check(spec.cluster, values, job_dir, rules)
+        return await self._ask_agent(resolved.spec, job_dir)
+
+    async def _ask_agent(
+        self, spec: JobSpec, job_dir: str, resumed: ResumedJob | None = None
+    ) -> CheckedPaths | None:
+        path_check = self.agents.start_check(
+            spec.cluster,
+            spec=spec.model_dump(mode="json"),
+            storage_path=job_dir,
+            path_rules=asdict(spec_checks.path_rules(self.settings)),
+            resumed=resumed,
+        )
         # The check is added before the agent's long poll is woken to fetch it.
         await run_sync(self._wake_agent, spec.cluster)
         return await path_check.result(self.settings.check_wait_s)
@@ -149,6 +223,19 @@ class Submitter:
     def _wake_agent(self, cluster: str) -> None:
         with self.store.write() as session:
             lifecycle.raise_revision(session, cluster)
+
+
+def _created(prepared: PreparedJob) -> lifecycle.NewEvent:
+    """Returns the first event of a job, a warning if its paths were not checked."""
+    job = prepared.row
+    event = lifecycle.NewEvent("job.created", f"job {job.name!r} created", actor="user")
+    if prepared.is_checked:
+        return event
+    message = (
+        f"{event.message}; its paths were not checked, because the agent of cluster "
+        f"{job.cluster!r} does not answer: a wrong one fails the job later"
+    )
+    return replace(event, message=message, level="warn")
 
 
 def _add_warnings(session: Session, job: JobRow, spec: JobSpec) -> None:

@@ -125,10 +125,20 @@ def resume_jobs(record: StackRecord, report: Report) -> None:
             for job in _unfinished_jobs(client):
                 if job["pause_reason"] == StatusReason.STACK_STOPPED:
                     report(f"resuming {job['id']} ({job['name']})")
-                    client.resume(str(job["id"]))
+                    _resume(client, str(job["id"]), report)
     except ServiceError as error:
         # The stack is up all the same, and the jobs stay paused.
         report(f"could not resume jobs: {error}")
+
+
+def _resume(client: Client, job_id: str, report: Report) -> None:
+    try:
+        client.resume(job_id)
+    except ServiceError as error:
+        # The user has resumed or cancelled it meanwhile; the others are resumed all the same.
+        if error.status != _CONFLICT:
+            raise
+        report(f"{job_id} is not resumed: {error.detail}")
 
 
 def _holds_resources(job: dict[str, Any]) -> bool:

@@ -29,7 +29,8 @@ from service.settings import Settings
 from service.store.metrics import KEYS
 from service.store.schema import REVISION, Table
 from tests.support.fake_cluster import FakeCluster, FakeControlPlane, fake_ports
-from tests.unit.service.conftest import AGENT_TOKEN, USER_TOKEN, Driver, Running
+from tests.support.service_tokens import tokens_file
+from tests.unit.service.conftest import Driver, Running
 from workers.decisions.journal_entry import Phase
 from workers.driver.commit import contained_records
 from workers.driver.context import JobContext
@@ -110,9 +111,7 @@ def service(tmp_path: Path) -> Iterator[Running]:
     database = sqlite3.connect(data_dir / "service.db")
     database.executescript(text.replace(RECORDED, str(data_dir)))
     database.close()
-    tokens = tmp_path / "tokens.json"
-    tokens.write_text(json.dumps({"user": USER_TOKEN, "agent": AGENT_TOKEN}))
-    tokens.chmod(0o600)
+    tokens = tokens_file(tmp_path)
     running = Running(
         Settings(data_dir=data_dir, tokens_file=tokens, check_wait_s=0.05, ping_s=0.5)
     )

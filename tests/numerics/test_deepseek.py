@@ -462,7 +462,7 @@ def test_cached_generation_goes_on_as_the_whole_sequence_would(case: str) -> Non
     model.module.eval()
     prompt = draw()[0, :6].tolist()
     new = generate_tokens(
-        model.module, prompt, 8, Sampling(temperature=0), 0, stop=-1, vocabulary=VOCABULARY
+        model.module, prompt, 8, Sampling(temperature=0), 0, stop=(), vocabulary=VOCABULARY
     )
     tokens = torch.tensor([prompt + new])
     with torch.no_grad():

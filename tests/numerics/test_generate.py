@@ -150,7 +150,7 @@ def test_the_cache_changes_no_token(
         prompt = torch.randint(
             0, 256, (1 + 5 * seed,), generator=torch.Generator().manual_seed(seed)
         ).tolist()
-        cached = generate_tokens(model, prompt, 20, sampling, seed, stop=-1, vocabulary=257)
+        cached = generate_tokens(model, prompt, 20, sampling, seed, stop=(), vocabulary=257)
         assert cached == uncached(model, prompt, 20, sampling, seed)
 
 
@@ -168,11 +168,11 @@ def test_the_same_seed_gives_the_same_text_and_another_one_another(
 def test_generation_ends_with_the_document(loaded: tuple[GPT, Tokenizer]) -> None:
     model, tokenizer = loaded
     tokens = generate_tokens(
-        model, [1, 2, 3], 30, Sampling(1.0), 0, stop=-1, vocabulary=257
+        model, [1, 2, 3], 30, Sampling(1.0), 0, stop=(), vocabulary=257
     )
     stop = tokens[9]
     early = generate_tokens(
-        model, [1, 2, 3], 30, Sampling(1.0), 0, stop=stop, vocabulary=257
+        model, [1, 2, 3], 30, Sampling(1.0), 0, stop=(stop,), vocabulary=257
     )
     assert early == tokens[: tokens.index(stop) + 1]
     other_end = cast(Tokenizer, Ended(tokenizer, stop))
@@ -187,6 +187,7 @@ class Ended:
     def __init__(self, inner: Tokenizer, end: int) -> None:
         self.inner = inner
         self.end_of_document = end
+        self.end_tokens = frozenset([end])
         self.vocab_size = inner.vocab_size
 
     def encode_prompt(self, text: str) -> list[int]:
@@ -203,10 +204,23 @@ def test_an_empty_prompt_begins_a_document(loaded: tuple[GPT, Tokenizer]) -> Non
     assert "endoftext" not in answer.text
     assert (
         list(answer.tokens)
-        == generate_tokens(model, [256], 8, Sampling(0), 0, stop=256, vocabulary=257)[
+        == generate_tokens(model, [256], 8, Sampling(0), 0, stop=(256,), vocabulary=257)[
             : len(answer.tokens)
         ]
     )
+
+
+@pytest.mark.parametrize(("published", "ends"), [([256, 7], {256, 7}), (7, {256})])
+def test_generation_ends_with_any_end_token_of_the_published_model(
+    tmp_path: Path, published: int | list[int], ends: set[int]
+) -> None:
+    path = checkpoint(tmp_path / "c", LLAMA)
+    (tmp_path / "c" / "published").mkdir()
+    values = json.dumps({"eos_token_id": published})
+    (tmp_path / "c" / "published" / "generation_config.json").write_text(values)
+    _, tokenizer = load_model(path)
+    # Ids of another tokenizer mean other tokens.
+    assert tokenizer.end_tokens == ends
 
 
 def test_a_prompt_is_read_as_the_training_data_were(tmp_path: Path) -> None:
@@ -249,7 +263,7 @@ def test_spare_rows_of_the_vocabulary_are_never_chosen(
 ) -> None:
     model, _ = loaded
     assert (
-        max(generate_tokens(model, [1], 60, Sampling(50.0), 3, stop=-1, vocabulary=20)) < 20
+        max(generate_tokens(model, [1], 60, Sampling(50.0), 3, stop=(), vocabulary=20)) < 20
     )
 
 
@@ -312,7 +326,7 @@ def test_learned_positions_end_somewhere(tmp_path: Path) -> None:
     ):
         generate(model, tokenizer, "x" * 60, 9)
     assert (
-        len(generate_tokens(model, [1] * 60, 4, Sampling(0), 0, stop=-1, vocabulary=257))
+        len(generate_tokens(model, [1] * 60, 4, Sampling(0), 0, stop=(), vocabulary=257))
         == 4
     )
 
@@ -343,7 +357,7 @@ def test_memory_for_keys_and_values_ends_somewhere(
 def test_rotary_positions_go_on(tmp_path: Path) -> None:
     model, _ = load_model(checkpoint(tmp_path / "c", LLAMA))
     assert (
-        len(generate_tokens(model, [1] * 63, 20, Sampling(0), 0, stop=-1, vocabulary=257))
+        len(generate_tokens(model, [1] * 63, 20, Sampling(0), 0, stop=(), vocabulary=257))
         == 20
     )
 

@@ -103,7 +103,12 @@ class FakeControlPlane:
         """State records that the table of transitions does not allow."""
         self.resumes = 0
         self._revision = 1
-        self._fields = {"job_id": JOB_ID, "spec": spec, "job_dir": job_dir, "token": "t"}
+        self._fields: dict[str, Any] = {
+            "job_id": JOB_ID,
+            "spec": spec,
+            "job_dir": job_dir,
+            "token": "t",
+        }
         self.desired: DesiredJob | None = self._desired(DesiredState.PREPARE)
 
     def _desired(self, state: DesiredState) -> DesiredJob:
@@ -117,6 +122,10 @@ class FakeControlPlane:
 
     def _is_admitted(self) -> bool:
         return self.desired is None or self.desired.desired is not DesiredState.PAUSE
+
+    def change(self, spec: dict[str, Any]) -> None:
+        """Changes the spec of the job, which has ended."""
+        self._fields["spec"] = spec
 
     def resume(self) -> None:
         """Resumes the job after its end."""

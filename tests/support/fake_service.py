@@ -23,6 +23,7 @@ class FakeService:
         self.jobs: dict[str, dict[str, Any]] = {}
         self.terminal: set[str] = set()
         self.epochs: dict[str, int] = {}
+        self.last_ns: list[int] = []
         self.reports: list[dict[str, Any]] = []
         self.checks: list[dict[str, Any]] = []
         self.check_results: list[dict[str, Any]] = []
@@ -191,6 +192,7 @@ class FakeService:
                 return 409, {"code": "fenced", "detail": f"epoch {epoch} is over"}
             self.epochs[job_id] = max(epoch, self.epochs.get(job_id, 0))
             if verb == "cursor":
+                self.last_ns.append(int(query["last_n"]))
                 return 200, {
                     "stored": {
                         source: len(records)

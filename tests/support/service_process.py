@@ -14,7 +14,7 @@ from typing import Any, Self
 
 import httpx
 
-from service.http.tokens import Scope, read_or_create_tokens
+from tests.support.service_tokens import AGENT_TOKEN, USER_TOKEN, tokens_file
 from workers.protocol.wire import PROTOCOL
 
 Json = dict[str, Any]
@@ -44,9 +44,9 @@ class ServiceProcess:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.log = folder / "service.log"
-        tokens = read_or_create_tokens(folder / "tokens.json")
-        self.user_token = tokens[Scope.USER]
-        self.agent_token = tokens[Scope.AGENT]
+        self.tokens_file = tokens_file(folder)
+        self.user_token = USER_TOKEN
+        self.agent_token = AGENT_TOKEN
         self.address = ("127.0.0.1", 0)
         self.process: subprocess.Popen[bytes] | None = None
 
@@ -76,7 +76,7 @@ class ServiceProcess:
             "MEGATRON_RAY_DATA_DIR": str(self.folder / "data"),
             "MEGATRON_RAY_PORT": str(port),
             "MEGATRON_RAY_PORT_FILE": str(port_file),
-            "MEGATRON_RAY_TOKENS_FILE": str(self.folder / "tokens.json"),
+            "MEGATRON_RAY_TOKENS_FILE": str(self.tokens_file),
             "MEGATRON_RAY_CHECK_WAIT_S": "0",  # no agent looks at paths here
         }
         with self.log.open("ab") as log:

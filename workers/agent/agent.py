@@ -141,7 +141,7 @@ class Agent:
                 reply = self._next_reply(timeout_s)
                 if reply is not None:
                     registry.set_desired(reply)
-                    checks.start(reply.checks)
+                    checks.start((*reply.checks, *reply.resume_checks))
                     registry.reconcile()
                 checks.send_results()
             registry.reconcile()

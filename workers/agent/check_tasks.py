@@ -6,6 +6,7 @@ Owns: the bodies, plain functions. Torch- and Ray-free; each returns plain value
 import os
 import secrets
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from pydantic import ValidationError
@@ -20,8 +21,9 @@ from megatron_ray.storage.errors import StorageError
 from megatron_ray.storage.storage import open_storage
 from megatron_ray.validation.storage.path_rules import Links, PathRules, path_problems
 from workers.data_tasks import left_out_notes, problem_rows, resolve_initial_weights
-from workers.driver.journal import JournalError, job_of_folder
+from workers.driver.journal import Journal, JournalError, job_of_folder
 from workers.protocol.job import JobSpec
+from workers.protocol.wire import ResumedJob
 
 NONCE_FOLDER = ".megatron-ray"
 _PREPARED_SUFFIXES = (".bin", ".idx")
@@ -29,12 +31,15 @@ _PREPARED_SUFFIXES = (".bin", ".idx")
 
 
 def check_task(
-    spec: dict[str, Any], storage_path: str, path_rules: dict[str, Any] | None = None
+    spec: dict[str, Any],
+    storage_path: str,
+    path_rules: dict[str, Any] | None = None,
+    resumed: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Returns problems of a spec's paths as seen from the cluster, and notes, as JSON.
 
-    `path_rules` are PathRules: what they refuse is not opened. Quick: nothing is
-    tokenized.
+    `path_rules` are PathRules: what they refuse is not opened. `resumed` is the
+    ResumedJob whose spec it is, if any. Quick: nothing is tokenized.
     """
     # The service has validated the spec, but this code may have another version.
     try:
@@ -48,6 +53,9 @@ def check_task(
         problems = path_problems(job, rules, Links(os.path.realpath, link_targets))
         if problems:
             return {"problems": problem_rows(problems), "notes": []}
+    if resumed is not None:
+        problems = _resume_problems(job, storage_path, ResumedJob.model_validate(resumed))
+        return {"problems": problem_rows(problems), "notes": []}
     model, weights, weights_problems = resolve_initial_weights(job)
     checked = check_data(
         job.data,
@@ -131,12 +139,48 @@ def _folder_problems(storage_path: str) -> list[Problem]:
     except StorageError:
         return []  # reported by the check for writing
     if job is not None:
-        return [_in_use(storage_path, f"another job ({job.job_id})")]
+        problem = _in_use(storage_path, f"another job ({job.job_id})")
+        remedy = f", or continue that job with `megatron-ray resume {job.job_id}`"
+        return [replace(problem, detail=problem.detail + remedy)]
     if checkpoints:
         last = checkpoints[-1].step
         run = f"committed checkpoints of a run without a service, up to step {last}"
         return [_in_use(storage_path, run)]
     return []
+
+
+def _resume_problems(
+    spec: JobSpec, storage_path: str, resumed: ResumedJob
+) -> list[Problem]:
+    """Returns why a job cannot go on with what its folder holds."""
+    problems = []
+    # Other data are checked as those of a new job; unchanged ones are prepared already.
+    if resumed.has_other_data:
+        length = spec.training.seq_length
+        problems += check_data(spec.data, length, storage_path).problems
+    if not resumed.had_driver:
+        return problems
+    try:
+        entry = Journal(open_storage(storage_path)).latest()
+        checkpoints = [
+            info for info in list_checkpoints(storage_path) if info.was_committed
+        ]
+    except (JournalError, StorageError) as error:
+        return [*problems, Problem("/storage/path", "lost", str(error))]
+    remedy = (
+        "restore the folder and resume the job again, or submit the spec as a new job to begin "
+        "at step 0"
+    )
+    if entry is None or entry.job_id != resumed.job_id:
+        detail = f"{storage_path} no longer holds the files of this job; {remedy}"
+        problems.append(Problem("/storage/path", "lost", detail))
+    elif entry.last_commit > 0 and not checkpoints:
+        detail = (
+            f"the checkpoint of step {entry.last_commit} was committed, and none is in "
+            f"{storage_path} any more; {remedy}"
+        )
+        problems.append(Problem("/storage/path", "lost", detail))
+    return problems
 
 
 def _in_use(storage_path: str, owner: str) -> Problem:

@@ -44,8 +44,15 @@ class CheckRunner:
         for request in requests:
             if request.check_id not in self._seen:
                 self._seen[request.check_id] = None
+                resumed = None
+                if request.resumed is not None:
+                    resumed = request.resumed.model_dump()
                 self._running[request.check_id] = anywhere(
-                    check_task, request.spec, request.storage_path, request.path_rules
+                    check_task,
+                    request.spec,
+                    request.storage_path,
+                    request.path_rules,
+                    resumed,
                 )
         # A dict keeps insertion order: the oldest are forgotten first.
         while len(self._seen) > _MAX_REMEMBERED:

@@ -180,10 +180,10 @@ def _resume_requested(entry: JournalEntry, observed: ResumeRequested) -> Transit
         "commits_at_failure": (),
         "given_back": None,
     }
-    if entry.prepared is None:
-        return Transition(Phase.PREPARING, journal)
-    # The same prepared data, so that the order of samples continues. The state is recorded
-    # on entry into READY, like that of a job that has released its resources.
+    if entry.prepared is None or observed.has_other_data:
+        return Transition(Phase.PREPARING, {**journal, "prepared": None})
+    # Otherwise the same prepared data, so that the order of samples continues. The state
+    # is recorded on entry into READY, like that of a job that has released its resources.
     journal["given_back"] = ResourcesReleased(
         state=JobState.QUEUED.value,
         reason=None,

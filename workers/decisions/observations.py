@@ -55,6 +55,8 @@ class ResumeRequested:
     spec: Mapping[str, Any]
     """Resolved spec of the job from now on, as JSON."""
     revision: int
+    has_other_data: bool = False
+    """Whether its data are other ones than those that are prepared."""
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ Owns: the journal entry, the epoch, the records, the state that the service desi
 Shared by all phases. Must not know: Ray, HTTP, which phase follows.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 from megatron_ray.checkpoint.directory import RunIdentity
@@ -187,4 +188,20 @@ class JobContext:
         desired = self.desired
         if desired is None or desired.resumes <= self.entry.resumes:
             return None
-        return ResumeRequested(desired.resumes, desired.spec, desired.revision)
+        return ResumeRequested(
+            desired.resumes,
+            desired.spec,
+            desired.revision,
+            has_other_data=self._has_other_data(desired.spec),
+        )
+
+    def _has_other_data(self, values: Mapping[str, Any]) -> bool:
+        """Whether a spec has other data than those that are prepared."""
+        if self.entry.prepared is None:
+            return False
+        # As fields, because a spec of an earlier version lacks those that were added since.
+        spec = JobSpec.from_mapping(values)
+        return (spec.data, spec.training.seq_length) != (
+            self.spec.data,
+            self.spec.training.seq_length,
+        )

@@ -121,6 +121,13 @@ class Scheduling:
                 message = f"the checkpoint cannot be loaded and is passed over: {item}"
                 job.records.event("checkpoint.damaged", message, "error")
         newest = point.checkpoint
+        if newest is None and job.entry.last_commit > 0:
+            message = (
+                f"the checkpoint of step {job.entry.last_commit} was committed, and none is in "
+                f"{job.job_dir} any more; restore it and resume the job, or submit the spec as a "
+                "new job to begin at step 0"
+            )
+            return NothingToResume(message)
         if newest is None:
             return Placed(job.ports.code_version, None)
         return Placed(job.ports.code_version, newest.path, newest.step)

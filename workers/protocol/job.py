@@ -38,7 +38,7 @@ class RestartConfig(Config):
     max_failures: int = Field(default=3, ge=0, le=1000)
     """Number of failed attempts that are restarted; the next one fails the job.
     Preemptions do not count."""
-    max_preemptions: int = Field(default=-1, ge=-1)
+    max_preemptions: int = Field(default=-1, ge=-1, le=1 << 40)
     """Number of preempted attempts that are restarted; -1: no limit."""
     backoff_s: float = Field(default=1.0, ge=0, le=3600)
     """Seconds to wait before the second restart; doubled for each further one up to

@@ -74,6 +74,16 @@ class AgentReport(Message):
     killed."""
 
 
+class ResumedJob(Message):
+    """A job that is to be resumed after its end."""
+
+    job_id: str
+    has_other_data: bool
+    """Whether its data are other ones than before, and must be checked."""
+    had_driver: bool
+    """Whether it has a journal in its folder."""
+
+
 class CheckRequest(Message):
     """Service -> agent: check a spec's paths from inside the cluster, on CPU."""
 
@@ -83,6 +93,8 @@ class CheckRequest(Message):
     path_rules: dict[str, Any] | None = None
     """PathRules as JSON: the places that the spec may name, links followed; None from a
     service that has none."""
+    resumed: ResumedJob | None = None
+    """None: the spec is that of a new job."""
 
 
 class CheckResult(Message):
@@ -130,6 +142,9 @@ class DesiredReply(Message):
     terminal: tuple[str, ...] = ()
     """Ids of ended jobs, whose actors and placement groups may be removed."""
     checks: tuple[CheckRequest, ...] = ()
+    """Checks of new jobs."""
+    resume_checks: tuple[CheckRequest, ...] = ()
+    """Checks of jobs that are to be resumed, which earlier agents do not know."""
 
 
 # ---- driver and service

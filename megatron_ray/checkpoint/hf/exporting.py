@@ -115,6 +115,9 @@ def export_folder(
     )
     values = _config_values(model, family, published, outputs[0].dtype)
     values.update(beside.token_ids)
+    notes = beside.notes
+    if dtype is None:
+        notes += _type_notes(published, outputs[0].dtype)
     with new_folder(out) as folder:
         files = _write_shards(folder, saved, outputs, shard_bytes)
         _write_files(folder, beside.files)
@@ -127,7 +130,19 @@ def export_folder(
         bytes=sum(output.num_bytes for output in outputs),
         files=files,
         tokenizer=HF_TOKENIZER in beside.files,
-        notes=beside.notes,
+        notes=notes,
+    )
+
+
+def _type_notes(published: PublishedFiles, dtype: torch.dtype) -> tuple[str, ...]:
+    """Returns a note when the weights have a wider type than the published ones."""
+    config = parsed(published, CONFIG)
+    name = config.get("dtype") or config.get("torch_dtype")
+    if dtype != torch.float32 or name not in ("bfloat16", "float16"):
+        return ()
+    return (
+        f"the weights are float32, as they were trained, and were published as {name}: "
+        "--dtype bf16 writes half as many bytes",
     )
 
 

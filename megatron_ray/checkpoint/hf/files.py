@@ -102,9 +102,10 @@ def read_text_file(storage: Storage, name: str) -> bytes:
 
 def _weight_files(storage: Storage, path: str, sizes: Mapping[str, int]) -> list[str]:
     """Returns the safetensors files of a folder whose files have these sizes."""
+    # A single file counts before an index, as in transformers.
+    if SINGLE in sizes:
+        return [SINGLE]
     if SHARDS not in sizes:
-        if SINGLE in sizes:
-            return [SINGLE]
         reason = f"it holds neither {SINGLE} nor {SHARDS}"
         if any(name.endswith((".bin", ".pt", ".pth")) for name in sizes):
             reason += "; weights in torch's own format are not read, "

@@ -112,11 +112,16 @@ class HfFolder:
         """Returns the model with a head of its own where the files have one.
 
         Some programs save such a head with a config.json for a tied one; transformers
-        uses the head.
+        uses the head. One without an embedding is taken for both.
         """
-        embedding = self.tensors.get(_embedding_name(self.family, model))
+        name = _embedding_name(self.family, model)
+        embedding = self.tensors.get(name)
         head = self.tensors.get(HEAD)
-        if not model.tie_embeddings or head is None or embedding is None:
+        if not model.tie_embeddings or head is None:
+            return model
+        # Of two equal tensors some programs save the head only.
+        if embedding is None:
+            self.tensors[name] = replace(self.tensors.pop(HEAD), name=name)
             return model
         # A head that repeats the embedding is stored by some programs too.
         if have_equal_values(self.storage, head, embedding):
@@ -172,12 +177,18 @@ class HfFolder:
                 reason += (
                     f"; it holds {len(extra)} others that are not known: {_some(extra)}"
                 )
+            else:
+                reason += (
+                    f"; download its files again, or correct {CONFIG} if the model has no "
+                    "such tensors"
+                )
             raise ConfigError(reason)
         if extra:
             raise ConfigError(
                 f"{self.path} holds {len(extra)} tensors that a {self.family.model_type} model "
                 f"of {self.model.num_layers} layers, as its {CONFIG} describes it, does not "
-                f"have: {_some(extra)}"
+                f"have: {_some(extra)}; correct {CONFIG} if they are part of the model, or take "
+                "them out of the files"
             )
 
     def _is_expected(self, name: str, needed: set[str]) -> bool:
@@ -235,9 +246,14 @@ class HfFolder:
                 "not supported"
             )
         if stored.shape != expected:
+            hint = f"look at model.{_field_of(name)}"
+            if sorted(stored.shape) == sorted(expected):
+                hint = (
+                    "its dimensions are in another order, which is not read: transpose it"
+                )
             raise ConfigError(
                 f"{self.path}: tensor {location.name!r} has shape {list(stored.shape)}, "
-                f"{list(expected)} is expected from {CONFIG}; look at model.{_field_of(name)}"
+                f"{list(expected)} is expected from {CONFIG}; {hint}"
             )
         if stored.dtype == FP8:
             self._check_scales(stored)

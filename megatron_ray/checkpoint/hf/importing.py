@@ -89,13 +89,15 @@ def import_folder(source: str, out: str) -> Imported:
 def _tokenizer_notes(model: ModelConfig, tokenizer: ModelTokenizer) -> tuple[str, ...]:
     if tokenizer.content is None:
         return (
-            f"the folder has no {TOKENIZER}, without which its weights cannot be trained; "
-            f"{tokenizer.remedy}",
+            f"the folder has no {TOKENIZER}, without which its weights cannot be trained on "
+            f"text; {tokenizer.remedy}",
         )
-    note = tokenizer.rows_note(model.vocabulary)
-    if note is None:
-        return ()
-    return (note,)
+    notes = (
+        tokenizer.rows_note(model.vocabulary),
+        tokenizer.end_note,
+        tokenizer.begin_note,
+    )
+    return tuple(note for note in notes if note is not None)
 
 
 def _write_tensors(weights: HfWeights, storage: DigestedFiles) -> int:
@@ -161,9 +163,13 @@ def _train_state(config: TrainConfig, tokenizer: ModelTokenizer) -> dict[str, An
 
 
 def _spec(config: TrainConfig, path: str) -> str:
-    fields = config.model_dump(mode="json", exclude_defaults=True, exclude_none=True)
+    # Null is a value where it is not the default, such as of mla.q_lora_rank.
+    fields = config.model_dump(mode="json", exclude_defaults=True)
     fields = {"name": "from-pretrained", **fields, "checkpoint": {"start_from": path}}
+    data = "data"
+    if config.data.tokenizer.path is None:
+        data = "data, their tokenizer"
     return (
-        "# A run that starts from these weights. Choose data, sequence length, batch, steps "
+        f"# A run that starts from these weights. Choose {data}, sequence length, batch, steps "
         f"and learning rate.\n{yaml.safe_dump(fields, sort_keys=False)}"
     )

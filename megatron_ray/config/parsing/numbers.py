@@ -7,7 +7,10 @@ field.
 import re
 from decimal import Decimal
 
-_DECIMAL = re.compile(r"[-+]?[0-9]+(_[0-9]+)*(\.[0-9]*)?([eE][-+]?[0-9]{1,2})?")
+MAX_DIGITS = 100
+"""Characters of a number: no field takes a longer one, and the cost of reading it would be
+the square of its length."""
+_DECIMAL = re.compile(r"[-+]?[0-9]+(_[0-9]+)*(\.[0-9]*)?([eE][-+]?[0-9]{1,3})?")
 _PREFIXED = re.compile(r"[-+]?0([xX][0-9a-fA-F_]+|[oO][0-7_]+|[bB][01_]+)")
 
 
@@ -17,6 +20,8 @@ def whole_number(text: str) -> int | None:
     None for every other text, `1.5` included.
     """
     text = text.strip()
+    if len(text) > MAX_DIGITS:
+        return None
     if _PREFIXED.fullmatch(text):
         try:
             return int(text, 0)
@@ -29,3 +34,13 @@ def whole_number(text: str) -> int | None:
     if number != number.to_integral_value():
         return None
     return int(number)
+
+
+def int_or_text(text: str) -> int | str:
+    """Returns the whole number of digits, or the text itself when no field takes it.
+
+    For readers of JSON: the field then refuses it by name.
+    """
+    if len(text) > MAX_DIGITS:
+        return text
+    return int(text)

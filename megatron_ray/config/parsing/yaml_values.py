@@ -1,7 +1,7 @@
 """Reads YAML whose values mean what they mean in JSON.
 
-Owns: which plain words are no text, after the core schema of YAML 1.2. Pure. Must not
-know: any field.
+Owns: which plain words are no text, after the core schema of YAML 1.2; keys that are given
+twice. Pure. Must not know: any field.
 
 In YAML 1.1, `no` is false, `010` is 8, `1:30` is 90 and `2024-01-01` is a date; in a JSON
 spec none of them is.
@@ -12,9 +12,25 @@ from typing import Any
 
 import yaml
 
+from megatron_ray.config.parsing.json_values import repetition
+
 
 class _Loader(yaml.SafeLoader):
     """Loads only plain types, as SafeLoader does."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        """Returns a mapping; raises ComposerError for a key that it has twice."""
+        # Here and not where values are made: merged keys (<<) may be given again.
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
+        seen = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            if (key.tag, key.value) in seen:
+                message = repetition(key.value)
+                raise yaml.composer.ComposerError(None, None, message, key.start_mark)
+            seen.add((key.tag, key.value))
+        return node
 
 
 _BOOL = "tag:yaml.org,2002:bool"
@@ -50,7 +66,9 @@ _Loader.add_implicit_resolver(
     _BOOL, re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
 )
 _Loader.add_implicit_resolver(
-    _INT, re.compile(r"^(?:[-+]?[0-9]+|0x[0-9a-fA-F]+|0o[0-7]+)$"), list("-+0123456789")
+    _INT,
+    re.compile(r"^(?:[-+]?[0-9]{1,99}|0x[0-9a-fA-F]{1,98}|0o[0-7]{1,98})$"),
+    list("-+0123456789"),
 )
 _Loader.add_implicit_resolver(
     _FLOAT,

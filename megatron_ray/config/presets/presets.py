@@ -200,11 +200,12 @@ PRESETS: dict[str, dict[str, Any]] = _TINY | {
         max_sequence_length=65536,
         moe={"num_experts": 8, "top_k": 2, "aux_loss_coeff": 0.001},
     ),
-    # Qwen/Qwen2-*; those of Qwen2.5 have the same shapes.
+    # Qwen/Qwen2-*; those of Qwen2.5 have the same shapes. The instruction-tuned 72B has
+    # norm_eps 1e-6.
     "qwen2-0.5b": _sized(_QWEN2, 24, 896, 14, 2, 4864, tie_embeddings=True),
     "qwen2-1.5b": _sized(_QWEN2, 28, 1536, 12, 2, 8960, tie_embeddings=True),
     "qwen2-7b": _sized(_QWEN2, 28, 3584, 28, 4, 18944, vocab_size=152064),
-    "qwen2-72b": _sized(_QWEN2, 80, 8192, 64, 8, 29568, vocab_size=152064),
+    "qwen2-72b": _sized(_QWEN2, 80, 8192, 64, 8, 29568, vocab_size=152064, norm_eps=1e-5),
     # Qwen/Qwen3-*
     "qwen3-0.6b": _sized(_QWEN3, 28, 1024, 16, 8, 3072, tie_embeddings=True),
     "qwen3-1.7b": _sized(_QWEN3, 28, 2048, 16, 8, 6144, tie_embeddings=True),

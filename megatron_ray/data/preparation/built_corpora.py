@@ -176,7 +176,7 @@ class CorpusBuilder:
         if held_out_fraction:
             formats.append("split 2")
         if source_files.kind == "prepared":
-            formats.append("borders")
+            formats.append("borders 2")
             if self._vocab_size < self._tokenizer.vocab_size:
                 formats.append(f"below {self._vocab_size}")
         return formats

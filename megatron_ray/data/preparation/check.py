@@ -15,13 +15,14 @@ from megatron_ray.data.preparation.data_files import SourceAt, find_data
 from megatron_ray.data.preparation.documents import new_tally, read_file_chunks
 from megatron_ray.data.preparation.errors import DataError, UnusableDataError
 from megatron_ray.data.preparation.formats.records import TextChunk
-from megatron_ray.data.preparation.formats.suffixes import file_format
+from megatron_ray.data.preparation.formats.suffixes import FileFormat, file_format
 from megatron_ray.data.preparation.given_tokenizer import check_rows, given_tokenizer
 from megatron_ray.data.preparation.sources import SourceFiles
 from megatron_ray.storage.errors import StorageError
 from megatron_ray.storage.files import FileStat, check_writable
 from megatron_ray.storage.location import parse_location
 
+_CHECKED_FILES = 4
 _CHECKED_CHUNKS = 256
 _CHECKED_CHARS = 1 << 18
 
@@ -111,9 +112,12 @@ def _max_tokens(source_files: SourceFiles, data: DataConfig) -> int | None:
         return _num_prepared_tokens(source_files)
     files = source_files.files
     tally = new_tally(source_files)
-    has_text = _read_beginning(read_file_chunks(source_files, files[0], tally))
+    checked = _files_to_check(files)
+    num_with_text = 0
+    for file in checked:
+        num_with_text += _read_beginning(read_file_chunks(source_files, file, tally))
     tally.require_few_bad(of_all=False)
-    if not has_text and len(files) == 1:
+    if not num_with_text and len(files) == len(checked):
         detail = f"{source_files.source.path} holds no text; give files with text in them"
         raise DataError("empty", detail)
     # Compressed text is longer than its file, and a user's tokenizer may normalize text to
@@ -124,6 +128,16 @@ def _max_tokens(source_files: SourceFiles, data: DataConfig) -> int | None:
     # A byte-level token has at least one byte, and each file's last document adds an end
     # token. In jsonl the syntax has more bytes than there are end tokens.
     return source_files.num_bytes + len(files)
+
+
+def _files_to_check(files: Sequence[FileStat]) -> list[FileStat]:
+    """Returns the first files that are not empty, and the first one of each format."""
+    with_content = [file for file in files if file.size]
+    first_of_format: dict[FileFormat | None, FileStat] = {}
+    for file in with_content:
+        first_of_format.setdefault(file_format(file.path), file)
+    # Each once.
+    return list(dict.fromkeys([*with_content[:_CHECKED_FILES], *first_of_format.values()]))
 
 
 def _read_beginning(chunks: Iterator[TextChunk]) -> bool:

@@ -58,6 +58,8 @@ class Borders:
     """Tokens that are the tokenizer's end token."""
     last_token: int | None
     """The token that all documents end with; None when they end differently."""
+    first_token: int | None = None
+    """The token that all documents begin with; None when they begin differently."""
 
     @property
     def can_be_separated(self) -> bool:
@@ -213,8 +215,11 @@ def _tokenize(
     if not writer.hashes:
         raise DataError("empty", f"{name} holds no text; give files with text in them")
     prefix.with_name(RECORDS).write_text(json.dumps(tally.to_json()))
+    noun = "documents"
+    if len(writer.hashes) == 1:
+        noun = "document"
     progress(
-        f"tokenized {name}: {len(writer.hashes)} documents, "
+        f"tokenized {name}: {len(writer.hashes)} {noun}, "
         f"{writer.num_tokens / 1e6:.2f} million tokens"
     )
     return np.array(writer.hashes, np.uint64)
@@ -307,7 +312,22 @@ def _open_prepared(
         raise DataError("bad_corpus", detail)
     if not corpus.num_tokens:
         raise DataError("empty", f"{name} holds no tokens; prepare the data again")
+    if not _covers_sequences(corpus.table):
+        detail = (
+            f"the documents that the index of {name} marks are not its {len(corpus)} "
+            "sequences; prepare the data again"
+        )
+        raise DataError("bad_corpus", detail)
     return corpus, *_read_documents(corpus, tokenizer, vocab_size, name)
+
+
+def _covers_sequences(table: IndexTable) -> bool:
+    """Whether lengths and positions are possible and each sequence is of one document."""
+    marks = table.documents
+    if len(marks) < 2 or marks[0] != 0 or marks[-1] != len(table.lengths):
+        return False
+    smallest = min(table.lengths.min(initial=0), table.pointers.min(initial=0))
+    return bool(smallest >= 0 and (np.diff(marks) >= 0).all())
 
 
 def _read_documents(
@@ -315,24 +335,35 @@ def _read_documents(
 ) -> tuple[DocumentHashes, Borders]:
     hashes = []
     num_end_tokens = 0
+    first_tokens = set[int]()
     last_tokens = set[int]()
     for sequences in corpus.document_ranges():
         digest = hashlib.blake2b(digest_size=_HASH_BYTES)
-        last_token: IntArray = np.empty(0, corpus.table.dtype)
+        outer_tokens: list[int] = []
         for sequence in sequences:
             tokens = corpus[sequence]
             _check_tokens(tokens, vocab_size, name)
             digest.update(np.ascontiguousarray(tokens).data)
             num_end_tokens += int(np.count_nonzero(tokens == tokenizer.end_of_document))
             if tokens.size:
-                last_token = tokens[-1:]
+                outer_tokens += [int(tokens[0]), int(tokens[-1])]
         hashes.append(_as_int(digest.digest()))
-        last_tokens.update(last_token.tolist())
-    common_token = None
-    if len(last_tokens) == 1:
-        common_token = last_tokens.pop()
-    borders = Borders(corpus.num_documents, num_end_tokens, common_token)
+        first_tokens.update(outer_tokens[:1])
+        last_tokens.update(outer_tokens[-1:])
+    borders = Borders(
+        corpus.num_documents,
+        num_end_tokens,
+        last_token=_only(last_tokens),
+        first_token=_only(first_tokens),
+    )
     return np.array(hashes, np.uint64), borders
+
+
+def _only(tokens: set[int]) -> int | None:
+    """Returns the token of a set of one; None for others."""
+    if len(tokens) != 1:
+        return None
+    return next(iter(tokens))
 
 
 def _check_tokens(tokens: IntArray, vocab_size: int, name: str) -> None:

@@ -5,7 +5,6 @@ files.
 """
 
 import itertools
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -15,7 +14,7 @@ from megatron_ray.config.problem import Problem
 from megatron_ray.data.preparation.errors import DataError
 from megatron_ray.data.preparation.file_selection import Role, named_files
 from megatron_ray.data.preparation.sources import SourceFiles, find_source
-from megatron_ray.storage.files import FileStat
+from megatron_ray.storage.files import FileStat, file_identity
 
 SourceAt = tuple[str, SourceFiles]
 """The JSON pointer of a source in the spec, and its files."""
@@ -213,7 +212,7 @@ def _key(source: SourceFiles, file: FileStat) -> tuple[str, str]:
     path = file.path
     # A file may be reached by several paths.
     if source.root.is_local:
-        path = os.path.realpath(path)
+        path = file_identity(path)
     return path, source.source.text_key
 
 

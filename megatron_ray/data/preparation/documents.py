@@ -6,9 +6,10 @@ Owns: which reader reads which file. Must not know: tokens, splits, caches.
 import hashlib
 import json
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from megatron_ray.data.preparation.errors import DataError, read_errors
+from megatron_ray.data.preparation.formats.contents import HEAD_BYTES, is_compressed
 from megatron_ray.data.preparation.formats.json_lines import read_json_lines
 from megatron_ray.data.preparation.formats.parquet import read_parquet
 from megatron_ray.data.preparation.formats.records import (
@@ -19,7 +20,7 @@ from megatron_ray.data.preparation.formats.records import (
 from megatron_ray.data.preparation.formats.suffixes import file_format
 from megatron_ray.data.preparation.formats.text import read_text
 from megatron_ray.data.preparation.sources import SourceFiles
-from megatron_ray.storage.files import FileStat, read_bytes
+from megatron_ray.storage.files import FileStat, open_stream, read_bytes
 from megatron_ray.storage.location import Location
 
 # Part of every fingerprint; to be increased when the same files yield other documents.
@@ -56,16 +57,19 @@ def read_file_chunks(
     """
     if tally is None:
         tally = new_tally(source_files)
-    remedy = "check the path and the credentials"
-    form = file_format(file.path)
-    if form is not None and form.compression is not None:
-        remedy = "check that the file is complete, or unpack it"
+    num_records = tally.num_records
     # Covers reading as well as opening, because disks may fail at any time.
-    with read_errors(file.path, remedy):
+    with read_errors(file.path, _read_remedy(file)):
         if source_files.kind == "builtin":
             yield from _read_python(Path(file.path))
-        else:
+            return
+        try:
             yield from _read_file(source_files, file, tally)
+        except OSError:
+            _require_compressed(source_files.location(file))
+            raise
+    if tally.num_records == num_records:
+        tally.add_empty_file(file.path)
 
 
 def fingerprint(source_files: SourceFiles) -> str:
@@ -101,6 +105,29 @@ def _read_file(
     # A bad file is left out as a whole only if bad records are allowed.
     checks_first = source.max_bad_records > 0
     return read_text(location, form.compression, tally, checks_first=checks_first)
+
+
+def _read_remedy(file: FileStat) -> str:
+    """Returns what to do about an error that does not show its cause."""
+    form = file_format(file.path)
+    if form is not None and form.compression is not None:
+        return "check that the file is complete, or unpack it"
+    if form is not None and form.kind == "parquet":
+        return "check that the file is complete"
+    return "check the path and the credentials"
+
+
+def _require_compressed(location: Location) -> None:
+    """Raises DataError when a file that is named as compressed is not."""
+    form = file_format(location.path)
+    if form is None or form.compression is None:
+        return
+    with open_stream(location) as stream:
+        head = stream.read(HEAD_BYTES)
+    if not is_compressed(head, form.compression):
+        suffix = PurePosixPath(location.path).suffix
+        detail = f"{location.path} is not compressed; take {suffix} off its name"
+        raise DataError("file_type", detail)
 
 
 def _require_content(location: Location, file: FileStat) -> None:

@@ -70,6 +70,9 @@ def read_errors(
         raise DataError("not_utf8", detail) from error
     # The next two are special cases of OSError with their own remedies.
     except PermissionError as error:
+        # A folder in it may be the one.
+        if isinstance(error, StorageError):
+            name = error.path
         detail = (
             f"{name} may not be read by the user that runs the job; change its permissions"
         )

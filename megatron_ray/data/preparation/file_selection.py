@@ -30,9 +30,15 @@ _MAX_NAMES_SHOWN = 5
 _SPLIT_WORD = re.compile(
     r"(?<![a-z])(?:"
     r"(?P<train>train|training)"
-    r"|(?P<validation>validation|valid|val|dev|devel|development|eval|evaluation)"
-    r"|(?P<test>test|testing|h[eo]ld[-_. ]?out)"
-    r")(?:[-_]?(?:set|split|data))?(?![a-z])"
+    r"|(?P<validation>validations?|validate|valid|val|dev|devel|development"
+    r"|evals?|evaluations?)"
+    r"|(?P<test>tests?|testing|h[eo]ld[-_. ]?outs?)"
+    r")(?:[-_]?(?:sets?|splits?|data|dev))?(?![a-z])"
+)
+# Where such a word begins or ends in names like myTest.jsonl and testA.jsonl.
+_CAPITAL = re.compile(
+    r"(?<=[a-z0-9])(?=Train|Val|Eval|Test|Held|Hold)"
+    r"|(?<=[Tt]est|[Ee]val)(?=[A-Z])|(?<=[Dd]ev|[Vv]al)(?=[A-Z])|(?<=[Tt]rain|[Vv]alid)(?=[A-Z])"
 )
 _DESCRIPTION = re.compile(
     r"(?:readme|licen[cs]e|copying)(?![a-z])"
@@ -92,8 +98,8 @@ def select_files(
     readable = groups.readable()
     if not readable and not is_folder:
         # A pattern that matches nothing but descriptions means them.
-        readable = groups.descriptions
-        groups.descriptions = []
+        readable = [file for file in groups.descriptions if file_format(file.path)]
+        groups.descriptions = _without(groups.descriptions, readable)
     if groups.unreadable:
         pattern = None
         if is_folder and readable:
@@ -110,6 +116,12 @@ def select_files(
     for reason, left_out in _left_out(groups, chosen, role):
         if left_out:
             notes.append(f"{path}: {named_files(left_out, root)} {reason}")
+    # Shells leave these out of patterns, and programs keep copies of files in such folders.
+    hidden = [file for file in chosen if "/." in f"/{_relative_name(file, root)}"]
+    if hidden:
+        notes.append(
+            f"{path}: {named_files(hidden, root)} with names that begin with .: read"
+        )
     return Selection(chosen, _without(groups.validation, chosen), notes)
 
 
@@ -118,7 +130,7 @@ def split_of(name: str) -> Split | None:
 
     A folder thus decides for the files in it.
     """
-    for part in PurePosixPath(name.lower()).parts:
+    for part in PurePosixPath(_CAPITAL.sub("_", name).lower()).parts:
         match = _SPLIT_WORD.search(part)
         if match is None:
             continue
@@ -160,7 +172,7 @@ def _grouped(files: Sequence[FileStat], root: str, *, skips_hidden: bool) -> _Gr
                 groups.hidden.append(file)
         elif unpacked != file.path and unpacked in paths:
             groups.packed.append(file)
-        elif is_read and _DESCRIPTION.match(PurePosixPath(name.lower()).name):
+        elif _DESCRIPTION.match(PurePosixPath(name.lower()).name):
             groups.descriptions.append(file)
         elif is_read:
             getattr(groups, split or "unmarked").append(file)

@@ -17,6 +17,7 @@ from megatron_ray.config.model_tokenizer import (
     END_FILES,
     ModelTokenizer,
     Token,
+    declared_begin,
     declared_end,
     token_ids,
 )
@@ -54,16 +55,16 @@ def given_tokenizer(
     if config.kind == "bpe" and weights is None:
         return None
     content = _content(config, weights)
-    with _tokenizer_errors(config):
+    with _tokenizer_errors(config, weights):
         inner = parse_tokenizer(content)
     ids = inner.get_vocab(with_added_tokens=True)
     if weights is not None:
         _check_match(config, weights, content)
-    end = config.end_of_document or _declared_end(config, weights, ids)
+    end = config.end_of_document or _declared_end(config, weights, ids, content)
     begin = config.begin_of_document
     if begin is None and weights is not None:
-        begin = _token_of_weights(weights, weights.begin_of_document, ids, "begin")
-    with _tokenizer_errors(config):
+        begin = _declared_begin(config, weights, ids, content)
+    with _tokenizer_errors(config, weights):
         tokenizer = Tokenizer.of(inner, end, begin, config.special_tokens_in_text)
     return GivenTokenizer(tokenizer, tuple(_notes(config, weights, tokenizer, end)))
 
@@ -81,6 +82,10 @@ def _notes(
             f"the weights of {weights.source} come without a tokenizer.json, so nothing shows "
             f"whether they were made with {config.path}"
         )
+    if weights is not None and config.end_of_document is None and weights.end_note:
+        yield weights.end_note
+    if weights is not None and config.begin_of_document is None and weights.begin_note:
+        yield weights.begin_note
     if end is None:
         name = tokenizer.name_of(tokenizer.end_of_document)
         yield (
@@ -124,7 +129,7 @@ def check_rows(
         return
     remedy = "raise it, or leave it out"
     if weights is not None:
-        remedy = f"set it to {needed}, which adds rows to the weights"
+        remedy = f"set it to {needed} or more: rows that the weights lack are added"
     detail = (
         f"model.vocab_size={rows} is smaller than the tokenizer's {needed}, whose last token "
         f"is {tokenizer.name_of(needed - 1)!r}; {remedy}"
@@ -150,7 +155,7 @@ def _check_match(config: TokenizerConfig, weights: ModelTokenizer, content: str)
     """Raises UnusableDataError when the job's tokenizer is not that of its weights."""
     if weights.content is None:
         return
-    with _tokenizer_errors(config):
+    with _tokenizer_errors(config, weights):
         difference = find_difference(weights.content, content)
     if difference is None:
         return
@@ -180,18 +185,23 @@ def _check_unknown(config: TokenizerConfig, weights: ModelTokenizer) -> None:
 
 
 def _declared_end(
-    config: TokenizerConfig, weights: ModelTokenizer | None, ids: Mapping[str, int]
+    config: TokenizerConfig,
+    weights: ModelTokenizer | None,
+    ids: Mapping[str, int],
+    content: str,
 ) -> str | None:
     """Returns the end token that the weights were made with, or else a file declares.
+
+    `content` is the job's tokenizer.json.
 
     Raises UnusableDataError when the job's tokenizer lacks that of the weights.
     """
     if config.kind == "bytes" and (weights is None or weights.content is None):
         return END_OF_DOCUMENT
     if weights is None or weights.end_of_document is None:
-        return _end_beside(config, ids)
+        return _end_beside(config, ids, content)
     name = _token_of_weights(weights, weights.end_of_document, ids, "end")
-    return name or _end_beside(config, ids)
+    return name or _end_beside(config, ids, content)
 
 
 def _token_of_weights(
@@ -226,11 +236,38 @@ def _name_in(
     return None
 
 
-def _end_beside(config: TokenizerConfig, ids: Mapping[str, int]) -> str | None:
-    """Returns the end token that the files beside the user's tokenizer.json declare."""
+def _declared_begin(
+    config: TokenizerConfig,
+    weights: ModelTokenizer,
+    ids: Mapping[str, int],
+    content: str,
+) -> str | None:
+    """Returns the begin token that the weights were made with.
+
+    Weights without a tokenizer.json were made with that of the job, `content`. Raises
+    UnusableDataError when the job's tokenizer lacks that of the weights.
+    """
+    is_known = weights.content is not None or weights.is_of_run
+    if is_known or config.path is None:
+        return _token_of_weights(weights, weights.begin_of_document, ids, "begin")
+    begin = declared_begin(json.loads(content), _files_beside(config.path))
+    if begin in ids:
+        return begin
+    return None
+
+
+def _end_beside(
+    config: TokenizerConfig, ids: Mapping[str, int], content: str
+) -> str | None:
+    """Returns the end token that the user's tokenizer.json or files beside it declare."""
     if config.path is None:
         return None
-    location = parse_location(config.path)
+    return declared_end(_files_beside(config.path), ids, json.loads(content))
+
+
+def _files_beside(path: str) -> dict[str, dict[str, Any]]:
+    """Returns the parsed files beside a tokenizer.json that declare its tokens."""
+    location = parse_location(path)
     parent = str(PurePosixPath(location.path).parent)
     folder = Location(location.filesystem, parent, location.is_local)
     files: dict[str, dict[str, Any]] = {}
@@ -242,16 +279,20 @@ def _end_beside(config: TokenizerConfig, ids: Mapping[str, int]) -> str | None:
             continue
         if isinstance(values, dict):
             files[name] = values
-    return declared_end(files, ids)
+    return files
 
 
 @contextmanager
-def _tokenizer_errors(config: TokenizerConfig) -> Iterator[None]:
+def _tokenizer_errors(
+    config: TokenizerConfig, weights: ModelTokenizer | None = None
+) -> Iterator[None]:
     """Converts TokenizerError to UnusableDataError at the field of the tokenizer."""
     try:
         yield
     except TokenizerError as error:
         origin = config.path or f"kind {config.kind}"
+        if config.kind == "bpe" and weights is not None:
+            origin = weights.path
         raise _problem(error.field, error.code, f"{origin}: {error.detail}") from error
 
 
@@ -261,7 +302,8 @@ def _read(path: str) -> str:
     Raises UnusableDataError.
     """
     try:
-        return read_bytes(parse_location(path)).decode()
+        # Editors may put a byte order mark before it.
+        return read_bytes(parse_location(path)).decode("utf-8-sig")
     except FileNotFoundError as error:
         detail = f"{path} does not exist where the job runs; check the path"
         raise _problem("path", "not_found", detail) from error

@@ -19,7 +19,7 @@ from megatron_ray.config.data import DataConfig, DataSource, source_names
 from megatron_ray.config.model_tokenizer import ModelTokenizer
 from megatron_ray.config.problem import Problem
 from megatron_ray.data.preparation.built_corpora import BuiltCorpus, CorpusBuilder
-from megatron_ray.data.preparation.corpora import ProgressCallback
+from megatron_ray.data.preparation.corpora import Borders, ProgressCallback
 from megatron_ray.data.preparation.data_files import SourceAt, find_data
 from megatron_ray.data.preparation.errors import UnusableDataError, cause
 from megatron_ray.data.preparation.formats.suffixes import file_format
@@ -86,7 +86,8 @@ def prepare(
         *made.notes,
         *data_files.notes,
         *_key_notes([*data_files.train, *data_files.validation]),
-        *_corpus_notes([*train, *validation], tokenizer.end_of_document),
+        *_special_token_notes(data, tokenizer),
+        *_corpus_notes([*train, *validation], data, tokenizer),
     ]
     if data.separate_documents:
         _require_borders(train, tokenizer.end_of_document)
@@ -179,12 +180,20 @@ def _require_length(corpora: Sequence[BuiltCorpus], split: str, required: int) -
         raise UnusableDataError(problems)
 
 
-def _corpus_notes(corpora: Sequence[BuiltCorpus], end_of_document: int) -> list[str]:
+def _corpus_notes(
+    corpora: Sequence[BuiltCorpus], data: DataConfig, tokenizer: Tokenizer
+) -> list[str]:
     """Returns notes on what was read and on the borders of documents."""
     notes: list[str] = []
     for built in corpora:
         notes.extend(built.record_notes())
-    return notes + _border_notes(corpora, end_of_document)
+    for built in corpora:
+        borders = built.borders
+        if borders is not None:
+            path = built.source.path
+            notes.extend(_end_notes(path, borders, data, tokenizer.end_of_document))
+            notes.extend(_begin_notes(path, borders, tokenizer))
+    return notes
 
 
 def _key_notes(sources: Sequence[SourceAt]) -> list[str]:
@@ -201,24 +210,63 @@ def _key_notes(sources: Sequence[SourceAt]) -> list[str]:
     return notes
 
 
-def _border_notes(corpora: Sequence[BuiltCorpus], end_of_document: int) -> list[str]:
-    """Returns notes on prepared tokens without the tokenizer's end token."""
-    notes = []
-    for built in corpora:
-        borders = built.borders
-        if borders is None or borders.num_end_tokens:
-            continue
-        note = (
-            f"{built.source.path} holds no end token {end_of_document}, so a model that is "
-            "trained on it does not learn where documents end"
+def _special_token_notes(data: DataConfig, tokenizer: Tokenizer) -> Iterator[str]:
+    if data.tokenizer.special_tokens_in_text == "all" and not tokenizer.recognises_special:
+        yield (
+            "data.tokenizer.special_tokens_in_text=all has no effect, as the tokenizer has no "
+            "special tokens but its end token"
         )
-        if borders.last_token is not None and borders.num_documents > 1:
-            note += (
-                f"; its documents end with token {borders.last_token}: if that is their end "
-                "token, set data.tokenizer.end_of_document"
+
+
+def _end_notes(
+    path: str, borders: Borders, data: DataConfig, end_of_document: int
+) -> Iterator[str]:
+    """Yields notes on prepared tokens that do not end as the tokenizer's documents."""
+    last_token = None
+    if borders.num_documents > 1 and borders.last_token != end_of_document:
+        last_token = borders.last_token
+    remedy = "if that is their end token, set data.tokenizer.end_of_document"
+    if borders.num_end_tokens:
+        if last_token is not None:
+            yield (
+                f"{path}: its documents end with token {last_token}, not with the end token "
+                f"{end_of_document}: {remedy}"
             )
-        notes.append(note)
-    return notes
+        return
+    note = (
+        f"{path} holds no end token {end_of_document}, so a model that is trained on it does "
+        "not learn where documents end"
+    )
+    if data.separate_documents and not borders.can_be_separated:
+        note += (
+            ", and its index is of a single document, so separate_documents cannot see where "
+            "they end"
+        )
+    if last_token is not None:
+        note += f"; its documents end with token {last_token}: {remedy}"
+    yield note
+
+
+def _begin_notes(path: str, borders: Borders, tokenizer: Tokenizer) -> Iterator[str]:
+    """Yields notes on prepared tokens that do not begin as prompts will."""
+    begin = tokenizer.begin_of_document
+    first_token = borders.first_token
+    if begin is not None:
+        if first_token != begin:
+            yield (
+                f"{path}: not all its documents begin with token {begin}, as prompts will; "
+                "prepare it again with that token, or set data.tokenizer.begin_of_document to "
+                "an empty text"
+            )
+    elif (
+        first_token is not None
+        and borders.num_documents > 1
+        and tokenizer.is_special(first_token)
+    ):
+        yield (
+            f"{path}: its documents begin with token {first_token}, and prompts will not; set "
+            f"data.tokenizer.begin_of_document to {tokenizer.name_of(first_token)!r}"
+        )
 
 
 def _require_borders(corpora: Sequence[BuiltCorpus], end_of_document: int) -> None:
@@ -246,8 +294,8 @@ def _share_notes(train: Sequence[BuiltCorpus], fraction: float) -> list[str]:
         if not is_near_share(share, fraction):
             notes.append(
                 f"{built.source.path}: {share:.1%} of the tokens are held out instead of "
-                f"{fraction:.1%}, because no choice of texts, with all copies of each on "
-                "one side, is nearer"
+                f"{fraction:.1%}: whole texts, with all copies of each on one side, do not "
+                "add up to it"
             )
     return notes
 
@@ -290,10 +338,14 @@ def _long_enough(
                 "on"
             )
     if not long_enough:
+        remedy = "lower training.seq_length"
+        # Validation files stand in place of a share.
+        if any(built.has("train") for built in train):
+            remedy = f"raise validation_fraction, {remedy}"
         detail = (
             f"the held-out documents have {most_tokens} tokens, but one sample needs "
-            f"seq_length + 1 = {required}; raise validation_fraction, lower "
-            "training.seq_length, name data.validation sources, or set 0 to evaluate nothing"
+            f"seq_length + 1 = {required}; {remedy}, name data.validation sources, or set 0 "
+            "to evaluate nothing"
         )
         raise UnusableDataError([Problem("/data/validation_fraction", "too_short", detail)])
     return long_enough, notes

@@ -8,6 +8,7 @@ import fnmatch
 import hashlib
 import os
 import sysconfig
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Literal
@@ -22,7 +23,14 @@ from megatron_ray.data.preparation.file_selection import (
 )
 from megatron_ray.data.preparation.formats.suffixes import TYPES, file_format, remedy_of
 from megatron_ray.storage.errors import InvalidLocationError
-from megatron_ray.storage.files import FileStat, broken_links, file_stat, is_folder, walk
+from megatron_ray.storage.files import (
+    FileStat,
+    broken_links,
+    file_stat,
+    is_folder,
+    split_repeated,
+    walk,
+)
 from megatron_ray.storage.location import Location, parse_location
 
 STDLIB = "builtin://python-stdlib"
@@ -120,28 +128,38 @@ def _unknown_type(file: FileStat) -> DataError:
 
 def _find_in_folder(source: DataSource, folder: Location, role: Role) -> SourceFiles:
     files = list(walk(folder))
-    _require_targets(source, folder)
+    broken = broken_links(folder)
+    _require_targets(source, folder, broken)
     selection = select_files(source.path, folder.path, files, role, is_folder=True)
+    if broken:
+        # A folder of data may have been behind one, on a disk that is not mounted.
+        names = named_files(broken, folder.path)
+        selection.notes.append(f"{source.path}: {names} linked to nothing: not read")
     if not selection.files:
         detail = f"the folder {source.path} holds no {TYPES} file; {_REMEDY}"
         raise DataError("no_files", detail)
     return _text_files(source, folder, selection)
 
 
-def _require_targets(source: DataSource, folder: Location) -> None:
-    """Raises DataError when a link to data leads nowhere."""
-    broken = [file for file in broken_links(folder) if file_format(file.path) is not None]
-    if broken:
+def _require_targets(
+    source: DataSource, folder: Location, broken: Sequence[FileStat]
+) -> None:
+    """Raises DataError when one of the broken links is named like data."""
+    data = [file for file in broken if file_format(file.path) is not None]
+    if data:
         detail = (
             f"{source.path} has links to data that do not exist: "
-            f"{named_files(broken, folder.path)}; restore the data or remove the links"
+            f"{named_files(data, folder.path)}; restore the data or remove the links"
         )
         raise DataError("not_found", detail)
 
 
 def _find_matching(source: DataSource, root: Location, role: Role) -> SourceFiles:
     base = _fixed_folder(root)
-    files = _glob(base, root.path)
+    files: list[FileStat] = []
+    if is_folder(base):
+        files = _matching(walk(base), root.path)
+        _require_targets(source, base, _matching(broken_links(base), root.path))
     if not files:
         detail = f"no file matches {source.path} where the job runs; check the pattern"
         raise DataError("not_found", detail)
@@ -217,15 +235,9 @@ def _fixed_folder(root: Location) -> Location:
     return Location(root.filesystem, path, root.is_local)
 
 
-def _glob(base: Location, path: str) -> list[FileStat]:
-    if not is_folder(base):
-        return []
-    patterns = PurePosixPath(path).parts
-    matching = []
-    for file in walk(base):
-        if _matches(PurePosixPath(file.path).parts, patterns):
-            matching.append(file)
-    return matching
+def _matching(files: Iterable[FileStat], pattern: str) -> list[FileStat]:
+    patterns = PurePosixPath(pattern).parts
+    return [file for file in files if _matches(PurePosixPath(file.path).parts, patterns)]
 
 
 def _matches(parts: tuple[str, ...], patterns: tuple[str, ...]) -> bool:
@@ -246,6 +258,14 @@ def _matches(parts: tuple[str, ...], patterns: tuple[str, ...]) -> bool:
 
 def _text_files(source: DataSource, root: Location, selection: Selection) -> SourceFiles:
     files = selection.files
+    notes = selection.notes
+    if root.is_local:
+        # Links may lead to the same files, and those in a circle many times.
+        by_depth = sorted(files, key=lambda file: (file.path.count("/"), file.path))
+        files, repeated = split_repeated(by_depth)
+        if repeated:
+            names = named_files(repeated, _fixed_folder(root).path)
+            notes = [*notes, f"{source.path}: {names} linked to others: read once"]
     if not sum(file.size for file in files):
         detail = f"{source.path} is empty; give files with text in them"
         raise DataError("empty", detail)
@@ -255,7 +275,7 @@ def _text_files(source: DataSource, root: Location, selection: Selection) -> Sou
         root,
         _by_path(files),
         _by_path(selection.validation),
-        tuple(selection.notes),
+        tuple(notes),
     )
 
 

@@ -17,6 +17,7 @@ from megatron_ray.planning.suggest import Suggestion, suggest
 from megatron_ray.planning.tally import Tally
 from megatron_ray.validation import check, resolution
 from megatron_ray.validation.parameters.groups import group_notes
+from megatron_ray.validation.storage.disk_space import num_checkpoints
 
 _PRECISIONS = ("bf16", "fp32")
 """Values of training.precision, the one to suggest first."""
@@ -42,6 +43,7 @@ def plan_body(
         "resolved_spec": config.model_dump(mode="json"),
         "world_size": resolution.world_size(config),
         "ranks": estimates.rank_map(config),
+        "num_checkpoints": num_checkpoints(config),
         "hardware": hardware and hardware.name,
         "fits": fits,
         "room": room,
@@ -95,7 +97,7 @@ def suggestions_body(
 def _estimated(estimate: Estimates | None) -> dict[str, Any]:
     """Returns the fields of a plan that are estimated; None for those that cannot be."""
     fields: dict[str, Any] = dict.fromkeys(
-        ("memory", "communication", "bubble_share", "time")
+        ("memory", "communication", "checkpoint_bytes", "bubble_share", "time")
     )
     if estimate is None:
         return fields
@@ -104,6 +106,7 @@ def _estimated(estimate: Estimates | None) -> dict[str, Any]:
         "total_bytes_estimate": estimate.memory.total_bytes,
         "vocab_size": estimate.vocab_size,
     }
+    fields["checkpoint_bytes"] = estimate.checkpoint_bytes
     fields["bubble_share"] = estimate.bubble_share
     if estimate.communication is not None:
         fields["communication"] = _traffic(estimate.communication)

@@ -20,6 +20,7 @@ from megatron_ray.planning.step_time import StepTime, step_time
 from megatron_ray.planning.suggest import Suggestion, degrees, nearest
 from megatron_ray.planning.tally import Tally
 from megatron_ray.validation import resolution
+from megatron_ray.validation.storage.disk_space import checkpoint_bytes
 
 BYTE_VOCABULARY = 257
 """Bytes and the end of a document."""
@@ -39,6 +40,7 @@ class Estimates:
     """Memory of the most loaded rank, on the named device, or on a GPU by default."""
     communication: Tally | None
     """Communication of that rank; None where torch sends a part of it (zero=3)."""
+    checkpoint_bytes: int
     bubble_share: float
     time: StepTime | None
     """None without a device, or without figures for the device in this precision."""
@@ -113,6 +115,7 @@ def estimates(config: TrainConfig, hardware: Hardware | None) -> Estimates | Non
         vocab_size=complete.model.vocabulary,
         memory=memory,
         communication=step_communication(complete, memory.rank),
+        checkpoint_bytes=checkpoint_bytes(complete),
         bubble_share=bubble_share(plan_pipeline(complete), num_microbatches(complete)),
         time=time,
     )

@@ -171,6 +171,8 @@ def _uri_error(uri: str) -> tuple[str, str] | None:
         return "bad_uri", detail
     if _has_traversal(rest):
         return "bad_uri", "the URI contains '..'; write it without"
+    if _CONTROL.search(unquote(rest)):
+        return "bad_path", "the path contains control characters, such as NUL; remove them"
     if scheme == "file":
         return _file_uri_error(host, rest)
     return _bucket_error(scheme, host)
@@ -183,8 +185,6 @@ def _file_uri_error(host: str, rest: str) -> tuple[str, str] | None:
             "a file URI has three slashes and an absolute path, as in file:///data/jobs"
         )
         return "bad_uri", detail
-    if _CONTROL.search(path):
-        return "bad_path", "the path contains control characters, such as NUL; remove them"
     return None
 
 

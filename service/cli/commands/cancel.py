@@ -87,8 +87,9 @@ def _confirmed(client: Client, chosen: JobChoice, *, is_sure: bool) -> list[str]
     """Returns the ids of the jobs that match, once the user has agreed to them."""
     ended = sorted(set(chosen.statuses) & TERMINAL)
     if ended:
+        how = ended[0].replace("cancelled", "been cancelled")
         raise CommandError(
-            f"jobs that have {ended[0]} cannot be cancelled",
+            f"jobs that have {how} cannot be cancelled",
             remedy=f"choose among {', '.join(ACTIVE_STATES)}",
             exit_code=_USAGE,
         )
@@ -104,7 +105,8 @@ def _confirmed(client: Client, chosen: JobChoice, *, is_sure: bool) -> list[str]
             remedy="add --yes to cancel them",
             exit_code=_USAGE,
         )
-    if not typer.confirm(f"cancel {summary}?"):
+    # On stderr: with --json, stdout is JSON alone.
+    if not typer.confirm(f"cancel {summary}?", err=True):
         raise CommandError("nothing was cancelled")
     # The ids and not the filter: jobs that match only now were not agreed to.
     return [job["id"] for job in jobs]

@@ -8,6 +8,7 @@ import typer
 
 from service.cli.connection import DataDir, Token, Url
 from service.cli.library import as_arguments, checkpoint_path, run_library
+from service.cli.numbers import at_least
 from service.cli.output import AsJson, print_json
 
 # Run as a module in a process of its own: it imports torch.
@@ -37,14 +38,18 @@ def generate(
         ),
     ] = None,
     max_new_tokens: Annotated[
-        int, typer.Option(min=1, help="Maximum number of generated tokens.")
+        int,
+        typer.Option(parser=at_least(1), help="Maximum number of generated tokens."),
     ] = 100,
     temperature: Annotated[
         float, typer.Option(min=0, help="Sampling temperature; 0 is greedy decoding.")
     ] = 0.8,
     top_k: Annotated[
         int | None,
-        typer.Option(min=1, help="Sample from the k most likely tokens. Default: all."),
+        typer.Option(
+            parser=at_least(1),
+            help="Sample from the k most likely tokens. Default: all.",
+        ),
     ] = None,
     top_p: Annotated[
         float | None,
@@ -54,7 +59,9 @@ def generate(
             help="Sample from the most likely tokens with this total probability. Default: all.",
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Random seed of the sampling.")] = 0,
+    seed: Annotated[
+        int, typer.Option(parser=at_least(0), help="Random seed of the sampling.")
+    ] = 0,
     url: Url = None,
     token: Token = None,
     data_dir: DataDir = None,

@@ -16,15 +16,18 @@ from service.cli.choice import (
     JobId,
     JobName,
     Labels,
+    SomeJobIds,
     Statuses,
     labels,
     read_pages,
     statuses,
 )
 from service.cli.commands.log_reader import print_log
-from service.cli.commands.show import EVENT_COLUMNS, event_style, show, step_of
-from service.cli.commands.watch import TERMINAL, watch_job
+from service.cli.commands.metrics import metrics
+from service.cli.commands.show import EVENT_COLUMNS, absence, event_style, show, step_of
+from service.cli.commands.watch import watch_jobs
 from service.cli.connection import DataDir, Token, Url, connect
+from service.cli.numbers import at_least
 from service.cli.output import (
     AsJson,
     Column,
@@ -42,7 +45,6 @@ from service.cli.output import (
 from service.client import Client
 from workers.protocol.states import JobState
 
-_METRICS = "loss,grad_norm,lr,tokens_per_s"
 _HOLDING = [state.value for state in JobState if state.holds_resources]
 _ENDED = [state.value for state in JobState if state.is_terminal]
 _WAITING = [state.value for state in JobState if state.value not in (*_HOLDING, *_ENDED)]
@@ -59,7 +61,9 @@ def register(app: typer.Typer) -> None:
 
 
 def jobs(
-    limit: Annotated[int, typer.Option(min=1, help="Maximum number of jobs.")] = 20,
+    limit: Annotated[
+        int, typer.Option(parser=at_least(1), help="Maximum number of jobs.")
+    ] = 20,
     status: Statuses = None,
     name: JobName = None,
     metadata: Labels = None,
@@ -111,7 +115,7 @@ def _active_first(client: Client, chosen: JobChoice, limit: int) -> dict[str, An
 
 
 def watch(
-    job_id: JobId,
+    job_ids: SomeJobIds,
     verbose: Annotated[
         bool,
         typer.Option(
@@ -123,17 +127,21 @@ def watch(
     data_dir: DataDir = None,
     as_json: AsJson = False,
 ) -> None:
-    """Follow a job to its end. Exit code 0 only when it succeeds."""
+    """Follow jobs to their end. Exit code 0 only when all succeed."""
     with connect(url, token, data_dir) as client:
-        watch_job(client, job_id, as_json=as_json, verbose=verbose)
+        watch_jobs(client, job_ids, as_json=as_json, verbose=verbose)
 
 
 def logs(
     job_id: JobId,
-    rank: Annotated[int, typer.Option(min=0, help="Rank whose log to print.")] = 0,
+    rank: Annotated[
+        int, typer.Option(parser=at_least(0), help="Rank whose log to print.")
+    ] = 0,
     attempt: Annotated[
         int | None,
-        typer.Option(min=1, help="Attempt whose log to print. Default: newest."),
+        typer.Option(
+            parser=at_least(1), help="Attempt whose log to print. Default: newest."
+        ),
     ] = None,
     follow: Annotated[
         bool, typer.Option("--follow", "-f", help="Follow until the job ends.")
@@ -156,7 +164,9 @@ def logs(
 
 def events(
     job_id: JobId,
-    limit: Annotated[int, typer.Option(min=1, help="Maximum number of events.")] = 1000,
+    limit: Annotated[
+        int, typer.Option(parser=at_least(1), help="Maximum number of events.")
+    ] = 1000,
     level: Annotated[
         str | None,
         typer.Option(help="Only these levels, such as warn,error. Default: all."),
@@ -191,86 +201,11 @@ def events(
         print_note(f"{num_more} {order} events; show all {total} with --limit {total}")
 
 
-def metrics(
-    job_id: JobId,
-    keys: Annotated[
-        str,
-        typer.Option(help="Comma-separated names, such as val_loss/SOURCE."),
-    ] = _METRICS,
-    from_step: Annotated[
-        int | None, typer.Option(min=0, help="First step. Default: the job's first.")
-    ] = None,
-    max_points: Annotated[
-        int | None,
-        typer.Option(
-            min=2, help="Thin out to at most this many rows. Default: no thinning."
-        ),
-    ] = None,
-    attempt: Annotated[
-        int | None,
-        typer.Option(
-            min=1, help="Only this attempt. Default: the newest that ran each step."
-        ),
-    ] = None,
-    url: Url = None,
-    token: Token = None,
-    data_dir: DataDir = None,
-    as_json: AsJson = False,
-) -> None:
-    """List a job's metrics by step."""
-    with connect(url, token, data_dir) as client:
-        page = client.metrics(
-            job_id, keys=keys, from_step=from_step, max_points=max_points, attempt=attempt
-        )
-        empty = ""
-        if not page["data"]:
-            empty = _no_metrics(client.show(job_id), from_step, attempt)
-    # A step may have been run by several attempts, so each row names its own.
-    columns: dict[str, Column] = {
-        "step": lambda row: str(row["step"]),
-        "attempt": lambda row: str(row.get("attempt")),
-    }
-    for key in keys.split(","):
-        name = key.strip()
-        if name:
-            columns[name] = _metric_column(name)
-    print_page(page, as_json, columns, empty=empty)
-    if not as_json:
-        _print_missing_steps(page)
-
-
-def _print_missing_steps(page: Mapping[str, Any]) -> None:
-    """Prints which steps are missing from a page of metrics, if any."""
-    num_rows = len(page["data"])
-    if page.get("has_more"):
-        next_step = page["data"][-1]["step"] + 1
-        print_note(f"more steps follow; show them with --from-step {next_step}")
-    elif (page.get("total") or 0) > num_rows:
-        print_note(f"{num_rows} of {page['total']} steps; show all without --max-points")
-
-
-def _no_metrics(job: Mapping[str, Any], from_step: int | None, attempt: int | None) -> str:
-    """Returns why there is no row to print."""
-    last_step = nested(job, "progress.step")
-    if last_step is None:
-        return _nothing(job, "no metrics")
-    if from_step is not None and from_step > last_step:
-        return f"no metrics from step {from_step} on; the last step is {last_step}"
-    return f"no metrics of attempt {attempt}; the last step is {last_step}"
-
-
-def _nothing(job: Mapping[str, Any], what: str) -> str:
-    """Returns that there is nothing, and whether there may be something later."""
-    if job["status"] in TERMINAL:
-        return f"{what}; the job has ended ({job['status']})"
-    return f"{what} yet; the job is {job['status']}"
-
-
 def _empty(client: Client, job_id: str, page: Mapping[str, Any], what: str) -> str:
     """Returns the line that stands for an empty page; nothing for one with entries."""
     if page["data"]:
         return ""
-    return _nothing(client.show(job_id), what)
+    return absence(client.show(job_id), what)
 
 
 def checkpoints(
@@ -410,18 +345,3 @@ def _gpu(entry: Mapping[str, Any]) -> str:
     if entry.get("gpu") is None:
         return "-"
     return str(entry["gpu"])
-
-
-def _metric_column(name: str) -> Column:
-    # A function, so that each column keeps its own name: a lambda in the loop would
-    # read the last one.
-    return lambda row: _metric(row.get(name))
-
-
-def _metric(value: Any) -> str:
-    # Some metrics have parts: the split of a step's time, the other losses.
-    if isinstance(value, dict):
-        return ", ".join(f"{name} {_metric(part)}" for name, part in value.items()) or "-"
-    if isinstance(value, float):
-        return f"{value:.6g}"
-    return number(value)

@@ -71,7 +71,8 @@ def submit(
 
 def _print_warnings(client: Client, job_id: str) -> None:
     """Prints what the service has noted about a spec that it has accepted."""
-    for event in client.events(job_id, types="spec.warning")["data"]:
+    noted = client.events(job_id, types="job.created,spec.warning", levels="warn")
+    for event in noted["data"]:
         typer.echo(f"warning: {event['message']}", err=True)
 
 
@@ -136,7 +137,7 @@ def delete(
 ) -> None:
     """Delete ended jobs and their history. Files that they wrote stay."""
     ids = list(dict.fromkeys(job_ids))
-    if not yes and not as_json:
+    if not yes:
         _ask_to_delete(ids)
     deleted = []
     errors = []
@@ -166,5 +167,6 @@ def _ask_to_delete(job_ids: list[str]) -> None:
             remedy="add --yes to delete without a question",
             exit_code=2,
         )
-    if not typer.confirm(f"delete {', '.join(job_ids)} with the history?"):
+    # On stderr: with --json, stdout is JSON alone.
+    if not typer.confirm(f"delete {', '.join(job_ids)} with the history?", err=True):
         raise CommandError("nothing was deleted")

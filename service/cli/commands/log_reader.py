@@ -4,6 +4,8 @@ import sys
 import time
 from dataclasses import dataclass
 
+import typer
+
 from service.cli.commands.watch import TERMINAL
 from service.cli.failure import CommandError
 from service.cli.output import print_json_line
@@ -32,6 +34,12 @@ def print_log(
     while not has_ended and follow:
         time.sleep(_LOG_POLL_S)
         has_ended = reader.read()
+    if attempt is None and not follow and not as_json and (reader.attempt or 0) > 1:
+        # On stderr, because stdout is the log.
+        typer.echo(
+            f"this is attempt {reader.attempt}; show an earlier one with --attempt",
+            err=True,
+        )
     if not reader.has_printed:
         message = f"rank {rank} of {job_id} has no log"
         if not has_ended:

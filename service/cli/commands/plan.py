@@ -12,6 +12,7 @@ from rich.markup import escape
 
 from service.cli.connection import DataDir, Token, Url, connect_if_up
 from service.cli.failure import CommandError, with_field_lines
+from service.cli.numbers import at_least
 from service.cli.output import (
     AsJson,
     console,
@@ -62,7 +63,7 @@ def plan(
     ranks: Annotated[
         int | None,
         typer.Option(
-            min=1,
+            parser=at_least(1),
             help="With --suggest or --hardware: number of ranks. Default: as many as the job "
             "would get.",
         ),
@@ -142,7 +143,7 @@ class _Question:
 
 
 def _check_fits(answer: dict[str, Any], suggest: bool, as_json: bool) -> None:
-    """Raises CommandError when the job does not fit."""
+    """Raises CommandError when the job has problems or does not fit."""
     # The plan is always printed, so that users see what does not fit. With --json the error
     # repeats the response; otherwise stdout already has it.
     body = None
@@ -157,7 +158,10 @@ def _check_fits(answer: dict[str, Any], suggest: bool, as_json: bool) -> None:
         fields: list[tuple[str, str]] = []
         for problem in problems:
             fields.append((problem.get("pointer") or "/", problem.get("detail")))
-        raise CommandError(with_field_lines("this job does not fit", fields), body=body)
+        message = "this job cannot run"
+        if answer.get("fits") is False:
+            message = "this job does not fit"
+        raise CommandError(with_field_lines(message, fields), body=body)
 
 
 def _print_plan(answer: Json) -> None:
@@ -169,6 +173,7 @@ def _print_plan(answer: Json) -> None:
     out.print(f"[bold]{answer.get('world_size', '?')} ranks[/bold]  {degrees}")
     _print_length(resolved.get("training") or {})
     _print_memory(answer.get("memory") or {})
+    _print_checkpoints(answer)
     _print_communication(answer.get("communication") or ())
     _print_time(answer)
     if answer.get("room") is not None:
@@ -205,6 +210,17 @@ def _print_memory(memory: Json) -> None:
         if "_bytes" in name:
             value = size(amount)
         out.print(f"  {label:24} {value}")
+
+
+def _print_checkpoints(answer: Json) -> None:
+    num_bytes = answer.get("checkpoint_bytes")
+    if num_bytes is None:
+        return
+    count = answer["num_checkpoints"]
+    console().print(
+        f"[bold]storage[/bold] for checkpoints: {size(num_bytes * count)} ({count} of "
+        f"{size(num_bytes)}, at most at once)"
+    )
 
 
 def _print_communication(communication: Sequence[Json]) -> None:

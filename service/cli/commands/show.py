@@ -22,6 +22,7 @@ from service.cli.output import (
     styled_status,
 )
 from service.client import Client
+from workers.protocol.states import JobState
 
 _NUM_PROBLEM_EVENTS = 6
 Json = Mapping[str, Any]
@@ -98,6 +99,13 @@ def _newest_event(client: Client, job_id: str, event_type: str) -> Json | None:
 def event_style(event: Json) -> str:
     """Returns the colour of an event's row."""
     return styled_level(str(event.get("level")))
+
+
+def absence(job: Mapping[str, Any], what: str) -> str:
+    """Returns a line for an empty list, and whether there may be entries later."""
+    if JobState(job["status"]).is_terminal:
+        return f"{what}; the job has ended ({job['status']})"
+    return f"{what} yet; the job is {job['status']}"
 
 
 def step_of(job: Json) -> str:

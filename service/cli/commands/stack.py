@@ -12,9 +12,10 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from service.cli.commands.detached import up_detached
 from service.cli.connection import DataDir, resolve_data_dir
+from service.cli.detached import up_detached
 from service.cli.failure import CommandError
+from service.cli.numbers import at_least
 from service.cli.output import AsJson, console, print_json
 from service.local_stack.interruption import Interruption, StackError, StartInterruptedError
 from service.local_stack.job_stops import StopJobs
@@ -27,7 +28,9 @@ from service.local_stack.teardown import down as end_stack
 Cpus = Annotated[
     int | None,
     typer.Option(
-        "--cpus", min=1, help="CPUs that Ray may use. Default: all CPUs of the machine."
+        "--cpus",
+        parser=at_least(1),
+        help="CPUs that Ray may use. Default: all CPUs of the machine.",
     ),
 ]
 INTERRUPTED = 130

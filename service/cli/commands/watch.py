@@ -4,9 +4,11 @@
 `watch_job` prints them. Must not know: commands.
 """
 
+import queue
 import sys
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,7 +27,7 @@ from service.cli.output import (
     styled_level,
     styled_status,
 )
-from service.client import Client
+from service.client import Client, ServiceError
 from service.event_stream import StreamEvent
 from workers.protocol.states import JobState
 
@@ -34,6 +36,8 @@ TERMINAL = frozenset(state.value for state in JobState if state.is_terminal)
 
 _SECONDS_BETWEEN_LINES = 5.0
 _BAR_WIDTH = 16
+# Each has a connection and a thread.
+_MAX_JOBS = 50
 _WIDE = 100
 """Columns from which on numbers are written in full beside the bar."""
 # Weight of the newest step in the throughput behind the ETA.
@@ -234,26 +238,127 @@ def _follow_live(client: Client, job_id: str, watcher: Watcher, screen: Console)
             )
 
 
-def _follow_plain(
-    client: Client,
-    job_id: str,
-    watcher: Watcher,
-    screen: Console,
-    clock: Callable[[], float] = time.monotonic,
-) -> None:
-    last_line_at = -_SECONDS_BETWEEN_LINES
-    last_step = 0
+def _follow_plain(client: Client, job_id: str, watcher: Watcher, screen: Console) -> None:
+    printer = _PlainPrinter(watcher, screen)
     for event in client.stream(job_id):
+        printer.print(event)
+
+
+@dataclass
+class _PlainPrinter:
+    """Prints a job as plain lines, its numbers at most every few seconds."""
+
+    watcher: Watcher
+    screen: Console
+    prefix: str = ""
+    """Console markup in front of each line."""
+    _last_line_at: float = field(default=-_SECONDS_BETWEEN_LINES, repr=False)
+    _last_step: int = field(default=0, repr=False)
+
+    def print(self, event: StreamEvent) -> None:
+        """Prints what an event changes."""
+        watcher = self.watcher
         lines = watcher.handle_event(event)
         # The last step is printed even directly after another one.
         is_last = watcher.step == watcher.steps or event.event == "end"
-        is_due = clock() - last_line_at >= _SECONDS_BETWEEN_LINES
+        is_due = time.monotonic() - self._last_line_at >= _SECONDS_BETWEEN_LINES
         # Before an event, so that a history reads in its order.
         is_due = is_due or bool(lines)
-        if watcher.step > last_step and (is_last or is_due):
+        if watcher.step > self._last_step and (is_last or is_due):
             lines = [watcher.progress_line(), *lines]
-            last_line_at = clock()
-            last_step = watcher.step
+            self._last_line_at = time.monotonic()
+            self._last_step = watcher.step
         for line in lines:
-            screen.print(line, soft_wrap=True)
+            self.screen.print(self.prefix + line, soft_wrap=True)
         sys.stdout.flush()
+
+
+# ---- several jobs
+
+
+def watch_jobs(
+    client: Client,
+    job_ids: Sequence[str],
+    *,
+    as_json: bool = False,
+    verbose: bool = False,
+    out: Console | None = None,
+) -> None:
+    """Follows jobs until all of them have ended, several as plain lines with their ids.
+
+    Raises CommandError unless all succeeded.
+    """
+    ids = list(dict.fromkeys(job_ids))
+    if len(ids) == 1:
+        watch_job(client, ids[0], as_json=as_json, verbose=verbose, out=out)
+        return
+    if len(ids) > _MAX_JOBS:
+        raise CommandError(
+            f"{len(ids)} jobs; at most {_MAX_JOBS} can be watched at once",
+            remedy="`megatron-ray jobs` shows the state of any number",
+            exit_code=2,
+        )
+    printers = {}
+    screen = out or Console(highlight=False)
+    # All are read before the first line, so that an unknown id is an error at once.
+    for job_id in ids:
+        watcher = Watcher(verbose=verbose)
+        watcher.update_job(client.show(job_id))
+        printers[job_id] = _PlainPrinter(watcher, screen, f"[bold]{escape(job_id)}[/bold] ")
+    unfinished = dict.fromkeys(ids)
+    try:
+        for job_id, event in _merged_streams(client, ids):
+            if event.event == "end":
+                del unfinished[job_id]
+            if as_json:
+                line = {"job_id": job_id, "event": event.event, "id": event.id}
+                print_json_line({**line, "data": event.data})
+            else:
+                printers[job_id].print(event)
+    except KeyboardInterrupt:
+        left = " ".join(unfinished)
+        raise CommandError(
+            f"stopped watching; still running: {left}",
+            remedy=f"reattach with `megatron-ray watch {left}`",
+            exit_code=130,
+        ) from None
+    _require_success([client.show(job_id) for job_id in ids])
+
+
+def _merged_streams(
+    client: Client, job_ids: Sequence[str]
+) -> Iterator[tuple[str, StreamEvent]]:
+    """Yields the events of several jobs as they arrive, until all have ended."""
+    arrived: queue.SimpleQueue[tuple[str, StreamEvent | Exception | None]]
+    arrived = queue.SimpleQueue()
+
+    def read(job_id: str) -> None:
+        last: Exception | None = None
+        try:
+            for event in client.stream(job_id):
+                arrived.put((job_id, event))
+        except ServiceError as error:
+            last = error
+        arrived.put((job_id, last))
+
+    for job_id in job_ids:
+        # Daemons: a stream that is silent would keep an interrupted command alive.
+        threading.Thread(target=read, args=(job_id,), daemon=True).start()
+    num_open = len(job_ids)
+    while num_open:
+        job_id, item = arrived.get()
+        if isinstance(item, StreamEvent):
+            yield job_id, item
+        elif item is not None:
+            raise item
+        else:
+            num_open -= 1
+
+
+def _require_success(jobs: Sequence[dict[str, Any]]) -> None:
+    failures = [failure_of(job) for job in jobs if job["status"] != "succeeded"]
+    if not failures:
+        return
+    message = "\n".join(str(failure) for failure in failures)
+    remedies = dict.fromkeys(failure.remedy for failure in failures if failure.remedy)
+    raise CommandError(message, remedy="; ".join(remedies), body={"jobs": list(jobs)})

@@ -19,10 +19,9 @@ import uvicorn
 from service.app import create_app
 from service.main import Server, bind
 from service.settings import Settings
+from tests.support.service_tokens import AGENT_TOKEN, USER_TOKEN, tokens_file
 from workers.protocol.wire import PROTOCOL, DesiredReply
 
-USER_TOKEN = "u" * 43
-AGENT_TOKEN = "a" * 43
 Json = dict[str, Any]
 
 SPEC: Json = {
@@ -180,7 +179,7 @@ class Agent:
             while not self._stop.is_set():
                 reply = self.desired(after, 1.0)
                 after = reply.revision
-                for check in reply.checks:
+                for check in (*reply.checks, *reply.resume_checks):
                     answer = {"problems": problems, "notes": notes}
                     self.http.post(
                         "/internal/v1/agent/checks",
@@ -323,13 +322,10 @@ def new_database(request: pytest.FixtureRequest) -> Iterator[Callable[[], str | 
 
 @pytest.fixture
 def settings(tmp_path: Path, new_database: Callable[[], str | None]) -> Settings:
-    tokens = tmp_path / "tokens.json"
-    tokens.write_text(json.dumps({"user": USER_TOKEN, "agent": AGENT_TOKEN}))
-    tokens.chmod(0o600)
     return Settings(
         data_dir=tmp_path / "data",
         database_url=new_database(),
-        tokens_file=tokens,
+        tokens_file=tokens_file(tmp_path),
         check_wait_s=0.05,
         ping_s=0.5,
         single_user=True,

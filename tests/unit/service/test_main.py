@@ -79,6 +79,9 @@ def test_wrong_settings_name_their_variable() -> None:
         match="MEGATRON_RAY_PORT: must be at most 65535, got '70000'",
     ):
         Settings.from_environment({"MEGATRON_RAY_PORT": "70000"})
+    assert Settings.from_environment({"MEGATRON_RAY_PORT": "8e3"}).port == 8000
+    with pytest.raises(SettingsError, match="got '8k'; write it as 1000 or 1e3"):
+        Settings.from_environment({"MEGATRON_RAY_PORT": "8k"})
     with pytest.raises(SettingsError, match="MEGATRON_RAY_CLUSTERS"):
         Settings.from_environment({"MEGATRON_RAY_CLUSTERS": " , "})
 

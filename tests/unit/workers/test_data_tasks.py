@@ -138,6 +138,18 @@ def test_the_steps_of_epochs_are_noted_where_the_data_are_prepared(
     assert caught.value.problems[0].pointer == "/training/epochs"
 
 
+def test_what_depends_on_the_length_of_the_data_is_noted(spec: dict[str, Any]) -> None:
+    del spec["checkpoint"]
+    spec["training"] = {"seq_length": 16, "global_batch_size": 1000, "epochs": 2}
+    spec["schedule"] = {"warmup_steps": 5}
+    notes = prepare_data(JobSpec.from_mapping(spec)).notes
+    assert any(
+        "warmup_steps=5 is not shorter than training.steps=1:" in note for note in notes
+    )
+    (note,) = [note for note in notes if "global_batch_size" in note]
+    assert "each step has 1000 samples, and the training data make 653 of 16 tokens" in note
+
+
 def test_layers_of_the_weights_that_a_job_leaves_out_are_noted(
     spec: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -150,7 +162,9 @@ def test_layers_of_the_weights_that_a_job_leaves_out_are_noted(
         "train them too"
     )
     assert check_task(spec, spec["storage"]["path"]) == {"problems": [], "notes": [note]}
-    assert prepare_data(JobSpec.from_mapping(spec)).notes[0] == note
+    messages: list[str] = []
+    assert prepare_data(JobSpec.from_mapping(spec), messages.append).notes[0] == note
+    assert note in messages
 
 
 def submitted(spec: dict[str, Any]) -> list[dict[str, str]]:
@@ -243,7 +257,7 @@ def test_a_tokenizer_with_more_tokens_than_rows_is_told_at_once_and_rows_can_be_
     assert pointer == "/model/vocab_size"
     assert detail == (
         "model.vocab_size=257 is smaller than the tokenizer's 258, whose last token is "
-        "'<pad>'; set it to 258, which adds rows to the weights"
+        "'<pad>'; set it to 258 or more: rows that the weights lack are added"
     )
     spec["model"]["vocab_size"] = 258
     assert submitted(spec) == []

@@ -153,6 +153,9 @@ class JobRecords:
         match kind:
             case "state":
                 self._state = data
+                # Prepared anew: the job was resumed with other data.
+                if data["state"] == JobState.PREPARING.value:
+                    self._has_prepared = False
             case "attempt":
                 self._attempts[attempt] = AttemptState(data["state"])
             case "ranks":

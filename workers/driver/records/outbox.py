@@ -126,6 +126,7 @@ class Outbox:
         self._job_id = job_id
         self._log = log
         self._epoch = 0
+        self._num_logged = 0
         self._from_checkpoints: dict[str, Sequence[Line]] = {}
         self._changed = threading.Condition()
         self._sources: dict[str, _Source] = {}
@@ -145,6 +146,7 @@ class Outbox:
         in the ranks' own files. The service may lack some of both.
         """
         logged = self._log.load()
+        self._num_logged = self._log.last_n
         self._epoch = epoch
         self._from_checkpoints = dict(from_checkpoints or {})
         self._sources[DRIVER] = _Source(deque(logged))
@@ -292,7 +294,8 @@ class Outbox:
         # First asks which records are stored, so that none is sent twice and reports
         # from checkpoints are inserted at the right place.
         if not self._is_synced:
-            stored = client.cursor(self._job_id, self._epoch).stored
+            cursor = client.cursor(self._job_id, self._epoch, self._num_logged)
+            stored = cursor.stored
             with self._changed:
                 for name, n in stored.items():
                     self._source(name).mark_stored(n)

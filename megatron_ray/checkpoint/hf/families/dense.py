@@ -15,7 +15,7 @@ from megatron_ray.checkpoint.hf.families.decoder import (
     write_decoder,
     write_windows,
 )
-from megatron_ray.checkpoint.hf.families.family import Family
+from megatron_ray.checkpoint.hf.families.family import Family, UnsupportedFieldError
 from megatron_ray.checkpoint.hf.hf_config import HfConfig
 from megatron_ray.config.model import ModelConfig
 
@@ -91,15 +91,18 @@ def _read_gemma(config: HfConfig) -> dict[str, Any]:
 
 
 def _write_gemma(model: ModelConfig) -> dict[str, Any]:
-    values = write_decoder(model)
-    # Gemma's scale is implied by the family. Another one would be lost, so the values
-    # stay those of a model without it, and `family_for` reports the difference.
-    if not isclose(model.embedding_scale, sqrt(model.hidden_size), rel_tol=1e-6):
-        return values
-    return values | {
+    # Gemma's scale is implied by the family, so another one would be lost.
+    scale = sqrt(model.hidden_size)
+    if not isclose(model.embedding_scale, scale, rel_tol=1e-6):
+        detail = (
+            f"={model.embedding_scale:g} is not the square root of hidden_size, {scale:g}"
+        )
+        raise UnsupportedFieldError("embedding_scale", detail)
+    return {
+        **write_decoder(model),
         **write_attention_bias(model),
-        "hidden_act": "gelu_pytorch_tanh",
-        "hidden_activation": "gelu_pytorch_tanh",
+        "hidden_act": _GELU[0],
+        "hidden_activation": _GELU[0],
     }
 
 

@@ -18,14 +18,22 @@ from megatron_ray.checkpoint.hf.published.files import (
     GENERATION_CONFIG,
     TOKENIZER_CONFIG,
     PublishedFiles,
+    end_token_ids,
     is_licence,
     parsed,
+)
+from megatron_ray.config.model_tokenizer import (
+    END_FILES,
+    SPECIAL_TOKENS,
+    declared_begin,
+    declared_end,
+    end_candidates,
 )
 from megatron_ray.config.model_tokenizer import token_ids as ids_by_name
 
 _VOCABULARIES = ("vocab.json", "added_tokens.json")
 """Files with the id of each token, besides tokenizer.json."""
-_SETTINGS = (TOKENIZER_CONFIG, "special_tokens_map.json")
+_SETTINGS = (TOKENIZER_CONFIG, SPECIAL_TOKENS)
 """Files that name the special tokens."""
 _COMPARED = ("model", "added_tokens", "normalizer", "pre_tokenizer", "decoder")
 """Parts of a tokenizer.json that determine tokens and text."""
@@ -56,8 +64,9 @@ def files_beside_weights(
     `tokenizer` is the run's tokenizer.json, if it trained on text; the other two are the
     ids of the tokens around its documents.
     """
+    own = _tokenizer_files(tokenizer, end_of_document, begin_of_document)
     if published and _has_published_ids(published, tokenizer, end_of_document):
-        return _as_published(published, tokenizer, end_of_document)
+        return _as_published(published, tokenizer, own, end_of_document)
     licences = {name: content for name, content in published.items() if is_licence(name)}
     # A model that was not published may have the end of a document for both.
     begin = begin_of_document
@@ -75,53 +84,108 @@ def files_beside_weights(
             "the run's tokenizer is not the published one, so published ids of tokens and "
             f"{', '.join(left_out) or 'settings'} are left out"
         )
-    files = licences | _tokenizer_files(tokenizer, end_of_document)
-    return FilesBesideWeights(files, token_ids, tuple(notes))
+    return FilesBesideWeights(licences | own, token_ids, tuple(notes))
 
 
 def _as_published(
-    published: PublishedFiles, tokenizer: bytes | None, end_of_document: int | None
+    published: PublishedFiles,
+    tokenizer: bytes | None,
+    own: dict[str, bytes],
+    end_of_document: int | None,
 ) -> FilesBesideWeights:
+    """Returns the published files, and those of the run's `own` that they lack."""
     token_ids = {}
     for name, value in parsed(published, CONFIG).items():
         if is_token_id(name):
             token_ids[name] = value
     files = dict(published)
     del files[CONFIG]
-    own = _tokenizer_files(tokenizer, end_of_document)
     # The published file has settings for other programs, which the run's lacks.
-    if TOKENIZER in files and _is_same_tokenizer(files[TOKENIZER], tokenizer):
+    if TOKENIZER in files and _is_same_tokenizer(published, tokenizer):
         own.pop(TOKENIZER, None)
     if not files.keys().isdisjoint(_SETTINGS):
         own.pop(TOKENIZER_CONFIG, None)
-    return FilesBesideWeights(files | own, token_ids, ())
+    files |= own
+    if end_of_document is None or _is_published_end(published, end_of_document):
+        return FilesBesideWeights(files, token_ids, ())
+    # Generation must know the token with which documents of the run ended.
+    token_ids["eos_token_id"] = _with_end(published, end_of_document)
+    if GENERATION_CONFIG in files:
+        values = parsed(files, GENERATION_CONFIG)
+        values["eos_token_id"] = token_ids["eos_token_id"]
+        files[GENERATION_CONFIG] = _json_bytes(values)
+    note = (
+        f"documents of the run ended with token {end_of_document}, which is no end token of "
+        "the published model, so eos_token_id has it too"
+    )
+    return FilesBesideWeights(files, token_ids, (note,))
+
+
+def _is_published_end(published: PublishedFiles, token_id: int) -> bool:
+    """Returns whether the published files declare a token as one that ends texts."""
+    ids = _published_ids(published)
+    files = {name: parsed(published, name) for name in END_FILES}
+    tokens = end_candidates(files)
+    end = declared_end(files, ids, parsed(published, TOKENIZER))
+    if end is not None:
+        tokens.append(end)
+    return any(token_id in (token, ids.get(str(token))) for token in tokens)
+
+
+def _with_end(published: PublishedFiles, token_id: int) -> int | list[int]:
+    """Returns eos_token_id with another token, a list only for several."""
+    tokens = dict.fromkeys([*_end_tokens(published), token_id])
+    if len(tokens) == 1:
+        return token_id
+    return list(tokens)
+
+
+def _json_bytes(values: Mapping[str, Any]) -> bytes:
+    return (json.dumps(values, indent=2) + "\n").encode()
 
 
 def _tokenizer_files(
-    tokenizer: bytes | None, end_of_document: int | None
+    tokenizer: bytes | None, end_of_document: int | None, begin_of_document: int | None
 ) -> dict[str, bytes]:
     """Returns the files of a tokenizer that was not published."""
     if tokenizer is None:
         return {}
     settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
-    for token in json.loads(tokenizer).get("added_tokens", []):
-        if token["id"] == end_of_document:
-            settings.setdefault("eos_token", token["content"])
-    raw = json.dumps(settings, indent=2) + "\n"
-    return {TOKENIZER: tokenizer, TOKENIZER_CONFIG: raw.encode()}
+    ids = ids_by_name(json.loads(tokenizer))
+    names = {token_id: name for name, token_id in ids.items()}
+    tokens = {"bos_token": begin_of_document, "eos_token": end_of_document}
+    for key, token_id in tokens.items():
+        if token_id in names:
+            settings[key] = names[token_id]
+    return {TOKENIZER: tokenizer, TOKENIZER_CONFIG: _json_bytes(settings)}
 
 
-def _is_same_tokenizer(original: bytes, tokenizer: bytes | None) -> bool:
-    """Returns whether two files make the same tokens; a run may have none."""
+def _is_same_tokenizer(published: PublishedFiles, tokenizer: bytes | None) -> bool:
+    """Returns whether the run's tokenizer makes the published tokens; it may have none."""
     if tokenizer is None:
         return True
-    return _tokenization(original) == _tokenization(tokenizer)
+    settings = {name: parsed(published, name) for name in _SETTINGS}
+    begin = declared_begin(parsed(published, TOKENIZER), settings)
+    # Documents of the run may have begun with another token, or with none.
+    if begin != declared_begin(json.loads(tokenizer), {}):
+        return False
+    return _tokenization(published[TOKENIZER]) == _tokenization(tokenizer)
 
 
 def _tokenization(tokenizer: bytes) -> dict[str, Any]:
-    # Through the library, which writes every default.
-    values = json.loads(tokenizers.Tokenizer.from_str(tokenizer.decode()).to_str())
+    values = _normalized(tokenizer)
     return {name: values[name] for name in _COMPARED}
+
+
+def _normalized(tokenizer: bytes) -> dict[str, Any]:
+    """Returns a tokenizer.json as the library reads it.
+
+    It fills in defaults, and gives added tokens that follow a gap other ids.
+    """
+    values: dict[str, Any] = json.loads(
+        tokenizers.Tokenizer.from_str(tokenizer.decode()).to_str()
+    )
+    return values
 
 
 def _has_published_ids(
@@ -143,7 +207,7 @@ def _has_published_ids(
 def _published_ids(published: PublishedFiles) -> Ids:
     ids: Ids = {}
     if TOKENIZER in published:
-        ids |= ids_by_name(parsed(published, TOKENIZER))
+        ids |= ids_by_name(_normalized(published[TOKENIZER]))
     for name in _VOCABULARIES:
         ids |= parsed(published, name)
     decoder = parsed(published, TOKENIZER_CONFIG).get("added_tokens_decoder") or {}
@@ -153,11 +217,5 @@ def _published_ids(published: PublishedFiles) -> Ids:
 
 
 def _end_tokens(published: PublishedFiles) -> list[int]:
-    end_tokens: list[int] = []
-    for name in (CONFIG, GENERATION_CONFIG):
-        value = parsed(published, name).get("eos_token_id")
-        if isinstance(value, list):
-            end_tokens += value
-        elif value is not None:
-            end_tokens.append(value)
-    return end_tokens
+    end_tokens = end_token_ids(parsed(published, CONFIG))
+    return end_tokens + end_token_ids(parsed(published, GENERATION_CONFIG))

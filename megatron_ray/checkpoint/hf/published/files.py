@@ -12,8 +12,14 @@ from typing import Any
 
 from megatron_ray.checkpoint.directory import COMMITTED, CheckpointError
 from megatron_ray.checkpoint.hf.families.registry import FAMILIES
-from megatron_ray.checkpoint.hf.files import CONFIG, TOKENIZER, read_text_file
+from megatron_ray.checkpoint.hf.files import (
+    CONFIG,
+    TOKENIZER,
+    read_objects,
+    read_text_file,
+)
 from megatron_ray.checkpoint.train_state import read_train_state, saved_model
+from megatron_ray.config.model_tokenizer import OTHER_FORMS, TIKTOKEN
 from megatron_ray.storage.storage import Storage, open_storage
 
 FOLDER = "published"
@@ -22,8 +28,8 @@ _TEMPLATES = "additional_chat_templates"
 GENERATION_CONFIG = "generation_config.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 _TEXTS = (".json", ".jinja")
-_LICENCES = ("LICENSE*", "NOTICE*")
-"""Licences ask to be passed on with the weights."""
+_LICENCES = ("LICEN[CS]E*", "NOTICE*", "COPYING*", "USE_POLICY*")
+"""Licences ask to be passed on with the weights. Their names may have small letters."""
 _PATTERNS = (
     CONFIG,
     GENERATION_CONFIG,
@@ -35,16 +41,10 @@ _PATTERNS = (
     "special_tokens_map.json",
     "added_tokens.json",
     # Vocabularies of tokenizers that are not written in Rust, and code that reads them.
-    "tokenizer.model",
-    "*.tiktoken",
-    "tiktoken.model",
-    "sentencepiece.bpe.model",
-    "spiece.model",
-    "vocab.json",
-    "vocab.txt",
+    *OTHER_FORMS,
+    f"*{TIKTOKEN}",
     "merges.txt",
     "tokenization_*.py",
-    *_LICENCES,
 )
 """Names of the files that are carried along."""
 
@@ -66,9 +66,29 @@ def read_published(path: str) -> dict[str, bytes]:
     return files
 
 
+def published_end_tokens(path: str) -> frozenset[int]:
+    """Returns the ids that the published config of a checkpoint's model ends texts with.
+
+    A model that was never published has none. Raises StorageError.
+    """
+    names = [f"{FOLDER}/{CONFIG}", f"{FOLDER}/{GENERATION_CONFIG}"]
+    ids: set[int] = set()
+    for values in read_objects(open_storage(path), names).values():
+        ids.update(end_token_ids(values))
+    return frozenset(ids)
+
+
+def end_token_ids(values: Mapping[str, Any]) -> list[int]:
+    """Returns eos_token_id of a config.json or generation_config.json as a list."""
+    tokens = values.get("eos_token_id")
+    if not isinstance(tokens, list):
+        tokens = [tokens]
+    return [token for token in tokens if isinstance(token, int)]
+
+
 def is_licence(name: str) -> bool:
     """Returns whether a file holds terms of use and nothing of the tokenizer."""
-    return _matches(name, _LICENCES)
+    return _matches(name.upper(), _LICENCES)
 
 
 def parsed(files: PublishedFiles, name: str) -> dict[str, Any]:
@@ -92,15 +112,18 @@ def inside_checkpoint(files: PublishedFiles) -> dict[str, bytes]:
 
 def _read(storage: Storage, prefix: str) -> dict[str, bytes]:
     """Returns the files below a folder, which is named with its slash at the end."""
-    names = [entry.name for entry in storage.list(prefix.rstrip("/"))]
-    if _TEMPLATES in names:
-        for entry in storage.list(prefix + _TEMPLATES):
-            names.append(f"{_TEMPLATES}/{entry.name}")
+    names = []
+    for folder in ("", f"{_TEMPLATES}/"):
+        for entry in storage.list((prefix + folder).rstrip("/")):
+            if not entry.is_folder:
+                names.append(folder + entry.name)
     files = {}
     for name in names:
-        if name.endswith(_TEXTS) and _matches(name, _PATTERNS):
+        if not is_licence(name) and not _matches(name, _PATTERNS):
+            continue
+        if name.endswith(_TEXTS):
             files[name] = read_text_file(storage, prefix + name)
-        elif _matches(name, _PATTERNS):
+        else:
             files[name] = storage.read_bytes(prefix + name)
     return files
 

@@ -5,14 +5,18 @@ Owns: which files are read. Torch-free. Must not know: how text becomes tokens.
 
 import json
 
+import tokenizers
+
 from megatron_ray.checkpoint.directory import CheckpointError
 from megatron_ray.checkpoint.hf.files import TOKENIZER, read_objects, read_text_file
 from megatron_ray.config.model_tokenizer import (
     END_FILES,
     ModelTokenizer,
+    begin_note,
     declared_begin,
     declared_end,
     end_candidates,
+    end_note,
     other_form,
     token_ids,
 )
@@ -32,17 +36,29 @@ def read_published_tokenizer(storage: Storage, source: str) -> ModelTokenizer:
         end = next(iter(end_candidates(files)), None)
         return ModelTokenizer(source, None, end, None, other_form(names))
     try:
-        parsed = json.loads(content)
-        ids = token_ids(parsed)
-        begin = declared_begin(parsed, files)
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        tokenizers.Tokenizer.from_str(content)
+    # The library raises plain Exception.
+    except Exception as error:
         raise CheckpointError(
-            "read", storage.uri(TOKENIZER), f"it is not a tokenizer.json: {error}"
+            "read",
+            storage.uri(TOKENIZER),
+            f"it is not a tokenizer.json: {error}; download it again, or save one with "
+            "save_pretrained()",
         ) from error
+    parsed = json.loads(content)
+    ids = token_ids(parsed)
+    begin = declared_begin(parsed, files)
     # A template may be left from another tokenizer.
     if begin not in ids:
         begin = None
-    return ModelTokenizer(source, content, declared_end(files, ids), begin)
+    return ModelTokenizer(
+        source,
+        content,
+        declared_end(files, ids, parsed),
+        begin,
+        end_note=end_note(files, ids),
+        begin_note=begin_note(parsed),
+    )
 
 
 def _read_text(storage: Storage) -> str | None:

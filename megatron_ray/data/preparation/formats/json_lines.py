@@ -5,14 +5,17 @@ Owns: the formats .jsonl and .json. Must not know: other formats, tokens.
 
 import codecs
 import json
+import shlex
 from collections.abc import Iterator
 from typing import Any
 
 from megatron_ray.data.preparation.errors import DataError, short_cause
+from megatron_ray.data.preparation.formats.contents import HEAD_BYTES, other_content
 from megatron_ray.data.preparation.formats.records import (
     BadRecord,
     RecordTally,
     TextChunk,
+    chunks_of,
     without_mark,
 )
 from megatron_ray.storage.files import open_stream
@@ -23,10 +26,22 @@ TOKENIZED = (
     "and give its name without suffix as path, or set text_key to the text"
 )
 """What to do with token ids in place of text."""
-_UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+AS_ONE_TEXT = "write the parts of each row as one text"
+"""What to do with lists, such as the messages of a chat."""
 _MAX_NAMES_SHOWN = 8
 _ENOUGH_OBJECTS = 1000
+_UNPACKERS = {"gzip": "gzip -dc", "zstd": "zstd -dc", "bz2": "bzip2 -dc"}
 _ABSENT = object()
+_KINDS = {
+    bool: "true or false",
+    int: "a number",
+    float: "a number",
+    str: "a string",
+    list: "a list",
+    dict: "an object",
+    type(None): "null",
+}
+"""Types of JSON values as users call them."""
 
 
 def read_json_lines(
@@ -37,8 +52,13 @@ def read_json_lines(
     Raises DataError when the file is no JSON lines, or when none of its first objects has
     the field.
     """
-    reader = _LineReader(location.path, text_key, tally)
+    reader = _LineReader(location.path, compression, text_key, tally)
     with open_stream(location, compression) as stream:
+        other = other_content(
+            stream.peek(HEAD_BYTES)[:HEAD_BYTES], location.path, compression
+        )
+        if other is not None:
+            raise DataError(other.code, f"{other.detail}; {other.remedy}")
         for number, line in enumerate(stream, 1):
             # Files with a mark may have been joined to one.
             line = line.removeprefix(codecs.BOM_UTF8)
@@ -46,15 +66,18 @@ def read_json_lines(
             if line and not line.isspace():
                 text = reader.text_of(line, number)
                 if text:
-                    yield TextChunk(text, True)
+                    yield from chunks_of(text)
     reader.require_field()
 
 
 class _LineReader:
     """Reads the lines of one file."""
 
-    def __init__(self, path: str, text_key: str, tally: RecordTally) -> None:
+    def __init__(
+        self, path: str, compression: str | None, text_key: str, tally: RecordTally
+    ) -> None:
         self._path = path
+        self._compression = compression
         self._text_key = text_key
         self._tally = tally
         self._num_lines = 0
@@ -100,7 +123,9 @@ class _LineReader:
     def _parsed(self, line: bytes, number: int) -> dict[str, Any] | None:
         """Returns the object of a line; None if it is bad, which is counted."""
         try:
-            record = json.loads(line)
+            # Decoded here, because the parser would guess UTF-16 from zero bytes. Lone
+            # surrogates are replaced by the tokenizer.
+            record = json.loads(line.decode("utf-8", "surrogatepass"))
         # RecursionError: a line may exceed the parser's nesting limit.
         except (ValueError, RecursionError) as error:
             self._require_lines(line)
@@ -112,8 +137,9 @@ class _LineReader:
         name = f"{self._path}:{number}"
         if isinstance(record, list) and record and isinstance(record[0], dict):
             self._require_lines(line)
-        kind = type(record).__name__
-        detail = f"{name} is a JSON {kind}, not an object with a field {self._text_key!r}"
+        detail = (
+            f"{name} is {_kind_of(record)}, not an object with a field {self._text_key!r}"
+        )
         self._tally.add_bad(BadRecord(detail, "correct or remove the line"))
         return None
 
@@ -121,16 +147,25 @@ class _LineReader:
         """Raises DataError when a first line shows that the file is no JSON lines."""
         if self._num_lines > 1:
             return
-        if line.startswith(_UTF16_MARKS):
-            detail = f"{self._path} is UTF-16 text; convert it to UTF-8"
-            raise DataError("not_utf8", detail)
         start = line.strip()
-        if start == b"{" or start == b"[" or start.startswith((b"[{", b"[ {")):
+        jq_filter = None
+        if start == b"[" or start.startswith((b"[{", b"[ {")):
+            jq_filter = ".[]"
+        elif start == b"{":
+            jq_filter = "."
+        if jq_filter is not None:
             detail = (
                 f"{self._path} is one JSON value, not JSON lines; write one object per line, "
-                f"for example with: jq -c '.[]' {self._path}"
+                f"for example with: {self._conversion(jq_filter)}"
             )
             raise DataError("file_type", detail)
+
+    def _conversion(self, jq_filter: str) -> str:
+        """Returns a shell command that prints the file's objects, one a line."""
+        path = shlex.quote(self._path)
+        if self._compression is None:
+            return f"jq -c '{jq_filter}' {path}"
+        return f"{_UNPACKERS[self._compression]} {path} | jq -c '{jq_filter}'"
 
     def _on_absent(self, record: dict[str, Any]) -> None:
         if self._other_fields is None:
@@ -141,14 +176,16 @@ class _LineReader:
 
     def _not_text(self, value: Any, number: int) -> BadRecord:
         name = f"{self._path}:{number}: field {self._text_key!r}"
-        kind = type(value).__name__
         remedy = "set text_key to a field with text"
         if isinstance(value, dict) and value:
             inner = f"{self._text_key}.{min(value)}"
             remedy = f"set text_key to a field in it, such as {inner}"
         elif _are_ids(value):
             remedy = TOKENIZED
-        return BadRecord(f"{name} is a {kind}, not text", remedy, "text_key", "text_key")
+        elif isinstance(value, list):
+            remedy = f"{AS_ONE_TEXT}, or {remedy}"
+        detail = f"{name} is {_kind_of(value)}, not text"
+        return BadRecord(detail, remedy, "text_key", "text_key")
 
 
 def field_of(record: dict[str, Any], key: str) -> Any:
@@ -163,6 +200,10 @@ def field_of(record: dict[str, Any], key: str) -> Any:
     if not dot or not isinstance(inner, dict):
         return _ABSENT
     return field_of(inner, rest)
+
+
+def _kind_of(value: Any) -> str:
+    return _KINDS[type(value)]
 
 
 def _are_ids(value: Any) -> bool:

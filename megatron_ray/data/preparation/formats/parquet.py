@@ -12,11 +12,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from megatron_ray.data.preparation.errors import DataError, short_cause
-from megatron_ray.data.preparation.formats.json_lines import TOKENIZED
+from megatron_ray.data.preparation.formats.json_lines import AS_ONE_TEXT, TOKENIZED
 from megatron_ray.data.preparation.formats.records import (
     BadRecord,
     RecordTally,
     TextChunk,
+    chunks_of,
     without_mark,
 )
 from megatron_ray.storage.files import open_random_access
@@ -52,7 +53,11 @@ def read_parquet(
         try:
             table = pq.ParquetFile(file)
         except pa.ArrowInvalid as error:
-            detail = f"{location.path} is not a Parquet file: {short_cause(error)}"
+            cause = short_cause(error).rstrip(".")
+            detail = (
+                f"{location.path} is not a Parquet file: {cause}; check that it is complete, or "
+                "name it by what it holds"
+            )
             raise DataError("file_type", detail) from error
         path = _column_path(table.schema_arrow, text_key, location.path)
         first_row = 1
@@ -62,7 +67,7 @@ def read_parquet(
             for text in _texts_of(_column(batch, path), location.path, first_row, tally):
                 text = without_mark(text)
                 if text:
-                    yield TextChunk(text, True)
+                    yield from chunks_of(text)
                 else:
                     tally.num_without_text += 1
             first_row += len(batch)
@@ -99,7 +104,7 @@ def _column(batch: pa.RecordBatch, path: list[str]) -> pa.Array:
 
 def _decoded(column: pa.Array) -> pa.Array:
     """Returns a column whose values are stored one by one."""
-    while not _is_plain_text(column.type):
+    while not (_is_plain_text(column.type) or pa.types.is_null(column.type)):
         if pa.types.is_dictionary(column.type):
             column = column.dictionary_decode()
         elif pa.types.is_run_end_encoded(column.type):
@@ -135,12 +140,18 @@ def _column_path(schema: pa.Schema, text_key: str, name: str) -> list[str]:
             f"the column with the text (columns of text: {texts})"
         )
         raise DataError("text_key", detail, "text_key")
+    if schema.names.count(path[0]) > 1:
+        detail = f"{name} has several columns {path[0]!r}; rename the others"
+        raise DataError("text_key", detail, "text_key")
     kind = _type_at(schema, path)
-    if _is_text(kind):
+    # Writers give a column of nulls alone no other type.
+    if _is_text(kind) or pa.types.is_null(kind):
         return path
     remedy = f"set text_key to a text column (columns of text: {texts})"
     if _holds_ids(kind):
         remedy = f"{TOKENIZED} (columns of text: {texts})"
+    elif pa.types.is_map(kind) or _is_list(kind):
+        remedy += f", or {AS_ONE_TEXT}"
     detail = f"{name}: column {text_key!r} is {kind}, not text; {remedy}"
     raise DataError("text_key", detail, "text_key")
 
@@ -181,5 +192,8 @@ def _text_columns(fields: Iterable[pa.Field], prefix: str) -> list[str]:
 
 
 def _holds_ids(kind: pa.DataType) -> bool:
-    is_list = any(is_kind(kind) for is_kind in _LIST_TYPES)
-    return is_list and bool(pa.types.is_integer(kind.value_type))
+    return _is_list(kind) and bool(pa.types.is_integer(kind.value_type))
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return any(is_kind(kind) for is_kind in _LIST_TYPES)

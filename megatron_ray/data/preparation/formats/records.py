@@ -1,16 +1,20 @@
 """Counts the records of a source and describes the bad ones.
 
-Owns: the words about records without text and about bad ones. Must not know: formats.
+Owns: the words about records without text and about bad ones, the pieces of long
+documents. Must not know: formats.
 """
 
+import io
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 from megatron_ray.data.preparation.errors import DataError
 
 _MAX_COUNTED = 10_000
 _MAX_SHOWN = 3
 _BYTE_ORDER_MARK = "\ufeff"
+_CHUNK_CHARS = 1 << 18
 
 
 class TextChunk(NamedTuple):
@@ -45,6 +49,9 @@ class RecordTally:
     """Records whose text is null, empty or absent."""
     num_bad: int = 0
     first_bad: list[BadRecord] = field(default_factory=list)
+    num_empty_files: int = 0
+    """Files without any record."""
+    first_empty_files: list[str] = field(default_factory=list)
 
     @property
     def has_too_many_bad(self) -> bool:
@@ -61,6 +68,12 @@ class RecordTally:
             self.first_bad.append(record)
         if self.num_bad > self.max_bad_records + _MAX_COUNTED:
             self.require_few_bad(of_all=False)
+
+    def add_empty_file(self, path: str) -> None:
+        """Counts a file without any record, which may be the rest of a failed copy."""
+        self.num_empty_files += 1
+        if len(self.first_empty_files) < _MAX_SHOWN:
+            self.first_empty_files.append(path)
 
     def require_few_bad(self, *, of_all: bool) -> None:
         """Raises DataError when there are more bad records than the source allows.
@@ -100,6 +113,14 @@ class RecordTally:
             )
         if self.num_bad:
             notes.append(f"{path}: {self._bad_share()}, left out: {self._examples()}")
+        if self.num_empty_files:
+            shown = ", ".join(self.first_empty_files)
+            if self.num_empty_files > len(self.first_empty_files):
+                shown += ", ..."
+            noun = "file holds"
+            if self.num_empty_files > 1:
+                noun = "files hold"
+            notes.append(f"{path}: {self.num_empty_files} {noun} nothing: {shown}")
         return notes
 
     def _bad_share(self) -> str:
@@ -116,6 +137,32 @@ def tally_of_json(values: dict[str, Any]) -> RecordTally:
     """Returns a tally from the result of its `to_json`."""
     first_bad = [BadRecord(**record) for record in values["first_bad"]]
     return RecordTally(**{**values, "first_bad": first_bad})
+
+
+def chunks_of(text: str) -> Iterator[TextChunk]:
+    """Yields a document's text, a long one in chunks."""
+    if len(text) <= _CHUNK_CHARS:
+        yield TextChunk(text, True)
+    else:
+        yield from read_chunks_of(io.StringIO(text, newline=""))
+
+
+def read_chunks_of(reader: TextIO) -> Iterator[TextChunk]:
+    """Yields the text of a document in chunks, without the marks it begins with."""
+    text = without_mark(_read_lines(reader))
+    while text:
+        # Reads one chunk ahead, to know which chunk is the last.
+        next_text = _read_lines(reader)
+        yield TextChunk(text, not next_text)
+        text = next_text
+
+
+def _read_lines(reader: TextIO) -> str:
+    """Reads a chunk up to the end of a line, which tokens rarely span."""
+    text = reader.read(_CHUNK_CHARS)
+    if len(text) == _CHUNK_CHARS and not text.endswith("\n"):
+        text += reader.readline(_CHUNK_CHARS)
+    return text
 
 
 def without_mark(text: str) -> str:

@@ -14,9 +14,11 @@ _KINDS: dict[str, Literal["text", "json_lines", "parquet"]] = {
     ".txt": "text",
     ".text": "text",
     ".jsonl": "json_lines",
+    ".jsonlines": "json_lines",
     ".ndjson": "json_lines",
     ".json": "json_lines",
     ".parquet": "parquet",
+    ".pq": "parquet",
 }
 _COMPRESSIONS = {
     ".gz": "gzip",
@@ -32,7 +34,7 @@ _CONVERT = "convert it to .jsonl or .parquet"
 _REMEDIES = (
     (
         _UNPACK,
-        ".zip .tar .tgz .tbz .tbz2 .txz .tzst .7z .rar .z .xz .lzma .lz .lz4 .br .sz",
+        ".zip .tar .tgz .tbz .tbz2 .txz .tzst .7z .rar .z .xz .lzma .lz .lz4 .br .sz .snappy",
     ),
     (_CONVERT, ".csv .tsv .arrow .feather .ipc .orc .avro .xls .xlsx .tfrecord .tfrecords"),
     (_CONVERT, ".mds .lance .msgpack .pkl .pickle .npy .npz .h5 .hdf5 .db .sqlite .warc"),
@@ -76,6 +78,12 @@ def remedy_of(path: str) -> str | None:
     """
     suffix = PurePosixPath(path.lower()).suffix
     if suffix in _COMPRESSIONS:
+        packed = PurePosixPath(unpacked_path(path.lower())).suffix
+        if packed in _KINDS or packed in _COMPRESSIONS:
+            return _UNPACK
+        inner = remedy_of(unpacked_path(path))
+        if inner is not None:
+            return inner
         return f"{_UNPACK}, or name it by what it holds, such as .jsonl{suffix}"
     for remedy, suffixes in _REMEDIES:
         if suffix in suffixes.split():

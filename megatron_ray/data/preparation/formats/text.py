@@ -5,18 +5,24 @@ Owns: the format .txt. Must not know: other formats, tokens.
 
 import io
 from collections.abc import Iterator
-from typing import IO
 
+from megatron_ray.data.preparation.formats.contents import HEAD_BYTES, other_content
 from megatron_ray.data.preparation.formats.records import (
     BadRecord,
     RecordTally,
     TextChunk,
-    without_mark,
+    read_chunks_of,
 )
 from megatron_ray.storage.files import open_stream
 from megatron_ray.storage.location import Location
 
-_CHUNK_CHARS = 1 << 18
+
+class _OtherContentError(Exception):
+    """A file holds something else than text."""
+
+    def __init__(self, record: BadRecord) -> None:
+        super().__init__(record.detail)
+        self.record = record
 
 
 def read_text(
@@ -30,14 +36,15 @@ def read_text(
     tally.num_records += 1
     try:
         if checks_first:
-            with open_stream(location, compression) as stream:
-                for _ in _chunks(stream):
-                    pass
+            for _ in _chunks(location, compression):
+                pass
         num_chunks = 0
-        with open_stream(location, compression) as stream:
-            for chunk in _chunks(stream):
-                num_chunks += 1
-                yield chunk
+        for chunk in _chunks(location, compression):
+            num_chunks += 1
+            yield chunk
+    except _OtherContentError as error:
+        tally.add_bad(error.record)
+        return
     except UnicodeDecodeError as error:
         byte = error.object[error.start]
         detail = f"{location.path} is not UTF-8 text (byte 0x{byte:02x})"
@@ -47,20 +54,13 @@ def read_text(
         tally.num_without_text += 1
 
 
-def _chunks(stream: IO[bytes]) -> Iterator[TextChunk]:
-    # newline="" keeps line ends as they are in the file.
-    with io.TextIOWrapper(stream, "utf-8", newline="") as reader:
-        text = without_mark(_read_lines(reader))
-        while text:
-            # Reads one chunk ahead, to know which chunk is the last.
-            next_text = _read_lines(reader)
-            yield TextChunk(text, not next_text)
-            text = next_text
-
-
-def _read_lines(reader: io.TextIOWrapper) -> str:
-    """Reads a chunk up to the end of a line, which tokens rarely span."""
-    text = reader.read(_CHUNK_CHARS)
-    if len(text) == _CHUNK_CHARS and not text.endswith("\n"):
-        text += reader.readline(_CHUNK_CHARS)
-    return text
+def _chunks(location: Location, compression: str | None) -> Iterator[TextChunk]:
+    with open_stream(location, compression) as stream:
+        other = other_content(
+            stream.peek(HEAD_BYTES)[:HEAD_BYTES], location.path, compression
+        )
+        if other is not None:
+            raise _OtherContentError(other)
+        # newline="" keeps line ends as they are in the file.
+        with io.TextIOWrapper(stream, "utf-8", newline="") as reader:
+            yield from read_chunks_of(reader)

@@ -6,8 +6,10 @@ import pytest
 
 from megatron_ray.config.model_tokenizer import (
     ModelTokenizer,
+    begin_note,
     declared_begin,
     declared_end,
+    end_note,
     other_form,
     token_ids,
 )
@@ -30,6 +32,7 @@ END_ONLY = {"type": "TemplateProcessing", "single": TEMPLATE["single"][1:]}
     [
         ({"config.json": {"eos_token_id": 3}}, "<eos>"),
         ({"config.json": {"eos_token_id": [2, 3]}}, "</s>"),
+        ({"config.json": {"eos_token_id": [99, 3]}}, "<eos>"),
         ({"config.json": {"eos_token_id": None}}, None),
         ({"config.json": {"eos_token_id": []}}, None),
         ({"generation_config.json": {"eos_token_id": [3, 2]}}, "<eos>"),
@@ -55,6 +58,60 @@ def test_the_model_counts_more_than_its_tokenizer_and_unknown_tokens_count_nothi
     }
     assert declared_end(files, IDS) == "<eos>"
     assert declared_end(files | {"config.json": {"eos_token_id": 99}}, IDS) == "</s>"
+
+
+@pytest.mark.parametrize(
+    ("processor", "end"),
+    [
+        (TEMPLATE, "</s>"),
+        ({"type": "Sequence", "processors": [BYTE_LEVEL, TEMPLATE]}, "</s>"),
+        ({"type": "BertProcessing", "cls": ["<s>", 1], "sep": ["<eos>", 3]}, "<eos>"),
+        (BYTE_LEVEL, None),
+        (None, None),
+    ],
+)
+def test_a_template_ends_documents_where_no_file_declares_their_end(
+    processor: dict[str, Any] | None, end: str | None
+) -> None:
+    tokenizer = {"post_processor": processor}
+    assert declared_end({}, IDS, tokenizer) == end
+    files = {"config.json": {"eos_token_id": 0}}
+    assert declared_end(files, IDS, tokenizer) == "a"
+
+
+@pytest.mark.parametrize(
+    ("of_model", "of_tokenizer", "is_noted"),
+    [
+        (2, "<eos>", True),
+        ([2, 3], "<eos>", False),
+        (3, "<eos>", False),
+        (None, "<eos>", False),
+        (2, None, False),
+        (2, "<gone>", False),
+    ],
+)
+def test_files_that_contradict_each_other_on_the_end_are_noted(
+    of_model: int | list[int] | None, of_tokenizer: str | None, is_noted: bool
+) -> None:
+    files: dict[str, dict[str, Any]] = {
+        "config.json": {"eos_token_id": of_model},
+        "tokenizer_config.json": {"eos_token": of_tokenizer},
+    }
+    note = end_note(files, IDS)
+    assert (note is not None) == is_noted
+    if note is not None:
+        assert "name '</s>' as its end token, and those of its tokenizer '<eos>'" in note
+        assert "set data.tokenizer.end_of_document" in note
+
+
+def test_a_template_with_two_begin_tokens_is_noted() -> None:
+    two = [*TEMPLATE["single"][:1], *TEMPLATE["single"]]
+    tokenizer = {"post_processor": TEMPLATE | {"single": two}}
+    assert declared_begin(tokenizer, {}) is None
+    note = begin_note(tokenizer)
+    assert note is not None
+    assert "puts 2 tokens before every text (<s>, <s>)" in note
+    assert begin_note({"post_processor": TEMPLATE}) is None
 
 
 @pytest.mark.parametrize(
@@ -90,6 +147,7 @@ def test_vocabularies_of_every_model_are_read() -> None:
 def test_a_tokenizer_in_another_form_is_recognised_by_its_file() -> None:
     assert other_form(["config.json", "tokenizer.model"]) == "tokenizer.model"
     assert other_form(["merges.txt", "vocab.json"]) == "vocab.json"
+    assert other_form(["config.json", "qwen.tiktoken"]) == "qwen.tiktoken"
     assert other_form(["config.json"]) is None
 
 

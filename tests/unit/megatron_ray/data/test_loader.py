@@ -79,6 +79,15 @@ def test_documents_are_separated_where_they_begin_and_after_end_tokens() -> None
     assert together.num_tokens == 3
 
 
+def test_a_document_that_begins_with_the_end_token_is_one_document() -> None:
+    rows = np.array([[END, 7, END, 1, 2, END, END, 3]])
+    # The second and the last but one begin documents; the others end them.
+    starts = np.array([[True, False, True, False, False, False, True, False]])
+    batch = BatchMaker(CPU, end_of_document=END)(rows, None, starts)
+    assert batch.position_ids.tolist() == [[0, 0, 0, 1, 2, 3, 0]]
+    assert batch.loss_mask_BS.tolist() == [[0, 0, 1, 1, 1, 0, 1]]
+
+
 @pytest.fixture
 def corpora(tmp_path: Path) -> list[PreparedCorpus]:
     made = []

@@ -218,6 +218,13 @@ def test_a_good_config_has_no_problem() -> None:
             "multiple of 2, or turn it off",
         ),
         (
+            {"model": {"hidden_size": 8192, "num_attention_heads": 4}},
+            None,
+            "/model/num_attention_heads",
+            "hidden_size=8192 over num_attention_heads=4 leaves heads of width 2048; use more "
+            "heads, or give head_dim, at most 1024",
+        ),
+        (
             {"model": {"head_dim": 31}},
             None,
             "/model/head_dim",
@@ -393,6 +400,12 @@ def test_a_good_config_has_no_problem() -> None:
             "min_lr above 0, leave decay_steps out, or lower steps to 8",
         ),
         (
+            {"schedule": {"decay_steps": 8, "min_lr": 1e-12}},
+            None,
+            "/schedule/decay_steps",
+            "decay_steps=8 with min_lr=1e-12 leaves a rate of 1e-12 for 3 of training.steps=10",
+        ),
+        (
             {"training": {"steps": 2, "skip_steps": [2, 1]}},
             None,
             "/training/skip_steps",
@@ -520,7 +533,9 @@ def test_tokens_that_do_not_occur_need_no_row_and_weights_can_get_more() -> None
     smaller = config(model={"vocab_size": 290})
     assert resolution.with_vocabulary(smaller, 300, 290).model.vocab_size == 290
     started = config(model={"vocab_size": 290}, checkpoint={"start_from": "x"})
-    with pytest.raises(ValueError, match="set it to 295, which adds rows to the weights"):
+    with pytest.raises(
+        ValueError, match="set it to 295 or more: rows that the weights lack"
+    ):
         resolution.with_vocabulary(started, 300, 295)
 
 

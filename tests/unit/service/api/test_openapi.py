@@ -18,10 +18,10 @@ from schemathesis.generation import GenerationMode
 from service.http.openapi import operations
 from service.settings import Settings
 from tests.support.finished_job import add_finished_job
+from tests.support.service_tokens import USER_TOKEN, tokens_file
 
 Json = dict[str, Any]
 CONFIG = Path(__file__).parents[3] / "fuzz" / "schemathesis.toml"
-USER_TOKEN = "u" * 43
 
 
 @pytest.fixture(scope="module")
@@ -31,13 +31,11 @@ def running(
     start_service: Callable[[Settings], Any],
 ) -> Iterator[Any]:
     folder = tmp_path_factory.mktemp("openapi")
-    tokens = folder / "tokens.json"
-    tokens.write_text(json.dumps({"user": USER_TOKEN, "agent": "a" * 43}))
     service = start_service(
         Settings(
             data_dir=folder / "data",
             database_url=new_database(),
-            tokens_file=tokens,
+            tokens_file=tokens_file(folder),
             check_wait_s=0.0,
         )
     )

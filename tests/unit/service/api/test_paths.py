@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
 
 from service.settings import Settings
+from service.store.schema import JobRow
 from workers.agent.check_tasks import check_task
 from workers.rank.messages import UserError
 from workers.standalone import read_spec
@@ -103,8 +105,9 @@ def answer_checks(agent: Any, stopping: threading.Event) -> None:
     while not stopping.is_set():
         reply = agent.desired(after, 0.2)
         after = reply.revision
-        for check in reply.checks:
-            checked = check_task(check.spec, check.storage_path, check.path_rules)
+        for check in (*reply.checks, *reply.resume_checks):
+            resumed = check.resumed and check.resumed.model_dump()
+            checked = check_task(check.spec, check.storage_path, check.path_rules, resumed)
             body = {"check_id": check.check_id, **checked}
             agent.http.post("/internal/v1/agent/checks", json=body)
 
@@ -126,6 +129,56 @@ def output(caplog: pytest.LogCaptureFixture) -> Iterator[list[str]]:
     for text in (*texts, caplog.text):
         assert SECRET not in text
         assert "KEY" not in text
+
+
+def test_no_hostile_path_passes_a_resume(
+    service: Any, spec: Json, listener: Listener, output: list[str]
+) -> None:
+    job_id = service.submit(spec | {"storage": {"path": "/allowed/job"}})["id"]
+    service.user.post(f"/v1/jobs/{job_id}/cancel")
+    for pointer, name, hostile in hostile_specs(spec, listener.port):
+        section = pointer.split("/")[1]
+        changes = {section: hostile[section], "checkpoint": {"resume_changes": ["data"]}}
+        if section == "checkpoint":
+            changes = {section: hostile[section]}
+        response = service.user.post(f"/v1/jobs/{job_id}/resume", json={"changes": changes})
+        output.append(response.text)
+        assert response.status_code == 422, (pointer, name, response.text)
+        # A tokenizer cannot change at all.
+        place = pointer.removesuffix("/path")
+        errors = response.json()["errors"]
+        assert errors
+        assert all(error["pointer"].startswith(place) for error in errors), response.text
+    assert listener.connections == 0
+    output.append(service.user.get(f"/v1/jobs/{job_id}/events").text)
+
+
+def test_a_secret_that_an_earlier_version_stored_is_not_shown(
+    service: Any, spec: Json, output: list[str]
+) -> None:
+    job_id, driver = service.running_job(spec | {"metadata": {"wiki": "http://w/x?page=1"}})
+    uri = f"s3://KEY:{SECRET}@bucket/x?token={SECRET}"
+    driver.send(
+        ("checkpoint", {"step": 5, "path": uri}),
+        ("event", {"type": "a.b", "message": f"see {uri}", "data": {"paths": [uri]}}),
+        ("attempt", {"state": "failed", "message": uri}),
+        attempt=1,
+    )
+    driver.states("failed", attempt=1, message=uri)
+    with service.app.state.context.store.write() as session:
+        job = session.scalars(sa.select(JobRow)).one()
+        job.job_dir = uri
+        for name in ("spec", "resolved_spec"):
+            data = {**getattr(job, name)["data"], "train": [{"path": uri}]}
+            setattr(job, name, {**getattr(job, name), "data": data})
+    paths = ("", "/events", "/checkpoints", "/attempts", "/stream", "/logs")
+    for path in paths:
+        output.append(service.user.get(f"/v1/jobs/{job_id}{path}").text)
+    output.append(service.user.get("/v1/jobs").text)
+    shown = service.job(job_id)
+    assert shown["storage_path"] == "s3://..."
+    assert shown["resolved_spec"]["data"]["train"][0]["path"] == "s3://..."
+    assert shown["spec"]["metadata"] == {"wiki": "http://w/x?page=1"}
 
 
 def test_no_hostile_path_passes_a_route(

@@ -9,6 +9,8 @@ from megatron_ray.parallel_dims import ParallelDims
 from megatron_ray.planning.answers import estimates as planning
 from megatron_ray.planning.suggest import nearest
 from megatron_ray.sharding.parameters import local_parameters
+from megatron_ray.validation.resolution import with_vocabulary
+from megatron_ray.validation.storage.disk_space import checkpoint_bytes
 from service.cli import offline_plan
 from workers.protocol.job import JobSpec
 
@@ -64,6 +66,9 @@ def test_bytes_are_counted_from_the_parameter_table(
         "dp",
         "world",
     }
+    resolved = JobSpec.from_mapping(answer["resolved_spec"])
+    assert answer["checkpoint_bytes"] == checkpoint_bytes(with_vocabulary(resolved, 1024))
+    assert answer["num_checkpoints"] == 1
     assert answer["bubble_share"] == 0
     assert answer["ranks"][3] == {
         "rank": 3,
@@ -418,7 +423,9 @@ def test_numbers_without_effect_are_in_the_plan_and_in_the_jobs_history(
     words = "/schedule/warmup_steps: warmup_steps=100 is not shorter than training.steps=20"
     assert any(words in note for note in plan(service, request)["notes"])
     job = service.submit(request)
-    events = service.user.get(f"/v1/jobs/{job['id']}/events?level=warn").json()["data"]
+    events = service.user.get(
+        f"/v1/jobs/{job['id']}/events?level=warn&type=spec.warning"
+    ).json()["data"]
     assert [event["type"] for event in events] == ["spec.warning"]
     assert events[0]["message"].startswith(words)
 
@@ -437,7 +444,9 @@ def test_a_model_that_cannot_be_exported_is_noted_before_it_is_trained(
     offline = offline_plan.make_plan(request, None, None)
     assert any(words in note for note in offline["notes"])
     job = service.submit(request)
-    events = service.user.get(f"/v1/jobs/{job['id']}/events?level=warn").json()["data"]
+    events = service.user.get(
+        f"/v1/jobs/{job['id']}/events?level=warn&type=spec.warning"
+    ).json()["data"]
     assert [event["type"] for event in events] == ["spec.warning"]
     assert events[0]["message"].startswith(words)
     assert not any("exported" in note for note in plan(service, spec)["notes"])
@@ -450,3 +459,23 @@ def test_a_plan_shows_what_groups_of_parameters_set(
     request = spec | {"optimizer": {"lr": 1e-3, "weight_decay": 0.1, "groups": groups}}
     notes = plan(service, request)["notes"]
     assert "optimizer.groups[0] sets weight_decay=0 for 2 of 39 trained tensors" in notes
+
+
+def test_a_job_whose_paths_were_not_checked_tells_so(service: Any, make_node: Any) -> None:
+    service.agent.report(make_node("n1"))
+
+    def created() -> tuple[str, str]:
+        (event,) = service.user.get(
+            f"/v1/jobs/{service.submit()['id']}/events?type=job.created"
+        ).json()["data"]
+        return event["level"], event["message"]
+
+    level, message = created()
+    assert level == "warn"
+    assert "created; its paths were not checked, because the agent of cluster" in message
+    with service.agent as agent:
+        agent.answer_checks()
+        # Its first long poll may come after the wait of a submission.
+        while created()[0] == "warn":
+            pass
+        assert created() == ("info", "job 'tiny' created")

@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from service.http.errors import PROBLEM_TYPES
+from tests.support.service_tokens import tokens_file
 
 Json = dict[str, Any]
 
@@ -239,7 +240,7 @@ BODIES = [
     (b'"text"', 422, "spec_invalid", "must be a JSON object, got 'text'"),
     (b"null", 422, "spec_invalid", "must be a JSON object, got null"),
     (b"[" * 100_000, 400, None, ""),
-    (b'{"a": ' + b"9" * 10_000 + b"}", 400, None, ""),
+    (b'{"a": ' + b"9" * 10_000 + b"}", 422, "spec_invalid", ""),
     (b"\xff\xfe", 400, None, ""),
     (b" " * ((1 << 20) + 1), 413, "body_too_large", "limited to 1 MiB"),
 ]
@@ -543,11 +544,10 @@ def module_settings(
     from service.settings import Settings
 
     folder = tmp_path_factory.mktemp("refusals")
-    (folder / "tokens.json").write_text(json.dumps({"user": "u" * 43, "agent": "a" * 43}))
     return Settings(
         data_dir=folder / "data",
         database_url=new_database(),
-        tokens_file=folder / "tokens.json",
+        tokens_file=tokens_file(folder),
         check_wait_s=0.0,
     )
 

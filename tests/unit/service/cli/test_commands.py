@@ -167,6 +167,18 @@ def test_wrong_connection_options(run: Run, arguments: list[str], message: str) 
     assert "->" in err
 
 
+def test_secrets_of_an_address_are_not_repeated(run: Run) -> None:
+    for url in (
+        "http://u:SECRET@127.0.0.1:9",
+        "http://127.0.0.1:9/?t=SECRET",
+        "ftp://u:SECRET@h",
+    ):
+        code, _, err = run("jobs", "--url", url)
+        assert code == 1
+        assert "SECRET" not in err
+        assert "://" in err
+
+
 def test_wrong_token_names_the_remedy(run: Run, service: FakeService) -> None:
     service.routes["GET /v1/jobs"] = (
         401,
@@ -224,6 +236,19 @@ def test_jobs_follows_pages(run: Run, service: FakeService) -> None:
     service.routes["GET /v1/jobs"] = (200, jobs_page())
     assert "no jobs yet" in run("jobs", "--url", service.url)[1]
     assert "no job matches" in run("jobs", "--name", "x", "--url", service.url)[1]
+
+
+def test_numbers_are_written_as_in_a_spec(run: Run, service: FakeService) -> None:
+    service.routes["GET /v1/jobs"] = (200, jobs_page())
+    assert run("jobs", "--limit", "1e0", "--url", service.url)[0] == 0
+    assert "limit=1&" in service.requests[0][0]
+    for value, words in [
+        ("1.5", "'1.5' is no whole number; write it as"),
+        ("0", "below 1"),
+    ]:
+        code, _, err = run("jobs", "--limit", value, "--url", service.url)
+        assert code == 2
+        assert words in err
 
 
 def test_jobs_that_run_come_first_and_a_last_line_counts_the_others(
@@ -452,6 +477,21 @@ def test_metrics_of_several_parts_are_one_cell(run: Run, service: FakeService) -
     assert "load_balancing_loss 1.25, z_loss -" in out
 
 
+def test_parts_that_no_step_has_are_named(run: Run, service: FakeService) -> None:
+    names = ("loss", "val_loss/[en]", "val_loss/typo", "split_s/typo")
+    row = dict.fromkeys(names) | {"step": 3, "attempt": 1, "val_loss/[en]": 2.5}
+    page = {"object": "list", "data": [row], "has_more": False}
+    service.routes["GET /v1/jobs/job-abc/metrics"] = (200, page)
+    arguments = ("metrics", "job-abc", "--keys", ",".join(names), "--url", service.url)
+    code, out, _ = run(*arguments)
+    assert code == 0
+    assert "val_loss/[en]" in out
+    assert "no step has val_loss/typo; megatron-ray show JOB names the sources" in out
+    assert "no step has split_s/typo; --keys split_s shows the parts" in out
+    assert "no step has val_loss/[en]" not in out
+    assert "no step has" not in run(*arguments, "--json")[1]
+
+
 def cancellation(*cancelled: str, **more: Any) -> tuple[int, dict[str, Any]]:
     jobs = [{"id": job_id, "name": "n", "status": "cancelling"} for job_id in cancelled]
     body = {"cancelled": jobs, "ended": [], "not_found": [], "has_more": False}
@@ -513,7 +553,9 @@ def test_chosen_jobs_are_counted_and_confirmed(
     assert "succeeded" not in query
     monkeypatch.setattr("sys.stdin.isatty", lambda: True)
     for answer, expected in (("n\n", 1), ("y\n", 0)):
-        monkeypatch.setattr("typer.confirm", lambda text, answer=answer: answer == "y\n")
+        monkeypatch.setattr(
+            "typer.confirm", lambda text, *, err, answer=answer: err and answer == "y\n"
+        )
         assert run(*chosen)[0] == expected
     assert service.requests[-1] == ("POST /v1/jobs:cancel", {"ids": ["job-a", "job-b"]})
     assert run(*chosen, "--yes")[0] == 0
@@ -528,6 +570,7 @@ def test_chosen_jobs_are_counted_and_confirmed(
         ([], "cancel needs job ids, or a choice"),
         (["job-a", "--status", "queued"], "cancel needs job ids, or a choice"),
         (["--status", "failed"], "jobs that have failed cannot be cancelled"),
+        (["--status", "cancelled"], "jobs that have been cancelled cannot be cancelled"),
     ],
 )
 def test_unclear_cancellations_end_nothing(
@@ -561,6 +604,8 @@ def test_delete_asks_and_names_what_it_could_not_delete(
     service.routes["DELETE /v1/jobs/job-abc"] = (204, {})
     code, _, err = run("delete", "job-abc", "--url", service.url)
     assert (code, "nothing was deleted" in err, service.requests) == (2, True, [])
+    assert run("delete", "job-abc", "--json", "--url", service.url)[0] == 2
+    assert service.requests == []
     code, out, err = run("delete", "job-abc", "job-x", "--yes", "--url", service.url)
     assert code == 1
     assert out == "job-abc deleted; its files stay\n"

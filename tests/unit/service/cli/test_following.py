@@ -49,6 +49,17 @@ def test_logs_go_on_with_the_next_attempt(
     assert asked[-1].startswith("rank=0&attempt=2&")
 
 
+def test_logs_of_one_attempt_tell_that_there_are_others(
+    run: Run, service: FakeService
+) -> None:
+    pieces = [{"data": "two\n", "next_offset": 4}, {"data": "", "next_offset": 4}]
+    service.routes["GET /v1/jobs/job-abc/logs"] = (200, pieces)
+    service.routes["GET /v1/jobs/job-abc"] = (200, {**JOB, "attempt": 2})
+    code, out, err = run("logs", "job-abc", "--url", service.url)
+    assert (code, out) == (0, "two\n")
+    assert err == "this is attempt 2; show an earlier one with --attempt\n"
+
+
 def test_logs_of_a_rank_that_wrote_none(run: Run, service: FakeService) -> None:
     service.routes["GET /v1/jobs/job-abc/logs"] = (200, {"data": "", "next_offset": 0})
     code, _, err = run("logs", "job-abc", "--rank", "3", "--url", service.url)
@@ -132,3 +143,36 @@ def test_interrupted_watch_leaves_the_job_running(
     assert "job-abc is still running" in err
     assert "megatron-ray watch job-abc" in err
     assert "megatron-ray cancel job-abc" in err
+
+
+def test_several_jobs_are_watched_until_all_have_ended(
+    run: Run, service: FakeService
+) -> None:
+    other = {**JOB, "id": "job-def", "status": "failed", "message": "rank 1 died"}
+    service.routes["GET /v1/jobs/job-abc/stream"] = (200, WATCHED)
+    service.routes["GET /v1/jobs/job-abc"] = (200, {**JOB, "status": "succeeded"})
+    service.routes["GET /v1/jobs/job-def/stream"] = (
+        200,
+        stream(("state", other), ("end", {})),
+    )
+    service.routes["GET /v1/jobs/job-def"] = (200, other)
+    ids = ("job-abc", "job-def", "job-abc")
+    code, out, err = run("watch", *ids, "--url", service.url)
+    assert code == 1
+    assert "job-def failed: rank 1 died" in err
+    assert "job-abc" not in err
+    lines = out.splitlines()
+    assert "job-def failed  rank 1 died" in lines
+    own = [line for line in lines if line.startswith("job-abc")]
+    assert own[0] == "job-abc running"
+    assert own[-1] == "job-abc succeeded"
+    assert "job-abc step 10/10  loss 3.2500  2,000 tokens/s  ETA 0:00" in own
+    code, out, _ = run("watch", *ids, "--json", "--url", service.url)
+    ended = [json.loads(line) for line in out.splitlines() if '"end"' in line]
+    assert {event["job_id"] for event in ended} == {"job-abc", "job-def"}
+    code, out, err = run("watch", "job-abc", "job-none", "--url", service.url)
+    assert (code, out) == (1, "")
+    assert "there is no /v1/jobs/job-none" in err
+    code, _, err = run("watch", *[f"job-{n}" for n in range(51)], "--url", service.url)
+    assert code == 2
+    assert "at most 50 can be watched at once" in err

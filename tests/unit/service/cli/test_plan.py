@@ -38,6 +38,8 @@ def test_plan(run: Run, service: FakeService, fits: bool) -> None:
         "communication": [
             {"axis": "tp", "kind": "all_reduce", "operations": 12, "bytes": 3 << 20}
         ],
+        "checkpoint_bytes": 6 << 20,
+        "num_checkpoints": 3,
         "bubble_share": 0.0,
         "hardware": "H100",
         "time": TIME,
@@ -58,6 +60,7 @@ def test_plan(run: Run, service: FakeService, fits: bool) -> None:
     assert "1,000 steps of 4 x 64 tokens: 256,000 tokens" in out
     assert "4.0 MiB" in out
     assert "tp all-reduce" in out
+    assert "storage for checkpoints: 18.0 MiB (3 of 6.0 MiB, at most at once)" in out
     assert "memory on the most loaded rank (rank 0)" in out
     assert "3.0 MiB in 12 calls" in out
     assert "on H100, estimated: 1.50 s" in out
@@ -67,7 +70,20 @@ def test_plan(run: Run, service: FakeService, fits: bool) -> None:
     assert "bubble" not in out
     assert code == (0 if fits else 1)
     assert ("/parallel: 2 ranks, but there is room for 1; add nodes" in err) is not fits
+    assert ("this job does not fit" in err) is not fits
     assert service.requests[0][1]["name"] == "tiny"
+
+
+def test_problems_of_a_job_that_fits_are_no_lack_of_room(
+    run: Run, service: FakeService
+) -> None:
+    problem = {"pointer": "/checkpoint/start_from", "detail": "cannot read it"}
+    answer = {"object": "plan", "world_size": 1, "fits": True, "problems": [problem]}
+    service.routes["POST /v1/plans"] = (200, answer)
+    code, _, err = run("plan", "spec.yaml", "--url", service.url)
+    assert code == 1
+    assert "this job cannot run" in err
+    assert "/checkpoint/start_from: cannot read it" in err
 
 
 def test_suggestions(run: Run, service: FakeService) -> None:

@@ -78,6 +78,26 @@ def test_bodies_without_measure_are_not_validated(
         assert words in assert_refused(response, 400)["detail"]
 
 
+@pytest.mark.parametrize(
+    ("body", "status", "words"),
+    [
+        (r'{"name": "\ud83d\ude00 \uD800"}', 400, "is one half of a character; write the"),
+        (r'{"\udc00": 1}', 400, "is one half of a character; write the character"),
+        (r'{"metadata": {"a": "\ud83d\ude00"}}', 422, "/model: model is required"),
+        ('{"a": 1, "a": 2}', 400, "the key 'a' is given twice; keep one of them"),
+        (f'{{"training": {{"steps": {"9" * 5000}}}}}', 422, "with fewer digits, got '999"),
+    ],
+)
+def test_values_that_would_be_lost_are_refused(
+    service: Any, body: str, status: int, words: str
+) -> None:
+    for path in ("/v1/jobs", "/v1/plans"):
+        response = service.user.post(
+            path, content=body, headers={"Content-Type": "application/json"}
+        )
+        assert words in assert_refused(response, status)["detail"] + response.text
+
+
 def test_the_largest_spec_is_taken(service: Any, spec: Json) -> None:
     source = {"path": "builtin://python-stdlib", "weight": 1.5, "text_key": "text"}
     spec["data"] |= {"train": [source] * 1024, "validation": [source] * 1024}
@@ -121,6 +141,8 @@ def hostile_bodies(spec: Json, rng: random.Random) -> Iterator[bytes]:
             | {"data": {"train": [{"path": "s3://K:S@b/" + "%2e" * 1000}] * (size // 3100)}}
         ),
         lambda size: spec | {"data": {"train": [{"path": "x"}] * min(1024, size // 30)}},
+        lambda size: spec | {"training": {"steps": "1" * size}},
+        lambda size: spec | {"optimizer": {"lr": "1" * size}},
         lambda size: "x" * size,
         lambda size: dict.fromkeys(spec, "x" * (size // 10)),
     ]
@@ -185,11 +207,11 @@ def resident_bytes() -> int:
 
 
 @pytest.mark.usefixtures("frozen_heap")
-@pytest.mark.parametrize("count", [36, pytest.param(1000, marks=pytest.mark.chaos)])
+@pytest.mark.parametrize("count", [40, pytest.param(1000, marks=pytest.mark.chaos)])
 def test_hostile_bodies_cost_little(settings: Settings, spec: Json, count: int) -> None:
     token = json.loads((settings.tokens_file or settings.data_dir).read_text())["user"]
     app = create_app(settings)
-    asyncio.run(send_hostile(app, token, spec, 18))
+    asyncio.run(send_hostile(app, token, spec, 20))
     before = resident_bytes()
     measured = asyncio.run(send_hostile(create_app(settings), token, spec, count))
     assert set(measured.statuses) <= {400, 404, 413, 422}, measured

@@ -123,6 +123,20 @@ def test_parameters_are_never_ignored(
     assert detail in error["detail"]
 
 
+def test_numbers_of_a_query_are_written_as_in_a_spec(service: Any) -> None:
+    assert service.user.get("/v1/jobs?limit=1e1").status_code == 200
+    assert service.user.get("/v1/jobs?limit=0x10").status_code == 200
+    for path, detail in [
+        ("/v1/jobs?limit=1e3", "limit must be at most 100, got 1000"),
+        ("/v1/jobs?limit=10%25", "limit must be a whole number, got '10%'; write it as"),
+        (
+            "/v1/jobs/x/logs?offset=" + "9" * 5000,
+            "offset must be a whole number with fewer",
+        ),
+    ]:
+        assert detail in problem(service.user.get(path), 422)["detail"]
+
+
 def test_attempts_that_do_not_exist_are_not_found_anywhere(service: Any) -> None:
     job_id, _ = service.running_job()
     for part in ("metrics", "ranks", "logs"):

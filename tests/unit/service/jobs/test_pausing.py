@@ -8,7 +8,7 @@ import pytest
 
 from service.local_stack.job_stops import StopJobs, StoppedJobs, resume_jobs, stop_jobs
 from service.local_stack.record import StackRecord
-from tests.unit.service.conftest import USER_TOKEN
+from tests.support.service_tokens import USER_TOKEN
 
 
 def change(service: Any, job_id: str, verb: str, **body: Any) -> httpx.Response:
@@ -233,6 +233,25 @@ def test_jobs_that_do_not_stop_in_time_are_interrupted_and_resumed(service: Any)
     assert driver.desired()["desired"] == "run"
 
 
+def test_a_job_that_cannot_be_resumed_does_not_keep_others_from_it(service: Any) -> None:
+    first, driver = service.running_job()
+    changed(service, first, "pause", reason="stack_stopped")
+    driver.states("paused", attempt=1)
+    second = service.submit()["id"]
+    changed(service, second, "pause", reason="stack_stopped")
+    reports: list[str] = []
+
+    def report(text: str) -> None:
+        reports.append(text)
+        # The user is quicker.
+        if text.startswith(f"resuming {second}"):
+            changed(service, second, "resume")
+
+    resume_jobs(record_of(service), report)
+    assert reports[1].startswith(f"{second} is not resumed: the job is preparing; only a")
+    assert service.job(first)["desired_state"] == "run"
+
+
 def test_jobs_are_cancelled_when_asked_for(service: Any) -> None:
     job_id = service.submit()["id"]
     result = stop_jobs(record_of(service), lambda text: None, 20, StopJobs.CANCEL)
@@ -263,3 +282,89 @@ def test_a_failed_job_is_resumed_without_a_step_and_warnings_are_noted(
         "data"
     ]
     assert "step 1000 is beyond training.steps=20" in warning["message"]
+
+
+def test_a_resumed_job_keeps_its_place_and_takes_its_new_name(service: Any) -> None:
+    job_id, driver = service.running_job()
+    driver.states("cancelled", attempt=1)
+    service.agent.report({"node_id": "n1", "address": "10.0.0.1", "cpus": 4})
+    for changes, pointer in [
+        ({"storage": {"path": "/data/other"}}, "/storage/path"),
+        ({"storage": None}, "/storage/path"),
+        ({"cluster": "other"}, "/cluster"),
+        ({"data": {"cache": "relative"}}, "/data/cache"),
+        ({"data": {"train": [{"path": "s3://K:SECRET@b/x"}]}}, "/data/train"),
+    ]:
+        response = change(service, job_id, "resume", changes=changes)
+        assert response.status_code == 422, changes
+        assert response.json()["errors"][0]["pointer"].startswith(pointer), response.text
+        assert "SECRET" not in response.text
+    changes = {"name": "longer", "priority": 7, "metadata": {"team": "b"}}
+    job = changed(service, job_id, "resume", changes=changes | {"parallel": {"dp": "auto"}})
+    assert {key: job[key] for key in changes} == changes
+    assert job["resolved_spec"]["parallel"]["dp"] == 4
+    assert job["resolved_spec"]["storage"]["path"] == job["storage_path"]
+    matching = service.user.get("/v1/jobs?name=longer&metadata[team]=b").json()["data"]
+    assert [entry["id"] for entry in matching] == [job_id]
+
+
+def test_the_length_of_other_data_is_not_that_of_the_old_ones(service: Any) -> None:
+    job_id, driver = service.running_job()
+    manifest = {"train": [{"num_tokens": 10**5, "num_documents": 1}]}
+    driver.send(("prepared", {"manifest": manifest, "steps": 20}))
+    driver.states("failed", attempt=1)
+    named = {"resume_changes": ["training.epochs", "data"]}
+    changes = {
+        "training": {"epochs": 3},
+        "data": {"train": [{"path": "/data/other.txt"}]},
+        "checkpoint": named,
+    }
+    job = changed(service, job_id, "resume", changes=changes)
+    training = job["resolved_spec"]["training"]
+    assert (training["epochs"], training["steps"], job["progress"]["steps"]) == (
+        3,
+        None,
+        None,
+    )
+
+
+def test_the_agent_looks_at_the_folder_of_a_job_before_it_is_resumed(service: Any) -> None:
+    job_id, driver = service.running_job()
+    driver.states("cancelled", attempt=1)
+    problem = {"pointer": "/storage/path", "code": "lost", "detail": "nothing is there"}
+    with service.agent as agent:
+        agent.answer_checks(problem)
+        response = change(service, job_id, "resume")
+    assert response.status_code == 422
+    assert response.json()["errors"] == [problem]
+    assert service.job(job_id)["status"] == "cancelled"
+
+
+def test_a_folder_that_has_lost_its_files_fails_the_job(service: Any) -> None:
+    job_id, driver = service.running_job()
+    driver.states("cancelled", attempt=1)
+    changed(service, job_id, "resume")
+    path = f"/internal/v1/jobs/{job_id}/cursor"
+    # A driver whose records are all there, and one that finds none.
+    assert driver.http.get(path, params={"epoch": 2, "last_n": 99}).status_code == 200
+    response = driver.http.get(path, params={"epoch": 3, "last_n": 0})
+    assert (response.status_code, response.json()["code"]) == (409, "fenced")
+    job = service.job(job_id)
+    assert (job["status"], job["status_reason"]) == ("failed", "storage_error")
+    assert (
+        "has lost files of this job: its newest record there is number 0" in job["message"]
+    )
+    assert job["problem"]["detail"] == job["message"]
+
+
+def test_a_resume_that_is_sent_twice_is_answered_once(service: Any) -> None:
+    job_id, driver = service.running_job()
+    driver.states("failed", attempt=1)
+    key = {"Idempotency-Key": "again"}
+    path = f"/v1/jobs/{job_id}/resume"
+    first = service.user.post(path, json={}, headers=key)
+    driver.states("queued", "scheduling", "starting", "succeeded", attempt=2)
+    driver.steps(1, 20, attempt=2)
+    again = service.user.post(path, json={}, headers=key)
+    assert again.headers["Idempotent-Replayed"] == "true"
+    assert (again.status_code, again.json()) == (202, first.json())

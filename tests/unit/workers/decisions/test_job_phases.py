@@ -1,6 +1,7 @@
 """Every transition of a job's driver: what is observed in which phase, and what follows."""
 
 import json
+from dataclasses import replace
 from typing import Any, get_args
 
 import pytest
@@ -177,6 +178,9 @@ def test_a_resumed_job_continues_with_a_new_budget_and_the_same_data() -> None:
     assert (written.failures, written.commits_at_failure) == (0, ())
     assert (written.attempt, written.last_commit) == (3, 4)
     assert written.ending is None
+    other_data = replace(RESUME, has_other_data=True)
+    written = after(next_phase(before, other_data), before)
+    assert (written.phase, written.prepared) == (Phase.PREPARING, None)
 
 
 def test_an_attempt_that_is_stopped_while_it_starts_is_closed() -> None:

@@ -95,6 +95,34 @@ def test_a_spec_that_names_a_folder_in_use_is_refused_before_it_is_a_job(
     assert check_task(spec, str(tmp_path / "fresh"))["problems"] == []
 
 
+def test_a_job_is_resumed_only_where_its_files_are(tmp_path: Path) -> None:
+    storage = tmp_path / "storage"
+    spec = spec_with_corpus(tmp_path)
+    job = {"job_id": "job-a", "has_other_data": False, "had_driver": True}
+
+    def problems(**changes: Any) -> str:
+        rows = check_task(spec, str(storage), None, {**job, **changes})["problems"]
+        return "; ".join(f"{row['pointer']}: {row['detail']}" for row in rows)
+
+    assert problems(had_driver=False) == ""
+    assert "/storage/path: " in problems()
+    assert "no longer holds the files of this job; restore the folder" in problems()
+    entry = JournalEntry(job_id="job-a", spec=spec)
+    open_journal(storage).write(entry)
+    assert problems() == ""
+    assert "no longer holds the files of this job" in problems(job_id="job-b")
+    open_journal(storage).write(entry.model_copy(update={"last_commit": 5}))
+    assert "the checkpoint of step 5 was committed, and none is in" in problems()
+    checkpoint = checkpoint_path(str(storage), 5, 1)
+    open_storage(checkpoint).write_bytes_atomic("index.json", b'{"files": {}}')
+    commit(checkpoint, {}, [])
+    assert problems() == ""
+    # Unchanged data are prepared already, and may be gone by now.
+    (tmp_path / "corpus.txt").unlink()
+    assert problems() == ""
+    assert problems(has_other_data=True).startswith("/data/train/0/path: ")
+
+
 def test_a_new_job_is_refused_where_a_run_without_a_service_has_checkpoints(
     tmp_path: Path,
 ) -> None:

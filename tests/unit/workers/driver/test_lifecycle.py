@@ -1,5 +1,6 @@
 """A job from its first data task to its last actor, when its dependencies fail."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -170,6 +171,51 @@ def test_a_job_whose_checkpoints_are_all_damaged_does_not_begin_anew(
     assert ending["reason"] == "storage_error"
     assert "none of its committed checkpoints is whole" in ending["message"]
     assert "step-00000002-a0001: manifest.json is missing" in ending["message"]
+
+
+def test_a_job_whose_checkpoints_were_deleted_does_not_begin_anew(
+    control_plane: FakeControlPlane, cluster: FakeCluster
+) -> None:
+    cluster.dies = (1, 4)
+
+    def delete() -> float:
+        shutil.rmtree(committed(control_plane)[2].parent)
+        return 0.0
+
+    run(control_plane, cluster, jitter=delete)
+    assert control_plane.state is JobState.FAILED
+    ending = final_state(control_plane)
+    assert ending["reason"] == "storage_error"
+    assert ending["message"].startswith(
+        "the checkpoint of step 2 was committed, and none is"
+    )
+    assert "restore it and resume the job, or submit the spec as a new" in ending["message"]
+
+
+@pytest.mark.parametrize(
+    ("data", "num_prepared"), [({}, 1), ({"shuffle": False}, 2), ({"cache": "/c"}, 2)]
+)
+def test_a_resumed_job_prepares_its_data_again_only_if_they_are_others(
+    control_plane: FakeControlPlane,
+    cluster: FakeCluster,
+    data: dict[str, Any],
+    num_prepared: int,
+) -> None:
+    run(control_plane, cluster)
+    assert control_plane.desired is not None
+    spec = control_plane.desired.spec
+    control_plane.change(
+        spec | {"data": spec["data"] | data, "training": spec["training"] | {"steps": 8}}
+    )
+    control_plane.resume()
+    cluster.steps = 8
+    run(control_plane, cluster)
+    assert control_plane.state is JobState.SUCCEEDED
+    assert sorted(control_plane.steps) == list(range(1, 9))
+    assert len(control_plane.of_kind("prepared")) == num_prepared
+    states = [record.data["state"] for record in control_plane.of_kind("state")]
+    assert states.count("preparing") == num_prepared
+    assert control_plane.ignored == []
 
 
 def test_bytes_that_a_rank_reads_as_damaged_lead_to_an_older_checkpoint(

@@ -160,6 +160,19 @@ def test_a_newer_driver_ends_an_older_one(tmp_path: Path, service: FakeService) 
     outbox.close()
 
 
+def test_a_driver_tells_how_many_records_its_folder_has(
+    tmp_path: Path, service: FakeService
+) -> None:
+    for num_logged in (0, 2):
+        outbox = open_outbox(tmp_path, epoch=num_logged + 1)
+        outbox.append("event", {"type": "t"}, 1)
+        outbox.append("event", {"type": "t"}, 1)
+        attach(outbox, service)
+        assert outbox.flush(timeout_s=10)
+        assert service.last_ns[-1] == num_logged
+        outbox.close()
+
+
 def test_failures_of_the_link_have_classes(service: FakeService) -> None:
     with (
         ServiceClient(service.url, "wrong") as link,

@@ -26,7 +26,7 @@ from megatron_ray.checkpoint.train_state import read_train_state
 from megatron_ray.config.checkpoint import CheckpointConfig
 from megatron_ray.config.model import ModelConfig
 from megatron_ray.config.problem import ConfigError, Problem
-from megatron_ray.config.train_config import TrainConfig
+from megatron_ray.config.train_config import TrainConfig, read_mapping
 from megatron_ray.data.tokenizer import Tokenizer
 from megatron_ray.distributed.mesh import ParallelMesh
 from megatron_ray.inference.generate import load_model
@@ -34,6 +34,7 @@ from megatron_ray.sharding.boxes import Box
 from megatron_ray.sharding.sharded_state import ShardedTensor, TensorBox
 from megatron_ray.training.saving import start_from_weights
 from megatron_ray.training.session import build
+from megatron_ray.validation.initial_weights import model_signature
 from tests.support.hf_folders import (
     FAMILIES,
     SEQUENCE,
@@ -99,6 +100,10 @@ def test_a_folder_goes_in_and_comes_out_equal(tmp_path: Path, name: str) -> None
     published = publish(name, tmp_path / "hf")
     imported = import_folder(str(tmp_path / "hf"), str(tmp_path / "ours"))
     assert imported.model_type == name.partition("-")[0].replace("llama3", "llama")
+    # Its spec is of these weights, field by field.
+    fields = read_mapping(Path(imported.spec))["model"]
+    model = ModelConfig.model_validate(fields)
+    assert model_signature(model) == model_signature(initial_model(str(tmp_path / "hf")))
     exported = export_folder(
         str(tmp_path / "ours"), str(tmp_path / "again"), shard_bytes=20_000
     )
@@ -153,6 +158,16 @@ def test_types_are_kept_or_chosen(tmp_path: Path) -> None:
         json.loads((tmp_path / "fp32" / "config.json").read_text())["torch_dtype"]
         == "float32"
     )
+
+
+def test_weights_wider_than_the_published_ones_are_noted(tmp_path: Path) -> None:
+    publish("llama", tmp_path / "hf")
+    edit_config(tmp_path / "hf", dtype="bfloat16")
+    import_folder(str(tmp_path / "hf"), str(tmp_path / "ours"))
+    (note,) = export_folder(str(tmp_path / "ours"), str(tmp_path / "out")).notes
+    assert "float32, as they were trained, and were published as bfloat16: --dtype" in note
+    chosen = export_folder(str(tmp_path / "ours"), str(tmp_path / "fp32"), torch.float32)
+    assert chosen.notes == ()
 
 
 def test_boxes_are_read_from_anywhere(tmp_path: Path) -> None:
@@ -341,7 +356,7 @@ def test_an_unknown_layout_of_experts_is_refused_by_its_name(tmp_path: Path) -> 
             for name, tensor in model.state_dict().items()
         },
     )
-    words = r"experts.down_proj' has shape \[4, 24, 32\], \[4, 32, 24\] is expected"
+    words = r"experts.down_proj' has shape \[4, 24, 32\], \[4, 32, 24\] is .* transpose it"
     with pytest.raises(ConfigError, match=words):
         HfWeights(str(tmp_path / "hf"))
 
@@ -395,6 +410,32 @@ def test_a_head_that_repeats_the_embedding_is_tied(
     weights = HfWeights(str(tmp_path / "hf"))
     assert weights.model.tie_embeddings
     assert weights.notes == []
+
+
+@pytest.mark.parametrize("name", ["llama-tied", "gpt2"])
+def test_a_head_without_an_embedding_is_taken_for_both(tmp_path: Path, name: str) -> None:
+    published = publish(name, tmp_path / "hf")
+    embedding = "transformer.wte.weight" if name == "gpt2" else "model.embed_tokens.weight"
+
+    def rename(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return tensors | {"lm_head.weight": tensors.pop(embedding)}
+
+    edit_tensors(tmp_path / "hf", rename)
+    tokens = torch.arange(SEQUENCE)[None]
+    expected = logits_there(published, tokens)
+    measured = logits_here(str(tmp_path / "hf"), tokens).view_as(expected)
+    assert (measured - expected).norm() / expected.norm() <= LOGITS_BAR
+
+
+def test_a_single_file_counts_before_an_index(tmp_path: Path) -> None:
+    # Programs that save over an earlier model leave its index.
+    publish("llama", tmp_path / "hf", shard="30KB")
+    published = publish("llama-tied", tmp_path / "hf")
+    assert (tmp_path / "hf" / "model.safetensors.index.json").exists()
+    tokens = torch.arange(SEQUENCE)[None]
+    expected = logits_there(published, tokens)
+    measured = logits_here(str(tmp_path / "hf"), tokens).view_as(expected)
+    assert (measured - expected).norm() / expected.norm() <= LOGITS_BAR
 
 
 def test_copies_that_differ_are_refused_on_every_road(tmp_path: Path) -> None:
@@ -488,12 +529,14 @@ def with_config(**changed: Any) -> Damage:
         ),
         (
             without("model.norm.weight"),
-            "lacks 1 of the 21 tensors that its config.json asks for: model.norm.weight",
+            "lacks 1 of the 21 tensors that its config.json asks for: model.norm.weight; "
+            "download its files again, or correct config.json if the model has no such",
         ),
         (
             with_tensor("model.layers.0.self_attn.q_proj.bias", torch.zeros(32)),
             "holds 1 tensors that a llama model of 2 layers, as its config.json describes "
-            "it, does not have: model.layers.0.self_attn",
+            "it, does not have: model.layers.0.self_attn.q_proj.bias; correct config.json if "
+            "they are part of the model, or take them out of the files",
         ),
         (
             with_config(num_hidden_layers=1),

@@ -300,6 +300,15 @@ def test_what_is_not_supported_is_named(changed: dict[str, Any], words: str) -> 
         ),
         ({"embedding_scale": 3.0}, "model.embedding_scale=3.0 cannot be expressed"),
         (
+            {"zero_centered_norm": True},
+            "model.embedding_scale=1 is not the square root of hidden_size, 11.3137 (gemma)",
+        ),
+        ({"activation": "geglu_tanh"}, "model.embedding_scale=1 is not the square root"),
+        (
+            {"activation": "geglu_tanh", "embedding_scale": 128**0.5},
+            "model.zero_centered_norm=False cannot be expressed in the config.json of gemma",
+        ),
+        (
             {"qkv_bias": True, "qk_norm": True},
             "model.qkv_bias=True cannot be expressed in the config.json of qwen3",
         ),
@@ -321,6 +330,10 @@ def test_what_is_not_supported_is_named(changed: dict[str, Any], words: str) -> 
         ),
         ({"attention_output_bias": True}, "model.qkv_bias=False cannot be expressed"),
         ({"norm": "layernorm"}, "model.activation='swiglu' is not one of 'gelu_tanh'"),
+        (
+            {"preset": "gemma-2b", "hidden_size": 256},
+            "model.embedding_scale=45.2548 is not the square root of hidden_size, 16 (gemma)",
+        ),
         ({"mla": {}}, "model.moe is null, and every such model has experts (deepseek_v3)"),
         (
             {"preset": "deepseek-tiny", "moe": {"scores_per_group": 1}},

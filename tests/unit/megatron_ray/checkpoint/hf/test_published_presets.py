@@ -228,7 +228,10 @@ PUBLISHED: dict[str, Values] = {
     "qwen2-0.5b": llama(24, 896, 14, 2, 4864, **QWEN2 | {"tie_word_embeddings": True}),
     "qwen2-1.5b": llama(28, 1536, 12, 2, 8960, **QWEN2 | {"tie_word_embeddings": True}),
     "qwen2-7b": llama(28, 3584, 28, 4, 18944, **QWEN2 | {"vocab_size": 152064}),
-    "qwen2-72b": llama(80, 8192, 64, 8, 29568, **QWEN2 | {"vocab_size": 152064}),
+    "qwen2-72b": llama(
+        *(80, 8192, 64, 8, 29568),
+        **QWEN2 | {"vocab_size": 152064, "rms_norm_eps": 1e-5},
+    ),
     "qwen3-0.6b": llama(28, 1024, 16, 8, 3072, **QWEN3 | {"tie_word_embeddings": True}),
     "qwen3-1.7b": llama(28, 2048, 16, 8, 6144, **QWEN3 | {"tie_word_embeddings": True}),
     "qwen3-4b": llama(36, 2560, 32, 8, 9728, **QWEN3 | {"tie_word_embeddings": True}),

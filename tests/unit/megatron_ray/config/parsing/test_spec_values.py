@@ -2,6 +2,7 @@
 
 import codecs
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,9 @@ def test_a_value_means_the_same_however_it_is_given(
         ("training.steps", "1,000", "got '1,000'; write it as 1000 or 1e3"),
         ("training.steps", "10k", "got '10k'; write it as 1000 or 1e3"),
         ("training.steps", "1e999999999", "got '1e999999999'; write it as 1000 or 1e3"),
+        ("training.steps", "1e400", "must be at most 1099511627776, got '1e400'"),
+        ("training.steps", "9" * 200_000, "a whole number with fewer digits, got '999"),
+        ("schedule.warmup_steps", 10**400, "must be at most 1099511627776, got 1000"),
         ("training.steps", True, "a whole number, got true; write it as 1000 or 1e3"),
         ("training.seq_length", None, "a whole number, got null; write it as 1000 or 1e3"),
         ("optimizer.lr", "0,1", "a number, got '0,1'; write it as 0.001 or 1e-3"),
@@ -127,6 +131,46 @@ def test_a_refusal_shows_the_value_and_what_to_write(
     (problem,) = problems_from_pydantic(caught.value.errors(), spec, model=JobSpec)
     assert problem.pointer == "/" + path.replace(".", "/")
     assert refusal in problem.detail
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "refusal"),
+    [
+        ("job.yaml", "training: {steps: 5}", "the key 'training' is given twice; keep one"),
+        ("job.yaml", "metadata: {a: x, b: {a: y, a: z}}", "the key 'a' is given twice"),
+        ("job.json", '"name": "a", "name": "b"', "the key 'name' is given twice; keep one"),
+        ("job.yaml", "priority: .inf", "JSON does not support: /priority is inf; use a"),
+        ("job.json", '"grace_s": 1e400', "JSON does not support: /grace_s is inf"),
+        ("job.yaml", "metadata: {a: !!timestamp 2026-11-20}", "/metadata/a is 2026-11-20"),
+        ("job.yaml", "metadata: &a {b: *a}", "it is nested without end"),
+        ("job.json", '"metadata": ' + "[" * 100_000, "is nested too deeply for a spec"),
+    ],
+)
+def test_what_would_be_ignored_or_cannot_be_sent_is_refused(
+    tmp_path: Path, name: str, more: str, refusal: str
+) -> None:
+    text = yaml.safe_dump(SPEC) + more
+    if name.endswith("json"):
+        text = json.dumps(SPEC)[:-1] + ", " + more + "}"
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=re.escape(refusal)):
+        read_mapping(tmp_path / name)
+
+
+def test_merged_keys_may_be_given_again() -> None:
+    text = "a: &a {x: 1, y: 2}\nb: &b\n  <<: *a\n  x: 3\nc:\n  <<: *b\n  x: 4"
+    assert read_yaml(text)["c"] == {"x": 4, "y": 2}
+    assert read_yaml(text)["b"] == {"x": 3, "y": 2}
+
+
+def test_long_numbers_are_left_to_their_field(tmp_path: Path) -> None:
+    digits = "9" * 5000
+    (tmp_path / "job.json").write_text(f'{{"a": {digits}}}')
+    assert read_mapping(tmp_path / "job.json") == {"a": digits}
+    assert read_yaml(f"[{digits}, 0x{digits}]") == [digits, f"0x{digits}"]
+    assert apply_overrides({}, [f"a={digits}"]) == {"a": digits}
+    with pytest.raises(ValueError, match="/optimizer/lr is nan; use a finite number"):
+        apply_overrides(SPEC, ["optimizer.lr=.nan"])
 
 
 def test_what_is_no_whole_number() -> None:

@@ -138,3 +138,17 @@ def test_the_first_rows_are_checked_and_what_is_left_out_is_noted(tmp_path: Path
     checked = check_data(DataConfig(train=(source,)), 8, str(tmp_path))
     assert checked.problems == []
     assert checked.notes == [f"{folder}: 1 file (test.jsonl) of test data: not trained on"]
+
+
+def test_the_first_files_and_one_of_each_format_are_checked(tmp_path: Path) -> None:
+    row = json.dumps({"text": "word " * 9}) + "\n"
+    for name in ("a", "c", "d", "e", "f"):
+        (tmp_path / f"{name}.jsonl").write_text(row * 9)
+    (tmp_path / "b.jsonl").write_bytes(b"")
+    assert check_data(config(tmp_path), 8, str(tmp_path)).problems == []
+    (tmp_path / "g.txt").write_text("gr\u00fcn", encoding="latin-1")
+    (problem,) = check_data(config(tmp_path), 8, str(tmp_path)).problems
+    assert "g.txt is not UTF-8 text" in problem.detail
+    (tmp_path / "d.jsonl").write_text(row.replace("text", "body"))
+    (problem,) = check_data(config(tmp_path), 8, str(tmp_path)).problems
+    assert "d.jsonl has no field 'text' in its first 1 lines" in problem.detail

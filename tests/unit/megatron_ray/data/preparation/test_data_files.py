@@ -1,6 +1,9 @@
 """No file is trained on and held out at once, however the sources name it."""
 
+import errno
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -73,6 +76,60 @@ def test_a_file_named_in_both_lists_is_noted(folder: Path) -> None:
     data = find(folder, ["a.jsonl"], ["a.jsonl"])
     assert (stems(data.train), stems(data.validation)) == (["a"], ["a"])
     assert data.notes == [f"{folder}/a.jsonl is both trained on and evaluated on"]
+
+
+def test_a_hard_link_is_the_same_file(folder: Path) -> None:
+    (folder / "link.jsonl").hardlink_to(folder / "a.jsonl")
+    data = find(folder, ["[abc].jsonl"], ["link.jsonl"])
+    assert (stems(data.train), stems(data.validation)) == (["bc"], ["link"])
+    (note,) = find(folder, ["a.jsonl"], ["link.jsonl"]).notes
+    assert note.endswith("a.jsonl is both trained on and evaluated on")
+
+
+def test_files_that_links_reach_again_are_read_once(folder: Path) -> None:
+    (folder / "b2.jsonl").hardlink_to(folder / "b.jsonl")
+    (folder / "a2.jsonl").symlink_to("a.jsonl")
+    data = find(folder, ["[ab]*.jsonl"])
+    assert stems(data.train) == ["ab"]
+    assert data.notes == [
+        f"{folder}/[ab]*.jsonl: 2 files (a2.jsonl, b2.jsonl) linked to others: read once"
+    ]
+    (folder / "other").mkdir()
+    (folder / "other/again").symlink_to(folder)
+    data = find(folder, ["other"])
+    assert stems(data.train) == ["abc"]
+    assert "2 files (again/a2.jsonl, again/b2.jsonl) linked" in data.notes[0]
+
+
+def test_links_in_circles_end(folder: Path) -> None:
+    # Twice, so that following them would take two to the power of forty steps.
+    for name in ("one", "two"):
+        (folder / name).symlink_to(folder)
+    data = find(folder, ["."])
+    assert (stems(data.train), data.notes) == (["abc"], [])
+    (folder / "self.jsonl").symlink_to("self.jsonl")
+    (problem,) = find(folder, ["."]).problems
+    assert "links to data that do not exist: 1 file (self.jsonl)" in problem.detail
+
+
+def test_a_folder_that_may_not_be_read_is_named(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("closed", "lost+found"):
+        (folder / name).mkdir()
+    scandir = os.scandir
+
+    def deny(path: str) -> Any:
+        if path.endswith(("closed", "lost+found")):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", deny)
+    (problem,) = find(folder, ["."]).problems
+    assert problem.detail.startswith(f"{folder}/closed may not be read by the user")
+    (folder / "closed").rmdir()
+    # The root of a disk has one that is not part of the data.
+    assert stems(find(folder, ["."]).train) == ["abc"]
 
 
 def test_other_fields_of_the_same_file_are_other_text(folder: Path) -> None:

@@ -46,6 +46,16 @@ def find(path: Path | str, role: Role = "train") -> SourceFiles:
         ("holdout/a.txt", "test"),
         ("test/train-0.jsonl", "test"),
         ("train/test-0.jsonl", "train"),
+        ("tests/a.jsonl", "test"),
+        ("testdev.jsonl", "test"),
+        ("evals/a.jsonl", "validation"),
+        ("validate.txt", "validation"),
+        ("myTest.jsonl", "test"),
+        ("myTrainSet.jsonl", "train"),
+        ("testA.jsonl", "test"),
+        ("devB.jsonl", "validation"),
+        ("GameDev.txt", None),
+        ("LatestNews.txt", None),
         ("latest.jsonl", None),
         ("contest.txt", None),
         ("trains.txt", None),
@@ -148,7 +158,10 @@ def test_a_folder_of_another_split_is_refused_with_a_pattern_that_works(
         ("b.zip", "unpack it"),
         ("b.jsonl.xz", "unpack it"),
         ("part-0.gz", "unpack it, or name it by what it holds, such as .jsonl.gz"),
-        ("b.parquet.gz", "unpack it"),
+        ("b.parquet.gz", "unpack it, or give only"),
+        ("b.tar.gz", "unpack it, or give only"),
+        ("b.jsonl.gz.gz", "unpack it, or give only"),
+        ("b.csv.gz", "convert it to .jsonl or .parquet"),
         ("b.csv", "convert it to .jsonl or .parquet"),
         ("data-00000-of-00001.arrow", "convert it to .jsonl or .parquet"),
         ("b.bin", "give the pair as a source of its own"),
@@ -178,6 +191,24 @@ def test_other_files_are_named(tmp_path: Path) -> None:
     ]
 
 
+def test_hidden_files_that_a_pattern_matches_are_named(tmp_path: Path) -> None:
+    folder = write_files(tmp_path / "set", "a.jsonl", ".copies/a.jsonl", "_b/a.jsonl")
+    source = find(f"{folder}/**/*.jsonl")
+    assert len(source.files) == 3
+    (note,) = source.notes
+    assert note.endswith(": 1 file (.copies/a.jsonl) with names that begin with .: read")
+
+
+def test_descriptions_of_any_type_are_named_as_such(tmp_path: Path) -> None:
+    folder = write_files(tmp_path / "set", "a.jsonl", "README.md", "LICENSE", "README.txt")
+    (note,) = find(folder).notes
+    assert note == (
+        f"{folder}: 3 files (LICENSE, README.md, README.txt) describing the data: not read"
+    )
+    with pytest.raises(DataError, match="of a type that cannot be read"):
+        find(folder / "LIC*")
+
+
 def test_a_description_is_read_when_it_is_named(tmp_path: Path) -> None:
     folder = write_files(tmp_path / "set", "README.txt", "LICENSE-MIT.txt", "licensed.txt")
     assert names_of(find(folder), folder) == ["licensed.txt"]
@@ -192,11 +223,15 @@ def test_links_to_missing_data_are_named(tmp_path: Path) -> None:
     folder = write_files(tmp_path / "set", "a.jsonl")
     (folder / "notes").symlink_to("nowhere")
     assert names_of(find(folder), folder) == ["a.jsonl"]
+    assert find(folder).notes == (f"{folder}: 1 file (notes) linked to nothing: not read",)
     (folder / "b.jsonl").symlink_to("nowhere.jsonl")
     with pytest.raises(
         DataError, match=r"links to data that do not exist: 1 file \(b.jsonl\);"
     ):
         find(folder)
+    with pytest.raises(DataError, match=r"do not exist: 1 file \(b.jsonl\)"):
+        find(f"{folder}/*.jsonl")
+    assert names_of(find(f"{folder}/a*"), folder) == ["a.jsonl"]
 
 
 def test_a_file_and_its_compressed_copy_are_read_once(tmp_path: Path) -> None:

@@ -66,6 +66,16 @@ def test_the_files_beside_a_tokenizer_declare_its_end_token(tmp_path: Path) -> N
     assert around(named) == [None, "<|endoftext|>"]
 
 
+def test_a_byte_order_mark_before_a_tokenizer_changes_nothing(tmp_path: Path) -> None:
+    chosen = file(tmp_path, "\ufeff" + CHAT)
+    settings = b'\xef\xbb\xbf{"eos_token": "<|im_end|>"}'
+    (tmp_path / "tokenizer_config.json").write_bytes(settings)
+    assert around(chosen) == [None, "<|im_end|>"]
+    assert around(chosen, weights(CHAT)) == [None, "<|im_end|>"]
+    # Weights without a tokenizer of their own.
+    assert around(chosen, weights(None)) == [None, "<|im_end|>"]
+
+
 def test_a_guess_is_noted_and_a_declaration_is_not(tmp_path: Path) -> None:
     chosen = file(tmp_path, GEMMA)
     given = given_tokenizer(chosen, None)
@@ -151,8 +161,39 @@ def test_a_made_up_tokenizer_is_refused_for_weights_with_an_unread_one(
 
 
 def test_weights_without_any_tokenizer_can_be_trained_with_a_chosen_one_only() -> None:
-    assert problem_of(BPE, weights(None)).code == "tokenizer_of_weights"
+    problem = problem_of(BPE, weights(None))
+    assert problem.code == "tokenizer_of_weights"
+    assert problem.detail.endswith(
+        "download the tokenizer.json that they were made with and set data.tokenizer to "
+        "{kind: file, path: FOLDER/tokenizer.json}, or to {kind: bytes} if they were made with "
+        "bytes"
+    )
     assert around(BYTES, weights(None, end_of_document=2)) == [None, "<|endoftext|>"]
+
+
+def test_a_tokenizer_made_for_weights_without_one_begins_documents_too(
+    tmp_path: Path,
+) -> None:
+    made = file(tmp_path, byte_tokenizer("<s>", "</s>", begin="<s>"))
+    (tmp_path / "config.json").write_text('{"eos_token_id": 257}')
+    of = weights(None, other_form="tokenizer.model")
+    assert around(made, of) == ["<s>", "</s>"]
+    assert around(made.model_copy(update={"begin_of_document": ""}), of) == [None, "</s>"]
+    # A model that is new has no documents to follow.
+    assert around(made) == [None, "</s>"]
+
+
+def test_what_files_do_not_settle_is_noted_unless_the_job_does(tmp_path: Path) -> None:
+    of = weights(CHAT, end_of_document="<|im_end|>", end_note="ends", begin_note="begins")
+    given = given_tokenizer(BPE, of)
+    assert given is not None
+    assert given.notes[1:] == ("ends", "begins")
+    chosen = file(
+        tmp_path, CHAT, end_of_document="<|endoftext|>", begin_of_document="<|im_start|>"
+    )
+    given = given_tokenizer(chosen, of)
+    assert given is not None
+    assert given.notes == ()
 
 
 def test_a_tokenizer_that_nothing_confirms_is_noted(tmp_path: Path) -> None:

@@ -422,3 +422,6 @@ def test_a_blend_is_evaluated_on_validation_files_and_held_out_documents(
     write(folder / "valid.jsonl", ["x"])
     prepared = prepare(config(corpus, folder), str(tmp_path / "cache"), seq_length=8)
     assert [part.num_documents for part in prepared.validation] == [6]
+    message = "seq_length \\+ 1 = 9; lower training.seq_length, name data.validation"
+    with pytest.raises(UnusableDataError, match=message):
+        prepare(config(folder), str(tmp_path / "cache"), seq_length=8)

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from megatron_ray.config.data import DataConfig, DataSource
+from megatron_ray.config.data import DataConfig, DataSource, TokenizerConfig
 from megatron_ray.data.preparation.prepare import prepare
 from megatron_ray.data.prepared_length import num_prepared_tokens
 from tests.support.corpus_files import (
@@ -59,6 +59,8 @@ def test_documents_that_cannot_be_told_apart_are_not_separated(tmp_path: Path) -
     indexed = write_prepared(tmp_path / "indexed", [[[1, 2, 7]], [[3, 4, 5, 6, 7]]])
     both = prepare(config(packed, indexed, **separated), str(tmp_path / "c"), seq_length=4)
     assert len(both.notes) == 2
+    assert "so separate_documents cannot see where they end" in both.notes[0]
+    assert "separate_documents" not in both.notes[1]
     ended = write_prepared(tmp_path / "ended", [[[1, 2, 256, 3, 4, 5, 256]]])
     assert not prepare(config(ended, **separated), str(tmp_path / "c"), seq_length=4).notes
 
@@ -71,6 +73,40 @@ def test_data_with_another_end_token_are_noted(tmp_path: Path) -> None:
     different = write_prepared(tmp_path / "other", [[[n, 1, n]] for n in range(20)])
     (note,) = prepare(config(different), str(tmp_path / "cache"), seq_length=4).notes
     assert "documents end with" not in note
+    # An end token may occur in data of another tokenizer, where it is another word.
+    mixed = write_prepared(tmp_path / "mixed", [[[n, 256, 7]] for n in range(20)])
+    (note,) = prepare(config(mixed), str(tmp_path / "cache"), seq_length=4).notes
+    assert "its documents end with token 7, not with the end token 256: if that" in note
+
+
+def test_data_that_do_not_begin_as_prompts_will_are_noted(tmp_path: Path) -> None:
+    plain = write_prepared(tmp_path / "plain", [[[n, 1, 256]] for n in range(20)])
+    begun = write_prepared(tmp_path / "begun", [[[256, n, 1, 256]] for n in range(20)])
+    data = config(plain, begun, validation_fraction=0)
+    (note,) = prepare(data, str(tmp_path / "cache"), seq_length=4).notes
+    assert note == (
+        f"{begun}: its documents begin with token 256, and prompts will not; set "
+        "data.tokenizer.begin_of_document to '<|endoftext|>'"
+    )
+    bytes_begun = TokenizerConfig(kind="bytes", begin_of_document="<|endoftext|>")
+    data = config(plain, begun, validation_fraction=0, tokenizer=bytes_begun)
+    (note,) = prepare(data, str(tmp_path / "cache"), seq_length=4).notes
+    assert note.startswith(
+        f"{plain}: not all its documents begin with token 256, as prompts"
+    )
+
+
+def test_a_tokenizer_without_special_tokens_for_text_is_noted(
+    tmp_path: Path, corpus: Path
+) -> None:
+    tokenizer = TokenizerConfig(kind="bytes", special_tokens_in_text="all")
+    (note,) = prepare(
+        config(corpus, tokenizer=tokenizer), str(tmp_path / "cache"), seq_length=8
+    ).notes
+    assert note.startswith("data.tokenizer.special_tokens_in_text=all has no effect, as")
+    named = TokenizerConfig(kind="bytes", special_tokens_in_text=("<|endoftext|>",))
+    data = config(corpus, tokenizer=named)
+    assert prepare(data, str(tmp_path / "cache"), seq_length=8).notes == ()
 
 
 def test_a_field_of_data_without_fields_is_noted(tmp_path: Path) -> None:

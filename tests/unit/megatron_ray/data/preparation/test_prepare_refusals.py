@@ -1,12 +1,17 @@
 """Every refusal of data that cannot be prepared: field, code and message."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from megatron_ray.config.data import DataConfig, DataSource, TokenizerConfig
-from megatron_ray.data.indexed import IndexedDatasetBuilder
+from megatron_ray.data.indexed import (
+    IndexedDatasetBuilder,
+    read_index,
+    write_index,
+)
 from megatron_ray.data.preparation.errors import UnusableDataError
 from megatron_ray.data.preparation.prepare import prepare
 from megatron_ray.data.tokenizer import Tokenizer
@@ -155,6 +160,24 @@ def test_prepared_data_that_do_not_fit(tmp_path: Path) -> None:
         "/data/train/0/path",
         "bad_corpus",
         "holds float32 values, not tokens",
+    )
+
+
+@pytest.mark.parametrize("marks", [[], [0], [0, 2], [1, 3], [0, 2, 1, 3]])
+def test_marks_of_documents_that_are_not_those_of_the_tokens(
+    tmp_path: Path, marks: list[int]
+) -> None:
+    prefix = write_prepared(tmp_path / "ready", [[[n, 1, 2]] for n in range(3)])
+    path = prefix.with_suffix(".idx")
+    table = read_index(path.read_bytes(), path.name)
+    write_index(path, replace(table, documents=np.array(marks, np.int64)))
+    assert_refused(
+        config(prefix),
+        tmp_path / "c",
+        "/data/train/0/path",
+        "bad_corpus",
+        "the documents that the index of .*/ready marks are not its 3 sequences; prepare",
+        4,
     )
 
 

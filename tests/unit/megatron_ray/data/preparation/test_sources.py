@@ -14,6 +14,7 @@ from megatron_ray.config.data import DataConfig, DataSource, TokenizerConfig
 from megatron_ray.data.preparation.data_files import find_data
 from megatron_ray.data.preparation.documents import fingerprint, read_chunks
 from megatron_ray.data.preparation.errors import DataError
+from megatron_ray.data.preparation.formats import records
 from megatron_ray.data.preparation.formats import text as text_module
 from megatron_ray.data.preparation.sources import STDLIB, find_source, in_sampling_order
 
@@ -66,14 +67,32 @@ def test_kinds_read_the_same_documents(tmp_path: Path) -> None:
 def test_long_documents_come_whole_in_pieces(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
 ) -> None:
-    monkeypatch.setattr(text_module, "_CHUNK_CHARS", 5)
+    monkeypatch.setattr(records, "_CHUNK_CHARS", 5)
     (tmp_path / "a.txt").write_text(text, encoding="utf-8", errors="replace", newline="")
     written = (tmp_path / "a.txt").read_bytes().decode()
     assert documents(tmp_path / "a.txt") == [written]
 
 
+def test_long_rows_come_in_the_pieces_of_text_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(records, "_CHUNK_CHARS", 4)
+    texts = ["abcdef\r\nghi\nj", "k", "lmno"]
+    jsonl(tmp_path / "a.jsonl", *texts)
+    pq.write_table(pa.table({"text": texts}), tmp_path / "b.parquet")
+    for name in ("a.jsonl", "b.parquet"):
+        source = find_source(DataSource(path=str(tmp_path / name)))
+        assert list(read_chunks(source)) == [
+            ("abcdef\r\n", False),
+            ("ghi\n", False),
+            ("j", True),
+            ("k", True),
+            ("lmno", True),
+        ]
+
+
 def test_pieces_end_at_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(text_module, "_CHUNK_CHARS", 4)
+    monkeypatch.setattr(records, "_CHUNK_CHARS", 4)
     (tmp_path / "a.txt").write_text("abcdef\nghi\nj")
     assert [
         chunk.text
@@ -178,13 +197,13 @@ def test_paths_that_are_wrong(tmp_path: Path) -> None:
         (
             '["a"]',
             "bad_line",
-            r"d.jsonl:3 is a JSON list, not an object with a field 'text'",
+            r"d.jsonl:3 is a list, not an object with a field 'text'",
             "path",
         ),
         (
             '{"text": 5}',
             "text_key",
-            r"d.jsonl:3: field 'text' is a int, not text",
+            r"d.jsonl:3: field 'text' is a number, not text",
             "text_key",
         ),
         ("[" * 100_000, "bad_line", r"d.jsonl:3 is not JSON", "path"),

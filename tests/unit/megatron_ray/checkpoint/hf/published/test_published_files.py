@@ -15,6 +15,7 @@ from megatron_ray.checkpoint.hf.importing import import_folder
 from megatron_ray.checkpoint.hf.published.beside_weights import files_beside_weights
 from megatron_ray.checkpoint.hf.published.config import config_values
 from megatron_ray.checkpoint.hf.published.files import read_published
+from megatron_ray.config.model_tokenizer import with_begin
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.data.preparation.prepare import prepare
 from megatron_ray.data.tokenizer import Tokenizer
@@ -22,6 +23,7 @@ from megatron_ray.distributed.mesh import ParallelMesh
 from megatron_ray.training import saving
 from megatron_ray.training.session import TrainingSession
 from tests.support.hf_folders import SEQUENCE, edit_config, publish
+from tests.support.tokenizer_files import byte_tokenizer
 
 TOKEN_IDS = {"bos_token_id": 257, "eos_token_id": [256, 258], "pad_token_id": 259}
 SETTINGS = {
@@ -57,6 +59,9 @@ def published(tmp_path: Path) -> Path:
     generation = {"eos_token_id": [258, 256], "temperature": 0.6, "do_sample": True}
     (folder / "generation_config.json").write_text(json.dumps(generation))
     (folder / "LICENSE").write_text("free")
+    (folder / "license.txt").write_text("free too")
+    (folder / "LICENSES").mkdir()
+    (folder / "tekken.json").write_text("{}")
     return folder
 
 
@@ -209,10 +214,22 @@ def test_another_tokenizer_leaves_published_ids_out_and_says_so(
         "pad_token_id": None,
     }
     assert beside.files.keys() == {"LICENSE", "tokenizer.json", "tokenizer_config.json"}
-    assert json.loads(beside.files["tokenizer_config.json"])["eos_token"] == "<|endoftext|>"
+    settings = json.loads(beside.files["tokenizer_config.json"])
+    assert settings["eos_token"] == "<|endoftext|>"
+    assert "bos_token" not in settings
     (note,) = beside.notes
     assert "the run's tokenizer is not the published one" in note
     assert "chat_template.jinja" in note
+
+
+def test_the_tokenizer_of_a_run_knows_the_tokens_around_its_documents() -> None:
+    content = with_begin(byte_tokenizer("<s>", "</s>"), 256).encode()
+    beside = files_beside_weights({}, content, 257, 256)
+    assert json.loads(beside.files["tokenizer_config.json"]) == {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+    }
 
 
 @pytest.mark.parametrize("end", [258, 7])
@@ -220,6 +237,41 @@ def test_without_published_ids_the_end_token_decides(end: int) -> None:
     published = {"config.json": FILES["config.json"]}
     beside = files_beside_weights(published, tokenizer_json("<s>", "<end>").encode(), end)
     assert beside.token_ids["eos_token_id"] == ([256, 258] if end == 258 else 7)
+
+
+@pytest.mark.parametrize("in_tokenizer", [True, False])
+def test_the_end_token_of_a_run_is_among_those_of_its_export(in_tokenizer: bool) -> None:
+    content = tokenizer_json("<s>", "<|eot|>", "<pad>", "<end>").encode()
+    generation = json.dumps({"eos_token_id": [258], "top_p": 0.9}).encode()
+    published = FILES | {"tokenizer.json": content, "generation_config.json": generation}
+    if in_tokenizer:
+        settings = SETTINGS | {"eos_token": "<end>"}
+        published["tokenizer_config.json"] = json.dumps(settings).encode()
+    beside = files_beside_weights(published, content, 260)
+    written = json.loads(beside.files["generation_config.json"])
+    if in_tokenizer:
+        assert (beside.token_ids, beside.notes) == (TOKEN_IDS, ())
+        assert written == {"eos_token_id": [258], "top_p": 0.9}
+        return
+    assert beside.token_ids == TOKEN_IDS | {"eos_token_id": [256, 258, 260]}
+    assert written == {"eos_token_id": [256, 258, 260], "top_p": 0.9}
+    (note,) = beside.notes
+    assert "ended with token 260, which is no end token of the published model" in note
+
+
+@pytest.mark.parametrize("of_run", [None, 257])
+@pytest.mark.parametrize("of_model", [None, "<s>"])
+def test_an_export_begins_texts_as_its_run_did(
+    of_run: int | None, of_model: str | None
+) -> None:
+    content = byte_tokenizer("<eos>", "<s>", begin=of_model)
+    own = with_begin(content, of_run).encode()
+    published = FILES | {"tokenizer.json": content.encode()}
+    beside = files_beside_weights(published, own, 256, of_run)
+    inner = tokenizers.Tokenizer.from_str(beside.files["tokenizer.json"].decode())
+    assert (inner.encode("a").ids == [257, 97]) == (of_run == 257)
+    is_same = (of_run is None) == (of_model is None)
+    assert (beside.files["tokenizer.json"] == content.encode()) == is_same
 
 
 def test_a_run_without_a_tokenizer_keeps_everything() -> None:

@@ -92,7 +92,9 @@ def test_an_import_notes_what_its_runs_will_need(published: Path, tmp_path: Path
     imported = import_folder(str(published), str(tmp_path / "none"))
     (note,) = imported.notes
     assert note.startswith("the folder has no tokenizer.json, without which its weights")
-    assert "tokenizer" not in yaml.safe_load(Path(imported.spec).read_text())["data"]
+    spec = Path(imported.spec).read_text()
+    assert "tokenizer" not in yaml.safe_load(spec)["data"]
+    assert "Choose data, their tokenizer, sequence length" in spec
     for path in (published, tmp_path / "none"):
         made = initial_tokenizer(str(path))
         assert (made.content, made.other_form) == (None, "tokenizer.model")

@@ -2,7 +2,10 @@
 
 import bz2
 import gzip
+import io
 import json
+import lzma
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -75,6 +78,102 @@ def test_json_files_hold_lines(tmp_path: Path) -> None:
         assert (
             "is one JSON value, not JSON lines; write one object per line" in error.detail
         )
+        command = "jq -c '.[]'"
+        if content.startswith("{"):
+            command = "jq -c '.'"
+        assert error.detail.endswith(f"with: {command} {tmp_path}/a.json")
+    path = tmp_path / "a b.json.zst"
+    path.write_bytes(zstd(b'[{"text": "a"}]'))
+    assert refusal(path).detail.endswith(f"with: zstd -dc '{path}' | jq -c '.[]'")
+
+
+def tar(data: bytes) -> bytes:
+    with io.BytesIO() as file:
+        with tarfile.open(fileobj=file, mode="w") as archive:
+            member = tarfile.TarInfo("a.jsonl")
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+        return file.getvalue()
+
+
+def parquet(*texts: str | None) -> bytes:
+    with io.BytesIO() as file:
+        pq.write_table(pa.table({"text": texts}), file)
+        return file.getvalue()
+
+
+ROWS = lines(*[{"text": "gr\u00fcn \u4e0a"}] * 20)
+GZIPPED = gzip.compress(ROWS)
+OTHER_CONTENTS = [
+    ("a.jsonl", GZIPPED, "a.jsonl is compressed with gzip; add .gz to its name"),
+    ("a.txt", zstd(ROWS), "a.txt is compressed with zstd; add .zst to its name"),
+    ("a.json", bz2.compress(ROWS), "is compressed with bzip2; add .bz2 to its name"),
+    ("a.txt", lzma.compress(ROWS), "a.txt is compressed with xz; unpack it"),
+    ("a.jsonl.gz", gzip.compress(GZIPPED), "a.jsonl.gz is compressed with gzip; unpack it"),
+    ("a.jsonl.gz", gzip.compress(tar(ROWS)), "a.jsonl.gz is a tar archive; unpack it"),
+    ("a.txt", tar(ROWS), "a.txt is a tar archive; unpack it"),
+    ("a.jsonl", parquet("a"), "is a Parquet file; let its name end in .parquet"),
+    ("a.txt", ROWS.decode().encode("utf-16"), "a.txt is UTF-16 text; convert it to UTF-8"),
+    ("a.txt", ROWS.decode().encode("utf-16-le"), "a.txt is UTF-16 text; convert it"),
+    ("a.jsonl", ROWS.decode().encode("utf-16-le"), "a.jsonl is UTF-16 text; convert it"),
+    ("a.jsonl", ROWS.decode().encode("utf-16-be"), "a.jsonl is UTF-16 text; convert it"),
+    ("a.txt", bytes(1000), "a.txt holds zero bytes in place of text; restore it"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "message"), OTHER_CONTENTS)
+def test_files_with_other_contents_than_their_names_are_refused_with_a_remedy(
+    tmp_path: Path, name: str, content: bytes, message: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    assert message in refusal(tmp_path / name).detail
+
+
+@pytest.mark.parametrize("suffix", COMPRESSIONS)
+def test_files_that_were_unpacked_under_their_names_are_refused_with_a_remedy(
+    tmp_path: Path, suffix: str
+) -> None:
+    path = tmp_path / f"a.jsonl{suffix}"
+    path.write_bytes(ROWS)
+    detail = f"{path} is not compressed; take {suffix} off its name"
+    assert refusal(path).detail == detail
+
+
+def test_a_text_file_with_other_contents_is_one_bad_record(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(GZIPPED)
+    (tmp_path / "b.txt").write_text("b")
+    texts, tally = read(tmp_path, max_bad_records=1)
+    assert (texts, tally.num_bad) == (["b"], 1)
+
+
+def test_utf8_is_read_as_utf8_whatever_zero_bytes_are_in_it(tmp_path: Path) -> None:
+    row = {"text": "a\0" * 40}
+    (tmp_path / "a.jsonl").write_bytes(lines(row) + b'\0{\0"\0t\0"\0}\0\n')
+    texts, tally = read(tmp_path, max_bad_records=1)
+    assert (texts, tally.num_bad) == ([row["text"]], 1)
+
+
+def test_files_that_hold_nothing_are_noted(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(lines({"text": "one"}))
+    (tmp_path / "b.jsonl").write_bytes(b"")
+    assert read(tmp_path)[1].notes("d") == [f"d: 1 file holds nothing: {tmp_path}/b.jsonl"]
+    for name in ("c.jsonl.gz", "d.jsonl.gz", "e.jsonl.gz"):
+        (tmp_path / name).write_bytes(gzip.compress(b"\n"))
+    (tmp_path / "f.parquet").write_bytes(parquet())
+    (note,) = read(tmp_path)[1].notes("d")
+    shown = ", ".join(f"{tmp_path}/{name}" for name in ("b.jsonl", "c.jsonl.gz"))
+    assert note == f"d: 5 files hold nothing: {shown}, {tmp_path}/d.jsonl.gz, ..."
+
+
+def test_damaged_parquet_is_refused_with_a_remedy(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    content = parquet(*(str(number) for number in range(5000)))
+    path.write_bytes(content[:-9])
+    assert refusal(path).detail.endswith(
+        "check that it is complete, or name it by what it holds"
+    )
+    path.write_bytes(content[:10] + b"\xff" * 500 + content[510:])
+    assert refusal(path).detail.endswith("; check that the file is complete")
 
 
 @pytest.fixture(params=["d.jsonl", "d.parquet"])
@@ -122,7 +221,7 @@ def test_one_message_names_the_first_bad_lines_and_their_number(tmp_path: Path) 
         True,
         True,
     ]
-    assert "d.jsonl:4: field 'text' is a int, not text; ...; correct" in error.detail
+    assert "d.jsonl:4: field 'text' is a number, not text; ...; correct" in error.detail
     assert error.detail.endswith("or set max_bad_records to 4 to leave them out")
 
 
@@ -211,6 +310,21 @@ def test_every_type_whose_values_are_text_is_text(tmp_path: Path, column: Any) -
     assert (texts, tally.num_without_text) == (["a", "b"], 1)
 
 
+def test_a_column_of_nulls_alone_has_no_text(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"text": pa.nulls(2)}), tmp_path / "a.parquet")
+    (tmp_path / "b.parquet").write_bytes(parquet("b"))
+    texts, tally = read(tmp_path)
+    assert (texts, tally.num_without_text) == (["b"], 2)
+
+
+def test_columns_of_one_name_are_refused(tmp_path: Path) -> None:
+    column = pa.array(["a"])
+    table = pa.Table.from_arrays([column, column], names=["text", "text"])
+    pq.write_table(table, tmp_path / "d.parquet")
+    detail = refusal(tmp_path / "d.parquet").detail
+    assert detail.endswith("d.parquet has several columns 'text'; rename the others")
+
+
 NESTED = [
     {"id": 1, "a.b": "dot", "meta": {"body": "one", "c.d": "in", "deep": {"x": "deeper"}}},
     {"id": 2, "a.b": None, "meta": {"body": None, "c.d": "side", "deep": None}},
@@ -245,6 +359,7 @@ def test_text_inside_objects_is_named_by_a_dotted_key(
         ("meta", r"column 'meta' is struct<.*, not text; set text_key to a text column"),
         ("ids", "not text; the data are already tokenized; write the ids as a .bin/.idx"),
         ("turns", "column 'turns' is list<.*>, not text; set text_key to a text column"),
+        ("turns", "or write the parts of each row as one text$"),
         ("meta.none", "has no column 'meta.none'"),
     ],
 )
@@ -265,6 +380,7 @@ def test_columns_that_are_no_text_are_refused_with_those_that_are(
         ([1, 2, 3], "the data are already tokenized; write the ids as a .bin/.idx pair"),
         ({"body": "x"}, "set text_key to a field in it, such as text.body"),
         (["x"], "set text_key to a field with text"),
+        ([{"role": "user"}], "write the parts of each row as one text, or set text_key"),
     ],
 )
 def test_fields_that_are_no_text_are_refused_with_a_remedy(
