@@ -9,6 +9,7 @@
 #   make chaos     kills everything at random moments (hours)
 #   make fuzz      sends what /openapi.json allows, and what it does not (minutes)
 #   make bench     figures as JSON, one object a line
+#   make manifests renders the overlays for Kubernetes (needs kubectl)
 
 PYTHON ?= python3
 VENV   := .venv
@@ -21,7 +22,7 @@ export PYTHONDONTWRITEBYTECODE :=
 SHARED := -n $(JOBS) --dist loadscope --no-loadscope-reorder
 TORCH  := $(shell sed -n 's/^torch==//p' constraints.txt)
 
-.PHONY: setup demo test unit check docs coverage bench parity chaos fuzz
+.PHONY: setup demo test unit check docs coverage bench parity chaos fuzz manifests
 .DEFAULT_GOAL := test
 
 setup: $(VENV)/.installed
@@ -59,6 +60,11 @@ chaos: setup
 
 fuzz: setup
 	$(BIN)/python -m tests.fuzz
+
+manifests:
+	for overlay in dev gpu kueue production; do \
+	  kubectl kustomize deploy/kubernetes/overlays/$$overlay > deploy/kubernetes/rendered/$$overlay.yaml || exit 1; \
+	done
 
 # .building marks an installation under way. When it was interrupted half-written packages may look installed, so the
 # next run starts from an empty environment; after an ordinary failure (no network, say) what is there stays. Temporary

@@ -14,6 +14,7 @@ import socket
 import threading
 import time
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import ray
@@ -124,8 +125,10 @@ class Agent:
         registry = DriverRegistry(self._options.service_url, hello.namespace)
         checks = CheckRunner(client)
         storage = StorageChecks(self._options.storage_root or hello.storage_root)
+        own_node = ray.get_runtime_context().get_node_id()
         while not self._stopping.is_set():
             nodes = read_nodes(storage.results())
+            require_alive(nodes, own_node)
             storage.update(nodes)
             self._report(client, hello, registry, nodes)
             # Replies are processed at once. Without a reply, drivers are still
@@ -224,6 +227,17 @@ def probe_port(address: str) -> None:
     if not host or not port.isdecimal():
         raise ValueError("--address must be host:port")
     socket.create_connection((host, int(port)), timeout=_CONNECT_S).close()
+
+
+def require_alive(nodes: Sequence[NodeInfo], node_id: str) -> None:
+    """Raises ConnectionError when Ray counts this node as dead.
+
+    Without its own node a process can still read Ray's state, but every task and every
+    actor that it starts fails.
+    """
+    for node in nodes:
+        if node.node_id == node_id and not node.alive:
+            raise ConnectionError(f"the agent's own node at {node.address} has died")
 
 
 def watch_ray(address: str) -> None:
