@@ -12,6 +12,7 @@ from megatron_ray.sharding.parameters import local_parameters
 from megatron_ray.validation.resolution import with_vocabulary
 from megatron_ray.validation.storage.disk_space import checkpoint_bytes
 from service.cli import offline_plan
+from service.settings import Settings
 from workers.protocol.job import JobSpec
 
 
@@ -461,21 +462,21 @@ def test_a_plan_shows_what_groups_of_parameters_set(
     assert "optimizer.groups[0] sets weight_decay=0 for 2 of 39 trained tensors" in notes
 
 
-def test_a_job_whose_paths_were_not_checked_tells_so(service: Any, make_node: Any) -> None:
-    service.agent.report(make_node("n1"))
-
-    def created() -> tuple[str, str]:
-        (event,) = service.user.get(
-            f"/v1/jobs/{service.submit()['id']}/events?type=job.created"
+def test_a_job_whose_paths_were_not_checked_tells_so(
+    service: Any, settings: Settings, start: Any, make_node: Any
+) -> None:
+    def created(running: Any) -> tuple[str, str]:
+        running.agent.report(make_node("n1"))
+        (event,) = running.user.get(
+            f"/v1/jobs/{running.submit()['id']}/events?type=job.created"
         ).json()["data"]
         return event["level"], event["message"]
 
-    level, message = created()
+    level, message = created(service)
     assert level == "warn"
     assert "created; its paths were not checked, because the agent of cluster" in message
-    with service.agent as agent:
+    service.stop()
+    patient = start(settings.model_copy(update={"check_wait_s": 10.0}))
+    with patient.agent as agent:
         agent.answer_checks()
-        # Its first long poll may come after the wait of a submission.
-        while created()[0] == "warn":
-            pass
-        assert created() == ("info", "job 'tiny' created")
+        assert created(patient) == ("info", "job 'tiny' created")
