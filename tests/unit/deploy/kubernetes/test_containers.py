@@ -1,4 +1,4 @@
-"""Every container starts what this repository has, as somebody who may do little."""
+"""Every container starts what this repository has, as a user who may do little."""
 
 import json
 import re
