@@ -11,6 +11,7 @@ or, if it inherits the kind, its module:
     │   ├── ConfigError               config.problem
     │   │   └── UnsupportedFieldError checkpoint.hf.families.family
     │   ├── LayoutError               pipeline_parallel.schedules.layout
+    │   ├── DamagedCorpusError        data.indexed
     │   ├── DataError                 data.preparation.errors
     │   ├── TokenizerError            data.tokenizer
     │   └── UnusableDataError         data.preparation.errors

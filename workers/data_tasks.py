@@ -10,20 +10,27 @@ import os
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from megatron_ray.checkpoint.directory import CheckpointError, latest_committed
+from megatron_ray.checkpoint.directory import (
+    CheckpointError,
+    DamagedCheckpointError,
+    list_checkpoints,
+)
 from megatron_ray.checkpoint.disk_space import room_problems
 from megatron_ray.checkpoint.initial_model import (
     resolve_initial_model,
     weights_left_out,
 )
 from megatron_ray.checkpoint.initial_tokenizer import initial_tokenizer
+from megatron_ray.checkpoint.resume_config import compare_with_checkpoint
 from megatron_ray.config.model import ModelConfig
 from megatron_ray.config.model_tokenizer import ModelTokenizer
 from megatron_ray.config.problem import Problem
+from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.data.preparation.errors import UnusableDataError
 from megatron_ray.data.preparation.prepare import no_progress, prepare
 from megatron_ray.data.prepared import PreparedData
@@ -39,20 +46,23 @@ _ALL_LINES = 1_000_000
 
 
 def prepare_data(
-    spec: JobSpec, progress: Callable[[str], None] = no_progress
+    spec: JobSpec,
+    progress: Callable[[str], None] = no_progress,
+    resume_from: str | None = None,
 ) -> PreparedData:
     """Prepares the data of a spec, under its storage path or in data.cache.
 
-    The storage path must be resolved; `progress` receives messages. Raises
+    The storage path must be resolved; `progress` receives messages. `resume_from` is the
+    job's checkpoint to resume from, if that is known; otherwise its newest counts. Raises
     UnusableDataError, also if tokenizer or model do not fit the weights that the job
-    begins with, the epochs have too many samples or the disk has no room left for the
-    checkpoints, and StorageError.
+    begins with, its data have changed since its checkpoint, the epochs have too many
+    samples or the disk has no room left for the checkpoints, and StorageError.
     """
     cache = spec.data_cache
     if cache is None:
         raise ValueError("storage.path is not resolved")
     # The cheap checks come first, because tokenizing may take hours.
-    model, weights, notes = _resolve_weights(spec)
+    model, weights, notes = _resolve_weights(spec, resume_from)
     prepared = prepare(
         spec.data,
         cache,
@@ -68,6 +78,8 @@ def prepare_data(
     except ValueError as error:
         problem = Problem("/model/vocab_size", "vocab_fits", str(error))
         raise UnusableDataError([problem]) from error
+    if weights is not None and weights.is_of_run:
+        notes += _changes_of_text(spec, weights.source, prepared)
     # Nor was the number of steps of a number of epochs.
     if spec.training.epochs is not None:
         notes += _check_epochs(spec, prepared.num_train_tokens)
@@ -80,6 +92,23 @@ def prepare_data(
     for note in notes:
         progress(note)
     return prepared.model_copy(update={"notes": (*notes, *prepared.notes)})
+
+
+def _changes_of_text(
+    spec: TrainConfig, checkpoint: str, prepared: PreparedData
+) -> list[str]:
+    """Returns how the data differ from those that the run was saved with.
+
+    Raises UnusableDataError for differences that the spec does not allow.
+    """
+    # The steps of a number of epochs are known only now.
+    spec = with_length(spec, prepared.num_train_tokens)
+    of_fields = compare_with_checkpoint(checkpoint, spec)
+    comparison = compare_with_checkpoint(checkpoint, spec, prepared.train_sizes)
+    if comparison.problems:
+        raise UnusableDataError(list(comparison.problems))
+    # Users have made the changes of fields themselves.
+    return list(comparison.accepted[len(of_fields.accepted) :])
 
 
 def _batch_notes(spec: JobSpec, num_tokens: int) -> list[str]:
@@ -117,22 +146,34 @@ def _check_epochs(spec: JobSpec, num_tokens: int) -> list[str]:
 
 
 def _resolve_weights(
-    spec: JobSpec,
+    spec: JobSpec, resume_from: str | None
 ) -> tuple[ModelConfig, ModelTokenizer | None, list[str]]:
     """Returns the job's model with its vocabulary, and the tokenizer of its weights.
 
     Also notes about weights that the job leaves out. Raises UnusableDataError.
     """
-    newest = None
-    if spec.storage is not None:
-        newest = latest_committed(spec.storage.path)
+    own = None
+    if resume_from is not None:
+        own = initial_tokenizer(resume_from)
+    elif spec.storage is not None:
+        own = _newest_tokenizer(spec.storage.path)
     # A job that has a checkpoint of its own no longer needs the weights it started from.
-    if newest is not None:
-        return spec.model, replace(initial_tokenizer(newest.path), is_of_run=True), []
+    if own is not None:
+        return spec.model, replace(own, is_of_run=True), []
     model, weights, problems = resolve_initial_weights(spec, compare_copies=True)
     if problems:
         raise UnusableDataError(problems)
     return model, weights, left_out_notes(spec)
+
+
+def _newest_tokenizer(storage_path: str) -> ModelTokenizer | None:
+    """Returns the tokenizer of a job's newest checkpoint that can be read; None without."""
+    for info in reversed(list_checkpoints(storage_path)):
+        if info.committed:
+            # Bytes may be damaged that a listing does not show; all have the same one.
+            with suppress(DamagedCheckpointError):
+                return initial_tokenizer(info.path)
+    return None
 
 
 def left_out_notes(spec: JobSpec) -> list[str]:

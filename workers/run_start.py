@@ -12,8 +12,11 @@ from typing import Any, Self
 from megatron_ray.checkpoint.claim import Claim, read_claim
 from megatron_ray.checkpoint.digests import verify_share
 from megatron_ray.checkpoint.directory import (
+    COMMITTED,
+    FOLDER,
     CheckpointInfo,
     RunIdentity,
+    finish_commit,
     list_checkpoints,
 )
 from megatron_ray.checkpoint.disk_space import room_problems, writable_problems
@@ -42,10 +45,14 @@ class RunStart:
     """Path of the checkpoint to resume from; None: begin at step 0."""
     step: int = 0
     """Steps that are done already."""
+    claim: Claim | None = None
+    """The claim of the folder, on rank 0."""
 
     def to_json(self) -> dict[str, Any]:
         """Returns the fields as plain values."""
-        return asdict(self)
+        values = asdict(self)
+        del values["claim"]
+        return values
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Self:
@@ -76,15 +83,17 @@ class StartDecision:
         """Decides on rank 0, and claims the folder for the attempt."""
         _raise_for(writable_problems(self._path))
         self._require_no_live_job(resume)
+        self._require_no_live_run(resume)
         if resume:
             start = self._resume()
         else:
             self._require_own_folder()
             start = self._new_run()
         _raise_for(room_problems(self._spec, self._path))
-        Claim(start.attempt, start.run.id).write(self._path)
+        claim = Claim.of_this_process(start.attempt, start.run.id)
+        claim.write(self._path)
         self._announcements.announce(_START, start.to_json())
-        return start
+        return replace(start, claim=claim)
 
     def follow(self) -> RunStart:
         """Reads this rank's share of checkpoints that rank 0 considers, then its decision."""
@@ -111,6 +120,7 @@ class StartDecision:
         return last + 1
 
     def _resume(self) -> RunStart:
+        self._finish_commits()
         point = choose_resume_point(self._path, self._find_damage)
         for item in point.passed_over:
             self._notify(
@@ -128,9 +138,28 @@ class StartDecision:
         run = replace(checkpoint.run, damaged=(*checkpoint.run.damaged, *damaged))
         return RunStart(self._next_attempt(), run, checkpoint.path, checkpoint.step)
 
+    def _finish_commits(self) -> None:
+        """Finishes commits that ended before the marker, as the successor of a driver does."""
+        for info in list_checkpoints(self._path):
+            if info.lacks_marker:
+                finish_commit(info.path)
+                self._notify(
+                    f"{info.path} lacked only its {COMMITTED} marker, which it has now"
+                )
+
     def _require_own_folder(self) -> None:
-        """Raises UserError when another run's checkpoints are in the folder."""
-        others = [info for info in list_checkpoints(self._path) if info.was_committed]
+        """Raises UserError when another run's checkpoints are in, or around, the folder."""
+        outer = _run_around(self._path)
+        if outer is not None:
+            detail = (
+                f"{self._path} is inside the checkpoints of the run in {outer}; give this one "
+                "a storage.path of its own"
+            )
+            _raise_for([Problem("/storage/path", "in_use", detail)])
+        others = []
+        for info in list_checkpoints(self._path):
+            if info.was_committed or info.lacks_marker:
+                others.append(info)
         if not others:
             return
         detail = (
@@ -154,6 +183,27 @@ class StartDecision:
         detail = f"{self._path} belongs to {job.job_id}, a job of a service; {remedy}"
         _raise_for([Problem("/storage/path", "in_use", detail)])
 
+    def _require_no_live_run(self, resume: bool) -> None:
+        """Raises UserError while another run, or this one, is writing to the folder."""
+        claim = read_claim(self._path)
+        if claim is None or not claim.may_be_running:
+            return
+        remedy = "give this one a storage.path of its own"
+        if claim.is_of_this_machine:
+            remedy = f"stop it first, or {remedy}"
+        # On another machine it may have been killed, which only the user can know.
+        elif resume:
+            return
+        else:
+            remedy = (
+                f"{remedy}, or, if that one was killed, take the folder over with --resume"
+            )
+        detail = (
+            f"{self._path} is in use by another run that has not ended: attempt {claim.attempt} "
+            f"of {claim.run}, process {claim.pid} on {claim.host}; {remedy}"
+        )
+        _raise_for([Problem("/storage/path", "in_use", detail)])
+
     def _find_damage(self, info: CheckpointInfo) -> str | None:
         """Returns what is wrong with a checkpoint; all ranks read a share of its bytes."""
         self._announcements.announce(_VERIFY, info.path)
@@ -161,6 +211,16 @@ class StartDecision:
         for answer in self._announcements.answers():
             damage = damage or answer or None
         return damage
+
+
+def _run_around(path: str) -> str | None:
+    """Returns the folder of a run whose checkpoints a path would be among."""
+    parts = path.rstrip("/").split("/")
+    for number, part in enumerate(parts):
+        root = "/".join(parts[:number]) or "."
+        if part == FOLDER and list_checkpoints(root):
+            return root
+    return None
 
 
 def _raise_for(problems: tuple[Problem, ...] | list[Problem]) -> None:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 
+from megatron_ray.checkpoint.claim import Claim
 from megatron_ray.checkpoint.directory import latest_committed
 from megatron_ray.config.checkpoint import StorageConfig
 from megatron_ray.config.errors.spec_problems import problems_from_pydantic
@@ -37,7 +38,7 @@ from workers.protocol.spec_warnings import spec_warnings
 from workers.rank.environment import ProcessEnvironmentError, RankEnv
 from workers.rank.messages import StartRequest, UserError
 from workers.rank.session import connect_store, train
-from workers.rank.spool import Spool
+from workers.rank.spool import Spool, holds_reports
 from workers.rank.stores import PrefixStore, Store
 from workers.run_start import Notify, RunStart, StartDecision
 from workers.stop_signals import StopSignals
@@ -134,6 +135,7 @@ class _Run:
         self._store: Store = PrefixStore("megatron-ray", connect_store(self._request))
         self._announcements = Announcements(self._store, env.rank, env.world_size)
         self._spool: Spool | None = None
+        self._claim: Claim | None = None
 
     def run(self, reports: Path | None, *, resume: bool) -> Ending:
         for line in warning_lines(self._spec):
@@ -142,7 +144,7 @@ class _Run:
             start = self._begin(reports, resume=resume)
             if self._is_done(start, self._spec.training.known_steps):
                 return self._nothing_left(start)
-            data = self._prepared()
+            data = self._prepared(start)
             if self._is_done(start, self._spec.training.steps_over(data.num_train_tokens)):
                 return self._nothing_left(start)
             request = replace(
@@ -153,6 +155,8 @@ class _Run:
             )
             return self._train(request, start)
         finally:
+            if self._claim is not None:
+                self._claim.end(self._storage_path)
             if self._spool is not None:
                 self._spool.close()
 
@@ -163,9 +167,28 @@ class _Run:
             return decision.follow()
         with self._announcements.refusing_on_error():
             start = decision.decide(resume=resume)
+            self._claim = start.claim
             if reports is not None:
-                self._spool = _open_spool(reports, start.attempt)
+                self._spool = self._open_spool(reports, start)
         return start
+
+    def _open_spool(self, path: Path, start: RunStart) -> Spool:
+        """Opens the report file; one with other contents would be spoilt."""
+        try:
+            if path.is_file() and not holds_reports(path):
+                raise UserError(
+                    f"cannot write --reports {path}: the file has something other than "
+                    "reports in it; give another one"
+                )
+            spool = Spool(path, start.attempt, segment_bytes=None)
+        except OSError as error:
+            raise _reports_error(path, error) from error
+        if spool.last_n and start.resume_from is None:
+            self._notify(
+                f"warning: --reports {path} has reports of another run, after which those of "
+                "this one are written"
+            )
+        return spool
 
     def _is_done(self, start: RunStart, steps: int | None) -> bool:
         # A number of epochs is known in steps only once the data are prepared.
@@ -178,14 +201,17 @@ class _Run:
         )
         return Ending(self._on_first(message))
 
-    def _prepared(self) -> PreparedData:
+    def _prepared(self, start: RunStart) -> PreparedData:
         """Prepares the data on rank 0 and returns their description on all ranks."""
         if self._env.rank:
             _, value = self._announcements.receive()
             return PreparedData.model_validate(value)
         started = time.monotonic()
         with self._announcements.refusing_on_error():
-            data = prepare_data(self._spec)
+            data = prepare_data(self._spec, resume_from=start.resume_from)
+            # Of runs that have started at once, only the last one goes on.
+            if start.claim is not None:
+                start.claim.require(self._storage_path)
             for note in data.notes:
                 self._notify(f"warning: {note}")
             if data.first_document:
@@ -196,7 +222,7 @@ class _Run:
         return data
 
     def _train(self, request: StartRequest, start: RunStart) -> Ending:
-        committer = StoreCommitter(self._spec, request, self._store, start.run)
+        committer = StoreCommitter(self._spec, request, self._store, start)
         with StopSignals(self._notify) as signals:
             try:
                 outcome = self._train_and_commit(request, committer, signals)
@@ -210,11 +236,14 @@ class _Run:
         if outcome == "finished":
             message = f"finished; newest checkpoint: {committer.committed or 'none'}"
             return Ending(self._on_first(message))
-        number = signals.received or SIGTERM
+        cause = "a signal to another rank"
+        if signals.received is not None:
+            cause = signals.received.name
         message = (
-            f"stopped after step {committer.last_step} by {number.name}; newest checkpoint: "
+            f"stopped after step {committer.last_step} by {cause}; newest checkpoint: "
             f"{committer.committed}; --resume goes on from it"
         )
+        number = signals.received or SIGTERM
         return Ending(self._on_first(message), _STOPPED_BY_SIGNAL + number)
 
     def _train_and_commit(
@@ -314,15 +343,8 @@ def warning_lines(spec: JobSpec) -> list[str]:
     ]
 
 
-def _open_spool(path: Path, attempt: int) -> Spool:
-    try:
-        return Spool(path, attempt, segment_bytes=None)
-    except OSError as error:
-        raise _reports_error(path, error) from error
-
-
 def _reports_error(path: Path, error: OSError) -> UserError:
-    return UserError(f"cannot write --reports {path}: {error.strerror}")
+    return UserError(f"cannot write --reports {path}: {error.strerror or error}")
 
 
 def read_spec(job: Path, overrides: Sequence[str], world_size: int) -> JobSpec:

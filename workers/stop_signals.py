@@ -1,11 +1,12 @@
 """Turns signals that end a process into a command to the training loop.
 
-Owns: the handlers of SIGTERM and SIGINT while a run trains. Torch-free. Must not know:
+Owns: the handlers of these signals while a run trains. Torch-free. Must not know:
 checkpoints, other ranks.
 
-Batch systems and spot machines send SIGTERM and wait for a while before they kill. The
-first signal asks for a checkpoint and a stop, on which all ranks agree at a step; a second
-one ends the process at once.
+Spot machines send SIGTERM and batch systems SIGTERM, SIGUSR1 or SIGUSR2, and wait for a
+while before they kill; a terminal sends SIGINT, and SIGHUP when it is closed. The first
+signal asks for a checkpoint and a stop, on which all ranks agree at a step; a second one
+ends the process at once.
 """
 
 import os
@@ -18,7 +19,13 @@ from typing import Any, Self
 
 from megatron_ray.commands import Command
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_SIGNALS = (
+    signal.SIGTERM,
+    signal.SIGINT,
+    signal.SIGHUP,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+)
 _REPEAT_S = 1.0
 """Seconds within which a signal is the same one, received twice: a terminal and batch
 systems send it to torchrun and to its children, and torchrun passes it on."""

@@ -9,8 +9,6 @@ import threading
 import time
 from contextlib import suppress
 
-from megatron_ray.checkpoint.claim import Claim
-from megatron_ray.checkpoint.directory import RunIdentity
 from megatron_ray.reports import (
     CheckpointReport,
     EvalReport,
@@ -22,6 +20,7 @@ from workers.driver.commit import CheckpointLedger, WholeCheckpoint, commit_whol
 from workers.protocol.job import JobSpec
 from workers.rank.messages import StartRequest
 from workers.rank.stores import Store
+from workers.run_start import RunStart
 
 _COMMIT_CHECK_S = 0.02
 
@@ -34,15 +33,14 @@ class StoreCommitter:
     """
 
     def __init__(
-        self, spec: JobSpec, request: StartRequest, store: Store, run: RunIdentity
+        self, spec: JobSpec, request: StartRequest, store: Store, start: RunStart
     ) -> None:
         assert spec.storage is not None
         self._path = spec.storage.path
         self._keep_last = spec.checkpoint.keep_last
         self._request = request
         self._store = store
-        self._run_identity = run
-        self._claim = Claim(request.attempt, run.id)
+        self._start = start
         self._is_first = request.env.rank == 0
         self._ledger = CheckpointLedger(1, request.attempt)
         self._items: queue.SimpleQueue[Report | None] = queue.SimpleQueue()
@@ -145,11 +143,12 @@ class StoreCommitter:
 
     def _commit(self, whole: WholeCheckpoint) -> None:
         # Another run may have been started in the same folder meanwhile.
-        self._claim.require(self._path)
+        if self._start.claim is not None:
+            self._start.claim.require(self._path)
         manifest = {
             "world_size": self._request.env.world_size,
             "spec": self._request.spec,
-            **self._run_identity.to_manifest(),
+            **self._start.run.to_manifest(),
         }
         commit_whole(whole, self._path, self._keep_last, manifest)
         self.committed = whole.path

@@ -110,6 +110,8 @@ class CheckpointInfo:
     """The marker, the manifest and all files exist that loading needs."""
     damage: str | None
     """What is wrong with one that was committed; None for whole and unfinished ones."""
+    lacks_marker: bool
+    """All files exist that loading needs, and only the marker is missing."""
     run: RunIdentity
     """The run that has written it, as far as the manifest names it."""
     loss: float | None
@@ -209,6 +211,11 @@ def commit(
     storage.write_bytes_atomic(COMMITTED, b"")
 
 
+def finish_commit(path: str) -> None:
+    """Writes the marker of a checkpoint that only lacks it. Raises StorageError."""
+    open_storage(path).write_bytes_atomic(COMMITTED, b"")
+
+
 def read_reports(path: str) -> list[bytes]:
     """Returns the step reports of a committed checkpoint, a JSON object each.
 
@@ -240,10 +247,12 @@ def read_manifest(path: str) -> dict[str, Any]:
     """
     storage = open_storage(path)
     if not storage.exists(COMMITTED):
-        cause = (
-            "it is not committed (no COMMITTED marker): the save did not finish, use an "
-            "older checkpoint"
-        )
+        cause = contained_checkpoint(path)
+        if cause is None:
+            cause = (
+                "it is not committed (no COMMITTED marker): the save did not finish, use an "
+                "older checkpoint"
+            )
         # A wrong path is a more common error, with a different remedy.
         if not storage.list():
             cause = "there is no checkpoint at this path"
@@ -256,6 +265,20 @@ def read_manifest(path: str) -> dict[str, Any]:
     if damage is not None:
         raise DamagedCheckpointError("load", path, damage)
     return manifest
+
+
+def contained_checkpoint(path: str) -> str | None:
+    """Returns a sentence that names the newest checkpoint in a run's folder, if it is one.
+
+    A run's folder is a common mistake where one of its checkpoints is needed.
+    """
+    run, _, name = path.rstrip("/").rpartition("/")
+    if name != FOLDER:
+        run = path
+    newest = latest_committed(run or ".")
+    if newest is None:
+        return None
+    return f"it is the folder of a run, whose newest checkpoint is {newest.path}: give that"
 
 
 def check_format_version(path: str, values: Mapping[str, Any]) -> None:
@@ -274,16 +297,15 @@ def _checkpoint_info(
     storage: Storage, storage_path: str, step: int, attempt: int, files: FileSizes
 ) -> CheckpointInfo:
     manifest = None
-    damage = None
-    # Without the marker no manifest is read, which saves a request.
-    if COMMITTED in files:
-        name = f"{_folder(step, attempt)}/{MANIFEST}"
-        manifest = _read_manifest_file(storage, name)
-        damage = _NO_MANIFEST
-    # The listing contains all sizes, so only the manifest is read.
+    # A save that has not come to its commit has no manifest, which saves a request.
+    if MANIFEST in files:
+        manifest = _read_manifest_file(storage, f"{_folder(step, attempt)}/{MANIFEST}")
+    damage: str | None = _NO_MANIFEST
     if manifest is not None:
+        # The listing contains all sizes, so only the manifest is read.
         damage = _find_damage(_needed_files(manifest), files)
-    is_complete = manifest is not None and damage is None
+    has_marker = COMMITTED in files
+    is_complete = has_marker and damage is None
     facts = manifest or {}
     loss = None
     if is_complete:
@@ -293,7 +315,8 @@ def _checkpoint_info(
         attempt=attempt,
         path=checkpoint_path(storage_path, step, attempt),
         committed=is_complete,
-        damage=damage,
+        damage=damage if has_marker else None,
+        lacks_marker=damage is None and not has_marker,
         run=RunIdentity.of_manifest(facts),
         loss=loss,
         bytes=sum(files.values()),

@@ -7,7 +7,11 @@ optimizers.
 
 from dataclasses import replace
 
-from megatron_ray.checkpoint.directory import COMMITTED, CheckpointError
+from megatron_ray.checkpoint.directory import (
+    COMMITTED,
+    CheckpointError,
+    contained_checkpoint,
+)
 from megatron_ray.checkpoint.hf.files import is_hf_folder
 from megatron_ray.checkpoint.hf.folder import HfFolder
 from megatron_ray.checkpoint.train_state import read_train_state, saved_model
@@ -28,7 +32,7 @@ def is_native_checkpoint(path: str) -> bool:
         return True
     if is_hf_folder(path):
         return False
-    cause = (
+    cause = contained_checkpoint(path) or (
         "it is neither a committed checkpoint (no COMMITTED marker) nor a folder in Hugging "
         "Face's format (no config.json); give the folder that holds one of the two"
     )

@@ -4,14 +4,10 @@ Owns: where a checkpoint and a Hugging Face folder keep it. Torch-free. Must not
 how text becomes tokens.
 """
 
-from contextlib import suppress
-
-from megatron_ray.checkpoint.hf.files import read_text_file
 from megatron_ray.checkpoint.hf.published.tokenizer import read_published_tokenizer
 from megatron_ray.checkpoint.initial_model import is_native_checkpoint
-from megatron_ray.checkpoint.train_state import TOKENIZER, read_train_state
+from megatron_ray.checkpoint.train_state import read_tokenizer, read_train_state
 from megatron_ray.config.model_tokenizer import ModelTokenizer
-from megatron_ray.storage.errors import MissingFileError
 from megatron_ray.storage.storage import open_storage
 
 
@@ -20,17 +16,13 @@ def initial_tokenizer(path: str) -> ModelTokenizer:
 
     Raises CheckpointError for damaged files.
     """
-    storage = open_storage(path)
     if not is_native_checkpoint(path):
-        return read_published_tokenizer(storage, path)
+        return read_published_tokenizer(open_storage(path), path)
     train_state = read_train_state(path, 0)
-    content = None
-    # A checkpoint that was imported without one has none.
-    with suppress(MissingFileError):
-        content = read_text_file(storage, TOKENIZER).decode()
     return ModelTokenizer(
         path,
-        content,
+        # A checkpoint that was imported without one has none.
+        read_tokenizer(path),
         train_state.get("end_of_document"),
         train_state.get("begin_of_document"),
         train_state.get("tokenizer_file"),

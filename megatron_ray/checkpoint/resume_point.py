@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from megatron_ray.checkpoint.directory import (
+    COMMITTED,
     FOLDER,
     CheckpointError,
     CheckpointInfo,
@@ -75,6 +76,8 @@ def choose_resume_point(
             cause = find_damage(info)
             if cause is None:
                 return ResumePoint(info, tuple(passed_over))
+        if info.lacks_marker:
+            cause = f"its {COMMITTED} marker is missing"
         passed_over.append(PassedOver(info, cause or "its save did not finish"))
     damaged = [item for item in passed_over if item.info.was_committed]
     if damaged:

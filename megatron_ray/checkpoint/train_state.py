@@ -4,6 +4,7 @@ Owns: the files with the run's progress, config and tokenizer. Torch-free. Must 
 know: tensors, how a run uses these files.
 """
 
+import codecs
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -16,6 +17,7 @@ from megatron_ray.checkpoint.directory import (
     read_manifest,
 )
 from megatron_ray.config.model import ModelConfig
+from megatron_ray.storage.errors import MissingFileError
 from megatron_ray.storage.storage import open_storage
 
 TRAIN_STATE = "train_state.json"
@@ -51,6 +53,24 @@ def read_train_state(path: str, rank: int) -> dict[str, Any]:
     # The manifest's version is checked already; this one covers the fields read here.
     check_format_version(path, state)
     return state
+
+
+def read_tokenizer(path: str) -> str | None:
+    """Returns the tokenizer.json of a checkpoint; None when it was written without one.
+
+    Raises CheckpointError when the checkpoint is not committed or newer,
+    DamagedCheckpointError when it is incomplete or has other bytes than were written.
+    """
+    names = tuple(read_manifest(path)["files"])
+    try:
+        content = CheckedFiles(open_storage(path), path, names).read_bytes(TOKENIZER)
+        # In checkpoints without digests an editor may have added a byte order mark.
+        return content.removeprefix(codecs.BOM_UTF8).decode()
+    except MissingFileError:
+        return None
+    except UnicodeDecodeError as error:
+        cause = f"{TOKENIZER} is not readable: {error}"
+        raise DamagedCheckpointError("load", path, cause) from error
 
 
 def saved_model(path: str, train_state: Mapping[str, Any]) -> ModelConfig:

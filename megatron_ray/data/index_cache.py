@@ -27,8 +27,8 @@ def load_or_build(cache_dir: str | None, key: str, build: Callable[[], Arrays]) 
     """Returns the arrays under `key`, built when missing and then memory-mapped.
 
     The folder appears atomically. Ranks that build at the same time do the same work,
-    and all use the first result. Without a local cache the arrays stay in memory.
-    Raises OSError.
+    and all use the first result. Without a local cache, or with damaged files in it, the
+    arrays stay in memory. Raises OSError.
     """
     # Files in an object store cannot be memory-mapped, so each rank builds its own arrays.
     if cache_dir is None or not is_local_path(cache_dir):
@@ -41,4 +41,8 @@ def load_or_build(cache_dir: str | None, key: str, build: Callable[[], Arrays]) 
                 np.save(work / f"{name}.npy", array)
     # The rank that built them maps them too, so that ranks of a node share the page cache.
     files = sorted(folder.glob("*.npy"))
-    return {file.stem: np.load(file, mmap_mode="r") for file in files}
+    try:
+        return {file.stem: np.load(file, mmap_mode="r") for file in files}
+    # Damaged files are left alone, because other ranks may have them mapped.
+    except (EOFError, ValueError):
+        return build()

@@ -20,6 +20,7 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
+from megatron_ray.exceptions import InputError
 from megatron_ray.storage.errors import MissingFileError
 from megatron_ray.storage.files import file_stat, open_random_access, read_bytes
 from megatron_ray.storage.location import Location, parse_location
@@ -67,22 +68,28 @@ class IndexTable:
     """[D] int64, first sequence of each document, closed by N."""
 
 
+class DamagedCorpusError(InputError, ValueError):
+    """A file of a corpus is not one, or has lost its end."""
+
+
 def read_index(content: bytes | np.memmap[Any, Any], name: str) -> IndexTable:
     """Parses an .idx file; arrays are views of `content`.
 
-    Raises ValueError with `name` when it is not an index.
+    Raises DamagedCorpusError with `name` when it is not an index.
     """
     if len(content) < _HEADER.size or bytes(content[: len(_MAGIC)]) != _MAGIC:
-        raise ValueError(f"{name} is not a Megatron index: it does not start with MMIDIDX")
+        raise DamagedCorpusError(
+            f"{name} is not a Megatron index: it does not start with MMIDIDX"
+        )
     header = bytes(content[: _HEADER.size])
     _, version, code, num_sequences, num_documents = _HEADER.unpack(header)
     if version != _VERSION:
-        raise ValueError(
+        raise DamagedCorpusError(
             f"{name} is a Megatron index of version {version}; only version {_VERSION} can "
             "be read"
         )
     if code not in _DTYPES:
-        raise ValueError(
+        raise DamagedCorpusError(
             f"{name} has the unknown token type {code}; known are {sorted(_DTYPES)}"
         )
     # Four bytes of length and eight of position per sequence, eight per document mark.
@@ -90,7 +97,7 @@ def read_index(content: bytes | np.memmap[Any, Any], name: str) -> IndexTable:
     documents_at = pointers_at + num_sequences * 8
     end = documents_at + num_documents * 8
     if len(content) < end:
-        raise ValueError(
+        raise DamagedCorpusError(
             f"{name} is cut short: {len(content)} bytes where {num_sequences} sequences "
             f"need {end}"
         )
@@ -122,7 +129,8 @@ class IndexedDataset:
     def __init__(self, prefix: str) -> None:
         """Opens `prefix`.idx and `prefix`.bin.
 
-        Raises OSError when a file is missing, ValueError when they are not a corpus.
+        Raises OSError when a file is missing, DamagedCorpusError when they are not a
+        corpus.
         """
         # Unchanged, also if it is a URI, because manifests contain it.
         self.prefix = prefix
@@ -135,7 +143,7 @@ class IndexedDataset:
         # Checked now, because it would otherwise yield wrong tokens during training.
         end = self._end_of_tokens()
         if end > tokens_stat.size:
-            raise ValueError(
+            raise DamagedCorpusError(
                 f"{tokens.path} is cut short: {tokens_stat.size} bytes where its index "
                 f"needs {end}"
             )

@@ -58,3 +58,8 @@ class PreparedData(Config):
     def num_train_tokens(self) -> int:
         """Tokens of all corpora to train on."""
         return sum(corpus.num_tokens for corpus in self.train)
+
+    @property
+    def train_sizes(self) -> list[tuple[int, int]]:
+        """Tokens and documents of each corpus to train on."""
+        return [(corpus.num_tokens, corpus.num_documents) for corpus in self.train]

@@ -21,7 +21,11 @@ from torch import Tensor
 from megatron_ray.checkpoint.directory import CheckpointError
 from megatron_ray.checkpoint.hf.published.files import published_end_tokens
 from megatron_ray.checkpoint.load import load_into
-from megatron_ray.checkpoint.train_state import TOKENIZER, read_train_state
+from megatron_ray.checkpoint.train_state import (
+    TOKENIZER,
+    read_tokenizer,
+    read_train_state,
+)
 from megatron_ray.config.data import SpecialTokens
 from megatron_ray.config.parallelism import ParallelismConfig
 from megatron_ray.config.train_config import TrainConfig
@@ -41,8 +45,7 @@ from megatron_ray.sharding.sharded_state import (
     TensorBox,
     whole_tensor,
 )
-from megatron_ray.storage.errors import MissingFileError, StorageError
-from megatron_ray.storage.storage import open_storage
+from megatron_ray.storage.errors import StorageError
 
 _SEEDS = (-(1 << 63), (1 << 64) - 1)
 """Least and greatest seed of torch's generators."""
@@ -131,14 +134,13 @@ def _load_tokenizer(
     special_tokens_in_text: SpecialTokens,
 ) -> Tokenizer:
     """Returns the tokenizer with the tokens around documents that the model knows."""
-    try:
-        text = open_storage(checkpoint_path).read_bytes(TOKENIZER).decode("utf-8")
-    except MissingFileError as error:
+    text = read_tokenizer(checkpoint_path)
+    if text is None:
         raise CheckpointError(
             "load",
             checkpoint_path,
             f"it holds no {TOKENIZER}, so its tokens cannot be turned into text",
-        ) from error
+        )
     tokenizer = Tokenizer.from_json(
         text,
         train_state.get("end_of_document"),

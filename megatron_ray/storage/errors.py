@@ -13,6 +13,7 @@ that code for local files can handle both alike.
 """
 
 import errno
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import ClassVar
@@ -73,11 +74,18 @@ def storage_errors(operation: str, path: str) -> Iterator[None]:
     except FileNotFoundError as error:
         raise MissingFileError(operation, path, "no such file or folder") from error
     except PermissionError as error:
-        raise AccessDeniedError(operation, path, error.strerror or error) from error
+        raise AccessDeniedError(operation, path, _reason(error)) from error
     except OSError as error:
         kind = StorageError
         if error.errno in _NO_ROOM:
             kind = DiskFullError
-        raise kind(operation, path, error.strerror or error) from error
+        raise kind(operation, path, _reason(error)) from error
     except ArrowException as error:
         raise StorageError(operation, path, error) from error
+
+
+def _reason(error: OSError) -> object:
+    # Arrow's texts name its own functions, and files that users do not know.
+    if error.errno:
+        return os.strerror(error.errno)
+    return error.strerror or error

@@ -18,6 +18,7 @@ from megatron_ray.checkpoint.directory import FORMAT_VERSION, checkpoint_path
 from megatron_ray.checkpoint.hf.published.files import inside_checkpoint, read_published
 from megatron_ray.checkpoint.initial_weights import load_initial_weights
 from megatron_ray.checkpoint.load import load_into
+from megatron_ray.checkpoint.resume_config import CORPORA
 from megatron_ray.checkpoint.train_state import TOKENIZER, read_train_state
 from megatron_ray.checkpoint.writer import CheckpointWriter
 from megatron_ray.config.problem import ConfigError
@@ -63,6 +64,7 @@ class TrainingSaver:
         self._storage_path = config.storage.path
         self._end_of_document = data.end_of_document
         self._begin_of_document = data.begin_of_document
+        self._corpora = data.train_sizes
         self._files: dict[str, bytes] = {}
         if mesh.rank == 0:
             # Makes a copied checkpoint sufficient for generation.
@@ -119,6 +121,7 @@ class TrainingSaver:
             ),
             "end_of_document": self._end_of_document,
             "begin_of_document": self._begin_of_document,
+            CORPORA: self._corpora,
             "rng": {
                 "cpu": base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode()
             },

@@ -8,7 +8,8 @@ another in a process.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 
@@ -20,6 +21,7 @@ from megatron_ray.commands import Command
 from megatron_ray.config.problem import ConfigError, Problem
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.data.datasets import build_dataset, evaluation_sources
+from megatron_ray.data.indexed import DamagedCorpusError
 from megatron_ray.data.loader import BatchMaker, StepLoader, evaluation_batches
 from megatron_ray.data.prepared import PreparedData
 from megatron_ray.data.tokenizer_match import find_difference
@@ -98,7 +100,7 @@ class TrainingSession:
         torch.manual_seed(self.config.training.seed)
         is_same_order = True
         if resume_from is not None:
-            comparison = compare_with_checkpoint(resume_from, self.config)
+            comparison = compare_with_checkpoint(resume_from, self.config, data.train_sizes)
             _raise_for(comparison.problems)
             is_same_order = not comparison.changes_order
         start_from = None
@@ -124,15 +126,16 @@ class TrainingSession:
             is_same_order=is_same_order,
         )
         self._end_phase("load" if has_weights else "saver")
-        self._components = TrainingComponents(
-            self.config,
-            mesh,
-            self.model,
-            self.optimizer,
-            self._loader(data),
-            self._evaluation(data),
-            self._saver,
-        )
+        with _readable_corpora(self.config):
+            self._components = TrainingComponents(
+                self.config,
+                mesh,
+                self.model,
+                self.optimizer,
+                self._loader(data),
+                self._evaluation(data),
+                self._saver,
+            )
         self._end_phase("data")
 
     def run(self) -> Outcome:
@@ -288,6 +291,18 @@ def _check_tokenizer(weights_path: str | None, data: PreparedData) -> None:
             f"/data/tokenizer: the data were not made with the tokenizer of {weights_path}: "
             f"{difference}; {weights.remedy}"
         )
+
+
+@contextmanager
+def _readable_corpora(config: TrainConfig) -> Iterator[None]:
+    """Raises ConfigError with the remedy for token files that cannot be read."""
+    try:
+        yield
+    except DamagedCorpusError as error:
+        remedy = "restore it"
+        if config.data_cache is not None and config.data_cache in str(error):
+            remedy = "delete its folder, and the data are prepared again"
+        raise ConfigError(f"/data: {error}; {remedy}") from error
 
 
 def _check(config: TrainConfig, mesh: ParallelMesh) -> None:

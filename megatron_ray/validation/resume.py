@@ -7,10 +7,10 @@ Fields that are added later are guarded until they are listed.
 Pure. Must not know: files, checkpoints.
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, TypeGuard
 
 from pydantic import BaseModel
 
@@ -95,13 +95,23 @@ class ResumeComparison:
     problems: tuple[Problem, ...]
     accepted: tuple[str, ...]
     """A line for each change that checkpoint.resume_changes names."""
-    changes_order: bool
-    """Whether samples come from other data or in another order."""
+    changed: tuple[str, ...] = ()
+    """Names of all fields that differ."""
 
+    @property
+    def changes_order(self) -> bool:
+        """Whether samples come from other data or in another order."""
+        return any(_is_within(field, _ORDER_FIELDS) for field in self.changed)
+
+
+CorpusSize = tuple[int, int]
+"""Tokens and documents of a corpus to train on, which another text hardly ever has."""
 
 _NOT_OF_SAMPLES = {"max_bad_records", "name"}
 """Fields of a source that do not change its samples."""
 
+_TRAIN = "data.train"
+_MAX_LISTED = 4
 _ORDER_FIELDS = ("data", "training.seq_length", "training.seed")
 
 
@@ -131,6 +141,7 @@ def compare(config: TrainConfig, saved: TrainConfig, origin: str) -> ResumeCompa
         if field == _DECAY_END and config.schedule.decay_steps is None:
             name = "training.steps"
         changed.append(name)
+        value, saved_value = _differing(value, saved_value)
         if _is_fixed(name) or not _is_accepted(name, config):
             detail = _describe(name, value, f"{origin} {saved_value}")
             if name == "training.steps" and config.schedule.min_lr > 0:
@@ -140,8 +151,67 @@ def compare(config: TrainConfig, saved: TrainConfig, origin: str) -> ResumeCompa
             problems.append(Problem(_pointer(name), "resume_change", detail))
         else:
             accepted.append(f"{name} is {value}, and was {saved_value} until now")
-    changes_order = any(_is_within(field, _ORDER_FIELDS) for field in changed)
-    return ResumeComparison(tuple(problems), tuple(accepted), changes_order)
+    return ResumeComparison(tuple(problems), tuple(accepted), tuple(changed))
+
+
+def _differing(value: object, saved: object) -> tuple[object, object]:
+    """Returns what differs between two values; of lists of objects, the first entry."""
+    if not _are_objects(value) or not _are_objects(saved):
+        return value, saved
+    if len(value) != len(saved):
+        return f"a list of {len(value)}", f"a list of {len(saved)}"
+    for number, (entry, saved_entry) in enumerate(zip(value, saved, strict=True)):
+        names = [name for name in entry if entry[name] != saved_entry[name]]
+        if names:
+            fields = ", ".join(f"{name} {entry[name]}" for name in names)
+            saved_fields = ", ".join(f"{name} {saved_entry[name]}" for name in names)
+            return f"{fields} in entry {number}", saved_fields
+    return value, saved
+
+
+def _are_objects(value: object) -> TypeGuard[list[dict[str, Any]]]:
+    return isinstance(value, list) and all(isinstance(entry, dict) for entry in value)
+
+
+def with_corpora(
+    comparison: ResumeComparison,
+    config: TrainConfig,
+    sizes: Sequence[CorpusSize],
+    saved: Sequence[CorpusSize],
+) -> ResumeComparison:
+    """Returns a comparison with that of the corpora of `data.train`, in their order.
+
+    Files at the same paths may have another content by now.
+    """
+    # Other fields of the data explain other sizes.
+    is_explained = any(_is_within(field, ("data",)) for field in comparison.changed)
+    if is_explained or list(sizes) == list(saved):
+        return comparison
+    detail = (
+        f"the files have changed: they give {_listed(sizes)} to train on, and gave "
+        f"{_listed(saved)} when the run was saved"
+    )
+    changed = (*comparison.changed, _TRAIN)
+    if _is_accepted(_TRAIN, config):
+        accepted = (*comparison.accepted, f"{_TRAIN}: {detail}")
+        return replace(comparison, accepted=accepted, changed=changed)
+    detail += (
+        f"; {_EFFECTS['data']}; restore the files, or add {_TRAIN} to "
+        "checkpoint.resume_changes to go on with them"
+    )
+    problem = Problem(_pointer(_TRAIN), "resume_change", detail)
+    return replace(comparison, problems=(*comparison.problems, problem), changed=changed)
+
+
+def _listed(sizes: Sequence[CorpusSize]) -> str:
+    """Returns sizes of corpora in words; only the first few of many."""
+    rows = [
+        f"{tokens:,} tokens in {documents:,} documents"
+        for tokens, documents in sizes[:_MAX_LISTED]
+    ]
+    if len(sizes) > _MAX_LISTED:
+        rows.append("...")
+    return " + ".join(rows)
 
 
 def _explained_by_others(
@@ -154,7 +224,14 @@ def _explained_by_others(
     for field, derived in _DERIVED.items():
         if getattr(config.model, field) != getattr(saved.model, field):
             explained += [f"model.{name}" for name in derived]
+    kind = config.data.tokenizer.kind
+    if kind != saved.data.tokenizer.kind:
+        explained.append("data.tokenizer.vocab_size")
+        # A file's content is compared where it is read.
+        if kind == "file":
+            explained.append("data.tokenizer.kind")
     if (config.model.moe is None) != (saved.model.moe is None):
+        explained.append("model.ffn_hidden_size")
         for field in fields:
             if field.startswith("model.moe.") and field != "model.moe.num_experts":
                 explained.append(field)

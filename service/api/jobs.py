@@ -238,7 +238,7 @@ async def resume_job(
     options = body or ResumeRequest()
     path = f"/v1/jobs/{job_id}/resume"
     repeatable = IdempotentRequest.of(key, caller.token_id, path, options.model_dump())
-    earlier = await run_in_threadpool(_earlier_response, context, repeatable)
+    earlier = await run_in_threadpool(_earlier_change, context, job_id, repeatable)
     if earlier is not None:
         return _answer(earlier, is_replay=True)
     submitter = Submitter(context.settings, context.store, context.agents, context.compute)
@@ -294,6 +294,14 @@ def _earlier_response(
         if earlier is not None:
             _check_still_there(session, earlier)
         return earlier
+
+
+def _earlier_change(
+    context: Context, job_id: str, repeatable: IdempotentRequest
+) -> StoredResponse | None:
+    with context.store.read() as session:
+        lifecycle.find(session, job_id)
+        return repeatable.earlier_response(session)
 
 
 def _check_still_there(session: Session, created: StoredResponse) -> None:

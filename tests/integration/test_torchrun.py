@@ -80,8 +80,10 @@ def test_trains_commits_and_resumes_bit_for_bit(folder: Path) -> None:
     assert names == ["step-00000004-a0001", "step-00000006-a0001"]
     for path in checkpoints:
         assert (path / "COMMITTED").exists()
-    # Without its marker the newest checkpoint is torn, so the resume starts at step 4.
-    (checkpoints[1] / "COMMITTED").unlink()
+    # Without marker and manifest the newest checkpoint is torn, so the resume starts at
+    # step 4.
+    for name in ("COMMITTED", "manifest.json"):
+        (checkpoints[1] / name).unlink()
     resumed = torchrun(
         folder, "--set", "parallel.tp=2", "--reports", "resumed.jsonl", "--resume"
     )

@@ -11,6 +11,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from megatron_ray.checkpoint.claim import read_claim
 from megatron_ray.checkpoint.directory import list_checkpoints
 from megatron_ray.checkpoint.disk_space import room_problems
 from megatron_ray.config.errors.spec_problems import problems_from_pydantic
@@ -130,6 +131,7 @@ def _folder_problems(storage_path: str) -> list[Problem]:
     """
     try:
         job = job_of_folder(storage_path)
+        claim = read_claim(storage_path)
         checkpoints = [
             info for info in list_checkpoints(storage_path) if info.was_committed
         ]
@@ -145,6 +147,9 @@ def _folder_problems(storage_path: str) -> list[Problem]:
     if checkpoints:
         last = checkpoints[-1].step
         run = f"committed checkpoints of a run without a service, up to step {last}"
+        return [_in_use(storage_path, run)]
+    if claim is not None and claim.may_be_running:
+        run = f"a run without a service, process {claim.pid} on {claim.host}"
         return [_in_use(storage_path, run)]
     return []
 
@@ -162,6 +167,7 @@ def _resume_problems(
         return problems
     try:
         entry = Journal(open_storage(storage_path)).latest()
+        claim = read_claim(storage_path)
         checkpoints = [
             info for info in list_checkpoints(storage_path) if info.was_committed
         ]
@@ -180,6 +186,12 @@ def _resume_problems(
             f"{storage_path} any more; {remedy}"
         )
         problems.append(Problem("/storage/path", "lost", detail))
+    elif claim is not None and claim.may_be_running:
+        detail = (
+            f"{storage_path} is in use by a run without a service, process {claim.pid} on "
+            f"{claim.host}; stop it first"
+        )
+        problems.append(Problem("/storage/path", "in_use", detail))
     return problems
 
 

@@ -117,7 +117,7 @@ class Scheduling:
             return NothingToResume(str(error))
         for item in point.passed_over:
             # An unfinished one is what every failed attempt may leave.
-            if item.info.was_committed:
+            if item.info.was_committed or item.info.lacks_marker:
                 message = f"the checkpoint cannot be loaded and is passed over: {item}"
                 job.records.event("checkpoint.damaged", message, "error")
         newest = point.checkpoint

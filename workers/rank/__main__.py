@@ -39,9 +39,10 @@ def main(
 ) -> None:
     """Train a job without Ray and without a service, one process per rank.
 
-    SIGTERM or SIGINT ends the run after a checkpoint, a second one at once. Exit codes: 0
-    when trained, 1 when training failed, 2 for an error in the job, its files or the
-    options, 143 and 130 when stopped by SIGTERM and SIGINT.
+    SIGTERM, SIGINT, SIGHUP, SIGUSR1 or SIGUSR2 ends the run after a checkpoint, a second
+    signal at once. Exit codes: 0 when trained, 1 when training failed, 2 for an error in the
+    job, its files or the options, 128 + its number when stopped by a signal (143 for
+    SIGTERM, 130 for SIGINT).
     """
     try:
         ending = run_standalone(

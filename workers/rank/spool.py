@@ -11,7 +11,7 @@ the death of the process. A torn last line (power cut, full disk) is cut off.
 import os
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from pydantic_core import PydanticSerializationError, from_json, to_json
 
 SEGMENT_BYTES = 16 << 20
 """Size at which a spool continues in a new file; released files are deleted."""
+_BEGINNING = b'{"n":'
 _TAIL_BYTES = 1 << 20
 """Length of a file's end that is searched for a torn line; no line is that long."""
 
@@ -41,7 +42,8 @@ class Line:
 class Spool:
     """Appends to a report file; several threads of one process may write.
 
-    Numbers continue where an existing file ends.
+    Numbers continue where an existing file ends. Without `segment_bytes` it is a single
+    file, which may also be a device.
     """
 
     def __init__(
@@ -52,14 +54,18 @@ class Spool:
         self._segment_bytes = segment_bytes
         path.parent.mkdir(parents=True, exist_ok=True)
         self._lock = threading.Lock()
-        existing = segments(path)
+        existing = []
+        if segment_bytes is not None:
+            existing = segments(path)
+        elif path.is_file():
+            existing = [(1, path)]
         current = path
         if existing:
             _, current = existing[-1]
-        # A process that died while writing may have left an incomplete line, which would
-        # corrupt the next line.
-        _cut_torn_line(current)
-        self.last_n = _last_n(path)
+            # A process that died while writing may have left an incomplete line, which
+            # would corrupt the next line.
+            _cut_torn_line(current)
+        self.last_n = _last_n(existing)
         self._file = _open_append(current)
         self._size = os.fstat(self._file).st_size
 
@@ -203,6 +209,17 @@ def parse_line(raw_line: bytes) -> Line | None:
         return None
 
 
+def holds_reports(path: Path) -> bool:
+    """Returns whether a file is a spool: empty, or with a report as its first line.
+
+    Raises OSError.
+    """
+    with open(path, "rb") as file:
+        beginning = file.read(len(_BEGINNING))
+    # Only the beginning, because the line itself may be torn.
+    return beginning in (b"", _BEGINNING)
+
+
 def segments(path: Path) -> list[tuple[int, Path]]:
     """Returns (number of the first line, file) of a spool's existing segments, in order.
 
@@ -251,8 +268,6 @@ def _without_surrogates(value: Any) -> Any:
 
 def _cut_torn_line(path: Path) -> None:
     """Removes an unfinished line at the end of a file."""
-    if not path.exists() or not path.stat().st_size:
-        return
     with open(path, "rb+") as file:
         size = file.seek(0, os.SEEK_END)
         start = max(0, size - _TAIL_BYTES)
@@ -262,10 +277,10 @@ def _cut_torn_line(path: Path) -> None:
             file.truncate(start + tail.rfind(b"\n") + 1)
 
 
-def _last_n(path: Path) -> int:
+def _last_n(existing: Sequence[tuple[int, Path]]) -> int:
     """Returns the number of a spool's last line; 0 for a new one."""
     last_n = 0
-    for first_n, segment in segments(path):
+    for first_n, segment in existing:
         # The name of an empty segment gives the last number of the one before it.
         last_n = max(last_n, first_n - 1)
         with open(segment, "rb") as file:

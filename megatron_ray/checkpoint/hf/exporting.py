@@ -19,7 +19,7 @@ from torch import Tensor
 from megatron_ray.checkpoint.directory import CheckpointError
 from megatron_ray.checkpoint.hf.families.family import Family
 from megatron_ray.checkpoint.hf.families.registry import family_for, find_family
-from megatron_ray.checkpoint.hf.files import CONFIG, SHARDS, SINGLE, read_text_file
+from megatron_ray.checkpoint.hf.files import CONFIG, SHARDS, SINGLE
 from megatron_ray.checkpoint.hf.files import TOKENIZER as HF_TOKENIZER
 from megatron_ray.checkpoint.hf.folder import logical_shapes
 from megatron_ray.checkpoint.hf.output_folder import new_folder
@@ -33,13 +33,15 @@ from megatron_ray.checkpoint.hf.published.files import (
 from megatron_ray.checkpoint.hf.tensor_locations import TensorLocation, find_locations
 from megatron_ray.checkpoint.hf.weights import DTYPES
 from megatron_ray.checkpoint.load import SavedCheckpoint, bytes_of
-from megatron_ray.checkpoint.train_state import TOKENIZER, read_train_state, saved_model
+from megatron_ray.checkpoint.train_state import (
+    read_tokenizer,
+    read_train_state,
+    saved_model,
+)
 from megatron_ray.config.model import ModelConfig
 from megatron_ray.config.model_tokenizer import with_begin
 from megatron_ray.config.problem import ConfigError
 from megatron_ray.sharding.sharded_state import ShardedState, whole_tensor
-from megatron_ray.storage.errors import MissingFileError
-from megatron_ray.storage.storage import open_storage
 
 DEFAULT_SHARD_BYTES = 5 * 10**9
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -302,11 +304,10 @@ def _tokenizer_of(checkpoint: str, train_state: Mapping[str, Any]) -> bytes | No
 
     It puts the token before every text that began every document of the run.
     """
-    try:
-        content = read_text_file(open_storage(checkpoint), TOKENIZER)
-    except MissingFileError:
+    content = read_tokenizer(checkpoint)
+    if content is None:
         return None
     # Earlier versions of this code did not know of such a token.
-    if "begin_of_document" not in train_state:
-        return content
-    return with_begin(content.decode(), train_state["begin_of_document"]).encode()
+    if "begin_of_document" in train_state:
+        content = with_begin(content, train_state["begin_of_document"])
+    return content.encode()

@@ -74,12 +74,17 @@ def space_problems(
     needed = one * count - existing_bytes
     if free_bytes is None or needed <= free_bytes:
         return []
-    detail = (
-        f"{path} has {_megabytes(free_bytes)} free, but {count} checkpoints of "
-        f"{_megabytes(one)} each need {_megabytes(needed)} (checkpoint.keep_last="
-        f"{config.checkpoint.keep_last}, and the next one before the oldest is deleted); free "
-        "some space, lower checkpoint.keep_last, or use another folder"
-    )
+    demand = f"a checkpoint needs {_megabytes(needed)}"
+    if count > 1:
+        demand = (
+            f"{count} checkpoints of {_megabytes(one)} each need {_megabytes(needed)} "
+            f"(checkpoint.keep_last={config.checkpoint.keep_last}, and the next one before the "
+            "oldest is deleted)"
+        )
+    remedy = "free some space, or use another folder"
+    if count > 1 and config.checkpoint.keep_last > 1:
+        remedy = "free some space, lower checkpoint.keep_last, or use another folder"
+    detail = f"{path} has {_megabytes(free_bytes)} free, but {demand}; {remedy}"
     return [Problem("/storage/path", "disk_space", detail)]
 
 

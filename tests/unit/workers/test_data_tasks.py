@@ -10,6 +10,7 @@ import pytest
 
 from megatron_ray.checkpoint.directory import commit
 from megatron_ray.checkpoint.hf.folder import HfFolder
+from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.data.preparation.errors import UnusableDataError
 from tests.support.hf_folders import publish
 from tests.support.tokenizer_files import byte_tokenizer
@@ -275,12 +276,18 @@ def test_a_job_that_goes_on_keeps_the_tokenizer_of_its_checkpoint(
     add_tokenizer(tmp_path / "hf", content, eos_token_id=257)
     checkpoint = tmp_path / "storage" / "checkpoints" / "step-00000001-a0001"
     checkpoint.mkdir(parents=True)
-    state = {"format_version": 1, "end_of_document": 256, "begin_of_document": 257}
+    spec["data"]["tokenizer"] = {"vocab_size": 300}
+    config = JobSpec.from_mapping(spec).model_dump(mode="json")
+    state = {
+        "format_version": 1,
+        "end_of_document": 256,
+        "begin_of_document": 257,
+        "config": {name: config[name] for name in TrainConfig.model_fields},
+    }
     (checkpoint / "train_state.json").write_text(json.dumps(state))
     (checkpoint / "tokenizer.json").write_text(content)
     (checkpoint / "index.json").write_text('{"files": {}}')
     commit(str(checkpoint), {}, [])
-    spec["data"]["tokenizer"] = {"vocab_size": 300}
     prepared = prepare_data(JobSpec.from_mapping(spec))
     assert (prepared.begin_of_document, prepared.end_of_document) == (257, 256)
     assert Path(prepared.tokenizer_path).read_text() == content

@@ -22,6 +22,16 @@ from megatron_ray.storage.errors import DiskFullError
 from megatron_ray.storage.storage import LocalStorage, open_storage
 from megatron_ray.validation.check import find_warnings
 from tests.support.hf_folders import publish
+from tests.support.standalone_job import (
+    EVERY,
+    PLAIN,
+    checkpoints,
+    losses,
+    refusal,
+    run,
+    write_job,
+    zero,
+)
 from workers import standalone
 from workers.data_tasks import prepare_data
 from workers.decisions.journal_entry import Ending, JournalEntry, Phase
@@ -31,21 +41,11 @@ from workers.rank.spool import Spool
 from workers.standalone import TrainingFailedError, read_spec, run_standalone
 from workers.stop_signals import StopSignals
 
-SPEC = """
-model: {preset: gpt-tiny, num_layers: 1}
-data: {train: [{path: corpus.txt}], tokenizer: {kind: bytes}, validation_fraction: 0}
-training: {seq_length: 16, global_batch_size: 2, steps: 2, skip_steps: [2]}
-optimizer: {lr: 0.001}
-schedule: {warmup_steps: 4}
-"""
-
 
 @pytest.fixture
 def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "corpus.txt").write_text("one two three four five six seven\n" * 20)
-    (tmp_path / "job.yaml").write_text(SPEC)
-    return tmp_path / "job.yaml"
+    return write_job(tmp_path)
 
 
 def test_a_model_that_cannot_be_exported_is_noted(job: Path) -> None:
@@ -120,29 +120,6 @@ def test_numbers_without_effect_are_noted_once_epochs_are_steps(job: Path) -> No
     )
 
 
-def run(job: Path, *overrides: str, resume: bool = False, **options: Any) -> str:
-    """The line at the end of a run."""
-    ending = run_standalone(
-        job, overrides, options.pop("reports", None), resume=resume, **options
-    )
-    assert ending.message is not None
-    return ending.message
-
-
-def refusal(job: Path, *overrides: str, **options: Any) -> str:
-    with pytest.raises(UserError) as caught:
-        run(job, *overrides, **options)
-    return str(caught.value)
-
-
-def checkpoints(job: Path) -> list[Path]:
-    return sorted((job.parent / "runs" / "job" / "checkpoints").glob("step-*"))
-
-
-PLAIN = ("training.skip_steps=[]", "schedule.warmup_steps=0")
-EVERY = (*PLAIN, "training.steps=4", "checkpoint.every_steps=2", "checkpoint.keep_last=9")
-
-
 def test_a_second_run_in_a_folder_is_refused_with_both_remedies(job: Path) -> None:
     run(job, *EVERY)
     message = refusal(job, *EVERY, "training.seed=7")
@@ -185,22 +162,6 @@ def test_resuming_an_empty_folder_begins_a_run_and_names_that(job: Path) -> None
     assert notices == [
         f"{job.parent}/runs/job holds no checkpoint; the run begins at step 0"
     ]
-
-
-def losses(reports: Path) -> dict[int, float]:
-    """The loss of each step in a file of reports."""
-    rows = {}
-    for line in reports.read_text().splitlines():
-        record = json.loads(line)
-        if record["kind"] == "step":
-            rows[record["data"]["step"]] = record["data"]["loss"]
-    return rows
-
-
-def zero(path: Path, start: int) -> None:
-    with path.open("r+b") as file:
-        file.seek(start)
-        file.write(bytes(400))
 
 
 def test_damage_of_any_kind_is_named_and_kept_and_an_older_checkpoint_resumes(
@@ -325,7 +286,7 @@ def test_a_report_file_on_a_full_disk_is_one_message(
     assert caught.value.exit_code == 2
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_a_run_after_a_checkpoint_from_which_it_goes_on(
     job: Path, number: signal.Signals
 ) -> None:
@@ -360,6 +321,15 @@ def test_a_signal_ends_a_run_after_a_checkpoint_from_which_it_goes_on(
     together = {**losses(job.parent / "first.jsonl"), **losses(job.parent / "second.jsonl")}
     assert together == losses(job.parent / "whole.jsonl"), "bit for bit"
     assert signal.getsignal(number) is handler
+
+
+def test_every_signal_of_a_planned_end_is_handled() -> None:
+    # A closed terminal, and what batch systems send ahead of time.
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        with StopSignals(lambda _: None) as signals:
+            signal.raise_signal(number)
+            assert signals.received is number
+            assert signals.command() is Command.CHECKPOINT_AND_STOP
 
 
 def test_only_a_later_second_signal_ends_the_process(

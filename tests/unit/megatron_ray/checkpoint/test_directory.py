@@ -18,6 +18,7 @@ from megatron_ray.checkpoint.directory import (
     read_manifest,
 )
 from megatron_ray.checkpoint.index import data_file
+from megatron_ray.checkpoint.initial_model import is_native_checkpoint
 from megatron_ray.checkpoint.train_state import TOKENIZER, TRAIN_STATE, rank_state_file
 from megatron_ray.storage.storage import open_storage
 from tests.support.checkpoint_folders import write_checkpoint
@@ -150,6 +151,19 @@ def test_torn_checkpoints_are_refused(tmp_path: Path) -> None:
     Path(path, "data/rank-00000.bin").unlink()
     with pytest.raises(CheckpointError, match=r"its file data/rank-00000.bin is missing"):
         read_manifest(path)
+
+
+def test_where_a_runs_folder_is_given_its_newest_checkpoint_is_named(
+    tmp_path: Path,
+) -> None:
+    write(tmp_path, 10)
+    newest = write(tmp_path, 20)
+    for folder in (tmp_path, tmp_path / "checkpoints", f"{tmp_path}/"):
+        for read in (read_manifest, is_native_checkpoint):
+            with pytest.raises(
+                CheckpointError, match=f"newest checkpoint is {newest}: giv"
+            ):
+                read(str(folder))
 
 
 @pytest.mark.parametrize("version", [2, None, "1"])

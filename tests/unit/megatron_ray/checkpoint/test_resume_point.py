@@ -36,6 +36,8 @@ def test_an_empty_folder_has_nothing_to_resume_from(tmp_path: Path) -> None:
 def test_every_newer_checkpoint_is_named_with_what_is_wrong(tmp_path: Path) -> None:
     paths = [write(tmp_path, step) for step in (10, 20, 30, 40)]
     paths.append(write(tmp_path, 50, committed=False))
+    paths.append(write(tmp_path, 60))
+    (paths[5] / "COMMITTED").unlink()
     (paths[0] / "data" / "rank-00000.bin").unlink()
     (paths[2] / "data" / "rank-00000.bin").unlink()
     (paths[3] / "manifest.json").write_text("{")
@@ -43,6 +45,7 @@ def test_every_newer_checkpoint_is_named_with_what_is_wrong(tmp_path: Path) -> N
     assert point.checkpoint is not None
     assert point.checkpoint.step == 20
     assert [str(item) for item in point.passed_over] == [
+        f"{paths[5]}: its COMMITTED marker is missing",
         f"{paths[4]}: its save did not finish",
         f"{paths[3]}: manifest.json is missing or not readable",
         f"{paths[2]}: its file data/rank-00000.bin is missing",

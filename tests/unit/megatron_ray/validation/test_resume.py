@@ -60,7 +60,7 @@ FREE: list[dict[str, Any]] = [
 @pytest.mark.parametrize("changes", FREE)
 def test_how_a_run_is_executed_may_change(changes: dict[str, Any]) -> None:
     comparison = compare(changes)
-    assert comparison == resume.ResumeComparison((), (), changes_order=False)
+    assert comparison == resume.ResumeComparison((), (), ())
 
 
 GUARDED: list[tuple[dict[str, Any], str]] = [
@@ -137,6 +137,27 @@ def test_a_message_names_both_values_the_effect_and_the_remedies() -> None:
     remedied = {"training__steps": 40, "schedule__decay_steps": 20, **floor}
     assert compare(remedied, floor).problems == ()
     assert find_problems(config(**remedied)) == []
+
+
+def test_of_long_lists_only_what_differs_is_named() -> None:
+    old = {"data__train": [{"path": f"/{number}.txt"} for number in range(9)]}
+    new = {"data__train": [*old["data__train"][:8], {"path": "/8.txt", "weight": 3}]}
+    (problem,) = compare(new, old).problems
+    assert problem.detail.startswith(
+        "weight 3.0 in entry 8, but the checkpoint /c/step-20 was made with weight 1.0, and "
+    )
+    (problem,) = compare({}, old).problems
+    assert problem.detail.startswith("a list of 1, but the checkpoint /c/step-20 was made")
+    assert "with a list of 9, and" in problem.detail
+
+
+def test_a_tokenizer_may_be_named_as_a_file_which_is_compared_where_it_is_read() -> None:
+    file = {"data__tokenizer": {"kind": "file", "path": "/c/tokenizer.json"}}
+    bpe = {"data__tokenizer": {"kind": "bpe", "vocab_size": 300}}
+    assert pointers(file, bpe) == []
+    assert pointers(file) == []
+    assert pointers(bpe, file) == ["/data/tokenizer/kind"]
+    assert pointers({}, bpe) == ["/data/tokenizer/kind"]
 
 
 def test_more_steps_are_free_where_the_rate_does_not_depend_on_them() -> None:

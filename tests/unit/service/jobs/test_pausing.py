@@ -8,7 +8,9 @@ import pytest
 
 from service.local_stack.job_stops import StopJobs, StoppedJobs, resume_jobs, stop_jobs
 from service.local_stack.record import StackRecord
+from service.settings import Settings
 from tests.support.service_tokens import USER_TOKEN
+from tests.unit.service.conftest import Agent
 
 
 def change(service: Any, job_id: str, verb: str, **body: Any) -> httpx.Response:
@@ -328,11 +330,16 @@ def test_the_length_of_other_data_is_not_that_of_the_old_ones(service: Any) -> N
     )
 
 
-def test_the_agent_looks_at_the_folder_of_a_job_before_it_is_resumed(service: Any) -> None:
-    job_id, driver = service.running_job()
+def test_the_agent_looks_at_the_folder_of_a_job_before_it_is_resumed(
+    settings: Settings, start: Any
+) -> None:
+    service = start(settings.model_copy(update={"check_wait_s": 10.0}))
+    with service.agent as agent:
+        agent.answer_checks()
+        job_id, driver = service.running_job()
     driver.states("cancelled", attempt=1)
     problem = {"pointer": "/storage/path", "code": "lost", "detail": "nothing is there"}
-    with service.agent as agent:
+    with Agent(service.agent.http) as agent:
         agent.answer_checks(problem)
         response = change(service, job_id, "resume")
     assert response.status_code == 422
@@ -368,3 +375,5 @@ def test_a_resume_that_is_sent_twice_is_answered_once(service: Any) -> None:
     again = service.user.post(path, json={}, headers=key)
     assert again.headers["Idempotent-Replayed"] == "true"
     assert (again.status_code, again.json()) == (202, first.json())
+    assert service.user.delete(f"/v1/jobs/{job_id}").status_code == 204
+    assert service.user.post(path, json={}, headers=key).status_code == 404

@@ -1,10 +1,12 @@
 """What a restarted driver finds."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from megatron_ray.checkpoint.claim import Claim
 from megatron_ray.checkpoint.directory import checkpoint_path, commit
 from megatron_ray.storage.storage import open_storage
 from tests.support.fake_cluster import FakeCluster, FakeControlPlane, fake_ports
@@ -93,6 +95,10 @@ def test_a_spec_that_names_a_folder_in_use_is_refused_before_it_is_a_job(
         in problem["detail"]
     )
     assert check_task(spec, str(tmp_path / "fresh"))["problems"] == []
+    # A run under torchrun that has no checkpoint yet.
+    Claim(1, "run-1", "a start", "other-machine", 4711).write(str(tmp_path / "claimed"))
+    (problem,) = check_task(spec, str(tmp_path / "claimed"))["problems"]
+    assert "already holds a run without a service, process 4711 on" in problem["detail"]
 
 
 def test_a_job_is_resumed_only_where_its_files_are(tmp_path: Path) -> None:
@@ -117,6 +123,10 @@ def test_a_job_is_resumed_only_where_its_files_are(tmp_path: Path) -> None:
     open_storage(checkpoint).write_bytes_atomic("index.json", b'{"files": {}}')
     commit(checkpoint, {}, [])
     assert problems() == ""
+    claim = Claim(2, "run-1", "a start", "other-machine", 4711)
+    claim.write(str(storage))
+    assert "in use by a run without a service, process 4711 on other-mach" in problems()
+    replace(claim, has_ended=True).write(str(storage))
     # Unchanged data are prepared already, and may be gone by now.
     (tmp_path / "corpus.txt").unlink()
     assert problems() == ""
