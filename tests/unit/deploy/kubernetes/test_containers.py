@@ -1,4 +1,4 @@
-"""Every container starts what this repository has, as somebody who may do little."""
+"""Every container starts what this repository has, as a user who may do little."""
 
 import json
 import re
@@ -7,7 +7,6 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-import click
 import pytest
 import typer.main
 from ray.scripts.scripts import cli as ray_cli
@@ -53,9 +52,13 @@ def last_command(container: Json) -> list[str]:
     return words[1:]
 
 
-def arguments(command: click.Command, words: list[str]) -> dict[str, Any]:
-    """Returns the options that a command line sets, parsed by the program's own parser."""
-    return command.make_context(str(command.name), words).params
+def arguments(command: Any, words: list[str]) -> dict[str, Any]:
+    """Returns the options that a command line sets.
+
+    `command` is the program's own parser, of click or of typer.
+    """
+    options: dict[str, Any] = command.make_context(str(command.name), words).params
+    return options
 
 
 # ---- what is started
