@@ -229,8 +229,11 @@ def _print_communication(communication: Sequence[Json]) -> None:
         out.print("[bold]communication[/bold] of that rank per step")
     for entry in communication:
         label = f"{entry['axis']} {str(entry['kind']).replace('_', '-')}"
+        noun = "calls"
+        if entry["operations"] == 1:
+            noun = "call"
         out.print(
-            f"  {label:24} {size(entry['bytes'])} in {number(entry['operations'])} calls"
+            f"  {label:24} {size(entry['bytes'])} in {number(entry['operations'])} {noun}"
         )
 
 

@@ -36,7 +36,8 @@ def test_plan(run: Run, service: FakeService, fits: bool) -> None:
         "ranks": [{"rank": 0, "island": 0, "coordinates": {"tp": 0}}],
         "memory": {"rank": 0, "parameters_bytes": 4 << 20},
         "communication": [
-            {"axis": "tp", "kind": "all_reduce", "operations": 12, "bytes": 3 << 20}
+            {"axis": "tp", "kind": "all_reduce", "operations": 12, "bytes": 3 << 20},
+            {"axis": "dp", "kind": "all_gather", "operations": 1, "bytes": 1 << 20},
         ],
         "checkpoint_bytes": 6 << 20,
         "num_checkpoints": 3,
@@ -63,6 +64,7 @@ def test_plan(run: Run, service: FakeService, fits: bool) -> None:
     assert "storage for checkpoints: 18.0 MiB (3 of 6.0 MiB, at most at once)" in out
     assert "memory on the most loaded rank (rank 0)" in out
     assert "3.0 MiB in 12 calls" in out
+    assert "1.0 MiB in 1 call\n" in out
     assert "on H100, estimated: 1.50 s" in out
     assert "MFU 41.0 %" in out
     assert "matmuls" in out
