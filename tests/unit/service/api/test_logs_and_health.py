@@ -151,10 +151,13 @@ def test_a_storage_that_never_answers_stops_only_its_own_readers(
     for reader in readers:
         reader.start()
     time.sleep(0.3)
-    started = time.monotonic()
-    assert service.user.get("/v1/jobs", params={"limit": 1}).status_code == 200
-    seconds = time.monotonic() - started
-    assert seconds < 1.0, "0.1 s on a machine without other work"
+    seconds = []
+    for _ in range(10):
+        started = time.monotonic()
+        assert service.user.get("/v1/jobs", params={"limit": 1}).status_code == 200
+        seconds.append(time.monotonic() - started)
+    # Other work of the machine may delay any one of them.
+    assert min(seconds) < 0.1
     assert service.user.get(f"/v1/jobs/{local}/logs").json()["data"] == "local"
     for reader in readers:
         reader.join(20)
