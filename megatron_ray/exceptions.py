@@ -10,6 +10,7 @@ or, if it inherits the kind, its module:
     ├── InputError                    user
     │   ├── ConfigError               config.problem
     │   │   └── UnsupportedFieldError checkpoint.hf.families.family
+    │   ├── UnusableJSONError         config.parsing.json_values
     │   ├── LayoutError               pipeline_parallel.schedules.layout
     │   ├── DamagedCorpusError        data.indexed
     │   ├── DataError                 data.preparation.errors

@@ -12,12 +12,13 @@ from typing import Any
 
 from megatron_ray.config.errors.spec_problems import pointer_to
 from megatron_ray.config.parsing.numbers import int_or_text
+from megatron_ray.exceptions import InputError
 
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 """The escape of one half of a character beyond the first 65,536."""
 
 
-class UnusableJSONError(ValueError):
+class UnusableJSONError(InputError, ValueError):
     """A document is JSON, and a part of it would be ignored or cannot be stored."""
 
     def __init__(self, detail: str, pointer: str = "") -> None:

@@ -1,5 +1,7 @@
 """Checkpoints that are deleted, and those that never are."""
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from megatron_ray.checkpoint.directory import (
     list_checkpoints,
 )
 from megatron_ray.checkpoint.retention import apply_retention, delete_checkpoint
+from megatron_ray.storage.errors import StorageError
 from tests.support.checkpoint_folders import write_checkpoint
 
 
@@ -103,10 +106,10 @@ def test_deleting_takes_the_marker_first(
     path = write(tmp_path, 10)
 
     def fail(*_: object) -> None:
-        raise OSError(5, "disk gone")
+        raise OSError(errno.EIO, "disk gone")
 
     monkeypatch.setattr("shutil.rmtree", fail)
-    with pytest.raises(Exception, match="disk gone"):
+    with pytest.raises(StorageError, match=os.strerror(errno.EIO)):
         delete_checkpoint(str(tmp_path), list_checkpoints(str(tmp_path))[0])
     assert Path(path, "index.json").exists()
     assert latest_committed(str(tmp_path)) is None
