@@ -219,7 +219,7 @@ def _reported(row: ClusterRow | None) -> dict[str, Any]:
     for name in names:
         fields[name] = getattr(report, name)
     fields["reported_at"] = utc_or_none(row.reported_at)
-    fields["nodes"] = [Node(**node.model_dump()) for node in report.nodes]
+    fields["nodes"] = [Node(**node.model_dump(exclude={"free"})) for node in report.nodes]
     fields["drivers"] = [Driver(**driver.model_dump()) for driver in report.drivers]
     fields["orphans"] = list(report.orphans)
     return fields

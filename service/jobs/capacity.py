@@ -4,17 +4,22 @@ Owns: islands per node. Pure. Must not know: jobs' states, the database.
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from megatron_ray.planning.hardware import Hardware, hardware_named
-from workers.decisions.placement import is_usable, islands_that_fit
+from workers.decisions.topology import room
+from workers.decisions.topology.node_rules import NodeRules, has_gpus, is_usable
+from workers.decisions.topology.room import Demand, FreeNode, Shape
 from workers.protocol.job import JobSpec
 from workers.protocol.wire import NodeInfo
 
 
 @dataclass(frozen=True)
 class ResourceRequest:
-    """The resources of a job: ranks in islands, each of which must fit on one node."""
+    """The resources of a job: ranks in islands, each of which must fit on one node.
+
+    Where no node is large enough, on the nodes of one NVLink domain.
+    """
 
     ranks: int
     island: int
@@ -22,29 +27,18 @@ class ResourceRequest:
     cpus_per_rank: float
     gpu: bool
     """Whether each rank needs a GPU beside its CPUs."""
+    custom: Mapping[str, float] = field(default_factory=dict)
+    """Custom resources of each rank."""
+    rules: NodeRules = field(default_factory=NodeRules)
+    """Which nodes may be used."""
 
-
-@dataclass
-class _FreeNode:
-    """The free CPUs and GPUs of one node."""
-
-    node_id: str
-    cpus: float
-    gpus: float
-    accelerator: str | None = None
-
-    def max_islands(self, request: ResourceRequest) -> int:
-        per_rank = {"CPU": request.cpus_per_rank}
-        if request.gpu:
+    @property
+    def demand(self) -> Demand:
+        """The request as placement counts it."""
+        per_rank = {"CPU": self.cpus_per_rank, **self.custom}
+        if self.gpu:
             per_rank["GPU"] = 1.0
-        available = {"CPU": self.cpus, "GPU": self.gpus}
-        # The rule by which the driver places ranks, so that both agree.
-        return islands_that_fit(available, per_rank, request.island)
-
-    def reserve(self, request: ResourceRequest, ranks: int) -> None:
-        self.cpus -= ranks * request.cpus_per_rank
-        if request.gpu:
-            self.gpus -= ranks
+        return Demand(per_rank, self.island, self.rules)
 
 
 class ClusterCapacity:
@@ -54,22 +48,29 @@ class ClusterCapacity:
     """
 
     def __init__(self, nodes: Iterable[NodeInfo]) -> None:
-        self._nodes: list[_FreeNode] = []
+        self._nodes: list[FreeNode] = []
         for node in nodes:
             if is_usable(node):
-                self._nodes.append(
-                    _FreeNode(node.node_id, node.cpus, node.gpus, node.accelerator_type)
-                )
+                self._nodes.append(FreeNode.empty(node))
+        self.is_known = bool(self._nodes)
+        """False while no usable node has been reported."""
+
+    def among(self, rules: NodeRules) -> "ClusterCapacity":
+        """Returns the capacity of the nodes that a job may use."""
+        chosen = ClusterCapacity(())
+        chosen._nodes = [node for node in self._nodes if rules.allows(node.node)]
+        chosen.is_known = self.is_known
+        return chosen
 
     @property
-    def is_known(self) -> bool:
-        """False while no usable node has been reported."""
-        return bool(self._nodes)
+    def nodes(self) -> tuple[NodeInfo, ...]:
+        """The nodes that count."""
+        return tuple(node.node for node in self._nodes)
 
     @property
     def has_gpus(self) -> bool:
         """Whether `accelerator: auto` means GPUs."""
-        return bool(self._gpu_nodes())
+        return has_gpus(self.nodes)
 
     @property
     def gpu_hardware(self) -> Hardware | None:
@@ -79,7 +80,7 @@ class ClusterCapacity:
         """
         largest: Hardware | None = None
         for node in self._gpu_nodes():
-            hardware = hardware_named(node.accelerator)
+            hardware = hardware_named(node.accelerator_type)
             if hardware is None:
                 # A limit that leaves this node out could refuse a job that fits on it.
                 return None
@@ -94,31 +95,19 @@ class ClusterCapacity:
         """CPUs of the node that has most."""
         largest = 0.0
         for node in self._nodes:
-            largest = max(largest, node.cpus)
+            largest = max(largest, node.node.cpus)
         return largest
 
     def max_ranks(self, request: ResourceRequest) -> int:
         """Returns how many ranks of this kind fit, in whole islands."""
-        islands = 0
-        for node in self._nodes:
-            islands += node.max_islands(request)
-        return islands * request.island
+        demand = request.demand
+        return room.max_islands(self._nodes, demand, self._shape(demand)) * request.island
 
     def reserve(self, request: ResourceRequest) -> bool:
-        """Reserves room for a job; False, and nothing reserved, when it does not fit.
-
-        The fullest nodes are used first, so that large gaps stay large.
-        """
-        # Checked first, so that a job that does not fit leaves no node half reserved.
-        if self.max_ranks(request) < request.ranks:
-            return False
-        # Whole islands only: a tensor-parallel group must not span nodes.
-        remaining = request.ranks // request.island
-        for node in sorted(self._nodes, key=lambda node: node.max_islands(request)):
-            islands = min(remaining, node.max_islands(request))
-            node.reserve(request, islands * request.island)
-            remaining -= islands
-        return True
+        """Reserves room for a job; False, and nothing reserved, when it does not fit."""
+        demand = request.demand
+        islands = request.ranks // request.island
+        return room.reserve(self._nodes, demand, self._shape(demand), islands) is not None
 
     def reserve_admitted(
         self, request: ResourceRequest, ranks_by_node: Mapping[str, int]
@@ -128,17 +117,23 @@ class ClusterCapacity:
         `ranks_by_node` is empty while it is unknown where the ranks are; room is then
         reserved on any nodes.
         """
+        per_rank = request.demand.per_rank
         if ranks_by_node:
             for node in self._nodes:
-                node.reserve(request, ranks_by_node.get(node.node_id, 0))
+                node.take(per_rank, ranks_by_node.get(node.node.node_id, 0))
         elif not self.reserve(request):
             # The job has its ranks even if the report shows less, so the remainder is
             # reserved.
-            for node in self._nodes:
-                node.reserve(request, node.max_islands(request) * request.island)
+            islands = self.max_ranks(request) // request.island
+            demand = request.demand
+            room.reserve(self._nodes, demand, self._shape(demand), islands)
 
-    def _gpu_nodes(self) -> list[_FreeNode]:
-        return [node for node in self._nodes if node.gpus >= 1]
+    def _shape(self, demand: Demand) -> Shape:
+        # As on the empty cluster: what is in use changes nothing about how islands lie.
+        return room.shape_of(self.nodes, demand)
+
+    def _gpu_nodes(self) -> list[NodeInfo]:
+        return [node for node in self.nodes if node.gpus >= 1]
 
 
 def resource_request(spec: JobSpec, ranks: int, *, has_gpus: bool) -> ResourceRequest:
@@ -146,11 +141,14 @@ def resource_request(spec: JobSpec, ranks: int, *, has_gpus: bool) -> ResourceRe
 
     `has_gpus` decides what `accelerator: auto` means.
     """
-    accelerator = spec.resources.accelerator
-    gpu = accelerator == "gpu" or (accelerator == "auto" and has_gpus)
+    resources = spec.resources
+    prefers_gpu = has_gpus or resources.gpu_type is not None
+    is_auto = resources.accelerator == "auto"
     return ResourceRequest(
         ranks=ranks,
         island=spec.parallel.tp,
-        cpus_per_rank=spec.resources.cpus_per_rank,
-        gpu=gpu,
+        cpus_per_rank=resources.cpus_per_rank,
+        gpu=resources.accelerator == "gpu" or (is_auto and prefers_gpu),
+        custom=resources.custom,
+        rules=NodeRules.of(resources),
     )

@@ -41,6 +41,7 @@ class EventType(StrEnum):
     DATA_NOTE = "data.note"
     DATA_FIRST_DOCUMENT = "data.first_document"
     PLACEMENT_WAITING = "placement.waiting"
+    PLACEMENT_MOVED = "placement.moved"
     ATTEMPT_STARTED = "attempt.started"
     ATTEMPT_RUNNING = "attempt.running"
     ATTEMPT_FAILED = "attempt.failed"

@@ -42,6 +42,10 @@ class NodeInfo(Message):
     cpus: float = 0
     gpus: float = 0
     accelerator_type: str | None = None
+    resources: dict[str, float] = Field(default_factory=dict)
+    """Other resources than CPU, GPU and memory, by name."""
+    free: dict[str, float] | None = None
+    """What is not in use of all resources, by Ray's names; None: not read."""
     memory_bytes: int = 0
     labels: dict[str, str] = Field(default_factory=dict)
     storage_ok: bool | None = None
@@ -129,6 +133,8 @@ class DesiredJob(Message):
     """Counter: each increase requests one checkpoint now."""
     resumes: int = 0
     """Counter: each increase resumes the job after its end, with the spec above."""
+    avoid_nodes: dict[str, str] = Field(default_factory=dict)
+    """Why living nodes must not be used, by node id; not counted by `revision`."""
 
 
 class DesiredReply(Message):
