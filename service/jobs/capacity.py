@@ -4,7 +4,7 @@ Owns: islands per node. Pure. Must not know: jobs' states, the database.
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_ray.planning.hardware import Hardware, hardware_named
 from workers.decisions.placement import is_usable, islands_that_fit
@@ -125,13 +125,13 @@ class ClusterCapacity:
     ) -> None:
         """Reserves the resources of an admitted job.
 
-        `ranks_by_node` is empty while it is unknown where the ranks are; room is then
-        reserved on any nodes.
+        `ranks_by_node` is empty while it is unknown where the ranks are, and has fewer than
+        the job's while it runs shrunk; room for the others is reserved on any nodes.
         """
-        if ranks_by_node:
-            for node in self._nodes:
-                node.reserve(request, ranks_by_node.get(node.node_id, 0))
-        elif not self.reserve(request):
+        for node in self._nodes:
+            node.reserve(request, ranks_by_node.get(node.node_id, 0))
+        missing = request.ranks - sum(ranks_by_node.values())
+        if missing > 0 and not self.reserve(replace(request, ranks=missing)):
             # The job has its ranks even if the report shows less, so the remainder is
             # reserved.
             for node in self._nodes:

@@ -19,6 +19,7 @@ from megatron_ray.validation import check, resolution
 from service.jobs import lifecycle
 from service.jobs.capacity import ClusterCapacity, ResourceRequest, resource_request
 from service.store.schema import ClusterRow, JobRow
+from workers.decisions.elasticity import legal_dps
 from workers.protocol.job import JobSpec
 from workers.protocol.states import JobState, StatusReason
 from workers.protocol.wire import AgentReport
@@ -90,7 +91,7 @@ def resolve(
         # `dp: auto` takes as many ranks as the empty cluster can hold.
         if capacity.is_known:
             ranks = capacity.max_ranks(request)
-    resolved = resolution.resolve(spec, ranks)
+    resolved = resolution.resolve(spec, _bounded(spec, ranks))
     assert isinstance(resolved, JobSpec)
     has_gpu = request.gpu
     if hardware is not None and spec.resources.accelerator == "auto":
@@ -189,11 +190,20 @@ def _smallest_request(spec: JobSpec, capacity: ClusterCapacity) -> ResourceReque
     """Returns the resources of the smallest world that can run the spec."""
     parallel = spec.parallel
     if parallel.dp == "auto":
-        dp = resolution.least_dp(spec)
+        # A spec without a legal size is refused before.
+        dp = min(legal_dps(spec), default=resolution.least_dp(spec))
     else:
         dp = parallel.dp
     ranks = parallel.tp * parallel.pp * parallel.cp * dp
     return resource_request(spec, ranks, has_gpus=capacity.has_gpus)
+
+
+def _bounded(spec: JobSpec, ranks: int) -> int:
+    """Returns how many of some ranks a spec may use."""
+    if spec.elastic is None:
+        return ranks
+    parallel = spec.parallel
+    return min(ranks, parallel.tp * parallel.pp * parallel.cp * spec.elastic.max_dp)
 
 
 def _check_nodes(

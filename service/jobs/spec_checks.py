@@ -18,6 +18,7 @@ from megatron_ray.validation.storage.path_rules import PathRules, is_below, plac
 from service.jobs import lifecycle
 from service.settings import Settings
 from service.store.schema import JobRow
+from workers.decisions.elasticity import elastic_problems
 from workers.protocol.job import JobSpec
 
 MAX_NAME_CHARS = 80
@@ -31,6 +32,7 @@ def check_rules(spec: JobSpec, settings: Settings) -> list[Problem]:
         *_check_names(spec, settings),
         *_check_text(spec.model_dump(mode="json"), ()),
         *check.find_problems(spec, path_rules=path_rules(settings)),
+        *elastic_problems(spec),
     ]
 
 

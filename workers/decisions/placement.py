@@ -11,7 +11,7 @@ workers' reports.
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import floor
 from typing import Literal
 
@@ -54,11 +54,19 @@ class PlacementPlan:
     """One line per node: how many islands fit, and the limiting resources."""
     avoid_nodes: tuple[str, ...] = ()
     """Node ids that must not be used."""
+    num_slots: int = 0
+    """Maximum number of worker processes: all ranks and one spare per bundle."""
 
     @property
     def is_feasible(self) -> bool:
         """Whether the job fits into the empty cluster; a busy one may still delay it."""
         return self.capacity >= len(self.bundles)
+
+    def restricted_to(
+        self, dims: ParallelDims, bundles: Iterable[Bundle]
+    ) -> "PlacementPlan":
+        """Returns the plan of a smaller world, on some bundles of the placement group."""
+        return replace(self, dims=dims, bundles=tuple(bundles))
 
     @property
     def explanation(self) -> str:
@@ -168,10 +176,16 @@ def plan_placement(
         bundles=_bundles(dims, per_rank),
         worker_resources=per_rank,
         dims=dims,
+        num_slots=num_slots(dims),
         capacity=capacity,
         node_reasons=tuple(reasons),
         avoid_nodes=tuple(node.node_id for node in living if not is_usable(node)),
     )
+
+
+def num_slots(dims: ParallelDims) -> int:
+    """Returns the maximum number of slots: all ranks and one spare per bundle."""
+    return dims.world_size + dims.world_size // dims.tp
 
 
 def _accelerator(choice: str, nodes: Sequence[NodeInfo]) -> Literal["cpu", "gpu"]:

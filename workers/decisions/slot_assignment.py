@@ -13,7 +13,6 @@ bundle is reserved for the job, so Ray assigns its GPUs to no other process.
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from megatron_ray.parallel_dims import ParallelDims
 from workers.decisions.placement import Bundle, PlacementPlan, RankPlace, SlotFacts
 
 
@@ -59,11 +58,6 @@ class SlotAssignment:
         return assigned
 
 
-def num_slots(dims: ParallelDims) -> int:
-    """Returns the maximum number of slots: all ranks and one spare per bundle."""
-    return dims.world_size + dims.world_size // dims.tp
-
-
 def assign_slots(
     plan: PlacementPlan,
     places: Sequence[RankPlace],
@@ -90,7 +84,7 @@ def spares_to_start(
 
     `spare_nodes` are the nodes that have one.
     """
-    # Numbers of dead processes are reused, so a job needs at most `num_slots`.
+    # Numbers of dead processes are reused, so a job needs at most `plan.num_slots`.
     free_slots = _free_slots(plan, living)
     first_bundle: dict[str, int] = {}
     # Any bundle of the node works: it only determines where Ray starts the process.
@@ -105,7 +99,7 @@ def spares_to_start(
 
 
 def _free_slots(plan: PlacementPlan, living: Collection[int]) -> Iterator[int]:
-    return (slot for slot in range(num_slots(plan.dims)) if slot not in living)
+    return (slot for slot in range(plan.num_slots) if slot not in living)
 
 
 class _SlotAssigner:

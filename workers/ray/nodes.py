@@ -3,8 +3,9 @@
 Owns: reading `ray.nodes()`. Must not know: jobs' specs, HTTP, torch.
 """
 
+import socket
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from workers.protocol.wire import NodeInfo
 DOMAIN_LABELS = ("ray.io/gpu-domain", "nvidia.com/gpu.clique")
 """Node labels that name an NVLink domain larger than a node."""
 NODE_ID_LABEL = "ray.io/node-id"
+_CONNECT_S = 2.0
 _ACCELERATOR_PREFIX = "accelerator_type:"
 
 
@@ -24,6 +26,23 @@ def read_nodes(storage_ok: Mapping[str, bool] | None = None) -> tuple[NodeInfo, 
     `storage_ok` is the result of the storage check, by node id.
     """
     return tuple(_node_info(node, storage_ok or {}) for node in _ray_nodes())
+
+
+def unreachable_nodes(node_ids: Iterable[str]) -> tuple[str, ...]:
+    """Returns those of some nodes whose Ray does not accept a connection any more.
+
+    Ray itself lists a node as alive for up to a minute after its death.
+    """
+    ports = {}
+    for node in _ray_nodes():
+        ports[node["NodeID"]] = (node["NodeManagerAddress"], node["NodeManagerPort"])
+    unreachable = []
+    for node_id in node_ids:
+        try:
+            socket.create_connection(ports[node_id], timeout=_CONNECT_S).close()
+        except (KeyError, OSError):
+            unreachable.append(node_id)
+    return tuple(unreachable)
 
 
 def own_address() -> str:

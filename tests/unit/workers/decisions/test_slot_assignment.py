@@ -11,12 +11,12 @@ from workers.decisions.placement import (
     RankPlace,
     SlotFacts,
     assign_ranks,
+    num_slots,
 )
 from workers.decisions.slot_assignment import (
     Slot,
     WorkerToStart,
     assign_slots,
-    num_slots,
     spares_to_start,
 )
 
