@@ -191,7 +191,7 @@ def _resolve_waiting_jobs(
     Runs before the transaction, because a search for a layout may take seconds, during
     which no other request could write.
     """
-    capacity = ClusterCapacity(agent_report.nodes)
+    capacity = ClusterCapacity(agent_report.nodes, agent_report.node_groups)
     if not capacity.is_known:
         return {}
     with context.store.read() as session:
@@ -232,10 +232,11 @@ def _desired_reply(context: Context, cluster: str) -> DesiredReply:
             *has_ended, JobRow.id.in_(seen), JobRow.deleted_at.is_(None)
         )
         jobs = [_desired(context, job) for job in session.scalars(ended)]
+        may_grow = cluster_fit.may_grow(session, cluster)
         for job in queue.active_jobs(session, cluster):
             # A job without a world size is not resolved yet and cannot be prepared.
             if job.world_size is not None:
-                jobs.append(_desired(context, job))
+                jobs.append(_desired(context, job, may_grow=may_grow))
         # Includes deleted jobs, whose leftovers must be removed too.
         ended_ids = sa.select(JobRow.id).where(*has_ended)
         latest = ended_ids.order_by(JobRow.ended_at.desc()).limit(MAX_TERMINAL)
@@ -262,7 +263,7 @@ def _seen_jobs(row: ClusterRow) -> set[str]:
     return seen
 
 
-def _desired(context: Context, job: JobRow) -> DesiredJob:
+def _desired(context: Context, job: JobRow, *, may_grow: bool = False) -> DesiredJob:
     return DesiredJob(
         job_id=job.id,
         desired=DesiredState(job.desired),
@@ -273,12 +274,13 @@ def _desired(context: Context, job: JobRow) -> DesiredJob:
         final_checkpoint=job.final_checkpoint,
         checkpoint_requests=job.checkpoint_requests,
         resumes=job.resumes,
+        may_grow=may_grow,
     )
 
 
 def _desired_one(context: Context, job_id: str) -> DesiredJob:
     with context.store.read() as session:
-        return _desired(context, lifecycle.find(session, job_id))
+        return _desired_of(context, session, job_id)
 
 
 def _cursor(context: Context, job_id: str, epoch: int, last_n: int | None) -> CursorReply:
@@ -314,7 +316,12 @@ def _store_records(context: Context, job_id: str, body: bytes) -> RecordReply:
 def _flushed_desired(context: Context, session: Session, job_id: str) -> DesiredJob:
     """Returns the desired state after the records of this transaction."""
     session.flush()
-    return _desired(context, lifecycle.find(session, job_id))
+    return _desired_of(context, session, job_id)
+
+
+def _desired_of(context: Context, session: Session, job_id: str) -> DesiredJob:
+    job = lifecycle.find(session, job_id)
+    return _desired(context, job, may_grow=cluster_fit.may_grow(session, job.cluster))
 
 
 # ---- messages

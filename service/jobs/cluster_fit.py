@@ -49,11 +49,18 @@ def capacity_of(session: Session, cluster: str) -> ClusterCapacity:
     row = session.get(ClusterRow, cluster)
     if row is None or row.report is None:
         return ClusterCapacity(())
-    return ClusterCapacity(AgentReport.model_validate(row.report).nodes)
+    report = AgentReport.model_validate(row.report)
+    return ClusterCapacity(report.nodes, report.node_groups)
+
+
+def may_grow(session: Session, cluster: str) -> bool:
+    """Returns whether an autoscaler may give nodes to the cluster."""
+    row = session.get(ClusterRow, cluster)
+    return row is not None and bool((row.report or {}).get("node_groups"))
 
 
 def check_fit(spec: JobSpec, capacity: ClusterCapacity) -> list[Problem]:
-    """Returns why even the empty cluster could not hold the job.
+    """Returns why even the empty cluster, grown to its bound, could not hold the job.
 
     Returns nothing while the cluster is unknown.
     """
@@ -86,10 +93,7 @@ def resolve(
     """
     request = _smallest_request(spec, capacity)
     if ranks is None:
-        ranks = request.ranks
-        # `dp: auto` takes as many ranks as the empty cluster can hold.
-        if capacity.is_known:
-            ranks = capacity.max_ranks(request)
+        ranks = _ranks_for_auto(request, capacity)
     resolved = resolution.resolve(spec, ranks)
     assert isinstance(resolved, JobSpec)
     has_gpu = request.gpu
@@ -196,6 +200,15 @@ def _smallest_request(spec: JobSpec, capacity: ClusterCapacity) -> ResourceReque
     return resource_request(spec, ranks, has_gpus=capacity.has_gpus)
 
 
+def _ranks_for_auto(request: ResourceRequest, capacity: ClusterCapacity) -> int:
+    """Returns the ranks that `dp: auto` may use: those that today's nodes can hold.
+
+    `request` is that of the smallest world, for which an empty cluster may be given nodes:
+    a user who has named no number must not be billed for the cluster's bound.
+    """
+    return max(request.ranks, capacity.max_ranks(request, may_grow=False))
+
+
 def _check_nodes(
     spec: JobSpec, request: ResourceRequest, capacity: ClusterCapacity
 ) -> list[Problem]:
@@ -232,5 +245,5 @@ def _check_memory(
     if not request.gpu or hardware is None:
         return []
     # Resolved, because memory depends on dp and on everything that `auto` stands for.
-    resolved = resolution.resolve(spec, capacity.max_ranks(request))
+    resolved = resolution.resolve(spec, _ranks_for_auto(request, capacity))
     return estimates.check_memory(resolved, hardware)

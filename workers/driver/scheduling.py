@@ -143,9 +143,12 @@ class Scheduling:
     def _explain(self, plan: PlacementPlan, *, is_first: bool) -> None:
         """Records what the job waits for: once, or repeatedly if it can never fit."""
         level = "info"
-        if not plan.is_feasible:
+        desired = self._job.desired
+        # Where nodes may be added, the service shows which ones the job waits for.
+        may_fit = plan.is_feasible or (desired is not None and desired.may_grow)
+        if not may_fit:
             level = "warn"
-        if is_first or not plan.is_feasible:
+        if is_first or not may_fit:
             self._job.records.event("placement.waiting", plan.explanation, level)
 
     def _journal_nodes(self, plan: PlacementPlan) -> None:

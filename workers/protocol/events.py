@@ -41,6 +41,8 @@ class EventType(StrEnum):
     DATA_NOTE = "data.note"
     DATA_FIRST_DOCUMENT = "data.first_document"
     PLACEMENT_WAITING = "placement.waiting"
+    NODES_AWAITED = "nodes.awaited"
+    NODES_MISSING = "nodes.missing"
     ATTEMPT_STARTED = "attempt.started"
     ATTEMPT_RUNNING = "attempt.running"
     ATTEMPT_FAILED = "attempt.failed"
