@@ -6,6 +6,8 @@ Owns: their fields and descriptions. Must not know: what an agent sends.
 from datetime import datetime
 from typing import Literal
 
+from pydantic import Field
+
 from service.api.models import Body
 
 
@@ -25,6 +27,8 @@ class Node(Body):
     """GPUs that Ray may use."""
     accelerator_type: str | None
     """Ray's name of the GPUs; null without GPUs."""
+    resources: dict[str, float] = Field(default_factory=dict)
+    """Custom resources that Ray may use, by name."""
     memory_bytes: int
     """Memory that Ray may use."""
     labels: dict[str, str]

@@ -29,6 +29,7 @@ from service.jobs.cluster_fit import ResolvedSpec
 from service.jobs.submit import Submitter
 from service.settings import Settings
 from workers.decisions.growth import describe_nodes
+from workers.decisions.topology.node_rules import NodeRules
 from workers.protocol.job import JobSpec
 from workers.protocol.spec_warnings import export_notes
 
@@ -225,7 +226,7 @@ def _device_of(
 ) -> Hardware | None:
     """Returns the device that the job would run on; None while it is unknown."""
     if resolved.resources.accelerator == "gpu":
-        return capacity.gpu_hardware
+        return capacity.among(NodeRules.of(spec.resources)).gpu_hardware
     # An unknown cluster resolves `auto` to cpu, whatever its devices are.
     if capacity.is_known or spec.resources.accelerator == "cpu":
         return HARDWARE["CPU"]

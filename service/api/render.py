@@ -220,7 +220,7 @@ def _reported(row: ClusterRow | None) -> dict[str, Any]:
     for name in names:
         fields[name] = getattr(report, name)
     fields["reported_at"] = utc_or_none(row.reported_at)
-    fields["nodes"] = [Node(**node.model_dump()) for node in report.nodes]
+    fields["nodes"] = [Node(**node.model_dump(exclude={"free"})) for node in report.nodes]
     fields["node_groups"] = [
         NodeGroup(**group.model_dump()) for group in report.node_groups
     ]

@@ -345,6 +345,10 @@ class FakeGroup:
         self._slots: set[int] = set()
         self._calls: dict[int, tuple[int, Poll]] = {}
 
+    @property
+    def is_requested(self) -> bool:
+        return self._cluster.is_placed
+
     def placement_group(self, plan: PlacementPlan) -> ReadyPlacementGroup:
         self._faults.act()
         self._cluster.is_placed = True

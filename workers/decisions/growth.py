@@ -46,7 +46,7 @@ def describe_nodes(counts: Mapping[str, int], noun: str = "node", of: str = "of"
 
 
 def _node_of(group: NodeGroup, index: int) -> NodeInfo:
-    name = f"{group.name}/{index}"
+    name = f"{group.name}/new-{index + 1}"
     return NodeInfo(
         node_id=name,
         address=name,

@@ -96,6 +96,8 @@ class JournalEntry(BaseModel):
     prepared: dict[str, Any] | None = None
     """PreparedData as JSON, once the data are ready."""
     accelerator: str | None = None
+    bundle_size: int | None = None
+    """Ranks of each bundle of the placement group; None: a tensor-parallel group."""
     nodes: tuple[str, ...] = ()
     """All nodes that the job was ever placed on, for the clean-up."""
     ranks: tuple[RankPlace, ...] = ()

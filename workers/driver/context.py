@@ -109,7 +109,7 @@ class JobContext:
     @property
     def num_slots(self) -> int:
         """Maximum number of worker processes of the job at one time."""
-        return num_slots(ParallelDims.of(self.spec.parallel))
+        return num_slots(ParallelDims.of(self.spec.parallel), self.entry.bundle_size)
 
     def unmapped_slots(self) -> list[int]:
         """Returns the slots with a process that is no rank: spares, half-started ones."""

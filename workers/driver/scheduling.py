@@ -4,12 +4,15 @@ Owns: the phase READY, and the placement of every attempt. Must not know: admiss
 what runs on the resources.
 """
 
+from typing import Any
+
 from megatron_ray.checkpoint.directory import CheckpointInfo
 from megatron_ray.checkpoint.resume_point import (
     MixedRunsError,
     NoWholeCheckpointError,
     choose_resume_point,
 )
+from workers.decisions.growth import nodes_to_come
 from workers.decisions.observations import (
     NothingToResume,
     Placed,
@@ -33,6 +36,8 @@ class Scheduling:
         self._job = job
         self._group = job.ports.group
         self._plan: PlacementPlan | None = None
+        self._placement: Any = None
+        """Ray's handle of the placement group that was requested last."""
 
     def release(self) -> None:
         """Carries out a journaled release, if any, and records the state."""
@@ -71,7 +76,7 @@ class Scheduling:
     def current_plan(self) -> PlacementPlan:
         """Returns the plan of the last placement, recomputed after a restart."""
         if self._plan is None:
-            self._plan = self._make_plan()
+            self._plan = self._plan_again()
         return self._plan
 
     def place(self) -> Placed | NothingToResume | PlacementTimedOut | StopRequested:
@@ -80,33 +85,81 @@ class Scheduling:
         Called before every attempt, because after a failure Ray may be moving bundles
         away from a lost node.
         """
+        ended = self._await_resources()
+        if ended is not None:
+            return ended
+        self._journal_nodes(self.current_plan())
+        return self._choose_checkpoint()
+
+    def _await_resources(self) -> PlacementTimedOut | StopRequested | None:
+        """Returns why the wait for the resources has ended without them, if it has."""
         job = self._job
         clock = job.ports.clock
-        plan = self._make_plan()
-        # The accelerator is chosen once, so that a job never moves from GPUs to CPUs.
-        if plan.accelerator != job.entry.accelerator:
-            job.write(accelerator=plan.accelerator)
-        placement_group = self._group.placement_group(plan)
+        self._request()
         began = clock()
         explain_at = began + _FIRST_EXPLANATION_S
         limit_s = job.spec.resources.placement_timeout_s
         # Ray reports no reason for pending placement groups, so requested resources are
         # compared with those of the nodes.
-        while not placement_group.wait(_TURN_S):
+        while not self._is_placed():
             stop = job.stop_requested()
             if stop is not None:
                 return stop
             now = clock()
             if now > explain_at:
                 explain_at = now + _EXPLAIN_EVERY_S
-                plan = self._make_plan()
-                self._explain(plan, is_first=now - began < _EXPLAIN_EVERY_S)
+                self._look_again(is_first=now - began < _EXPLAIN_EVERY_S)
             if now - began > limit_s:
-                message = f"not placed within {limit_s:g} s: {plan.explanation}"
+                explanation = self.current_plan().explanation
+                message = f"not placed within {limit_s:g} s: {explanation}"
                 return PlacementTimedOut(message, job.revision)
+        return None
+
+    def _request(self) -> None:
+        """Requests the resources from Ray, unless they are requested already."""
+        job = self._job
+        if self._group.is_requested:
+            plan = self._plan_again()
+        else:
+            plan = self._make_plan(None)
+        # The accelerator is chosen once, so that a job never moves from GPUs to CPUs; the
+        # bundles are those of the placement group.
+        chosen = (plan.accelerator, plan.bundle_size)
+        if chosen != (job.entry.accelerator, job.entry.bundle_size):
+            job.write(accelerator=plan.accelerator, bundle_size=plan.bundle_size)
         self._plan = plan
-        self._journal_nodes(plan)
-        return self._choose_checkpoint()
+        self._placement = self._group.placement_group(plan)
+
+    def _request_anew(self, reason: str) -> None:
+        """Requests the resources once more, on other nodes; ends the job's processes."""
+        job = self._job
+        message = f"the resources are requested anew: {reason}"
+        job.records.event("placement.moved", message, "warn")
+        # The old map goes with the processes: Ray assigns the new ones other GPUs.
+        job.write(ranks=(), store=None)
+        self._group.remove_all(job.num_slots)
+        self._request()
+
+    def _is_placed(self) -> bool:
+        """Waits a moment for the placement group; returns whether it is ready."""
+        if not self._placement.wait(_TURN_S):
+            return False
+        # Nodes may have to be avoided since the request.
+        latest = self._plan_again()
+        used = set(self._group.nodes(latest).values())
+        refused = used.intersection(latest.avoid_nodes)
+        if not refused:
+            return True
+        self._request_anew(latest.node_reasons[min(refused)])
+        return False
+
+    def _look_again(self, *, is_first: bool) -> None:
+        """Explains the wait, and ends it if the request keeps from nodes in vain."""
+        requested = self.current_plan()
+        latest = self._plan_again()
+        self._explain(latest, is_first=is_first)
+        if requested.keeps_from(latest.allowed_nodes):
+            self._request_anew("nodes may be used now that it leaves out")
 
     def _choose_checkpoint(self) -> Placed | NothingToResume:
         """Chooses the checkpoint to resume from; records those that cannot be loaded."""
@@ -136,19 +189,29 @@ class Scheduling:
         """Returns what ranks of earlier attempts have read; the driver reads no tensors."""
         return info.damage or self._job.entry.damaged.get(info.path)
 
-    def _make_plan(self) -> PlacementPlan:
+    def _plan_again(self) -> PlacementPlan:
+        """Returns a plan for the bundles that are requested already."""
+        tp = self._job.spec.parallel.tp
+        return self._make_plan(self._job.entry.bundle_size or tp)
+
+    def _make_plan(self, size: int | None) -> PlacementPlan:
         job = self._job
-        return plan_placement(job.spec, job.ports.read_nodes(), job.entry.accelerator)
+        nodes = job.ports.read_nodes()
+        avoid = {}
+        if job.desired is not None:
+            avoid = job.desired.avoid_nodes
+            # A pending placement group makes Ray's autoscaler start them.
+            nodes = (*nodes, *nodes_to_come(nodes, job.desired.node_groups))
+        return plan_placement(
+            job.spec, nodes, job.entry.accelerator, size=size, avoid=avoid
+        )
 
     def _explain(self, plan: PlacementPlan, *, is_first: bool) -> None:
         """Records what the job waits for: once, or repeatedly if it can never fit."""
         level = "info"
-        desired = self._job.desired
-        # Where nodes may be added, the service shows which ones the job waits for.
-        may_fit = plan.is_feasible or (desired is not None and desired.may_grow)
-        if not may_fit:
+        if not plan.is_feasible:
             level = "warn"
-        if is_first or not may_fit:
+        if is_first or not plan.is_feasible:
             self._job.records.event("placement.waiting", plan.explanation, level)
 
     def _journal_nodes(self, plan: PlacementPlan) -> None:

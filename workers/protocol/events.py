@@ -43,6 +43,7 @@ class EventType(StrEnum):
     PLACEMENT_WAITING = "placement.waiting"
     NODES_AWAITED = "nodes.awaited"
     NODES_MISSING = "nodes.missing"
+    PLACEMENT_MOVED = "placement.moved"
     ATTEMPT_STARTED = "attempt.started"
     ATTEMPT_RUNNING = "attempt.running"
     ATTEMPT_FAILED = "attempt.failed"

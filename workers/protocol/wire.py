@@ -42,6 +42,10 @@ class NodeInfo(Message):
     cpus: float = 0
     gpus: float = 0
     accelerator_type: str | None = None
+    resources: dict[str, float] = Field(default_factory=dict)
+    """Other resources than CPU, GPU and memory, by name."""
+    free: dict[str, float] | None = None
+    """What is not in use of all resources, by Ray's names; None: not read."""
     memory_bytes: int = 0
     labels: dict[str, str] = Field(default_factory=dict)
     storage_ok: bool | None = None
@@ -148,8 +152,10 @@ class DesiredJob(Message):
     """Counter: each increase requests one checkpoint now."""
     resumes: int = 0
     """Counter: each increase resumes the job after its end, with the spec above."""
-    may_grow: bool = False
-    """Whether its cluster may be given nodes while it waits for its resources."""
+    avoid_nodes: dict[str, str] = Field(default_factory=dict)
+    """Why living nodes must not be used, by node id; not counted by `revision`."""
+    node_groups: tuple[NodeGroup, ...] = ()
+    """What the cluster may grow to; likewise not counted."""
 
 
 class DesiredReply(Message):

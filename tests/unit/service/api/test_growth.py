@@ -80,7 +80,7 @@ def test_a_job_shows_which_nodes_it_waits_for_until_they_are_there(
     service.agent.report(head, node_groups=[GROUP])
     job_id, driver = queued(service, four_ranks(spec))
     assert driver.desired()["desired"] == "run"
-    assert driver.desired()["may_grow"] is True
+    assert driver.desired()["node_groups"][0]["name"] == "gpu-2"
     (admitted,) = events(service, job_id, "job.admitted")
     assert admitted["message"] == "scheduled: 4 GPU ranks, on 2 new nodes of gpu-2"
     driver.states("scheduling")
