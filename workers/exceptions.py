@@ -17,6 +17,7 @@ defined beside the code that raises it:
         ├── ServiceRefusedError             service_client
         ├── WorkerGroupError                ray.worker_group
         ├── TaskFailedError                 ray.tasks
+        ├── NodeGroupsError                 agent.node_groups
         ├── ProcessEnvironmentError         rank.environment
         ├── FencedError                     rank.messages
         └── BusyError                       rank.messages

@@ -220,6 +220,7 @@ RESPONSES: dict[str, Any] = {
         "time": _TIME,
         "fits": True,
         "room": 2,
+        "new_nodes": {},
         "problems": [],
         "notes": [],
     },
@@ -261,6 +262,7 @@ RESPONSES: dict[str, Any] = {
                     "storage_ok": True,
                 }
             ],
+            "node_groups": [],
             "drivers": [{"job_id": _JOB_ID, "alive": True, "detail": ""}],
             "orphans": [],
         },

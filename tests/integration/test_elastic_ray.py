@@ -45,7 +45,7 @@ class Nodes:
         self._cluster.remove_node(self._nodes.pop(node_id), allow_graceful=False)
 
     def close(self) -> None:
-        self._cluster.shutdown()
+        self._cluster.shutdown()  # type: ignore[no-untyped-call]
 
 
 @pytest.fixture(scope="module")

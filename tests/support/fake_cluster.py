@@ -381,6 +381,10 @@ class FakeGroup:
         self._slots: set[int] = set()
         self._calls: dict[int, tuple[int, Poll]] = {}
 
+    @property
+    def is_requested(self) -> bool:
+        return bool(self._cluster.num_bundles)
+
     def placement_group(self, plan: PlacementPlan) -> ReadyPlacementGroup:
         self._faults.act()
         # Get or create.

@@ -23,7 +23,7 @@ from ray.exceptions import RayError
 from workers.agent.checks import CheckRunner, StorageChecks
 from workers.agent.driver_registry import DriverRegistry
 from workers.protocol.version import code_version
-from workers.protocol.wire import AgentReport, DesiredReply, NodeInfo
+from workers.protocol.wire import AgentReport, DesiredReply, NodeGroup, NodeInfo
 from workers.ray.nodes import read_nodes
 from workers.service_client import (
     Hello,
@@ -51,6 +51,8 @@ class AgentOptions:
     cluster: str
     ray_address: str
     storage_root: str | None = None
+    node_groups: tuple[NodeGroup, ...] = ()
+    """Nodes that an autoscaler may give to the cluster."""
 
 
 class Agent:
@@ -122,9 +124,13 @@ class Agent:
 
     def _loop(self, client: ServiceClient, hello: Hello) -> None:
         # Created after ray.init, because they call into the connected cluster.
-        registry = DriverRegistry(self._options.service_url, hello.namespace)
+        group_names = [group.name for group in self._options.node_groups]
+        registry = DriverRegistry(
+            self._options.service_url, hello.namespace, node_groups=group_names
+        )
         checks = CheckRunner(client)
-        storage = StorageChecks(self._options.storage_root or hello.storage_root)
+        storage_root = self._options.storage_root or hello.storage_root
+        storage = StorageChecks(storage_root, group_names)
         own_node = ray.get_runtime_context().get_node_id()
         while not self._stopping.is_set():
             nodes = read_nodes(storage.results())
@@ -167,6 +173,7 @@ class Agent:
             namespace=hello.namespace,
             dashboard_url=self._dashboard_url,
             nodes=nodes,
+            node_groups=self._options.node_groups,
             drivers=registry.statuses(),
             orphans=registry.orphans(),
         )

@@ -7,11 +7,13 @@ Only dp changes. Tensor, pipeline, context and expert degrees stay, and so do th
 batch and the order of the data: with fewer replicas each does more microbatches.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from megatron_ray.config.problem import Problem
-from megatron_ray.parallel_dims import ParallelDims
 from megatron_ray.validation import check
+from workers.decisions.placement import PlacementPlan
+from workers.decisions.topology.bundles import Bundle
 from workers.protocol.job import JobSpec
 from workers.protocol.wire import DesiredJob
 
@@ -97,12 +99,12 @@ def elastic_problems(spec: JobSpec) -> list[Problem]:
 class Shortage:
     """The resources of a job that waits for lost ones."""
 
-    islands: int
-    """Islands of the job at its full size."""
-    available: int
-    """Islands whose resources it still holds."""
-    capacity: int
-    """Islands that the living nodes could hold if no other job ran."""
+    bundle_size: int
+    """Ranks of each bundle."""
+    ranks: int
+    """Ranks for which it still holds the resources, in whole islands."""
+    has_room: bool
+    """Whether the living nodes could hold the whole job if no other ran."""
     waited_s: float
     """Seconds since the job began to wait."""
 
@@ -113,22 +115,38 @@ def shrunk_dp(spec: JobSpec, shortage: Shortage) -> int | None:
     None: it waits for them, or cannot run with what is left.
     """
     # With room elsewhere, Ray replaces a lost bundle within seconds.
-    if shortage.capacity >= shortage.islands and shortage.waited_s < REPLACE_S:
+    if shortage.has_room and shortage.waited_s < REPLACE_S:
         return None
-    most = shortage.available // islands_per_replica(spec)
-    smaller = [dp for dp in legal_dps(spec) if dp <= most and dp != spec.parallel.dp]
-    return max(smaller, default=None)
+    parallel = spec.parallel
+    replica = parallel.tp * parallel.pp * parallel.cp
+    sizes = []
+    for dp in legal_dps(spec):
+        ranks = dp * replica
+        is_smaller = dp != parallel.dp and ranks <= shortage.ranks
+        # A bundle is used whole or not at all.
+        if is_smaller and ranks % shortage.bundle_size == 0:
+            sizes.append(dp)
+    return max(sizes, default=None)
 
 
-def islands_per_replica(spec: JobSpec) -> int:
-    """Returns the number of tensor-parallel groups of one replica."""
-    return spec.parallel.pp * spec.parallel.cp
+def whole_islands(
+    plan: PlacementPlan, present: Collection[int], living: Collection[int]
+) -> list[Bundle]:
+    """Returns the bundles of islands that are wholly there, those with living ranks first.
 
-
-def islands_of(spec: JobSpec) -> int:
-    """Returns the number of tensor-parallel groups of a resolved spec."""
-    dims = ParallelDims.of(spec.parallel)
-    return dims.world_size // dims.tp
+    `present` are the indices of bundles on living nodes, `living` those of bundles with
+    a living rank. Where an island spans nodes, its bundles follow each other.
+    """
+    num = max(1, plan.dims.tp // plan.bundle_size)
+    islands = [
+        plan.bundles[first : first + num] for first in range(0, len(plan.bundles), num)
+    ]
+    whole = []
+    for island in islands:
+        if all(bundle.index in present for bundle in island):
+            whole.append(island)
+    whole.sort(key=lambda island: (island[0].index not in living, island[0].index))
+    return [bundle for island in whole for bundle in island]
 
 
 # ---- growing back

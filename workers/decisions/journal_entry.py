@@ -100,6 +100,8 @@ class JournalEntry(BaseModel):
     """Data-parallel size of a shrunk attempt; None: that of the spec."""
     lost_nodes: tuple[str, ...] = ()
     """Nodes that the last failure took away, whatever Ray lists."""
+    bundle_size: int | None = None
+    """Ranks of each bundle of the placement group; None: a tensor-parallel group."""
     nodes: tuple[str, ...] = ()
     """All nodes that the job was ever placed on, for the clean-up."""
     ranks: tuple[RankPlace, ...] = ()

@@ -13,7 +13,9 @@ bundle is reserved for the job, so Ray assigns its GPUs to no other process.
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from workers.decisions.placement import Bundle, PlacementPlan, RankPlace, SlotFacts
+from megatron_ray.parallel_dims import ParallelDims
+from workers.decisions.placement import PlacementPlan, RankPlace, SlotFacts
+from workers.decisions.topology.bundles import Bundle
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,17 @@ class SlotAssignment:
         return assigned
 
 
+def num_slots(dims: ParallelDims, bundle_size: int | None = None) -> int:
+    """Returns the maximum number of slots: all ranks and one spare per bundle.
+
+    `bundle_size` is a bundle's number of ranks, by default that of a tensor-parallel
+    group.
+    """
+    # As many for larger bundles: a number that was in use must stay within the range.
+    smallest = min(dims.tp, bundle_size or dims.tp)
+    return dims.world_size + dims.world_size // smallest
+
+
 def assign_slots(
     plan: PlacementPlan,
     places: Sequence[RankPlace],
@@ -84,7 +97,7 @@ def spares_to_start(
 
     `spare_nodes` are the nodes that have one.
     """
-    # Numbers of dead processes are reused, so a job needs at most `plan.num_slots`.
+    # Numbers of dead processes are reused, so a job needs at most `num_slots`.
     free_slots = _free_slots(plan, living)
     first_bundle: dict[str, int] = {}
     # Any bundle of the node works: it only determines where Ray starts the process.
@@ -99,7 +112,10 @@ def spares_to_start(
 
 
 def _free_slots(plan: PlacementPlan, living: Collection[int]) -> Iterator[int]:
-    return (slot for slot in range(plan.num_slots) if slot not in living)
+    # Of the whole placement group, as numbers that were in use may be larger.
+    dims = plan.full_dims or plan.dims
+    slots = range(num_slots(dims, plan.bundle_size))
+    return (slot for slot in slots if slot not in living)
 
 
 class _SlotAssigner:

@@ -13,7 +13,7 @@ from workers.decisions.elasticity import resized_dp, with_dp
 from workers.decisions.job_phases import Transition
 from workers.decisions.journal_entry import JournalEntry, Phase
 from workers.decisions.observations import ResumeRequested, StopRequested
-from workers.decisions.placement import num_slots
+from workers.decisions.slot_assignment import num_slots
 from workers.driver.commit import contained_records
 from workers.driver.journal import ForeignJournalError, Journal
 from workers.driver.ports import JobPorts
@@ -113,7 +113,7 @@ class JobContext:
     @property
     def num_slots(self) -> int:
         """Maximum number of worker processes of the job at one time."""
-        return num_slots(ParallelDims.of(self.spec.parallel))
+        return num_slots(ParallelDims.of(self.spec.parallel), self.entry.bundle_size)
 
     def resized_dp(self) -> int | None:
         """Returns the data-parallel size that the service desires, if it is another one."""

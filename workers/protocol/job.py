@@ -1,35 +1,19 @@
 """Defines the job spec, which users submit.
 
-Owns: JobSpec, which is TrainConfig plus resources and restart rules. Must not know: Ray,
+Owns: JobSpec, which is TrainConfig plus resources, network and restart rules. Must not know: Ray,
 torch, HTTP.
 """
 
-from typing import Literal, Self
+from typing import Self
 
 from pydantic import Field, model_validator
 
 from megatron_ray.config.base import Config
 from megatron_ray.config.train_config import TrainConfig
+from workers.protocol.network import NetworkConfig
+from workers.protocol.resources import ResourceConfig
 
 SPEC_VERSION = 1
-
-
-class ResourceConfig(Config):
-    """Resources reserved for each rank."""
-
-    accelerator: Literal["auto", "cpu", "gpu"] = "auto"
-    """`gpu`: one GPU per rank; `cpu`: no GPU; `auto`: `gpu` if the cluster has any GPU,
-    else `cpu`."""
-    cpus_per_rank: float = Field(default=1.0, ge=0.0001, le=1024)
-    """CPU cores reserved for each rank; on CPU also its number of torch threads. Ray
-    counts in steps of 0.0001."""
-    placement_timeout_s: float = Field(default=300.0, gt=0, le=86400 * 7)
-    """Seconds to wait for the placement group before the job returns to the queue."""
-
-    @property
-    def num_threads(self) -> int:
-        """Number of torch threads of a rank: its whole cores, at least one."""
-        return max(1, int(self.cpus_per_rank))
 
 
 class RestartConfig(Config):
@@ -86,7 +70,9 @@ class JobSpec(TrainConfig):
     priority: int = Field(default=0, ge=-1000, le=1000)
     """Queue priority; jobs with a higher number are scheduled first."""
     resources: ResourceConfig = ResourceConfig()
-    """Resources reserved for each rank."""
+    """Resources reserved for each rank, and the nodes that they are on."""
+    network: NetworkConfig = NetworkConfig()
+    """How ranks reach each other."""
     restart: RestartConfig = RestartConfig()
     """Rules for restarting after a failure."""
     elastic: ElasticConfig | None = None

@@ -25,6 +25,7 @@ from tests.support.manifests import (
     overlay,
 )
 from workers.agent.__main__ import app as agent_app
+from workers.agent.node_groups import read_node_groups
 from workers.rank.environment import AGENT_TOKEN, AGENT_TOKEN_FILE
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -77,8 +78,30 @@ def test_the_agent_starts_with_options_that_it_knows(name: str) -> None:
     )
     assert options["cluster"] in Settings().clusters
     assert str(options["token_file"]) == "/etc/megatron-ray/agent"
+    folder = mount_path(pod.container("agent"), "node-groups")
+    assert str(options["node_groups"]) == f"{folder}/groups.yaml"
     # The Service that KubeRay makes for the head of a RayCluster, and Ray's default port.
     assert options["address"] == "training-head-svc:6379"
+
+
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_the_agent_knows_what_the_autoscaler_may_make(name: str, tmp_path: Path) -> None:
+    stage = overlay(name)
+    volume = named(stage.pod("megatron-ray-agent").spec["volumes"], "node-groups")
+    data = stage.one("ConfigMap", volume["configMap"]["name"])["data"]
+    path = tmp_path / "groups.yaml"
+    path.write_text(data["groups.yaml"])
+    expected = []
+    if stage.ray_cluster.get("enableInTreeAutoscaling"):
+        for group in stage.ray_cluster["workerGroupSpecs"]:
+            requests = group["template"]["spec"]["containers"][0]["resources"]["requests"]
+            # Ray counts a node's limits, and what it requests where it has none.
+            size = (float(requests["cpu"]), float(requests.get("nvidia.com/gpu", 0)))
+            expected.append((group["groupName"], group["maxReplicas"], *size))
+    groups = read_node_groups(path)
+    assert expected == [
+        (group.name, group.max_nodes, group.cpus, group.gpus) for group in groups
+    ]
 
 
 @pytest.mark.parametrize("name", OVERLAYS)

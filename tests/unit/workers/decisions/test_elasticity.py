@@ -4,8 +4,11 @@ from typing import Any
 
 import pytest
 
+from megatron_ray.parallel_dims import ParallelDims
 from workers.decisions import elasticity
 from workers.decisions.elasticity import GrowthFacts, Shortage
+from workers.decisions.placement import PlacementPlan
+from workers.decisions.topology.bundles import Bundle
 from workers.protocol.job import JobSpec
 
 
@@ -35,29 +38,53 @@ def test_possible_sizes_divide_the_batch_and_complete_the_grid() -> None:
 
 
 @pytest.mark.parametrize(
-    ("available", "capacity", "waited_s", "dp"),
+    ("ranks", "has_room", "waited_s", "dp"),
     [
-        (3, 3, 0.0, 3),  # no room elsewhere: at once
-        (2, 3, 0.0, 2),
-        (3, 9, 0.0, None),  # Ray moves the lost bundle
-        (3, 9, elasticity.REPLACE_S, 3),  # it has not done so: other jobs are there
-        (1, 1, 0.0, None),  # below min_dp
-        (0, 0, 1000.0, None),
+        (6, False, 0.0, 3),  # no room elsewhere: at once
+        (5, False, 0.0, 2),
+        (6, True, 0.0, None),  # Ray moves the lost bundle
+        (6, True, elasticity.REPLACE_S, 3),  # it has not done so: other jobs are there
+        (2, False, 0.0, None),  # below min_dp
+        (0, False, 1000.0, None),
     ],
 )
 def test_a_job_shrinks_when_waiting_does_not_help(
-    available: int, capacity: int, waited_s: float, dp: int | None
+    ranks: int, has_room: bool, waited_s: float, dp: int | None
 ) -> None:
-    shortage = Shortage(4, available, capacity, waited_s)
+    shortage = Shortage(2, ranks, has_room, waited_s)
     assert elasticity.shrunk_dp(spec_of(), shortage) == dp
 
 
-def test_a_replica_needs_all_of_its_stages() -> None:
-    # dp=4 of 2 stages each: 8 islands.
+def test_a_replica_needs_all_of_its_stages_and_uses_whole_bundles() -> None:
+    # dp=4 of 2 stages of 2 ranks each.
     spec = spec_of(pp=2)
-    assert elasticity.islands_of(spec) == 8
-    assert elasticity.shrunk_dp(spec, Shortage(8, 7, 7, 0.0)) == 3
-    assert elasticity.shrunk_dp(spec, Shortage(8, 5, 5, 0.0)) == 2
+    assert elasticity.shrunk_dp(spec, Shortage(2, 14, False, 0.0)) == 3
+    assert elasticity.shrunk_dp(spec, Shortage(2, 10, False, 0.0)) == 2
+    # A node of 8 ranks is a bundle.
+    assert elasticity.shrunk_dp(spec, Shortage(8, 14, False, 0.0)) == 2
+    assert elasticity.shrunk_dp(spec, Shortage(8, 7, False, 0.0)) is None
+
+
+@pytest.mark.parametrize(
+    ("size", "tp", "present", "living", "expected"),
+    [
+        (2, 2, {0, 1, 3}, {3}, [3, 0, 1]),
+        (4, 2, {1}, {1}, [1]),
+        # Islands of two bundles, one NVLink domain each.
+        (2, 4, {0, 1, 3}, set(), [0, 1]),
+        (2, 4, {0, 1, 2, 3}, {2}, [2, 3, 0, 1]),
+    ],
+)
+def test_only_whole_islands_count_and_those_with_ranks_are_used_first(
+    size: int, tp: int, present: set[int], living: set[int], expected: list[int]
+) -> None:
+    dims = ParallelDims(tp=tp, dp=8 // tp)
+    bundles = []
+    for index in range(8 // size):
+        bundles.append(Bundle(index, {}, tuple(range(index * size, (index + 1) * size))))
+    plan = PlacementPlan("cpu", tuple(bundles), {}, dims, capacity=8 // tp)
+    whole = elasticity.whole_islands(plan, present, living)
+    assert [bundle.index for bundle in whole] == expected
 
 
 def facts(**changes: Any) -> GrowthFacts:
