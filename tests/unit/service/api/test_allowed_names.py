@@ -1,6 +1,7 @@
-"""Jobs that name an image run on the nodes that carry its label."""
+"""Jobs that name an image, or credentials, which administrators have allowed."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from service.settings import Settings
@@ -34,3 +35,20 @@ def test_a_job_with_an_image_needs_a_node_that_runs_it(
     spec["image"] = "default"
     service.agent.report(make_node("n1", cpus=2), with_label)
     assert service.user.post("/v1/plans", json=spec).json()["world_size"] == 2
+
+
+def test_credentials_are_for_what_a_job_reads(
+    settings: Settings, start: Any, spec: Json, tmp_path: Path
+) -> None:
+    changes = {"credentials": ("corpora",), "single_user": True}
+    service = start(settings.model_copy(update=changes))
+    spec["credentials"] = ["moon"]
+    (error,) = service.user.post("/v1/jobs", json=spec).json()["errors"]
+    assert error["pointer"] == "/credentials/0"
+    spec["credentials"] = ["corpora"]
+    spec["storage"] = {"path": "s3://runs/x"}
+    (error,) = service.user.post("/v1/jobs", json=spec).json()["errors"]
+    assert error["pointer"] == "/credentials"
+    assert "write to a folder, or leave credentials out" in error["detail"]
+    spec["storage"] = {"path": str(tmp_path / "run")}
+    assert service.user.post("/v1/jobs", json=spec).status_code == 201
