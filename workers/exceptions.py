@@ -5,7 +5,8 @@ defined beside the code that raises it:
 
     MegatronRayError                        internal
     ├── InputError                          user
-    │   └── UserError                       rank.messages
+    │   ├── UserError                       rank.messages
+    │   └── CredentialsError                rank.environment
     └── WorkersError                        internal
         ├── PlacementError                  decisions.placement
         ├── InvalidTransitionError          decisions.job_phases

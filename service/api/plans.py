@@ -226,7 +226,7 @@ def _device_of(
 ) -> Hardware | None:
     """Returns the device that the job would run on; None while it is unknown."""
     if resolved.resources.accelerator == "gpu":
-        return capacity.among(NodeRules.of(spec.resources)).gpu_hardware
+        return capacity.among(NodeRules.of(spec)).gpu_hardware
     # An unknown cluster resolves `auto` to cpu, whatever its devices are.
     if capacity.is_known or spec.resources.accelerator == "cpu":
         return HARDWARE["CPU"]

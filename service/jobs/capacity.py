@@ -222,5 +222,5 @@ def resource_request(spec: JobSpec, ranks: int, *, has_gpus: bool) -> ResourceRe
         cpus_per_rank=resources.cpus_per_rank,
         gpu=resources.accelerator == "gpu" or (is_auto and prefers_gpu),
         custom=resources.custom,
-        rules=NodeRules.of(resources),
+        rules=NodeRules.of(spec),
     )

@@ -94,7 +94,7 @@ def check_fit(spec: JobSpec, capacity: ClusterCapacity) -> list[Problem]:
     problems = _check_choice(spec, capacity)
     if problems:
         return problems
-    capacity = capacity.among(NodeRules.of(spec.resources))
+    capacity = capacity.among(NodeRules.of(spec))
     request = _smallest_request(spec, capacity)
     # In this order, because each check relies on the previous ones.
     problems = _check_nodes(spec, request, capacity)
@@ -121,7 +121,7 @@ def resolve(
     An unknown cluster counts as one that has room for one replica and no GPUs.
     `hardware` and `ranks` stand for the cluster's device and room.
     """
-    capacity = capacity.among(NodeRules.of(spec.resources))
+    capacity = capacity.among(NodeRules.of(spec))
     request = _smallest_request(spec, capacity)
     if ranks is None:
         ranks = _ranks_for_auto(request, capacity)
@@ -251,7 +251,7 @@ def _ranks_for_auto(request: ResourceRequest, capacity: ClusterCapacity) -> int:
 
 def _check_choice(spec: JobSpec, capacity: ClusterCapacity) -> list[Problem]:
     """Returns why the spec leaves no node to run on."""
-    rules = NodeRules.of(spec.resources)
+    rules = NodeRules.of(spec)
     if capacity.among(rules).nodes:
         return []
     reasons = []
@@ -263,6 +263,8 @@ def _check_choice(spec: JobSpec, capacity: ClusterCapacity) -> list[Problem]:
     pointer = "/resources/nodes"
     if not rules.only and not rules.exclude:
         pointer = "/resources/gpu_type"
+    if capacity.among(replace(rules, image=None)).nodes:
+        pointer = "/image"
     detail = (
         f"no node of cluster {spec.cluster!r} is left for the job ({'; '.join(reasons)}); "
         f"change {pointer[1:].replace('/', '.')} or add nodes"

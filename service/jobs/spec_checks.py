@@ -13,6 +13,7 @@ from sqlalchemy.orm import Session
 from megatron_ray.config.errors.messages import suggestion
 from megatron_ray.config.errors.spec_problems import pointer_to
 from megatron_ray.config.problem import Problem
+from megatron_ray.storage.location import is_local_path
 from megatron_ray.validation import check
 from megatron_ray.validation.storage.path_rules import PathRules, is_below, place_of
 from service.jobs import lifecycle
@@ -87,7 +88,25 @@ def _check_names(spec: JobSpec, settings: Settings) -> list[Problem]:
     for index, name in enumerate(spec.credentials):
         pointer = f"/credentials/{index}"
         problems += _check_name("credentials", pointer, name, settings.credentials)
-    return problems
+    return problems or _check_credentials_use(spec)
+
+
+def _check_credentials_use(spec: JobSpec) -> list[Problem]:
+    """Returns why credentials would break the job's own storage.
+
+    The driver and the service open it with the cluster's variables, which a spec's
+    credentials replace in the ranks.
+    """
+    if not spec.credentials or spec.storage is None:
+        return []
+    if is_local_path(spec.storage.path):
+        return []
+    detail = (
+        "credentials are for data and weights that the job reads, and storage.path is an object "
+        "store, which is opened with those of the cluster; write to a folder, or leave "
+        "credentials out"
+    )
+    return [Problem("/credentials", "storage_is_a_store", detail)]
 
 
 def _check_name(

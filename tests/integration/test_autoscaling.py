@@ -14,6 +14,7 @@ from tests.support.autoscaling_cluster import autoscaling_cluster
 from tests.support.fake_service import NAMESPACE
 from tests.support.service_tokens import AGENT_TOKEN, tokens_file
 from tests.unit.service.conftest import Running
+from workers.agent.agent import probe_port
 from workers.decisions.growth import NODE_GROUP_LABEL, group_of, nodes_to_come
 from workers.decisions.placement import plan_placement
 from workers.protocol.job import JobSpec
@@ -43,19 +44,18 @@ def ray_address() -> Iterator[str]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_AUTH_MODE", "disabled")
         with autoscaling_cluster(GROUP) as address:
-            await_that(lambda: connects(address), 60)
+            await_that(lambda: accepts_connections(address), 90)
+            ray.init(address=address, namespace=NAMESPACE, log_to_driver=False)
             try:
                 yield address
             finally:
                 ray.shutdown()
 
 
-def connects(address: str) -> bool:
-    import ray
-
+def accepts_connections(address: str) -> bool:
     try:
-        ray.init(address=address, namespace=NAMESPACE, log_to_driver=False)
-    except (ConnectionError, RuntimeError, ValueError):
+        probe_port(address)
+    except OSError:
         return False
     return True
 

@@ -134,10 +134,6 @@ def _autoscaler_config(address: str, group: NodeGroup, idle_s: float) -> dict[st
 def _end(head: "subprocess.Popen[bytes]", folder: Path) -> None:
     """Ends the head, and the nodes, which survive the autoscaler that made them."""
     with contextlib.suppress(ProcessLookupError):
-        os.killpg(head.pid, signal.SIGTERM)
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        head.wait(_END_S)
-    with contextlib.suppress(ProcessLookupError):
         os.killpg(head.pid, signal.SIGKILL)
     deadline = time.monotonic() + _END_S
     while time.monotonic() < deadline and _kill_below(folder):

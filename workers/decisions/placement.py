@@ -171,7 +171,7 @@ def plan_placement(
     chosen from the spec and the nodes. `avoid` are nodes that must not be used: reasons
     by node id.
     """
-    rules = NodeRules.of(spec.resources, avoid)
+    rules = NodeRules.of(spec, avoid)
     # Dead nodes are left out; living ones that cannot be used are explained to the user.
     living = [node for node in nodes if node.alive]
     usable = [node for node in living if rules.refusal(node) is None]

@@ -80,8 +80,11 @@ class JobSpec(TrainConfig):
     cluster: str = Field(default="default", min_length=1, max_length=64)
     """Name of the Ray cluster to run on, as given to its agent."""
     image: str = Field(default="default", min_length=1, max_length=64)
-    """Name of a runtime image that an administrator has allowed."""
+    """Name of a runtime image that an administrator has allowed. The job runs on nodes with
+    the label `megatron-ray/image` of that value; `default`: on nodes without the label."""
     credentials: tuple[str, ...] = Field(default=(), max_length=64)
-    """Names of mounted secrets that an administrator has allowed; never their values."""
+    """Names of secrets that an administrator has allowed and mounted on every node; never
+    their values. Data and `checkpoint.start_from` are read with them. `storage.path` must
+    then be a folder: an object store is written with the cluster's own credentials."""
     grace_s: float = Field(default=60.0, ge=0, le=3600)
     """Seconds that cancelling may take to finish the step and write a final checkpoint."""

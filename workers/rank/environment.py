@@ -13,16 +13,31 @@ import fcntl
 import os
 import socket
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
+from megatron_ray.exceptions import InputError
 from workers.exceptions import WorkersError
 
 AGENT_TOKEN = "MEGATRON_RAY_AGENT_TOKEN"
 AGENT_TOKEN_FILE = "MEGATRON_RAY_AGENT_TOKEN_FILE"
 
+CREDENTIALS_DIR = "MEGATRON_RAY_CREDENTIALS_DIR"
+DEFAULT_CREDENTIALS_DIR = "/etc/megatron-ray/credentials"
+
+_CREDENTIAL_VALUES = (
+    "AWS_ACCESS_KEY_ID",
+    "AWS_SECRET_ACCESS_KEY",
+    "AWS_SESSION_TOKEN",
+    "AWS_ENDPOINT_URL",
+    "AWS_REGION",
+    "AWS_DEFAULT_REGION",
+)
+"""Variables that object stores' libraries read, each from a file of that name."""
+_CREDENTIAL_FILES = ("GOOGLE_APPLICATION_CREDENTIALS",)
+"""Variables whose value is the path of such a file."""
 _SIOCGIFADDR = 0x8915  # Linux ioctl: IPv4 address of a network interface
 _LOWER_PRIORITY = 10
 """Niceness added to processes that must not slow down the ranks on their node."""
@@ -30,6 +45,10 @@ _LOWER_PRIORITY = 10
 
 class ProcessEnvironmentError(WorkersError):
     """A variable is missing or malformed; the message names it and the remedy."""
+
+
+class CredentialsError(InputError):
+    """Credentials that a spec names cannot be used on this node."""
 
 
 @dataclass(frozen=True)
@@ -220,3 +239,72 @@ def prepare_ray_client() -> None:
     if "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ:
         auth_mode = "token"
     os.environ.setdefault("RAY_AUTH_MODE", auth_mode)
+
+
+def export_credentials(names: Sequence[str]) -> None:
+    """Makes mounted secrets available to the object stores of this process.
+
+    Raises CredentialsError.
+    """
+    os.environ.update(_credential_variables(names))
+
+
+@contextlib.contextmanager
+def credentials(names: Sequence[str]) -> Iterator[None]:
+    """Does the same for a while: a process of Ray's tasks serves one job after another.
+
+    Raises CredentialsError.
+    """
+    variables = _credential_variables(names)
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def _credential_variables(names: Sequence[str]) -> dict[str, str]:
+    root = Path(os.environ.get(CREDENTIALS_DIR) or DEFAULT_CREDENTIALS_DIR)
+    variables: dict[str, str] = {}
+    for index, name in enumerate(names):
+        pointer = f"/credentials/{index}"
+        # A name is one folder below the root, whatever it looks like.
+        if Path(name).name != name or name in ("", ".."):
+            raise CredentialsError(f"{pointer}: {name!r} is not the name of a secret")
+        try:
+            own = _variables_of(root / name)
+        except (OSError, UnicodeDecodeError) as error:
+            raise CredentialsError(
+                f"{pointer}: cannot read {root / name}: {type(error).__name__}"
+            ) from error
+        if not own:
+            raise CredentialsError(
+                f"{pointer}: credentials {name!r} are not mounted on node "
+                f"{socket.gethostname()}: {root / name} holds none of "
+                f"{', '.join(_CREDENTIAL_VALUES + _CREDENTIAL_FILES)}"
+            )
+        for variable in own:
+            if variable in variables:
+                raise CredentialsError(
+                    f"{pointer}: credentials {name!r} and others before both hold {variable}; "
+                    "name one of them"
+                )
+        variables |= own
+    return variables
+
+
+def _variables_of(folder: Path) -> dict[str, str]:
+    """Returns the variables that the files of one secret stand for."""
+    variables = {}
+    for name in _CREDENTIAL_VALUES:
+        if (folder / name).is_file():
+            variables[name] = (folder / name).read_text("utf-8").strip()
+    for name in _CREDENTIAL_FILES:
+        if (folder / name).is_file():
+            variables[name] = str(folder / name)
+    return variables

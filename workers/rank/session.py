@@ -23,6 +23,7 @@ from megatron_ray.reports import PhaseReport, Report
 from megatron_ray.training.loop import Outcome
 from megatron_ray.training.session import TrainingSession
 from workers.protocol.job import JobSpec
+from workers.rank.environment import export_credentials
 from workers.rank.messages import StartRequest
 from workers.rank.stores import HashStore, PrefixStore, Store, TCPStore, environment_store
 
@@ -39,6 +40,8 @@ def train(request: StartRequest, report: ReportSink, poll: CommandSource) -> Out
     """
     spec = JobSpec.from_mapping(request.spec)
     data = PreparedData.model_validate(request.data)
+    # Before any path is opened; the process belongs to this job alone.
+    export_credentials(spec.credentials)
     # On CPU, ranks of one machine share its cores and its memory.
     if request.device == "cpu":
         poll = _with_memory_bound(device.MallocTuning(), poll)

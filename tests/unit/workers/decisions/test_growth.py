@@ -6,6 +6,8 @@ from workers.decisions.growth import (
     group_of,
     nodes_to_come,
 )
+from workers.decisions.placement import plan_placement
+from workers.protocol.job import JobSpec
 from workers.protocol.wire import NodeGroup, NodeInfo
 
 GROUP = NodeGroup(
@@ -54,3 +56,39 @@ def test_a_node_to_come_looks_like_one_that_is_there() -> None:
 def test_numbers_of_nodes_read_well() -> None:
     assert describe_nodes({"gpu-h100": 2}) == "2 nodes of gpu-h100"
     assert describe_nodes({"gpu": 1, "cpu": 3}) == "3 nodes of cpu and 1 node of gpu"
+
+
+def spec(**resources: object) -> JobSpec:
+    return JobSpec.from_mapping(
+        {
+            "model": {"preset": "gpt-tiny"},
+            "parallel": {"tp": 8, "dp": 2, "sequence_parallel": True},
+            "data": {"train": [{"path": "x"}]},
+            "training": {"seq_length": 8, "global_batch_size": 8, "steps": 1},
+            "optimizer": {"lr": 0.1},
+            "resources": {"accelerator": "gpu", **resources},
+        }
+    )
+
+
+def test_a_placement_is_planned_on_nodes_to_come() -> None:
+    nodes = (node("head"),)
+    assert not plan_placement(spec(), nodes).is_feasible
+    plan = plan_placement(spec(), (*nodes, *nodes_to_come(nodes, [GROUP])))
+    assert plan.is_feasible
+    assert len(plan.bundles) == 2
+    # No condition that a node which is not there yet could not meet.
+    assert plan.bundles[0].resources == {"CPU": 8.0, "GPU": 8.0}
+    assert dict(plan.bundles[0].selector) == {}
+
+
+def test_what_the_autoscaler_must_know_of_a_node_is_a_label() -> None:
+    nodes = nodes_to_come((), [GROUP])
+    plan = plan_placement(spec(gpu_type="H100"), nodes)
+    assert plan.is_feasible
+    assert plan.bundles[0].resources == {"CPU": 8.0, "GPU": 8.0}
+    assert dict(plan.bundles[0].selector) == {"ray.io/accelerator-type": "H100"}
+    plan = plan_placement(spec(nodes={"only": ["pool=h100"]}), nodes)
+    assert plan.is_feasible
+    assert dict(plan.bundles[0].selector) == {"pool": "in(h100)"}
+    assert not plan_placement(spec(gpu_type="A100"), nodes).is_feasible
