@@ -226,13 +226,15 @@ def connect_ray(address: str, namespace: str) -> str | None:
 
 
 def probe_port(address: str) -> None:
-    """Connects to host:port and disconnects.
+    """Connects to host:port and disconnects; an IPv6 host is in brackets.
 
     Raises OSError when no process listens there, ValueError for a malformed address.
     """
     host, _, port = address.rpartition(":")
-    if not host or not port.isdecimal():
-        raise ValueError("--address must be host:port")
+    is_bracketed = host.startswith("[") and host.endswith("]")
+    if not host or not port.isdecimal() or (":" in host and not is_bracketed):
+        raise ValueError("--address must be host:port, or [host]:port for IPv6")
+    host = host.removeprefix("[").removesuffix("]")
     socket.create_connection((host, int(port)), timeout=_CONNECT_S).close()
 
 
