@@ -1,0 +1,266 @@
+"""Rehearses an overlay: every pod runs as local processes, and dies once.
+
+    python -m tests.support.rehearsal OVERLAY FOLDER
+
+Runs inside the namespaces of `tests.support.kubelet.sandbox.command_inside`, which end
+whatever it leaves. Everything that is started comes from the rendered manifests and from
+the Dockerfile of the image.
+"""
+
+import json
+import secrets
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import yaml
+
+from tests.support.kubelet.cluster import Cluster
+from tests.support.kubelet.pods import Image
+from tests.support.manifests import KUBERNETES, ROOT, Json, overlay
+
+DOCKERFILE = ROOT / "deploy/images/cpu/Dockerfile"
+SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+SPEC = ROOT / "deploy/jobs/stdlib-tp2.yaml"
+STEPS = 400
+EVERY = 20
+CHANGES = {
+    "data.train": [{"path": "/corpora"}],
+    "data.tokenizer": {"kind": "bytes"},
+    "model.num_layers": 2,
+    "model.hidden_size": 64,
+    "training.seq_length": 64,
+    "training.global_batch_size": 8,
+    "training.steps": STEPS,
+    "checkpoint.every_steps": EVERY,
+}
+_READY_S = 120.0
+_STEP_S = 120.0
+
+
+def main(name: str, folder: Path) -> None:
+    """Runs the rehearsal; an AssertionError tells what did not happen."""
+    with running(name, folder) as rehearsal:
+        rehearsal.wait_until_ready()
+        rehearsal.submit()
+        rehearsal.reach_step(EVERY)
+        rehearsal.kill("megatron-ray-service", "the service's pod")
+        rehearsal.kill("megatron-ray-agent", "the agent's pod, a node of Ray with it")
+        rehearsal.kill("training-workers-0", "the worker's pod, with all ranks")
+        rehearsal.kill_head()
+        rehearsal.finish()
+        rehearsal.require_passed_probes()
+
+
+@contextmanager
+def running(name: str, folder: Path) -> Iterator["Rehearsal"]:
+    """The pods of an overlay."""
+    tokens = {key: secrets.token_urlsafe(32) for key in ("user", "agent", "Ray's")}
+    manifests = [*overlay(name).objects, *example_secrets(tokens)]
+    cluster = Cluster(manifests, image(), folder)
+    fill_corpora(cluster.objects.claims["corpora"])
+    token_file = folder / "user.token"
+    token_file.write_text(tokens["user"])
+    cluster.start()
+    try:
+        yield Rehearsal(cluster, token_file)
+    finally:
+        cluster.kill()
+
+
+def image() -> Image:
+    """Returns what the Dockerfile gives every container; this environment has the files."""
+    environment = {"PATH": SYSTEM_PATH}
+    text = DOCKERFILE.read_text()
+    last_stage = text[text.rindex("\nFROM ") :]
+    directory = "/"
+    for line in last_stage.splitlines():
+        word, _, rest = line.partition(" ")
+        if word == "ENV":
+            for entry in rest.split():
+                key, _, value = entry.partition("=")
+                value = value.replace("/opt/venv", sys.prefix)
+                environment[key] = value.replace("$PATH", environment["PATH"])
+        elif word == "WORKDIR":
+            directory = rest
+        elif "--home-dir" in line:
+            # Docker reads it from the image's list of users.
+            environment["HOME"] = line.partition("--home-dir ")[2].split()[0]
+    folders = (ROOT, Path(sys.prefix), Path(sys.base_prefix))
+    return Image(environment, directory, folders)
+
+
+def example_secrets(tokens: dict[str, str]) -> list[Json]:
+    """Returns the Secrets of the example that `dev` needs, with tokens in them."""
+    text = (KUBERNETES / "secrets.example.yaml").read_text()
+    for key, token in tokens.items():
+        text = text.replace(f"<{key} token>", token).replace(
+            f"<{key.capitalize()} token>", token
+        )
+    needed = ("megatron-ray-tokens", "ray-token")
+    found = [
+        item for item in yaml.safe_load_all(text) if item["metadata"]["name"] in needed
+    ]
+    assert "<" not in json.dumps(found)
+    return found
+
+
+def fill_corpora(folder: Path) -> None:
+    """Writes a small corpus, as a pod of the user's would."""
+    for index in range(60):
+        text = " ".join(str(index * number % 97) for number in range(400))
+        (folder / f"{index}.txt").write_text(text)
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Where the job and the cluster are."""
+
+    step: int
+    attempt: int
+    nodes: frozenset[str]
+
+
+class Rehearsal:
+    """The running pods and one job."""
+
+    def __init__(self, cluster: Cluster, token_file: Path) -> None:
+        self.cluster = cluster
+        self.job_id = ""
+        self._token_file = token_file
+        self._began = time.monotonic()
+        self._http = httpx.Client(timeout=5, trust_env=False)
+
+    @property
+    def url(self) -> str:
+        """The service, wherever its pod is now."""
+        return f"http://{self.cluster.address('megatron-ray', 8470)}"
+
+    def wait_until_ready(self) -> None:
+        """Waits for the service, the agent and all nodes of Ray."""
+
+        self._until(self._is_ready, _READY_S, "the service and three nodes are ready")
+
+    def submit(self) -> None:
+        """Submits a job through the command line."""
+        words = [f"--set={key}={json.dumps(value)}" for key, value in CHANGES.items()]
+        job = self._cli("submit", str(SPEC), *words, "--json")
+        self.job_id = job["id"]
+        self._note(f"submitted {self.job_id}")
+
+    def reach_step(self, step: int) -> None:
+        """Waits until the job has made that step."""
+        self._until(lambda: self._step() >= step, _STEP_S, f"step {step} is made")
+
+    def kill(self, owner: str, what: str) -> None:
+        """Kills a pod; its controller makes another one, and the job goes on."""
+        before = self._now()
+        self.cluster.replace(owner)
+        is_ray_node = "ray-cluster" in self.cluster.pods[owner].setup.facts.labels
+        self._goes_on(before, what, new_nodes=int(is_ray_node))
+
+    def kill_head(self) -> None:
+        """Kills the head's container, which the kubelet starts again; the job goes on."""
+        before = self._now()
+        self.cluster.pods["training-headgroup-0"].kill_container("ray-head")
+        # Without its head a node of Ray ends, and starts again as a new one.
+        self._goes_on(before, "the head's container", new_nodes=3)
+
+    def finish(self) -> None:
+        """Waits for the job's end, and looks at all of its steps."""
+        ends = ("succeeded", "failed", "cancelled")
+        self._until(lambda: self._job().get("status") in ends, _STEP_S, "the job ends")
+        job = self._job()
+        assert job["status"] == "succeeded", job
+        rows = self._get(f"/v1/jobs/{self.job_id}/metrics?limit=1000")["data"]
+        assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+        assert rows[-1]["loss"] < rows[0]["loss"]
+        assert self.cluster.errors() == []
+
+    def require_passed_probes(self) -> None:
+        """Every probe of every container has succeeded."""
+
+        def unpassed() -> list[str]:
+            return [
+                f"{pod.setup.facts.name}/{container.name}: {kind}"
+                for pod in self.cluster.pods.values()
+                for container in pod.containers
+                for kind in container.probes - container.passed
+            ]
+
+        self._until(lambda: not unpassed(), _STEP_S, "all probes have passed")
+
+    def _goes_on(self, before: "Moment", what: str, *, new_nodes: int) -> None:
+        self._note(f"killed {what} at step {before.step} of attempt {before.attempt}")
+
+        def goes_on() -> bool:
+            if not self._is_ready():
+                return False
+            now = self._now()
+            return now.step > before.step and len(now.nodes - before.nodes) == new_nodes
+
+        self._until(goes_on, _STEP_S, f"the job has gone on from step {before.step}")
+
+    def _is_ready(self) -> bool:
+        """Whether service and agent work, and all nodes of Ray are there."""
+        return self._get("/readyz").get("status") == "ok" and len(self._nodes()) == 3
+
+    def _now(self) -> "Moment":
+        job = self._job()
+        return Moment(self._step(), job.get("attempt", 0), self._nodes())
+
+    def _step(self) -> int:
+        return (self._job().get("progress") or {}).get("step") or 0
+
+    def _job(self) -> Json:
+        return self._get(f"/v1/jobs/{self.job_id}")
+
+    def _nodes(self) -> frozenset[str]:
+        """Returns the nodes of Ray that can run ranks or drivers."""
+        clusters = self._get("/v1/cluster").get("data", ())
+        return frozenset(
+            node["node_id"]
+            for cluster in clusters
+            for node in cluster["nodes"]
+            if node["alive"] and node["storage_ok"]
+        )
+
+    def _get(self, path: str) -> Json:
+        """Returns an answer; nothing while the service is away."""
+        headers = {"Authorization": f"Bearer {self._token_file.read_text()}"}
+        try:
+            response = self._http.get(self.url + path, headers=headers)
+        except httpx.TransportError:
+            return {}
+        answer: Json = response.json()
+        return answer
+
+    def _cli(self, *words: str) -> Any:
+        command = [f"{sys.prefix}/bin/megatron-ray", *words, "--url", self.url]
+        result = subprocess.run(
+            [*command, "--token", f"@{self._token_file}"], capture_output=True, text=True
+        )
+        assert result.returncode == 0, result.stderr
+        return json.loads(result.stdout)
+
+    def _until(self, reached: Callable[[], bool], timeout_s: float, what: str) -> None:
+        deadline = time.monotonic() + timeout_s
+        while not reached():
+            assert time.monotonic() < deadline, f"not within {timeout_s:g} s: {what}"
+            assert self.cluster.errors() == []
+            time.sleep(0.2)
+        self._note(what)
+
+    def _note(self, text: str) -> None:
+        sys.stdout.write(f"{time.monotonic() - self._began:6.1f} s  {text}\n")
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))
