@@ -3,7 +3,7 @@
 Owns: its command line, signals and exit codes. Must not know: what the agent does.
 
     python -m workers.agent --service URL --cluster default --address RAY_ADDRESS
-        [--token-file FILE] [--storage ROOT]
+        [--token-file FILE] [--storage ROOT] [--until-idle]
 """
 
 import logging
@@ -69,15 +69,24 @@ def main(
         str | None,
         typer.Option(help="Folder or URI that all nodes can read. Default: the service's."),
     ] = None,
+    until_idle: Annotated[
+        bool,
+        typer.Option(
+            "--until-idle",
+            help="Exit once all jobs of the cluster have ended: 0 if they have succeeded, else "
+            "1, also when there has been none for a minute.",
+        ),
+    ] = False,
 ) -> None:
     """Connect one Ray cluster to the service.
 
-    Exit codes: 0 after SIGTERM or SIGINT, 2 if it cannot start, 3 if Ray is lost.
+    Exit codes: 0 after SIGTERM or SIGINT, 2 if it cannot start, 3 if Ray is lost, and those
+    of --until-idle.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     # httpx logs every request, and there is one per poll.
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    options = AgentOptions(service, cluster, address, storage)
+    options = AgentOptions(service, cluster, address, storage, until_idle)
     raise typer.Exit(run_agent(options, token_file))
 
 
