@@ -55,17 +55,17 @@ def _read(template: Path) -> Json:
         documents = list(yaml.safe_load_all(template.read_text()))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise CommandError(f"cannot read the template {template}: {error}") from error
-    found = []
+    ray_jobs = []
     for document in documents:
         if isinstance(document, dict) and document.get("kind") == "RayJob":
-            found.append(document)
-    if len(found) != 1:
+            ray_jobs.append(document)
+    if len(ray_jobs) != 1:
         raise CommandError(
-            f"{template} contains {len(found)} RayJobs, expected one",
+            f"{template} contains {len(ray_jobs)} RayJobs, expected one",
             remedy="see deploy/kubernetes/rendered/rayjob-template.yaml for a valid template",
             exit_code=2,
         )
-    return found[0]
+    return ray_jobs[0]
 
 
 def _num_nodes(spec: JobSpec, group: Json) -> int:
@@ -90,7 +90,7 @@ def _num_nodes(spec: JobSpec, group: Json) -> int:
 
 
 def _ranks_per_node(spec: JobSpec, group: Json) -> int:
-    """Returns the ranks that one node has room for, as KubeRay tells Ray of its resources."""
+    """Returns the ranks that one node has room for, by the resources that KubeRay gives to Ray."""
     resources = group["template"]["spec"]["containers"][0].get("resources", {})
     limits = resources.get("limits", {})
     options = group.get("rayStartParams", {})

@@ -45,7 +45,7 @@ _STEP_S = 120.0
 
 
 def main(name: str, folder: Path) -> None:
-    """Runs the rehearsal; an AssertionError tells what did not happen."""
+    """Runs the rehearsal; an AssertionError names what did not happen."""
     with running(name, folder) as rehearsal:
         rehearsal.wait_until_ready()
         rehearsal.submit()
@@ -104,11 +104,11 @@ def example_secrets(tokens: dict[str, str]) -> list[Json]:
             f"<{key.capitalize()} token>", token
         )
     needed = ("megatron-ray-tokens", "ray-token")
-    found = [
+    manifests = [
         item for item in yaml.safe_load_all(text) if item["metadata"]["name"] in needed
     ]
-    assert "<" not in json.dumps(found)
-    return found
+    assert "<" not in json.dumps(manifests)
+    return manifests
 
 
 def fill_corpora(folder: Path) -> None:

@@ -19,7 +19,7 @@ LEFTOVERS_S = 30.0
 
 @dataclass
 class Idleness:
-    """What the service has told of the cluster's jobs."""
+    """The jobs of the cluster as the service last sent them."""
 
     _served: set[str] = field(default_factory=set)
     _states: Mapping[str, JobState] = field(default_factory=dict)

@@ -71,8 +71,10 @@ class Cluster:
 
     def address(self, service: str, port: int) -> str:
         """Returns host and port of a Service, for a client on this machine."""
-        (found,) = [item for item in self._services if item["metadata"]["name"] == service]
-        owner = self._selected(found)
+        (manifest,) = [
+            item for item in self._services if item["metadata"]["name"] == service
+        ]
+        owner = self._selected(manifest)
         assert owner is not None, f"no pod for {service}"
         return f"{self.pods[owner].sandbox.address}:{port}"
 
@@ -124,17 +126,17 @@ class Cluster:
 def _templates(item: Json) -> list[Template]:
     name = item["metadata"]["name"]
     namespace = item["metadata"].get("namespace", "default")
-    found = {}
+    by_owner = {}
     if item["kind"] in WORKLOADS:
         assert item["spec"]["replicas"] == 1
-        found[name] = item["spec"]["template"]
+        by_owner[name] = item["spec"]["template"]
     elif item["kind"] == "RayCluster":
         for group, templates in kuberay.pod_templates(item).items():
             for index, template in enumerate(templates):
-                found[f"{name}-{group}-{index}"] = template
+                by_owner[f"{name}-{group}-{index}"] = template
     return [
         Template(owner, namespace, template["metadata"]["labels"], template["spec"])
-        for owner, template in found.items()
+        for owner, template in by_owner.items()
     ]
 
 

@@ -219,14 +219,14 @@ def first_child(pid: int) -> int:
 
 def descendants(pid: int) -> list[int]:
     """Returns all living descendants of a process."""
-    found = []
+    pids = []
     try:
         children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     except FileNotFoundError:
         return []
     for child in children:
-        found += [int(child), *descendants(int(child))]
-    return found
+        pids += [int(child), *descendants(int(child))]
+    return pids
 
 
 def _run(*command: str) -> None:

@@ -59,7 +59,7 @@ def test_names_outside_of_the_pattern_are_refused(service: Any) -> None:
     assert error["detail"] == expected
 
 
-def test_the_agent_is_told_the_state_of_all_jobs_of_its_cluster(service: Any) -> None:
+def test_the_agent_receives_the_state_of_all_jobs_of_its_cluster(service: Any) -> None:
     service.agent.report(node(), **OWN)
     service.submit()
     ended = service.submit({**SPEC, **OWN})["id"]
@@ -68,7 +68,7 @@ def test_the_agent_is_told_the_state_of_all_jobs_of_its_cluster(service: Any) ->
     assert desired_states(service) == {ended: "cancelled", waiting: "preparing"}
 
 
-def test_a_job_that_has_no_size_yet_is_told_as_well(service: Any) -> None:
+def test_a_job_that_has_no_size_yet_is_among_them(service: Any) -> None:
     # Else the agent would take its cluster for idle.
     waiting = service.submit({**SPEC, **OWN})["id"]
     assert desired_states(service) == {waiting: "preparing"}

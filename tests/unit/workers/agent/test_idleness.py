@@ -1,4 +1,4 @@
-"""An agent of one job's cluster ends with the job, and its code tells how."""
+"""An agent of one job's cluster ends with the job, and its code is that of the job."""
 
 from collections.abc import Mapping
 
