@@ -21,6 +21,7 @@ from typing import Any
 import httpx
 import yaml
 
+from tests.support.kubelet import kuberay
 from tests.support.kubelet.cluster import Cluster
 from tests.support.kubelet.pods import Image
 from tests.support.manifests import KUBERNETES, ROOT, Json, overlay
@@ -45,8 +46,11 @@ _STEP_S = 120.0
 
 
 def main(name: str, folder: Path) -> None:
-    """Runs the rehearsal; an AssertionError names what did not happen."""
+    """Runs a rehearsal; an AssertionError names what did not happen."""
     with running(name, folder) as rehearsal:
+        if name == "rayjob":
+            rehearsal.run_ray_job()
+            return
         rehearsal.wait_until_ready()
         rehearsal.submit()
         rehearsal.reach_step(EVERY)
@@ -133,6 +137,7 @@ class Rehearsal:
     def __init__(self, cluster: Cluster, token_file: Path) -> None:
         self.cluster = cluster
         self.job_id = ""
+        self.ray_status = ""
         self._token_file = token_file
         self._began = time.monotonic()
         self._http = httpx.Client(timeout=5, trust_env=False)
@@ -149,10 +154,44 @@ class Rehearsal:
 
     def submit(self) -> None:
         """Submits a job through the command line."""
-        words = [f"--set={key}={json.dumps(value)}" for key, value in CHANGES.items()]
-        job = self._cli("submit", str(SPEC), *words, "--json")
-        self.job_id = job["id"]
+        self.job_id = json.loads(self._submit(CHANGES, "--json"))["id"]
         self._note(f"submitted {self.job_id}")
+
+    def run_ray_job(self) -> None:
+        """Submits a job with a cluster of its own; both end together, as KubeRay sees it."""
+        self._until(
+            lambda: "status" in self._get("/readyz"), _READY_S, "the service answers"
+        )
+        changes = {**CHANGES, "cluster": "rayjob-1", "parallel.dp": 1, "training.steps": 60}
+        changes["resources.accelerator"] = "cpu"
+        template = KUBERNETES / "rendered/rayjob-template.yaml"
+        manifest = yaml.safe_load(self._submit(changes, "--rayjob", str(template)))
+        (job,) = self._get("/v1/jobs")["data"]
+        assert job["status_reason"] == "waiting_agent"
+        self.job_id = job["id"]
+        ray_cluster = kuberay.cluster_of_job(manifest)
+        self.cluster.apply(ray_cluster)
+        pods = self.cluster.pods.values()
+        # KubeRay starts the entrypoint once all of them are.
+        self._until(
+            lambda: all(pod.is_ready for pod in pods), _READY_S, "the pods are ready"
+        )
+        url = f"http://{self.cluster.address(kuberay.service_name(ray_cluster), 8265)}"
+        token = self.cluster.objects.secrets["ray-token"]["auth_token"]
+        headers = {"x-ray-authorization": f"Bearer {token}"}
+        body = {"entrypoint": manifest["spec"]["entrypoint"], "submission_id": "rayjob-1"}
+        response = self._http.post(f"{url}/api/jobs/", json=body, headers=headers)
+        assert response.status_code == 200, response.text
+        self._note("the entrypoint is submitted")
+
+        def has_ended() -> bool:
+            answer = self._http.get(f"{url}/api/jobs/rayjob-1", headers=headers).json()
+            self.ray_status = str(answer["status"])
+            return self.ray_status in ("SUCCEEDED", "FAILED", "STOPPED")
+
+        self._until(has_ended, _STEP_S, "the entrypoint has ended")
+        assert self.ray_status == "SUCCEEDED"
+        assert self._job()["status"] == "succeeded", self._job()
 
     def reach_step(self, step: int) -> None:
         """Waits until the job has made that step."""
@@ -241,13 +280,16 @@ class Rehearsal:
         answer: Json = response.json()
         return answer
 
-    def _cli(self, *words: str) -> Any:
-        command = [f"{sys.prefix}/bin/megatron-ray", *words, "--url", self.url]
+    def _submit(self, changes: dict[str, Any], *options: str) -> str:
+        """Returns what the command line prints."""
+        words = [f"--set={key}={json.dumps(value)}" for key, value in changes.items()]
+        command = [f"{sys.prefix}/bin/megatron-ray", "submit", str(SPEC), *words, *options]
+        command += ["--url", self.url]
         result = subprocess.run(
             [*command, "--token", f"@{self._token_file}"], capture_output=True, text=True
         )
         assert result.returncode == 0, result.stderr
-        return json.loads(result.stdout)
+        return result.stdout
 
     def _until(self, reached: Callable[[], bool], timeout_s: float, what: str) -> None:
         deadline = time.monotonic() + timeout_s

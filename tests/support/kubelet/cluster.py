@@ -40,18 +40,22 @@ class Cluster:
         self._image = image
         self._folder = folder
         self._numbers = itertools.count(2)
-        self._templates = {}
+        self._templates: dict[str, Template] = {}
         self._services = [item for item in manifests if item["kind"] == "Service"]
-        for item in manifests:
-            for template in _templates(item):
-                self._templates[template.owner] = template
-            if item["kind"] == "RayCluster":
-                self._services.append(kuberay.head_service(item))
+        self._manifests = manifests
 
     def start(self) -> None:
-        """Starts a pod for every template."""
-        for owner in self._templates:
-            self._create(owner)
+        """Starts the pods of all workloads."""
+        for item in self._manifests:
+            self.apply(item)
+
+    def apply(self, manifest: Json) -> None:
+        """Starts the pods of a workload; objects without pods start none."""
+        if manifest["kind"] == "RayCluster":
+            self._services.append(kuberay.head_service(manifest))
+        for template in _templates(manifest):
+            self._templates[template.owner] = template
+            self._create(template.owner)
 
     def replace(self, owner: str) -> Pod:
         """Kills a pod and makes another one, as controllers do: new name, new address."""

@@ -9,7 +9,8 @@ as far as the overlays use them:
 - `setContainerEnvVars`, `configureTokenAuth`: the variables;
 - `DefaultWorkerPodTemplate`: the container `wait-gcs-ready`, without the group's `envFrom`;
 - `initLivenessAndReadinessProbe`: one path of the dashboard's agent, since Ray 2.53;
-- `BuildServiceForHeadPod`: the headless Service `<cluster>-head-svc`.
+- `BuildServiceForHeadPod`: the headless Service `<cluster>-head-svc`;
+- of a RayJob its RayCluster, whose name gets a suffix.
 
 Its autoscaler, fault tolerance of the GCS and TLS are left out: asking for one of them is
 an error here.
@@ -39,6 +40,20 @@ def pod_templates(cluster: Json) -> dict[str, list[Json]]:
             _worker(cluster, group) for _ in range(group["replicas"])
         ]
     return templates
+
+
+def cluster_of_job(ray_job: Json) -> Json:
+    """Returns the RayCluster that KubeRay makes for a RayJob."""
+    metadata = ray_job["metadata"]
+    return {
+        "apiVersion": ray_job["apiVersion"],
+        "kind": "RayCluster",
+        "metadata": {
+            "name": f"{metadata['name']}-x7k2p",
+            "namespace": metadata["namespace"],
+        },
+        "spec": ray_job["spec"]["rayClusterSpec"],
+    }
 
 
 def head_service(cluster: Json) -> Json:

@@ -112,6 +112,12 @@ class Container:
         return self.process is not None and (not has_probe or "startupProbe" in self._ready)
 
     @property
+    def is_ready(self) -> bool:
+        """Whether it takes part in Services, by its own probe."""
+        has_probe = "readinessProbe" in self._container
+        return self.has_started and (not has_probe or "readinessProbe" in self._ready)
+
+    @property
     def probes(self) -> set[str]:
         """The kinds of its probes."""
         return {kind for kind in PROBES if kind in self._container}
@@ -226,6 +232,12 @@ class Pod:
     def start(self) -> None:
         """Starts the pod's containers, in the background."""
         self._in_background(self._start_containers)
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether all of its containers are."""
+        ready = {item.name for item in self.containers if item.is_ready}
+        return {item["name"] for item in self.setup.spec["containers"]} <= ready
 
     def container(self, name: str) -> Container:
         """Returns the container of that name, once it has been started."""
