@@ -44,8 +44,8 @@ CHANGES = {
     "schedule": {"kind": "constant"},
     "checkpoint.every_steps": EVERY,
 }
-_READY_S = 120.0
-_STEP_S = 120.0
+_READY_S = 240.0
+_STEP_S = 240.0
 
 
 def main(name: str, folder: Path) -> None:
