@@ -268,12 +268,17 @@ class Pod:
     def kill(self) -> None:
         """Ends all processes of the pod at once, as when its machine is lost."""
         self._stopping.set()
-        for container in self.containers:
-            if container.process is not None:
-                container.process.kill()
+        self._kill_containers()
         self.sandbox.kill()
         for thread in self._threads:
             thread.join()
+        # One may have been started meanwhile.
+        self._kill_containers()
+
+    def _kill_containers(self) -> None:
+        for container in self.containers:
+            if container.process is not None:
+                container.process.kill()
 
     def kill_container(self, name: str) -> None:
         """Ends all processes of one container; the pod stays and starts it again."""

@@ -19,8 +19,8 @@ from pathlib import Path
 ENTER = Path(__file__).with_name("enter_container.py")
 BRIDGE = "pods"
 GATEWAY = "10.77.0.1"
-_START_S = 10.0
-_END_S = 10.0
+_START_S = 60.0
+_END_S = 60.0
 TOOLS = ("unshare", "nsenter", "ip")
 
 
@@ -177,6 +177,8 @@ class Process:
 
     def kill(self) -> None:
         """Ends all processes of the container, or its first one and its descendants."""
+        if self.exit_code is not None:
+            return
         for pid in [self.pid, *descendants(self.pid)]:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
