@@ -1,6 +1,6 @@
-"""Rehearses an overlay: every pod runs as local processes, and dies once.
+"""Rehearses an overlay: its pods run as local processes.
 
-    python -m tests.support.rehearsal OVERLAY FOLDER
+    python -m tests.support.rehearsal deaths|deletion|rayjob FOLDER
 
 Runs inside the namespaces of `tests.support.kubelet.sandbox.command_inside`, which end
 whatever it leaves. Everything that is started comes from the rendered manifests and from
@@ -50,19 +50,40 @@ _STEP_S = 240.0
 
 def main(name: str, folder: Path) -> None:
     """Runs a rehearsal; an AssertionError names what did not happen."""
-    with running(name, folder) as rehearsal:
-        if name == "rayjob":
-            rehearsal.run_ray_job()
-            return
-        rehearsal.wait_until_ready()
-        rehearsal.submit()
-        rehearsal.reach_step(EVERY)
-        rehearsal.kill("megatron-ray-service", "the service's pod")
-        rehearsal.kill("megatron-ray-agent", "the agent's pod, a node of Ray with it")
-        rehearsal.kill("training-workers-0", "the worker's pod, with all ranks")
-        rehearsal.kill_head()
-        rehearsal.finish()
-        rehearsal.require_passed_probes()
+    rehearsals = {
+        "deaths": ("dev", deaths),
+        "deletion": ("dev", deletion),
+        "rayjob": ("rayjob", ray_job),
+    }
+    stage, rehearse = rehearsals[name]
+    with running(stage, folder) as rehearsal:
+        rehearse(rehearsal)
+
+
+def deaths(rehearsal: "Rehearsal") -> None:
+    """Every pod is killed once while a job trains."""
+    rehearsal.wait_until_ready()
+    rehearsal.submit()
+    rehearsal.reach_step(EVERY)
+    rehearsal.kill("megatron-ray-service", "the service's pod")
+    rehearsal.kill("megatron-ray-agent", "the agent's pod, a node of Ray with it")
+    rehearsal.kill("training-workers-0", "the worker's pod, with all ranks")
+    rehearsal.kill_head()
+    rehearsal.finish()
+    rehearsal.require_passed_probes()
+
+
+def deletion(rehearsal: "Rehearsal") -> None:
+    """The worker's pod is deleted while a job trains, which then repeats no step."""
+    rehearsal.wait_until_ready()
+    rehearsal.submit()
+    rehearsal.reach_step(EVERY)
+    rehearsal.delete_worker()
+
+
+def ray_job(rehearsal: "Rehearsal") -> None:
+    """A job with a cluster of its own: both end together."""
+    rehearsal.run_ray_job()
 
 
 @contextmanager
@@ -214,6 +235,21 @@ class Rehearsal:
         # Without its head a node of Ray ends, and starts again as a new one.
         self._goes_on(before, "the head's container", new_nodes=3)
 
+    def delete_worker(self) -> None:
+        """Deletes the worker's pod as Kubernetes does; the job goes on without loss."""
+        before = self._now()
+        pod = self.cluster.pods["training-workers-0"]
+        grace_s = pod.setup.spec["terminationGracePeriodSeconds"]
+        seconds = self.cluster.delete("training-workers-0")
+        what = f"the worker's pod, which ended in {seconds:.0f} s of {grace_s} s,"
+        assert seconds < grace_s
+        self._goes_on(before, what, new_nodes=1)
+        first, second = (
+            self._get(f"/v1/jobs/{self.job_id}/metrics?limit=1000&attempt={number}")["data"]
+            for number in (before.attempt, before.attempt + 1)
+        )
+        assert second[0]["step"] == first[-1]["step"] + 1
+
     def finish(self) -> None:
         """Shortens the job, waits for its end, and looks at its steps."""
         self._cli("cancel", self.job_id)
@@ -241,7 +277,7 @@ class Rehearsal:
         self._until(lambda: not unpassed(), _STEP_S, "all probes have passed")
 
     def _goes_on(self, before: "Moment", what: str, *, new_nodes: int) -> None:
-        self._note(f"killed {what} at step {before.step} of attempt {before.attempt}")
+        self._note(f"away: {what} at step {before.step} of attempt {before.attempt}")
 
         def goes_on() -> bool:
             if not self._is_ready():
