@@ -81,10 +81,10 @@ def check_storage(session: Session, spec: JobSpec) -> list[Problem]:
 
 def _check_names(spec: JobSpec, settings: Settings) -> list[Problem]:
     # Operators name what specs may use, so that no spec brings images or secrets along.
-    problems = [
-        *_check_name("cluster", "/cluster", spec.cluster, settings.clusters),
-        *_check_name("image", "/image", spec.image, settings.images),
-    ]
+    problems = _check_name("image", "/image", spec.image, settings.images)
+    if not settings.has_cluster(spec.cluster):
+        unknown = _check_name("cluster", "/cluster", spec.cluster, settings.clusters)
+        problems = [*unknown, *problems]
     for index, name in enumerate(spec.credentials):
         pointer = f"/credentials/{index}"
         problems += _check_name("credentials", pointer, name, settings.credentials)
