@@ -272,6 +272,8 @@ class FakeCluster:
     save_every: int
     dies: tuple[int, int] | None = None
     """Rank that dies before a step, and the step; once."""
+    exit_every: int | None = None
+    """Steps after which the ranks end at a limit of the spec."""
     step_s: float = 0.0
     clock: FakeClock = field(default_factory=FakeClock)
     on_step: Callable[[FakeProcess], None] = lambda process: None
@@ -302,10 +304,14 @@ class FakeCluster:
             self.clock.advance(self.step_s)
         process.report("step", {"step": process.step, "loss": 1.0 / process.step})
         is_last = process.step == self.steps
-        if is_last or process.must_stop or process.step % self.save_every == 0:
+        is_exit = self.exit_every is not None and process.step % self.exit_every == 0
+        must_end = process.must_stop or is_exit
+        if is_last or must_end or process.step % self.save_every == 0:
             self._save(process, rank)
         if is_last:
             process.state = RankState.FINISHED
+        elif is_exit:
+            process.state = RankState.EXITED
         elif process.must_stop:
             process.state = RankState.STOPPED
         self.on_step(process)

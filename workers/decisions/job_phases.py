@@ -25,7 +25,7 @@ it. Must not know: how anything is done, clocks, Ray, torch, HTTP.
     STARTING ──AttemptFailed, AttemptAbandoned──> RECOVERING
     any phase but RUNNING ──StopRequested(cancel)──> ENDING
     PREPARING ──DataRejected, PreparationFailed──> ENDING
-    RUNNING ──AttemptFinished, AttemptStopped(cancel)──> ENDING
+    RUNNING ──AttemptFinished, AttemptExited, AttemptStopped(cancel)──> ENDING
     RECOVERING ──RestartDecided(give up)──> ENDING
     SCHEDULING, RECOVERING ──NothingToResume──> ENDING
     ENDING ──ResumeRequested──> PREPARING, or READY when the data are prepared
@@ -51,6 +51,7 @@ from workers.decisions.journal_entry import (
 )
 from workers.decisions.observations import (
     AttemptAbandoned,
+    AttemptExited,
     AttemptFailed,
     AttemptFinished,
     AttemptStopped,
@@ -233,6 +234,18 @@ def _attempt_finished(entry: JournalEntry, observed: AttemptFinished) -> Transit
     return _end(JobStatus(JobState.SUCCEEDED), attempt)
 
 
+def _attempt_exited(entry: JournalEntry, observed: AttemptExited) -> Transition:
+    # The job has done what its spec asks for, so it is not run again: only the user knows
+    # when the next hours of the cluster are its own.
+    message = (
+        f"ended after step {entry.last_commit} by {_reached_limit(entry)}; "
+        f"`megatron-ray resume {entry.job_id}` goes on from its checkpoint"
+    )
+    attempt = AttemptStatus(AttemptState.SUCCEEDED, StatusReason.PLANNED_EXIT, message)
+    status = JobStatus(JobState.SUCCEEDED, StatusReason.PLANNED_EXIT, message)
+    return _end(status, attempt)
+
+
 def _attempt_stopped(entry: JournalEntry, observed: AttemptStopped) -> Transition:
     attempt = AttemptStatus(AttemptState.STOPPED, None, observed.message)
     if observed.desired in (DesiredState.CANCEL, DesiredState.PAUSE):
@@ -286,6 +299,16 @@ def _restart_decided(entry: JournalEntry, observed: RestartDecided) -> Transitio
         return _end(status, journal=spent)
     status = JobStatus(JobState.RECOVERING, decision.reason, decision.message)
     return Transition(Phase.RECOVERING, spent, job=status, delay_s=decision.delay_s)
+
+
+def _reached_limit(entry: JournalEntry) -> str:
+    """Returns the field of the spec by which the ranks have ended."""
+    training = (entry.spec or {}).get("training", {})
+    every = training.get("exit_every_steps")
+    # The ranks end with a checkpoint, which is the newest one.
+    if every and entry.last_commit % every == 0:
+        return "training.exit_every_steps"
+    return "training.max_duration_s"
 
 
 def _stop(
@@ -351,6 +374,7 @@ TRANSITIONS: dict[tuple[Phase, type], Rule] = {
     (Phase.STARTING, AttemptAbandoned): _attempt_abandoned,
     (Phase.STARTING, StopRequested): _start_cancelled,
     (Phase.RUNNING, AttemptFinished): _attempt_finished,
+    (Phase.RUNNING, AttemptExited): _attempt_exited,
     (Phase.RUNNING, AttemptStopped): _attempt_stopped,
     (Phase.RUNNING, AttemptFailed): _attempt_failed,
     # Between two attempts; living processes and the placement group are kept.

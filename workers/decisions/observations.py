@@ -100,6 +100,11 @@ class AttemptFinished:
 
 
 @dataclass(frozen=True)
+class AttemptExited:
+    """Every rank has ended at a limit of the spec, and all checkpoints are committed."""
+
+
+@dataclass(frozen=True)
 class AttemptStopped:
     """The ranks stopped, or the grace period ran out; `desired` is the state to reach."""
 
@@ -137,6 +142,7 @@ Observation = (
     | RanksStarted
     | AttemptAbandoned
     | AttemptFinished
+    | AttemptExited
     | AttemptStopped
     | AttemptFailed
     | RestartDecided

@@ -11,6 +11,7 @@ in the journaled phase.
 from workers.decisions.job_phases import Transition, next_phase
 from workers.decisions.journal_entry import Ending, Phase
 from workers.decisions.observations import (
+    AttemptExited,
     AttemptFailed,
     AttemptFinished,
     AttemptStopped,
@@ -83,7 +84,7 @@ class JobLifecycle:
                 self._carry_out(next_phase(job.entry, observation))
         # Observe, decide, act. The phase is always read from the journal entry.
         while job.entry.phase is not Phase.ENDING:
-            self._carry_out(next_phase(job.entry, self._work()))
+            self._take_turn()
         self._end()
 
     def _resume_ended(self) -> None:
@@ -108,6 +109,11 @@ class JobLifecycle:
         if self._last_error:
             message = f"{message} after: {self._last_error}"
         self._job.records.event("driver.restarted", message, "warn")
+
+    def _take_turn(self) -> None:
+        observation = self._work()
+        # The entry is read afterwards, because the work changes some of its fields.
+        self._carry_out(next_phase(self._job.entry, observation))
 
     def _carry_out(self, transition: Transition) -> None:
         self._retry_at = self._ports.clock() + transition.delay_s
@@ -139,7 +145,9 @@ class JobLifecycle:
         self._progress.on_attempt_starting()
         return self._starter.start(self._scheduling.current_plan())
 
-    def _supervise(self) -> AttemptFinished | AttemptStopped | AttemptFailed:
+    def _supervise(
+        self,
+    ) -> AttemptFinished | AttemptExited | AttemptStopped | AttemptFailed:
         job = self._job
         # The replacements run, so fetching files can no longer delay their start.
         self._ports.dead_rank_files.collect(job.entry.dead)

@@ -8,7 +8,11 @@ from collections.abc import Sequence
 
 from megatron_ray.commands import Command
 from megatron_ray.reports import PhaseReport, StepReport
-from workers.decisions.observations import AttemptFailed, AttemptFinished
+from workers.decisions.observations import (
+    AttemptExited,
+    AttemptFailed,
+    AttemptFinished,
+)
 from workers.driver.attempt.committer import CheckpointCommitter, Committed
 from workers.driver.attempt.outcome import (
     RanksStopped,
@@ -30,7 +34,7 @@ it."""
 _TURN_S = 0.2
 _SHORT_TURN_S = 0.05
 
-AttemptEnd = AttemptFinished | RanksStopped | AttemptFailed
+AttemptEnd = AttemptFinished | AttemptExited | RanksStopped | AttemptFailed
 
 
 class Supervision:
