@@ -11,8 +11,8 @@ import pytest
 from megatron_ray.checkpoint.hf.importing import import_folder
 from megatron_ray.data.tokenizer import Tokenizer
 from tests.support.hf_folders import publish
+from workers.job_file import read_spec
 from workers.rank.messages import UserError
-from workers.standalone import read_spec
 
 pytestmark = pytest.mark.parallel
 

@@ -68,6 +68,7 @@ from workers.decisions.observations import (
     RunRequested,
     StopRequested,
 )
+from workers.decisions.planned_exit import reached_limit
 from workers.exceptions import WorkersError
 from workers.protocol.states import AttemptState, DesiredState, JobState, StatusReason
 
@@ -237,8 +238,10 @@ def _attempt_finished(entry: JournalEntry, observed: AttemptFinished) -> Transit
 def _attempt_exited(entry: JournalEntry, observed: AttemptExited) -> Transition:
     # The job has done what its spec asks for, so it is not run again: only the user knows
     # when the next hours of the cluster are its own.
+    # The ranks have ended with a checkpoint, which is the newest one.
+    limit = reached_limit((entry.spec or {}).get("training", {}), entry.last_commit)
     message = (
-        f"ended after step {entry.last_commit} by {_reached_limit(entry)}; "
+        f"ended after step {entry.last_commit} by {limit}; "
         f"`megatron-ray resume {entry.job_id}` goes on from its checkpoint"
     )
     attempt = AttemptStatus(AttemptState.SUCCEEDED, StatusReason.PLANNED_EXIT, message)
@@ -299,16 +302,6 @@ def _restart_decided(entry: JournalEntry, observed: RestartDecided) -> Transitio
         return _end(status, journal=spent)
     status = JobStatus(JobState.RECOVERING, decision.reason, decision.message)
     return Transition(Phase.RECOVERING, spent, job=status, delay_s=decision.delay_s)
-
-
-def _reached_limit(entry: JournalEntry) -> str:
-    """Returns the field of the spec by which the ranks have ended."""
-    training = (entry.spec or {}).get("training", {})
-    every = training.get("exit_every_steps")
-    # The ranks end with a checkpoint, which is the newest one.
-    if every and entry.last_commit % every == 0:
-        return "training.exit_every_steps"
-    return "training.max_duration_s"
 
 
 def _stop(

@@ -36,9 +36,10 @@ from workers import standalone
 from workers.data_tasks import prepare_data
 from workers.decisions.journal_entry import Ending, JournalEntry, Phase
 from workers.driver.journal import Journal
+from workers.job_file import read_spec
 from workers.rank.messages import UserError
 from workers.rank.spool import Spool
-from workers.standalone import TrainingFailedError, read_spec, run_standalone
+from workers.standalone import TrainingFailedError, run_standalone
 from workers.stop_signals import StopSignals
 
 
