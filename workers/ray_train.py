@@ -159,7 +159,10 @@ def ending_of(result: Any) -> Ending:
 
 
 def _room(spec: JobSpec, resources: Mapping[str, float], *, uses_gpu: bool) -> int:
-    """Returns the number of ranks that a cluster with these resources has room for."""
+    """Returns the largest world size: of the layout, or that the cluster has room for."""
+    # Ray Train waits for nodes that the cluster may still get.
+    if spec.parallel.dp != "auto":
+        return resolution.world_size(spec)
     num_ranks = int(resources.get("CPU", 0.0) / spec.resources.cpus_per_rank)
     if uses_gpu:
         num_ranks = min(num_ranks, int(resources.get("GPU", 0.0)))

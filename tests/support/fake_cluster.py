@@ -538,7 +538,7 @@ class FakeDeadRankFiles:
 class FakeGauges:
     """Shows nothing."""
 
-    def update(self, step: dict[str, Any]) -> None:
+    def update(self, step: dict[str, Any], attempt: int, goodput: float | None) -> None:
         pass
 
 

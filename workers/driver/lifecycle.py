@@ -129,6 +129,7 @@ class JobLifecycle:
                 # Repeated on every entry into this phase, also after a restart.
                 self._preparation.record_result()
                 self._scheduling.release()
+                self._progress.on_released()
                 return self._scheduling.await_run()
             case Phase.SCHEDULING:
                 self._job.records.state(JobState.SCHEDULING)
