@@ -30,8 +30,8 @@ def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, float]
     write_job(tmp_path)
     monkeypatch.chdir(tmp_path)
     resources = {"CPU": 8.0}
-    monkeypatch.setattr(ray_train.ray, "is_initialized", lambda: True)
-    monkeypatch.setattr(ray_train.ray, "cluster_resources", lambda: resources)
+    monkeypatch.setattr("ray.is_initialized", lambda: True)
+    monkeypatch.setattr("ray.cluster_resources", lambda: resources)
     return resources
 
 

@@ -328,7 +328,7 @@ def test_a_run_ends_at_its_limits_and_goes_on_bit_for_bit(job: Path) -> None:
     options = (*PLAIN, "training.steps=6", "checkpoint.every_steps=100")
     elsewhere = f"storage.path={job.parent}/elsewhere"
     run(job, *options, elsewhere, reports=job.parent / "whole.jsonl")
-    together = {}
+    together: dict[int, float] = {}
     messages = []
     limits = ["training.max_duration_s=0.0001", "training.exit_every_steps=3"]
     for number, limit in enumerate([*limits, "training.steps=6"]):
