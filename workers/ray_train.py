@@ -266,7 +266,7 @@ def first_split_group(env: RankEnv, tp: int) -> int | None:
 
 
 class _CheckpointReports:
-    """Tells Ray Train of each checkpoint, in a thread of its own.
+    """Reports each checkpoint to Ray Train, in a thread of its own.
 
     Every rank reports the same checkpoints in the same order.
     """

@@ -67,9 +67,9 @@ def test_the_board_shows_each_gauge_and_no_other() -> None:
     names = set()
     for panel in board()["panels"]:
         for target in panel["targets"]:
-            found = re.findall(r"ray_(megatron_ray_\w+)\{([^}]*)\}", target["expr"])
-            assert found, target["expr"]
-            for name, labels in found:
+            series = re.findall(r"ray_(megatron_ray_\w+)\{([^}]*)\}", target["expr"])
+            assert series, target["expr"]
+            for name, labels in series:
                 names.add(name)
                 assert labels == 'job_id=~"$job_id", group=~"$group"'
     assert names == {spec.name for spec in GAUGES.values()}
