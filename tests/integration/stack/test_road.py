@@ -114,7 +114,7 @@ def test_torchrun_and_ray_train_give_the_drivers_losses(
             env={**os.environ, **token},
             capture_output=True,
             text=True,
-            timeout=180,
+            timeout=400,
             check=False,
         )
         assert "ended after step 6 by training.exit_every_steps" in done.stdout, done.stderr
