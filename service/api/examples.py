@@ -194,6 +194,11 @@ RESPONSES: dict[str, Any] = {
             "gpu": None,
             "pid": 24852,
             "coordinates": {"tp": 0, "cp": 0, "ep": 0, "dp": 0, "pp": 0},
+            "log_url": (
+                "http://127.0.0.1:8265/#/logs/viewer?nodeId="
+                f"{_NODE_ID}&fileName=megatron-ray%2F{_JOB_ID}%2F"
+                "attempt-0001%2Frank-00000.log"
+            ),
         },
         id_of="rank",
     ),

@@ -309,6 +309,9 @@ class RankPlacement(Body):
     """Id of the process on its node."""
     coordinates: dict[str, int] = {}
     """Index of the rank along each parallel axis."""
+    log_url: str | None = None
+    """Page of Ray's dashboard with the rank's log on its node, while the job runs and its
+    cluster has a dashboard."""
 
 
 class Log(Body):

@@ -281,6 +281,8 @@ class FakeCluster:
     save_every: int
     dies: tuple[int, int] | None = None
     """Rank that dies before a step, and the step; once."""
+    exit_every: int | None = None
+    """Steps after which the ranks end at a limit of the spec."""
     step_s: float = 0.0
     clock: FakeClock = field(default_factory=FakeClock)
     on_step: Callable[[FakeProcess], None] = lambda process: None
@@ -337,10 +339,14 @@ class FakeCluster:
             {"step": process.step, "loss": 1.0 / process.step, "step_s": self.step_s},
         )
         is_last = process.step == self.steps
-        if is_last or process.must_stop or process.step % self.save_every == 0:
+        is_exit = self.exit_every is not None and process.step % self.exit_every == 0
+        must_end = process.must_stop or is_exit
+        if is_last or must_end or process.step % self.save_every == 0:
             self._save(process, rank)
         if is_last:
             process.state = RankState.FINISHED
+        elif is_exit:
+            process.state = RankState.EXITED
         elif process.must_stop:
             process.state = RankState.STOPPED
         self.on_step(process)
@@ -578,7 +584,7 @@ class FakeDeadRankFiles:
 class FakeGauges:
     """Shows nothing."""
 
-    def update(self, step: dict[str, Any]) -> None:
+    def update(self, step: dict[str, Any], attempt: int, goodput: float | None) -> None:
         pass
 
 

@@ -102,6 +102,11 @@ class AttemptFinished:
 
 
 @dataclass(frozen=True)
+class AttemptExited:
+    """Every rank has ended at a limit of the spec, and all checkpoints are committed."""
+
+
+@dataclass(frozen=True)
 class AttemptStopped:
     """The ranks stopped, or the grace period ran out; `desired` is the state to reach."""
 
@@ -139,6 +144,7 @@ Observation = (
     | RanksStarted
     | AttemptAbandoned
     | AttemptFinished
+    | AttemptExited
     | AttemptStopped
     | AttemptFailed
     | RestartDecided

@@ -21,6 +21,7 @@ from typing import Self
 
 from megatron_ray.exceptions import InputError
 from workers.exceptions import WorkersError
+from workers.rank.slurm import is_started_by_srun, read_task
 
 AGENT_TOKEN = "MEGATRON_RAY_AGENT_TOKEN"
 AGENT_TOKEN_FILE = "MEGATRON_RAY_AGENT_TOKEN_FILE"
@@ -73,15 +74,17 @@ class RankEnv:
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str] | None = None) -> Self:
-        """Reads torchrun's variables; without them, the process is the only rank.
+        """Reads torchrun's variables, or Slurm's in a process that srun has started.
 
-        Raises ProcessEnvironmentError.
+        Without them, the process is the only rank. Raises ProcessEnvironmentError.
         """
         if environ is None:
             environ = os.environ
         # torchrun sets all of them. A single one is an error and must not silently mean a
         # world of one rank.
         if "RANK" not in environ and "WORLD_SIZE" not in environ:
+            if is_started_by_srun(environ):
+                return cls._from_slurm(environ)
             return cls(rank=0, world_size=1, local_rank=0, local_world_size=1)
         env = cls(
             rank=_integer(environ, "RANK"),
@@ -99,6 +102,25 @@ class RankEnv:
                 "torchrun"
             )
         return env
+
+    @classmethod
+    def _from_slurm(cls, environ: Mapping[str, str]) -> Self:
+        try:
+            task = read_task(environ)
+        except ValueError as error:
+            raise ProcessEnvironmentError(f"{error}; start ranks with srun") from error
+        port = task.port
+        if "MASTER_PORT" in environ:
+            port = _integer(environ, "MASTER_PORT")
+        return cls(
+            rank=task.rank,
+            world_size=task.world_size,
+            local_rank=task.local_rank,
+            local_world_size=task.local_world_size,
+            node_rank=task.node_rank,
+            master_addr=environ.get("MASTER_ADDR", task.first_node),
+            master_port=port,
+        )
 
     def to_environ(self) -> dict[str, str]:
         """Returns the variables that torchrun would export; torch's libraries read them."""

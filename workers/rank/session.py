@@ -109,9 +109,12 @@ def _with_memory_bound(tuning: device.MallocTuning, poll: CommandSource) -> Comm
 
 @contextmanager
 def process_group(request: StartRequest, timeout: timedelta = _TIMEOUT) -> Iterator[None]:
-    """Initializes the attempt's default process group; does nothing for one rank."""
+    """Initializes the attempt's default process group.
+
+    Does nothing for one rank, and where the launcher has initialized it (Ray Train).
+    """
     env = request.env
-    if env.world_size == 1:
+    if env.world_size == 1 or dist.is_initialized():
         yield
         return
     # Libraries below torch read torchrun's variables.
@@ -143,4 +146,6 @@ def connect_store(request: StartRequest) -> Store:
     env = request.env
     if env.world_size == 1:
         return HashStore()
+    # The address of the store is read from the environment, which not every launcher sets.
+    env.export()
     return environment_store(env.rank, env.world_size, timeout)

@@ -3,6 +3,7 @@
 Owns: reading `ray.nodes()`. Must not know: jobs' specs, HTTP, torch.
 """
 
+import contextlib
 import socket
 import tempfile
 from collections.abc import Iterable, Mapping
@@ -71,6 +72,16 @@ def nvlink_domain(node_id: str) -> str:
 def job_folder(node_id: str, job_id: str) -> Path:
     """Returns the folder on a node that a job's ranks write to."""
     return _session_folder(node_id) / "megatron-ray" / job_id
+
+
+def link_into_ray_logs(job_folder: Path) -> None:
+    """Makes the ranks' files on a node readable in Ray's dashboard, below its logs."""
+    jobs_folder = job_folder.parent
+    # Another process of the node may have made the link; without it only links of the
+    # dashboard fail.
+    with contextlib.suppress(OSError):
+        link = jobs_folder.with_name("logs") / jobs_folder.name
+        link.symlink_to(Path("..", jobs_folder.name))
 
 
 def _session_folder(node_id: str) -> Path:

@@ -8,7 +8,11 @@ from dataclasses import dataclass
 
 from megatron_ray.commands import Command
 from workers.decisions.failures import Failure, FailureKind, root_cause
-from workers.decisions.observations import AttemptFailed, AttemptFinished
+from workers.decisions.observations import (
+    AttemptExited,
+    AttemptFailed,
+    AttemptFinished,
+)
 from workers.driver.attempt.plan import AttemptPlan
 from workers.protocol.states import DesiredState
 from workers.protocol.wire import DesiredJob
@@ -63,7 +67,9 @@ def decide_stop(
     return StopDecision(command, stopping)
 
 
-def attempt_end(states: Collection[RankState]) -> AttemptFinished | RanksStopped | None:
+def attempt_end(
+    states: Collection[RankState],
+) -> AttemptFinished | AttemptExited | RanksStopped | None:
     """Returns how an attempt without a failure has ended; None while it runs."""
     if not is_over(states):
         return None
@@ -71,6 +77,8 @@ def attempt_end(states: Collection[RankState]) -> AttemptFinished | RanksStopped
     # completed the last step or none has.
     if set(states) == {RankState.FINISHED}:
         return AttemptFinished()
+    if set(states) == {RankState.EXITED}:
+        return AttemptExited()
     return RanksStopped()
 
 

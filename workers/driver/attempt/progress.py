@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from workers.decisions import recovery
+from workers.decisions.goodput import Goodput
 from workers.decisions.recovery import RecoveryWatch
 from workers.driver.attempt.growth import Growth
 from workers.driver.attempt.spares import SparePool
@@ -28,6 +29,7 @@ class JobProgress:
         self._recovery: RecoveryWatch | None = None
         self._spares: SparePool | None = None
         self._growth: Growth | None = None
+        self._goodput = Goodput()
 
     def on_attempt_failed(self) -> None:
         """Starts measuring the recovery."""
@@ -35,20 +37,28 @@ class JobProgress:
 
     def on_attempt_starting(self) -> None:
         """Stores the step from which the recovery resumes."""
+        self._goodput.held(self._job.ports.clock())
         if self._recovery is not None:
             self._recovery.from_step = self._job.entry.last_commit
 
     def on_attempt_running(self, spares: SparePool, growth: Growth) -> None:
         """Sets spares and growth of the attempt that has started running."""
+        self._goodput.held(self._job.ports.clock())
         self._spares = spares
         self._growth = growth
+
+    def on_released(self) -> None:
+        """The job waits without resources."""
+        self._goodput.released(self._job.ports.clock())
 
     # ---- the attempt's listener
 
     def stepped(self, data: dict[str, Any]) -> None:
         """Rank 0 has done a step."""
         # Called for each step of rank 0, so frequent work must be cheap.
-        self._job.ports.gauges.update(data)
+        self._goodput.step(data["step"], data.get("step_s", 0.0))
+        ratio = self._goodput.ratio(self._job.ports.clock())
+        self._job.ports.gauges.update(data, self._job.entry.attempt, ratio)
         self._record_running()
         if self._spares is not None:
             self._spares.maintain()

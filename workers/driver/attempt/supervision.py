@@ -9,7 +9,11 @@ from dataclasses import replace
 
 from megatron_ray.commands import Command
 from megatron_ray.reports import PhaseReport, StepReport
-from workers.decisions.observations import AttemptFailed, AttemptFinished
+from workers.decisions.observations import (
+    AttemptExited,
+    AttemptFailed,
+    AttemptFinished,
+)
 from workers.driver.attempt.committer import CheckpointCommitter, Committed
 from workers.driver.attempt.outcome import (
     RanksStopped,
@@ -31,7 +35,7 @@ it."""
 _TURN_S = 0.2
 _SHORT_TURN_S = 0.05
 
-AttemptEnd = AttemptFinished | RanksStopped | AttemptFailed
+AttemptEnd = AttemptFinished | AttemptExited | RanksStopped | AttemptFailed
 
 
 class Supervision:
