@@ -135,8 +135,9 @@ class Agent:
             self._options.service_url, hello.namespace, node_groups=group_names
         )
         checks = CheckRunner(client)
-        storage_root = self._options.storage_root or hello.storage_root
-        storage = StorageChecks(storage_root, group_names)
+        storage = StorageChecks(
+            self._options.storage_root or hello.storage_root, group_names
+        )
         own_node = ray.get_runtime_context().get_node_id()
         idleness = Idleness()
         began = time.monotonic()
