@@ -6,6 +6,7 @@ defined beside the code that raises it:
     MegatronRayError                        internal
     ├── InputError                          user
     │   ├── UserError                       rank.messages
+    │   ├── CredentialsError                rank.environment
     │   └── InterfaceError                  rank.environment
     └── WorkersError                        internal
         ├── PlacementError                  decisions.placement
@@ -18,6 +19,7 @@ defined beside the code that raises it:
         ├── ServiceRefusedError             service_client
         ├── WorkerGroupError                ray.worker_group
         ├── TaskFailedError                 ray.tasks
+        ├── NodeGroupsError                 agent.node_groups
         ├── ProcessEnvironmentError         rank.environment
         ├── FencedError                     rank.messages
         └── BusyError                       rank.messages

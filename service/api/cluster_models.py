@@ -37,6 +37,24 @@ class Node(Body):
     """Whether the node can read the shared storage; null while it was not checked."""
 
 
+# What an admin lists, as `workers.protocol.wire.NodeGroup` carries it.
+class NodeGroup(Body):
+    """Nodes of one kind that an autoscaler may give to the cluster."""
+
+    name: str
+    """Name of the group: Ray's label `ray.io/node-group` of its nodes."""
+    max_nodes: int
+    """Largest number of these nodes at once; those that are there count."""
+    cpus: float
+    """CPUs of one node."""
+    gpus: float
+    """GPUs of one node."""
+    accelerator_type: str | None
+    """Ray's name of the GPUs; null without GPUs."""
+    labels: dict[str, str]
+    """Ray's labels of these nodes."""
+
+
 class Driver(Body):
     """One job's driver."""
 
@@ -73,6 +91,8 @@ class Cluster(Body):
     """URL of Ray's dashboard."""
     nodes: list[Node]
     """All nodes that the agent last reported."""
+    node_groups: list[NodeGroup]
+    """What the cluster may grow to; empty if it does not grow."""
     drivers: list[Driver]
     """The drivers of all jobs."""
     orphans: list[str]

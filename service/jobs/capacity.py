@@ -1,17 +1,19 @@
-"""Counts how many ranks fit in a cluster.
+"""Counts how many ranks fit in a cluster, and on nodes that it may still be given.
 
 Owns: islands per node. Pure. Must not know: jobs' states, the database.
 """
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from megatron_ray.planning.hardware import Hardware, hardware_named
+from workers.decisions.growth import group_of, nodes_to_come
 from workers.decisions.topology import room
 from workers.decisions.topology.node_rules import NodeRules, has_gpus, is_usable
 from workers.decisions.topology.room import Demand, FreeNode, Shape
 from workers.protocol.job import JobSpec
-from workers.protocol.wire import NodeInfo
+from workers.protocol.wire import NodeGroup, NodeInfo
 
 
 @dataclass(frozen=True)
@@ -44,16 +46,22 @@ class ResourceRequest:
 class ClusterCapacity:
     """The free resources of each node of a cluster; reservations reduce them.
 
-    Nodes that are dead, or that cannot read the shared storage, do not count.
+    Nodes that are dead, or that cannot read the shared storage, do not count. Nodes that
+    the cluster may still be given by its groups do, after those that are there.
     """
 
-    def __init__(self, nodes: Iterable[NodeInfo]) -> None:
+    def __init__(self, nodes: Sequence[NodeInfo], groups: Sequence[NodeGroup] = ()) -> None:
         self._nodes: list[FreeNode] = []
         for node in nodes:
             if is_usable(node):
                 self._nodes.append(FreeNode.empty(node))
+        self._new: dict[str, str] = {}
+        """Groups of the nodes that are not there yet, by node id."""
+        for node in nodes_to_come(nodes, groups):
+            self._nodes.append(FreeNode.empty(node))
+            self._new[node.node_id] = group_of(node)
         self.is_known = bool(self._nodes)
-        """False while no usable node has been reported."""
+        """False while no usable node has been reported, and no group of nodes."""
 
     def among(self, rules: NodeRules) -> "ClusterCapacity":
         """Returns the capacity of the nodes that a job may use."""
@@ -61,12 +69,13 @@ class ClusterCapacity:
         for node in self._nodes:
             if rules.allows(node.node):
                 chosen._nodes.append(node)
+        chosen._new = self._new
         chosen.is_known = self.is_known
         return chosen
 
     @property
     def nodes(self) -> tuple[NodeInfo, ...]:
-        """The nodes that count."""
+        """The nodes that count, those included that are not there yet."""
         return tuple(node.node for node in self._nodes)
 
     @property
@@ -100,35 +109,73 @@ class ClusterCapacity:
             largest = max(largest, node.node.cpus)
         return largest
 
-    def max_ranks(self, request: ResourceRequest) -> int:
-        """Returns how many ranks of this kind fit, in whole islands."""
+    def max_ranks(self, request: ResourceRequest, *, may_grow: bool = True) -> int:
+        """Returns how many ranks of this kind fit, in whole islands.
+
+        `may_grow`: whether nodes that are not there yet count.
+        """
+        nodes = self._nodes
+        if not may_grow:
+            nodes = self._present()
         demand = request.demand
-        return room.max_islands(self._nodes, demand, self._shape(demand)) * request.island
+        return room.max_islands(nodes, demand, self._shape(demand)) * request.island
 
     def reserve(self, request: ResourceRequest) -> bool:
         """Reserves room for a job; False, and nothing reserved, when it does not fit."""
-        demand = request.demand
-        islands = request.ranks // request.island
-        return room.reserve(self._nodes, demand, self._shape(demand), islands) is not None
+        return self._take(request) is not None
+
+    def new_nodes(self, request: ResourceRequest) -> dict[str, int]:
+        """Returns how many nodes of each group a job needs beside those that are there.
+
+        Empty for a job that does not fit at all.
+        """
+        trial = ClusterCapacity(())
+        trial._nodes = [FreeNode(node.node, dict(node.free)) for node in self._nodes]
+        trial._new = self._new
+        counts: Counter[str] = Counter()
+        for node_id in trial._take(request) or ():
+            if node_id in self._new:
+                counts[self._new[node_id]] += 1
+        return dict(counts)
 
     def reserve_admitted(
         self, request: ResourceRequest, ranks_by_node: Mapping[str, int]
     ) -> None:
         """Reserves the resources of an admitted job.
 
-        `ranks_by_node` is empty while it is unknown where the ranks are; room is then
-        reserved on any nodes.
+        `ranks_by_node` is empty while it is unknown where the ranks are, and has fewer than
+        the job's while it runs shrunk; room for the others is reserved on any nodes.
         """
         per_rank = request.demand.per_rank
-        if ranks_by_node:
-            for node in self._nodes:
-                node.take(per_rank, ranks_by_node.get(node.node.node_id, 0))
-        elif not self.reserve(request):
+        for node in self._nodes:
+            node.take(per_rank, ranks_by_node.get(node.node.node_id, 0))
+        missing = request.ranks - sum(ranks_by_node.values())
+        if missing > 0 and not self.reserve(replace(request, ranks=missing)):
             # The job has its ranks even if the report shows less, so the remainder is
             # reserved.
-            islands = self.max_ranks(request) // request.island
-            demand = request.demand
-            room.reserve(self._nodes, demand, self._shape(demand), islands)
+            self._take(replace(request, ranks=self.max_ranks(request)))
+
+    def _take(self, request: ResourceRequest) -> Mapping[str, int] | None:
+        """Takes the room of a job; returns its ranks by node id, None if it does not fit."""
+        demand = request.demand
+        shape = self._shape(demand)
+        islands = request.ranks // request.island
+        present = self._present()
+        if not self._new:
+            return room.reserve(present, demand, shape, islands)
+        to_come = [node for node in self._nodes if node.node.node_id in self._new]
+        # Nodes that are there first; of the others as few as possible.
+        first = min(islands, room.max_islands(present, demand, shape))
+        if first + room.max_islands(to_come, demand, shape) < islands:
+            # Unless islands of one NVLink domain lie on nodes of both kinds.
+            return room.reserve(self._nodes, demand, shape, islands)
+        ranks = dict(room.reserve(present, demand, shape, first) or {})
+        for nodes, share in _shares(to_come, demand, shape, islands - first):
+            ranks |= room.reserve(nodes, demand, shape, share) or {}
+        return ranks
+
+    def _present(self) -> list[FreeNode]:
+        return [node for node in self._nodes if node.node.node_id not in self._new]
 
     def _shape(self, demand: Demand) -> Shape:
         # As on the empty cluster: what is in use changes nothing about how islands lie.
@@ -136,6 +183,31 @@ class ClusterCapacity:
 
     def _gpu_nodes(self) -> list[NodeInfo]:
         return [node for node in self.nodes if node.gpus >= 1]
+
+
+def _shares(
+    nodes: Sequence[FreeNode], demand: Demand, shape: Shape, islands: int
+) -> list[tuple[list[FreeNode], int]]:
+    """Divides islands over nodes that are not there yet.
+
+    The largest nodes get most, and what is left the smallest that has room for it.
+    """
+    # Islands of a domain lie on several nodes, which are taken together.
+    if shape.domain_label is not None:
+        return [(list(nodes), islands)]
+    rooms = [(room.max_islands([node], demand, shape), node) for node in nodes]
+    rooms.sort(key=lambda item: -item[0])
+    shares = []
+    for index, (size, node) in enumerate(rooms):
+        if islands == 0:
+            break
+        if size > islands:
+            large_enough = [item for item in rooms[index:] if item[0] >= islands]
+            size = islands
+            node = large_enough[-1][1]
+        shares.append(([node], size))
+        islands -= size
+    return shares
 
 
 def resource_request(spec: JobSpec, ranks: int, *, has_gpus: bool) -> ResourceRequest:
@@ -152,5 +224,5 @@ def resource_request(spec: JobSpec, ranks: int, *, has_gpus: bool) -> ResourceRe
         cpus_per_rank=resources.cpus_per_rank,
         gpu=resources.accelerator == "gpu" or (is_auto and prefers_gpu),
         custom=resources.custom,
-        rules=NodeRules.of(resources),
+        rules=NodeRules.of(spec),
     )

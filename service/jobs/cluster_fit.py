@@ -7,6 +7,7 @@ Everything that searches for layouts is free of the database, because it may tak
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
@@ -20,6 +21,7 @@ from megatron_ray.validation import check, resolution
 from service.jobs import lifecycle
 from service.jobs.capacity import ClusterCapacity, ResourceRequest, resource_request
 from service.store.schema import ClusterRow, JobRow
+from workers.decisions.elasticity import legal_dps
 from workers.decisions.topology.alternatives import missing_room, nearest_layout
 from workers.decisions.topology.node_rules import NodeRules
 from workers.protocol.job import JobSpec
@@ -55,7 +57,17 @@ def capacity_of(session: Session, cluster: str) -> ClusterCapacity:
     row = session.get(ClusterRow, cluster)
     if row is None or row.report is None:
         return ClusterCapacity(())
-    return ClusterCapacity(AgentReport.model_validate(row.report).nodes)
+    report = AgentReport.model_validate(row.report)
+    return ClusterCapacity(report.nodes, report.node_groups)
+
+
+def node_groups(session: Session, cluster: str) -> list[dict[str, Any]]:
+    """Returns what the cluster may grow to, as its agent last reported it."""
+    row = session.get(ClusterRow, cluster)
+    if row is None or row.report is None:
+        return []
+    # An agent of an earlier version reports none.
+    return list(row.report.get("node_groups", ()))
 
 
 def avoided_nodes(session: Session, cluster: str) -> dict[str, str]:
@@ -73,7 +85,7 @@ def avoided_nodes(session: Session, cluster: str) -> dict[str, str]:
 
 
 def check_fit(spec: JobSpec, capacity: ClusterCapacity) -> list[Problem]:
-    """Returns why even the empty cluster could not hold the job.
+    """Returns why even the empty cluster, grown to its bound, could not hold the job.
 
     Returns nothing while the cluster is unknown.
     """
@@ -82,7 +94,7 @@ def check_fit(spec: JobSpec, capacity: ClusterCapacity) -> list[Problem]:
     problems = _check_choice(spec, capacity)
     if problems:
         return problems
-    capacity = capacity.among(NodeRules.of(spec.resources))
+    capacity = capacity.among(NodeRules.of(spec))
     request = _smallest_request(spec, capacity)
     # In this order, because each check relies on the previous ones.
     problems = _check_nodes(spec, request, capacity)
@@ -109,14 +121,11 @@ def resolve(
     An unknown cluster counts as one that has room for one replica and no GPUs.
     `hardware` and `ranks` stand for the cluster's device and room.
     """
-    capacity = capacity.among(NodeRules.of(spec.resources))
+    capacity = capacity.among(NodeRules.of(spec))
     request = _smallest_request(spec, capacity)
     if ranks is None:
-        ranks = request.ranks
-        # `dp: auto` takes as many ranks as the empty cluster can hold.
-        if capacity.is_known:
-            ranks = capacity.max_ranks(request)
-    resolved = resolution.resolve(spec, ranks)
+        ranks = _ranks_for_auto(request, capacity)
+    resolved = resolution.resolve(spec, _bounded(spec, ranks))
     assert isinstance(resolved, JobSpec)
     has_gpu = request.gpu
     if hardware is not None and spec.resources.accelerator == "auto":
@@ -215,16 +224,34 @@ def _smallest_request(spec: JobSpec, capacity: ClusterCapacity) -> ResourceReque
     """Returns the resources of the smallest world that can run the spec."""
     parallel = spec.parallel
     if parallel.dp == "auto":
-        dp = resolution.least_dp(spec)
+        # A spec without a legal size is refused before.
+        dp = min(legal_dps(spec), default=resolution.least_dp(spec))
     else:
         dp = parallel.dp
     ranks = parallel.tp * parallel.pp * parallel.cp * dp
     return resource_request(spec, ranks, has_gpus=capacity.has_gpus)
 
 
+def _bounded(spec: JobSpec, ranks: int) -> int:
+    """Returns how many of some ranks a spec may use."""
+    if spec.elastic is None:
+        return ranks
+    parallel = spec.parallel
+    return min(ranks, parallel.tp * parallel.pp * parallel.cp * spec.elastic.max_dp)
+
+
+def _ranks_for_auto(request: ResourceRequest, capacity: ClusterCapacity) -> int:
+    """Returns the ranks that `dp: auto` may use: those that today's nodes can hold.
+
+    `request` is that of the smallest world, for which an empty cluster may be given nodes:
+    a user who has named no number must not be billed for the cluster's bound.
+    """
+    return max(request.ranks, capacity.max_ranks(request, may_grow=False))
+
+
 def _check_choice(spec: JobSpec, capacity: ClusterCapacity) -> list[Problem]:
     """Returns why the spec leaves no node to run on."""
-    rules = NodeRules.of(spec.resources)
+    rules = NodeRules.of(spec)
     if capacity.among(rules).nodes:
         return []
     reasons = []
@@ -236,6 +263,8 @@ def _check_choice(spec: JobSpec, capacity: ClusterCapacity) -> list[Problem]:
     pointer = "/resources/nodes"
     if not rules.only and not rules.exclude:
         pointer = "/resources/gpu_type"
+    if capacity.among(replace(rules, image=None)).nodes:
+        pointer = "/image"
     detail = (
         f"no node of cluster {spec.cluster!r} is left for the job ({'; '.join(reasons)}); "
         f"change {pointer[1:].replace('/', '.')} or add nodes"
@@ -311,5 +340,5 @@ def _check_memory(
     if not request.gpu or hardware is None:
         return []
     # Resolved, because memory depends on dp and on everything that `auto` stands for.
-    resolved = resolution.resolve(spec, capacity.max_ranks(request))
+    resolved = resolution.resolve(spec, _ranks_for_auto(request, capacity))
     return estimates.check_memory(resolved, hardware)

@@ -212,7 +212,7 @@ def test_no_tensor_parallel_group_straddles_nodes_in_any_state(four_nodes: str) 
             num_placed += 1
             facts = where_ranks_are(plan, handle)
             places = assign_ranks(facts, plan.dims, size=plan.bundle_size)
-            rules = NodeRules.of(asked.resources)
+            rules = NodeRules.of(asked)
             allowed = {node.node_id for node in nodes if rules.allows(node)}
             assert {place.node_id for place in places} <= allowed
             for tensor_group in plan.dims.groups(["tp"]):

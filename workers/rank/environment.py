@@ -14,17 +14,32 @@ import ipaddress
 import os
 import socket
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
 from megatron_ray.exceptions import InputError
 from workers.exceptions import WorkersError
+from workers.rank.slurm import is_started_by_srun, read_task
 
 AGENT_TOKEN = "MEGATRON_RAY_AGENT_TOKEN"
 AGENT_TOKEN_FILE = "MEGATRON_RAY_AGENT_TOKEN_FILE"
 
+CREDENTIALS_DIR = "MEGATRON_RAY_CREDENTIALS_DIR"
+DEFAULT_CREDENTIALS_DIR = "/etc/megatron-ray/credentials"
+
+_CREDENTIAL_VALUES = (
+    "AWS_ACCESS_KEY_ID",
+    "AWS_SECRET_ACCESS_KEY",
+    "AWS_SESSION_TOKEN",
+    "AWS_ENDPOINT_URL",
+    "AWS_REGION",
+    "AWS_DEFAULT_REGION",
+)
+"""Variables that object stores' libraries read, each from a file of that name."""
+_CREDENTIAL_FILES = ("GOOGLE_APPLICATION_CREDENTIALS",)
+"""Variables whose value is the path of such a file."""
 _SIOCGIFADDR = 0x8915  # Linux ioctl: IPv4 address of a network interface
 _SIOCGIFNETMASK = 0x891B  # and the mask of its network
 _IPV6_INTERFACES = Path("/proc/net/if_inet6")
@@ -34,6 +49,10 @@ _LOWER_PRIORITY = 10
 
 class ProcessEnvironmentError(WorkersError):
     """A variable is missing or malformed; the message names it and the remedy."""
+
+
+class CredentialsError(InputError):
+    """Credentials that a spec names cannot be used on this node."""
 
 
 class InterfaceError(InputError):
@@ -55,15 +74,17 @@ class RankEnv:
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str] | None = None) -> Self:
-        """Reads torchrun's variables; without them, the process is the only rank.
+        """Reads torchrun's variables, or Slurm's in a process that srun has started.
 
-        Raises ProcessEnvironmentError.
+        Without them, the process is the only rank. Raises ProcessEnvironmentError.
         """
         if environ is None:
             environ = os.environ
         # torchrun sets all of them. A single one is an error and must not silently mean a
         # world of one rank.
         if "RANK" not in environ and "WORLD_SIZE" not in environ:
+            if is_started_by_srun(environ):
+                return cls._from_slurm(environ)
             return cls(rank=0, world_size=1, local_rank=0, local_world_size=1)
         env = cls(
             rank=_integer(environ, "RANK"),
@@ -81,6 +102,25 @@ class RankEnv:
                 "torchrun"
             )
         return env
+
+    @classmethod
+    def _from_slurm(cls, environ: Mapping[str, str]) -> Self:
+        try:
+            task = read_task(environ)
+        except ValueError as error:
+            raise ProcessEnvironmentError(f"{error}; start ranks with srun") from error
+        port = task.port
+        if "MASTER_PORT" in environ:
+            port = _integer(environ, "MASTER_PORT")
+        return cls(
+            rank=task.rank,
+            world_size=task.world_size,
+            local_rank=task.local_rank,
+            local_world_size=task.local_world_size,
+            node_rank=task.node_rank,
+            master_addr=environ.get("MASTER_ADDR", task.first_node),
+            master_port=port,
+        )
 
     def to_environ(self) -> dict[str, str]:
         """Returns the variables that torchrun would export; torch's libraries read them."""
@@ -282,3 +322,72 @@ def prepare_ray_client() -> None:
     if "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ:
         auth_mode = "token"
     os.environ.setdefault("RAY_AUTH_MODE", auth_mode)
+
+
+def export_credentials(names: Sequence[str]) -> None:
+    """Makes mounted secrets available to the object stores of this process.
+
+    Raises CredentialsError.
+    """
+    os.environ.update(_credential_variables(names))
+
+
+@contextlib.contextmanager
+def credentials(names: Sequence[str]) -> Iterator[None]:
+    """Does the same for a while: a process of Ray's tasks serves one job after another.
+
+    Raises CredentialsError.
+    """
+    variables = _credential_variables(names)
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def _credential_variables(names: Sequence[str]) -> dict[str, str]:
+    root = Path(os.environ.get(CREDENTIALS_DIR) or DEFAULT_CREDENTIALS_DIR)
+    variables: dict[str, str] = {}
+    for index, name in enumerate(names):
+        pointer = f"/credentials/{index}"
+        # A name is one folder below the root, whatever it looks like.
+        if Path(name).name != name or name in ("", ".."):
+            raise CredentialsError(f"{pointer}: {name!r} is not the name of a secret")
+        try:
+            own = _variables_of(root / name)
+        except (OSError, UnicodeDecodeError) as error:
+            raise CredentialsError(
+                f"{pointer}: cannot read {root / name}: {type(error).__name__}"
+            ) from error
+        if not own:
+            raise CredentialsError(
+                f"{pointer}: credentials {name!r} are not mounted on node "
+                f"{socket.gethostname()}: {root / name} holds none of "
+                f"{', '.join(_CREDENTIAL_VALUES + _CREDENTIAL_FILES)}"
+            )
+        for variable in own:
+            if variable in variables:
+                raise CredentialsError(
+                    f"{pointer}: credentials {name!r} and others before both hold {variable}; "
+                    "name one of them"
+                )
+        variables |= own
+    return variables
+
+
+def _variables_of(folder: Path) -> dict[str, str]:
+    """Returns the variables that the files of one secret stand for."""
+    variables = {}
+    for name in _CREDENTIAL_VALUES:
+        if (folder / name).is_file():
+            variables[name] = (folder / name).read_text("utf-8").strip()
+    for name in _CREDENTIAL_FILES:
+        if (folder / name).is_file():
+            variables[name] = str(folder / name)
+    return variables

@@ -24,7 +24,7 @@ from megatron_ray.training.loop import Outcome
 from megatron_ray.training.session import TrainingSession
 from workers.protocol.job import JobSpec
 from workers.protocol.network import NetworkConfig
-from workers.rank.environment import choose_interface
+from workers.rank.environment import choose_interface, export_credentials
 from workers.rank.messages import StartRequest
 from workers.rank.stores import HashStore, PrefixStore, Store, TCPStore, environment_store
 
@@ -43,6 +43,8 @@ def train(request: StartRequest, report: ReportSink, poll: CommandSource) -> Out
     spec = JobSpec.from_mapping(request.spec)
     choose_interface(spec.network.interface)
     data = PreparedData.model_validate(request.data)
+    # Before any path is opened; the process belongs to this job alone.
+    export_credentials(spec.credentials)
     # On CPU, ranks of one machine share its cores and its memory.
     if request.device == "cpu":
         poll = _with_memory_bound(device.MallocTuning(), poll)
@@ -107,9 +109,12 @@ def _with_memory_bound(tuning: device.MallocTuning, poll: CommandSource) -> Comm
 
 @contextmanager
 def process_group(request: StartRequest, timeout: timedelta = _TIMEOUT) -> Iterator[None]:
-    """Initializes the attempt's default process group; does nothing for one rank."""
+    """Initializes the attempt's default process group.
+
+    Does nothing for one rank, and where the launcher has initialized it (Ray Train).
+    """
     env = request.env
-    if env.world_size == 1:
+    if env.world_size == 1 or dist.is_initialized():
         yield
         return
     # Libraries below torch read torchrun's variables.
@@ -141,4 +146,6 @@ def connect_store(request: StartRequest) -> Store:
     env = request.env
     if env.world_size == 1:
         return HashStore()
+    # The address of the store is read from the environment, which not every launcher sets.
+    env.export()
     return environment_store(env.rank, env.world_size, timeout)

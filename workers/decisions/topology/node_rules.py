@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Self
 
-from workers.protocol.resources import ResourceConfig
+from workers.protocol.job import JobSpec
 from workers.protocol.wire import NodeInfo
 
 NODE_ID_LABEL = "ray.io/node-id"
@@ -19,6 +19,10 @@ ACCELERATOR_PREFIX = "accelerator_type:"
 """Ray's resource of which a node with such an accelerator has 1."""
 DOMAIN_LABELS = ("ray.io/gpu-domain", "nvidia.com/gpu.clique")
 """Node labels that name an NVLink domain larger than a node."""
+IMAGE_LABEL = "megatron-ray/image"
+"""Node label that names the image which the node runs."""
+DEFAULT_IMAGE = "default"
+"""The image of a node without that label."""
 _NO_NODE = "none"
 """A node id that no node has."""
 
@@ -33,6 +37,8 @@ class NodeRules:
     exclude: tuple[str, ...] = ()
     avoid: Mapping[str, str] = field(default_factory=dict)
     """Why nodes must not be used, by node id."""
+    image: str | None = None
+    """Name of the image that nodes must run; None: any."""
 
     @cached_property
     def _chosen(self) -> frozenset[str]:
@@ -43,10 +49,11 @@ class NodeRules:
         return frozenset(map(_canonical, self.exclude))
 
     @classmethod
-    def of(cls, resources: ResourceConfig, avoid: Mapping[str, str] | None = None) -> Self:
+    def of(cls, spec: JobSpec, avoid: Mapping[str, str] | None = None) -> Self:
         """Returns the rules of a spec; `avoid` are other reasons, by node id."""
+        resources = spec.resources
         nodes = resources.nodes
-        return cls(resources.gpu_type, nodes.only, nodes.exclude, avoid or {})
+        return cls(resources.gpu_type, nodes.only, nodes.exclude, avoid or {}, spec.image)
 
     def refusal(self, node: NodeInfo) -> str | None:
         """Returns why a living node must not be used; None if it may."""
@@ -60,6 +67,8 @@ class NodeRules:
             return "resources.nodes.only does not name it"
         if self.gpu_type is not None and not _has_type(node, self.gpu_type):
             return f"it has {node.accelerator_type or 'no GPU'}, not {self.gpu_type}"
+        if self.image not in (None, _image_of(node)):
+            return f"it runs image {_image_of(node)}, not {self.image}"
         return None
 
     def allows(self, node: NodeInfo) -> bool:
@@ -96,7 +105,7 @@ def label_selector(nodes: Sequence[NodeInfo], rules: NodeRules) -> dict[str, str
         selector = _without_excluded(selector, nodes, rules)
     if rules.gpu_type is not None and not type_resources(usable, rules):
         selector[ACCELERATOR_LABEL] = _type_name(usable, rules.gpu_type)
-    return selector
+    return selector | _image_condition(nodes, rules)
 
 
 def type_resources(usable: Sequence[NodeInfo], rules: NodeRules) -> dict[str, float]:
@@ -169,6 +178,23 @@ def _without_excluded(
     if excluded:
         combined[NODE_ID_LABEL] = _condition("!in", excluded)
     return combined
+
+
+def _image_condition(nodes: Sequence[NodeInfo], rules: NodeRules) -> dict[str, str]:
+    """Returns the condition for the image that a node runs; none where all run it."""
+    if rules.image is None:
+        return {}
+    if rules.image != DEFAULT_IMAGE:
+        return {IMAGE_LABEL: rules.image}
+    others = {_image_of(node) for node in nodes} - {DEFAULT_IMAGE}
+    if not others:
+        return {}
+    # Most nodes carry no such label at all, which this condition allows.
+    return {IMAGE_LABEL: _condition("!in", sorted(others))}
+
+
+def _image_of(node: NodeInfo) -> str:
+    return node.labels.get(IMAGE_LABEL, DEFAULT_IMAGE)
 
 
 def _excluded_labels(rules: NodeRules) -> dict[str, list[str]]:

@@ -168,7 +168,7 @@ def specs(draw: st.DrawFn) -> JobSpec:
 def test_ray_can_only_do_what_the_plan_allows(
     nodes: list[NodeInfo], asked: JobSpec, avoid: dict[str, str]
 ) -> None:
-    rules = NodeRules.of(asked.resources, avoid)
+    rules = NodeRules.of(asked, avoid)
     plan = plan_placement(asked, nodes, avoid=avoid)
     allowed = {node.node_id for node in nodes if rules.allows(node)}
     assert set(plan.allowed_nodes) == allowed

@@ -2,7 +2,9 @@
 
 import pytest
 
+from tests.support.ray_scheduler import meets
 from workers.decisions.topology.node_rules import (
+    IMAGE_LABEL,
     NODE_ID_LABEL,
     NodeRules,
     label_selector,
@@ -78,3 +80,23 @@ def test_a_gpu_type_is_a_resource_where_nodes_have_it() -> None:
     assert type_resources([typed, A], rules) == {}, "one carries it as a label only"
     # Of no node yet, an autoscaler gets it as the user writes it.
     assert type_resources([], rules) == {"accelerator_type:h100": 0.001}
+
+
+def test_a_job_runs_on_nodes_of_its_image_only() -> None:
+    plain = node("a")
+    special = node("b", labels={IMAGE_LABEL: "te-2"})
+    default = NodeRules(image="default")
+    named = NodeRules(image="te-2")
+    assert default.refusal(plain) is None
+    assert default.refusal(special) == "it runs image te-2, not default"
+    assert named.refusal(special) is None
+    assert named.refusal(plain) == "it runs image default, not te-2"
+    assert NodeRules().refusal(special) is None
+    assert label_selector([plain, special], named) == {IMAGE_LABEL: "te-2"}
+    assert label_selector([plain, special], default) == {IMAGE_LABEL: "!in(te-2)"}
+    # Where all nodes run one image, Ray is given no condition.
+    assert label_selector([plain], default) == {}
+    for rules in (default, named):
+        selector = label_selector([plain, special], rules)
+        for candidate in (plain, special):
+            assert meets(candidate, selector) == rules.allows(candidate)
