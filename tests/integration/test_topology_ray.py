@@ -66,7 +66,7 @@ def four_nodes() -> Iterator[str]:
             yield cluster.address
         finally:
             ray.shutdown()
-            cluster.shutdown()
+            cluster.shutdown()  # type: ignore[no-untyped-call]
             shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -168,6 +168,8 @@ def where_ranks_are(plan: PlacementPlan, group: Any) -> list[SlotFacts]:
     import ray
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+    from workers.ray.nodes import own_address
+
     @ray.remote(num_gpus=1, num_cpus=1)
     def tell(slot: int, bundle: int) -> dict[str, Any]:
         context = ray.get_runtime_context()
@@ -177,7 +179,7 @@ def where_ranks_are(plan: PlacementPlan, group: Any) -> list[SlotFacts]:
             "slot": slot,
             "bundle": bundle,
             "node_id": context.get_node_id(),
-            "address": ray.util.get_node_ip_address(),
+            "address": own_address(),
             "pid": 1,
             "gpu": int(ray.get_gpu_ids()[0]),
         }

@@ -292,6 +292,8 @@ class FakeCluster:
     """When nodes died, by id."""
     num_bundles: int = 0
     """Of the placement group; 0: there is none."""
+    allowed: tuple[str, ...] = ()
+    """Ids of the nodes that the placement group may use; none: all."""
     pids: int = 100
     version: str = "1"
     """Version of the code that is installed now."""
@@ -303,7 +305,10 @@ class FakeCluster:
 
     def node_of(self, bundle: int) -> NodeInfo:
         """The bundles lie on the nodes in turn, and stay there."""
-        return self.nodes[bundle % len(self.nodes)]
+        nodes = list(self.nodes)
+        if self.allowed:
+            nodes = [node for node in nodes if node.node_id in self.allowed]
+        return nodes[bundle % len(nodes)]
 
     def lose(self, node_id: str) -> None:
         """A node dies; Ray goes on listing it for a while, and its bundles."""
@@ -396,6 +401,8 @@ class FakeGroup:
         # Get or create.
         if not self._cluster.num_bundles:
             self._cluster.num_bundles = len(plan.bundles)
+            if plan.avoid_nodes:
+                self._cluster.allowed = plan.allowed_nodes
         return ReadyPlacementGroup()
 
     def nodes(self, plan: PlacementPlan) -> dict[int, str]:

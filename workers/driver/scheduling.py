@@ -43,8 +43,8 @@ class Scheduling:
         self._group = job.ports.group
         self._plan: PlacementPlan | None = None
         self._placement: Any = None
-        self._dp: int | None = None
         """Ray's handle of the placement group that was requested last."""
+        self._dp: int | None = None
 
     def release(self) -> None:
         """Carries out a journaled release, if any, and records the state."""
