@@ -32,7 +32,11 @@ from workers.exceptions import WorkersError
 from workers.job_file import read_spec
 from workers.protocol.job import JobSpec
 from workers.protocol.spec_warnings import spec_warnings
-from workers.rank.environment import ProcessEnvironmentError, RankEnv
+from workers.rank.environment import (
+    ProcessEnvironmentError,
+    RankEnv,
+    export_credentials,
+)
 from workers.rank.messages import StartRequest, UserError
 from workers.rank.session import connect_store, train
 from workers.rank.spool import Spool, holds_reports
@@ -224,6 +228,7 @@ class RankRun:
             return PreparedData.model_validate(value)
         started = time.monotonic()
         with self._announcements.refusing_on_error():
+            export_credentials(self._spec.credentials)
             data = prepare_data(self._spec, resume_from=start.resume_from)
             # Of runs that have started at once, only the last one goes on.
             if start.claim is not None:

@@ -129,6 +129,7 @@ REQUESTS: dict[str, Any] = {
     "suggest_layouts": SPEC,
     "cancel_job": {"checkpoint": True},
     "pause_job": {"reason": "user_paused"},
+    "resize_job": {"dp": 2},
     "resume_job": {"changes": {"training": {"steps": 2000}}},
     "cancel_jobs": {"status": ["queued"], "metadata": {"sweep": "lr"}},
 }
@@ -138,6 +139,7 @@ RESPONSES: dict[str, Any] = {
     "list_jobs": _page(_SUMMARY),
     "get_job": _JOB,
     "cancel_job": {**_JOB, "status": "cancelling", "desired_state": "cancel"},
+    "resize_job": _JOB,
     "pause_job": {**_JOB, "desired_state": "pause", "pause_reason": "user_paused"},
     "resume_job": _JOB,
     "checkpoint_job": _JOB,
@@ -223,6 +225,7 @@ RESPONSES: dict[str, Any] = {
         "time": _TIME,
         "fits": True,
         "room": 2,
+        "new_nodes": {},
         "problems": [],
         "notes": [],
     },
@@ -264,6 +267,7 @@ RESPONSES: dict[str, Any] = {
                     "storage_ok": True,
                 }
             ],
+            "node_groups": [],
             "drivers": [{"job_id": _JOB_ID, "alive": True, "detail": ""}],
             "orphans": [],
         },

@@ -375,6 +375,13 @@ class ResumeRequest(Body):
     `{"training": {"steps": 2000}}`. Default: the job continues unchanged."""
 
 
+class ResizeRequest(Body):
+    """The size that a job is to have."""
+
+    dp: int = Field(ge=1, le=1 << 20)
+    """Number of data-parallel replicas; within `elastic`, where the spec has it."""
+
+
 class CancelJobsRequest(CancelRequest):
     """Jobs to cancel: those of `ids`, or those that match all of the other fields."""
 

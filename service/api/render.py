@@ -14,7 +14,7 @@ import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
 from megatron_ray.exceptions import redacted
-from service.api.cluster_models import Cluster, Driver, Node
+from service.api.cluster_models import Cluster, Driver, Node, NodeGroup
 from service.api.models import (
     Attempt,
     Cancellation,
@@ -215,12 +215,16 @@ def _reported(row: ClusterRow | None) -> dict[str, Any]:
     fields: dict[str, Any] = dict.fromkeys(names)
     # Configured clusters are listed even before their agents connect.
     if row is None or row.report is None:
-        return {**fields, "reported_at": None, "nodes": [], "drivers": [], "orphans": []}
+        lists: dict[str, Any] = {"nodes": [], "node_groups": []}
+        return {**fields, "reported_at": None, **lists, "drivers": [], "orphans": []}
     report = AgentReport.model_validate(row.report)
     for name in names:
         fields[name] = getattr(report, name)
     fields["reported_at"] = utc_or_none(row.reported_at)
-    fields["nodes"] = [Node(**node.model_dump()) for node in report.nodes]
+    fields["nodes"] = [Node(**node.model_dump(exclude={"free"})) for node in report.nodes]
+    fields["node_groups"] = [
+        NodeGroup(**group.model_dump()) for group in report.node_groups
+    ]
     fields["drivers"] = [Driver(**driver.model_dump()) for driver in report.drivers]
     fields["orphans"] = list(report.orphans)
     return fields

@@ -202,6 +202,7 @@ def _placed(entry: JournalEntry, observed: Placed) -> Transition:
         "code_version": observed.code_version,
         "resumed_from": observed.checkpoint_path,
         "last_commit": observed.checkpoint_step,
+        "dp": observed.dp,
         "stopping": None,
         "failed": None,
     }
@@ -253,10 +254,10 @@ def _attempt_stopped(entry: JournalEntry, observed: AttemptStopped) -> Transitio
     attempt = AttemptStatus(AttemptState.STOPPED, None, observed.message)
     if observed.desired in (DesiredState.CANCEL, DesiredState.PAUSE):
         return _stop(observed.desired, observed.revision, attempt)
-    # Stopped for a new version of the code, or the pause was revoked meanwhile.
+    # Stopped for another size or a new version of the code, or the pause was revoked.
     return Transition(
         Phase.RECOVERING,
-        {"failed": None, "stopping": None},
+        {"failed": None, "stopping": None, "lost_nodes": ()},
         attempt=attempt,
         job=JobStatus(JobState.RECOVERING, None, observed.message),
     )

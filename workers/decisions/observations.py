@@ -67,6 +67,8 @@ class Placed:
     checkpoint_path: str | None
     """Newest committed checkpoint; None: from the beginning."""
     checkpoint_step: int = 0
+    dp: int | None = None
+    """Data-parallel size of a shrunk attempt; None: that of the spec."""
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from workers.decisions.observations import (
     RanksStarted,
     StopRequested,
 )
+from workers.driver.attempt.growth import Growth
 from workers.driver.attempt.outcome import RanksStopped
 from workers.driver.attempt.plan import AttemptPlan
 from workers.driver.attempt.progress import JobProgress
@@ -144,7 +145,7 @@ class JobLifecycle:
     def _start(self) -> RanksStarted | AttemptFailed | StopRequested:
         self._recovery.mark_ranks_started()
         self._progress.on_attempt_starting()
-        return self._starter.start(self._scheduling.current_plan())
+        return self._starter.start(self._scheduling.attempt_plan())
 
     def _supervise(
         self,
@@ -154,7 +155,8 @@ class JobLifecycle:
         self._ports.dead_rank_files.collect(job.entry.dead)
         self._starter.record_start()
         self._recovery.mark_ranks_started()
-        self._progress.on_attempt_running(SparePool(job, self._scheduling.current_plan()))
+        plan = self._scheduling.full_plan()
+        self._progress.on_attempt_running(SparePool(job, plan), Growth(job, plan))
         end = Supervision(self._attempt_plan(), self._ports, self._progress).run()
         if not isinstance(end, RanksStopped):
             return end
@@ -174,7 +176,7 @@ class JobLifecycle:
         entry = job.entry
         manifest = {
             "world_size": len(entry.ranks),
-            "spec": entry.spec,
+            "spec": entry.attempt_spec,
             "code_version": entry.code_version,
             **job.run.to_manifest(),
         }
@@ -201,6 +203,8 @@ class JobLifecycle:
                     "final checkpoint"
                 )
             return ""
+        if end.resize_reason is not None:
+            return f"stopped at a checkpoint to resize {end.resize_reason}"
         if job.entry.code_version != self._ports.code_version:
             return "stopped at a checkpoint for a new version of the code"
         return "stopped at a checkpoint and is to run again"

@@ -64,6 +64,7 @@ class StatusReason(StrEnum):
     WAITING_AGENT = "waiting_agent"
     WAITING_QUOTA = "waiting_quota"
     WAITING_GANG = "waiting_gang"
+    WAITING_NODES = "waiting_nodes"
     PREPARING_DATA = "preparing_data"
     WORKER_DIED = "worker_died"
     NODE_LOST = "node_lost"

@@ -76,7 +76,7 @@ class StartRequest:
     resume_from: str | None = None
     """Path of the committed checkpoint to resume from; None: start at step 0."""
     timeout_s: float = 600.0
-    """Timeout of collectives and of the store, in seconds."""
+    """Timeout of the store, in seconds."""
 
 
 @dataclass(frozen=True)

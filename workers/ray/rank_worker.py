@@ -151,9 +151,9 @@ class RankWorker:
         # The store is part of torch, which the preload thread is still importing.
         self._preload_thread.join()
         if self._store is None:
-            from workers.rank.stores import TCPStore
+            from workers.rank.stores import serve_store
 
-            self._store = TCPStore(self._address, 0, is_master=True, wait_for_workers=False)
+            self._store = serve_store(self._address)
         return self._address, self._store.port
 
     def start(self, fence: Fence, request: StartRequest) -> None:

@@ -26,6 +26,8 @@ class RanksStopped:
     """The ranks stopped on command, or the grace period ran out (`forced`)."""
 
     forced: bool = False
+    resize_reason: str | None = None
+    """Why the job goes on at another size; None: it does not."""
 
 
 @dataclass(frozen=True)
@@ -37,11 +39,13 @@ class StopDecision:
     """Reason of the stop to journal; None: already journaled, or not needed."""
 
 
-def decide_stop(plan: AttemptPlan, desired: DesiredJob | None) -> StopDecision | None:
+def decide_stop(
+    plan: AttemptPlan, desired: DesiredJob | None, *, resizes: bool = False
+) -> StopDecision | None:
     """Returns how ranks without a stop command are to stop; None: they continue.
 
     `desired` is None until the service has been reached; until then an earlier
-    incarnation's stop applies.
+    incarnation's stop applies. `resizes`: the job is to go on at another size.
     """
     # Adopted ranks get the earlier incarnation's stop command again: it may not have
     # been sent, and a second one changes nothing.
@@ -49,10 +53,10 @@ def decide_stop(plan: AttemptPlan, desired: DesiredJob | None) -> StopDecision |
     if desired is not None:
         state = desired.desired
     is_stopping = state in STOPPING
-    if not is_stopping and not plan.renew:
+    if not is_stopping and not plan.renew and not resizes:
         return None
-    # Ranks that stop for a new version always save, because they resume from that
-    # checkpoint.
+    # Ranks that stop for a new version or another size always save, because they resume
+    # from that checkpoint.
     saves = not is_stopping or desired is None or desired.final_checkpoint
     command = Command.STOP
     if saves:

@@ -102,7 +102,7 @@ def test_data_that_cannot_be_prepared_end_the_job(
     state = final_state(control_plane)
     assert (state["state"], state["reason"]) == ("failed", "internal")
     assert state["message"] == "preparing the data failed: OSError: no memory"
-    assert not cluster.is_placed
+    assert not cluster.num_bundles
 
 
 def test_data_of_no_use_are_reported_as_problems_and_nothing_else(
