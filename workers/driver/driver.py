@@ -87,6 +87,10 @@ class JobDriver:
         self._lock = threading.Lock()
         threading.Thread(target=self._main, name="job", daemon=True).start()
 
+    def __repr__(self) -> str:
+        """Returns what Ray's dashboard lists."""
+        return f"{self._job_id} driver"
+
     def attach(self, url: str, token: str, desired: dict[str, Any]) -> DriverStatus:
         """Sets the service's address and the job's desired state.
 

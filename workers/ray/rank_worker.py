@@ -103,6 +103,8 @@ class RankWorker:
         self._folder = job_folder(self._node_id, job_id)
         # The order matters: the log comes before anything that may print or crash, the
         # environment before torch is imported.
+        # For users who open the actor's log in Ray's dashboard.
+        os.write(2, f"the output of this process is in {self._folder}\n".encode())
         self._log = LogFile(self._folder / f"slot-{slot:05d}-{os.getpid()}.log")
         self._log.capture()
         link_into_ray_logs(self._folder)
