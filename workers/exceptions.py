@@ -6,7 +6,8 @@ defined beside the code that raises it:
     MegatronRayError                        internal
     ├── InputError                          user
     │   ├── UserError                       rank.messages
-    │   └── CredentialsError                rank.environment
+    │   ├── CredentialsError                rank.environment
+    │   └── InterfaceError                  rank.environment
     └── WorkersError                        internal
         ├── PlacementError                  decisions.placement
         ├── InvalidTransitionError          decisions.job_phases

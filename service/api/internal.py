@@ -23,7 +23,7 @@ from service.jobs.agents import CheckedPaths
 from service.jobs.capacity import ClusterCapacity
 from service.jobs.cluster_fit import Resolution
 from service.store.schema import ClusterRow, JobRow
-from workers.protocol.states import DesiredState
+from workers.protocol.states import DesiredState, JobState
 from workers.protocol.wire import (
     PROTOCOL,
     AgentReport,
@@ -242,19 +242,25 @@ def _desired_reply(context: Context, cluster: str) -> DesiredReply:
         )
         jobs = [_desired(context, job) for job in session.scalars(ended)]
         about_cluster = _about_cluster(session, cluster)
+        states = {}
         for job in queue.active_jobs(session, cluster):
+            states[job.id] = JobState(job.status)
             # A job without a world size is not resolved yet and cannot be prepared.
             if job.world_size is not None:
                 jobs.append(_desired(context, job, about_cluster))
         # Includes deleted jobs, whose leftovers must be removed too.
         ended_ids = sa.select(JobRow.id).where(*has_ended)
-        latest = ended_ids.order_by(JobRow.ended_at.desc()).limit(MAX_TERMINAL)
-        terminal = {
-            *session.scalars(latest),
-            *session.scalars(ended_ids.where(JobRow.id.in_(seen))),
-        }
+        latest = sa.select(JobRow.id, JobRow.status).where(*has_ended)
+        latest = latest.order_by(JobRow.ended_at.desc()).limit(MAX_TERMINAL)
+        terminal = set(session.scalars(ended_ids.where(JobRow.id.in_(seen))))
+        for job_id, status in session.execute(latest):
+            terminal.add(job_id)
+            states[job_id] = JobState(status)
         return DesiredReply(
-            revision=row.revision, jobs=tuple(jobs), terminal=tuple(sorted(terminal))
+            revision=row.revision,
+            jobs=tuple(jobs),
+            terminal=tuple(sorted(terminal)),
+            states=states,
         )
 
 
@@ -348,7 +354,7 @@ def _about_cluster(session: Session, cluster: str) -> dict[str, Any]:
 
 def _check_cluster(context: Context, cluster: str) -> None:
     clusters = context.settings.clusters
-    if cluster not in clusters:
+    if not context.settings.has_cluster(cluster):
         detail = (
             f"cluster {cluster[:80]!r} is not configured here; known: {', '.join(clusters)}"
         )

@@ -5,9 +5,10 @@ Owns: which columns the API shows, and paging. Must not know: requests.
 Texts and paths are redacted: earlier versions have stored URIs with secrets.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, TypeVar
+from urllib.parse import urlencode
 
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
@@ -227,6 +228,28 @@ def _reported(row: ClusterRow | None) -> dict[str, Any]:
     fields["drivers"] = [Driver(**driver.model_dump()) for driver in report.drivers]
     fields["orphans"] = list(report.orphans)
     return fields
+
+
+def dashboard_url(session: Session, cluster: str) -> str | None:
+    """Returns the URL of the dashboard of a cluster's Ray, if it has one."""
+    row = session.get(ClusterRow, cluster)
+    if row is None or row.report is None:
+        return None
+    url: str | None = row.report.get("dashboard_url")
+    return url
+
+
+def with_log_urls(
+    ranks: Sequence[Mapping[str, Any]], url: str, job_id: str, attempt: int
+) -> list[dict[str, Any]]:
+    """Returns an attempt's ranks with the pages of Ray's dashboard that have their logs."""
+    rows = []
+    for rank in ranks:
+        number = int(rank.get("rank", 0))
+        name = f"megatron-ray/{job_id}/attempt-{attempt:04d}/rank-{number:05d}.log"
+        query = urlencode({"nodeId": rank.get("node_id"), "fileName": name})
+        rows.append({**rank, "log_url": f"{url}/#/logs/viewer?{query}"})
+    return rows
 
 
 def _labels(session: Session, rows: Sequence[JobRow]) -> dict[int, dict[str, str]]:

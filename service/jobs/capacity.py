@@ -141,14 +141,14 @@ class ClusterCapacity:
     ) -> None:
         """Reserves the resources of an admitted job.
 
-        `ranks_by_node` is empty while it is unknown where the ranks are; room is then
-        reserved on any nodes.
+        `ranks_by_node` is empty while it is unknown where the ranks are, and has fewer than
+        the job's while it runs shrunk; room for the others is reserved on any nodes.
         """
         per_rank = request.demand.per_rank
-        if ranks_by_node:
-            for node in self._nodes:
-                node.take(per_rank, ranks_by_node.get(node.node.node_id, 0))
-        elif not self.reserve(request):
+        for node in self._nodes:
+            node.take(per_rank, ranks_by_node.get(node.node.node_id, 0))
+        missing = request.ranks - sum(ranks_by_node.values())
+        if missing > 0 and not self.reserve(replace(request, ranks=missing)):
             # The job has its ranks even if the report shows less, so the remainder is
             # reserved.
             self._take(replace(request, ranks=self.max_ranks(request)))

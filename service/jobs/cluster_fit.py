@@ -21,6 +21,7 @@ from megatron_ray.validation import check, resolution
 from service.jobs import lifecycle
 from service.jobs.capacity import ClusterCapacity, ResourceRequest, resource_request
 from service.store.schema import ClusterRow, JobRow
+from workers.decisions.elasticity import legal_dps
 from workers.decisions.topology.alternatives import missing_room, nearest_layout
 from workers.decisions.topology.node_rules import NodeRules
 from workers.protocol.job import JobSpec
@@ -124,7 +125,7 @@ def resolve(
     request = _smallest_request(spec, capacity)
     if ranks is None:
         ranks = _ranks_for_auto(request, capacity)
-    resolved = resolution.resolve(spec, ranks)
+    resolved = resolution.resolve(spec, _bounded(spec, ranks))
     assert isinstance(resolved, JobSpec)
     has_gpu = request.gpu
     if hardware is not None and spec.resources.accelerator == "auto":
@@ -223,11 +224,20 @@ def _smallest_request(spec: JobSpec, capacity: ClusterCapacity) -> ResourceReque
     """Returns the resources of the smallest world that can run the spec."""
     parallel = spec.parallel
     if parallel.dp == "auto":
-        dp = resolution.least_dp(spec)
+        # A spec without a legal size is refused before.
+        dp = min(legal_dps(spec), default=resolution.least_dp(spec))
     else:
         dp = parallel.dp
     ranks = parallel.tp * parallel.pp * parallel.cp * dp
     return resource_request(spec, ranks, has_gpus=capacity.has_gpus)
+
+
+def _bounded(spec: JobSpec, ranks: int) -> int:
+    """Returns how many of some ranks a spec may use."""
+    if spec.elastic is None:
+        return ranks
+    parallel = spec.parallel
+    return min(ranks, parallel.tp * parallel.pp * parallel.cp * spec.elastic.max_dp)
 
 
 def _ranks_for_auto(request: ResourceRequest, capacity: ClusterCapacity) -> int:

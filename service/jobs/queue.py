@@ -12,7 +12,7 @@ import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
 from service.jobs import admission, lifecycle
-from service.jobs.capacity import resource_request
+from service.jobs.capacity import ClusterCapacity, ResourceRequest, resource_request
 from service.store.database import wake
 from service.store.schema import AttemptRow, ClusterRow, EventRow, JobRow
 from workers.decisions.growth import describe_nodes
@@ -50,24 +50,13 @@ def admit_jobs(session: Session, cluster: ClusterRow) -> None:
     nodes = report.nodes
     jobs: dict[str, JobRow] = {}
     queued: list[admission.QueuedJob] = []
-    admitted: list[admission.AdmittedJob] = []
     for row in rows:
-        if row.world_size is None:
-            # Submitted before the cluster was known: it is resolved by the next report.
-            continue
         jobs[row.id] = row
-        spec = JobSpec.model_validate(row.resolved_spec)
-        # `auto` was resolved with the spec, so whether there are GPUs plays no part.
-        request = resource_request(spec, row.world_size, has_gpus=False)
-        if _is_queued(row):
-            number = row.queue_number or row.number
-            retry_s = _retry_s(session, row)
-            queued.append(
-                admission.QueuedJob(row.id, row.priority, number, request, retry_s)
-            )
-        elif JobState(row.status).holds_resources or row.desired == DesiredState.RUN:
-            ranks_by_node = _ranks_by_node(session, row, nodes)
-            admitted.append(admission.AdmittedJob(row.id, request, ranks_by_node))
+        # Without a size it was submitted before the cluster was known, and is resolved by
+        # the next report.
+        if row.world_size is not None and _is_queued(row):
+            queued.append(_queued(session, row))
+    admitted = _admitted(session, rows, nodes)
     # All at once, because each decision depends on the jobs ahead in the queue.
     for decision in admission.decide(queued, admitted, nodes, report.node_groups):
         _apply(session, jobs[decision.job_id], decision)
@@ -75,6 +64,53 @@ def admit_jobs(session: Session, cluster: ClusterRow) -> None:
         awaited = admission.awaited_nodes(admitted, nodes, report.node_groups)
         for job_id, new_nodes in awaited.items():
             _show_awaited(session, jobs[job_id], new_nodes)
+
+
+def room_beside_others(session: Session, job: JobRow) -> ClusterCapacity:
+    """Returns what the other jobs of a job's cluster leave free, its own resources included.
+
+    Jobs that wait in the queue come first. Nodes that an autoscaler may still give do not
+    count.
+    """
+    cluster = lifecycle.lock_cluster(session, job.cluster)
+    if cluster.report is None:
+        return ClusterCapacity(())
+    nodes = AgentReport.model_validate(cluster.report).nodes
+    others = [row for row in active_jobs(session, job.cluster) if row.id != job.id]
+    free = ClusterCapacity(nodes)
+    for admitted in _admitted(session, others, nodes):
+        free.reserve_admitted(admitted.request, admitted.ranks_by_node)
+    for row in others:
+        if row.world_size is not None and _is_queued(row):
+            free.reserve(_request(row))
+    return free
+
+
+def _admitted(
+    session: Session, rows: Iterable[JobRow], nodes: tuple[NodeInfo, ...]
+) -> list[admission.AdmittedJob]:
+    """Returns the jobs that hold resources, or may request them."""
+    admitted = []
+    for row in rows:
+        if row.world_size is None or _is_queued(row):
+            continue
+        if JobState(row.status).holds_resources or row.desired == DesiredState.RUN:
+            ranks_by_node = _ranks_by_node(session, row, nodes)
+            admitted.append(admission.AdmittedJob(row.id, _request(row), ranks_by_node))
+    return admitted
+
+
+def _queued(session: Session, row: JobRow) -> admission.QueuedJob:
+    number = row.queue_number or row.number
+    retry_s = _retry_s(session, row)
+    return admission.QueuedJob(row.id, row.priority, number, _request(row), retry_s)
+
+
+def _request(row: JobRow) -> ResourceRequest:
+    spec = JobSpec.model_validate(row.resolved_spec)
+    assert row.world_size is not None
+    # `auto` was resolved with the spec, so whether there are GPUs plays no part.
+    return resource_request(spec, row.world_size, has_gpus=False)
 
 
 def note_missing_nodes(session: Session, job: JobRow) -> None:

@@ -19,6 +19,7 @@ from megatron_ray.validation.storage.path_rules import PathRules, is_below, plac
 from service.jobs import lifecycle
 from service.settings import Settings
 from service.store.schema import JobRow
+from workers.decisions.elasticity import elastic_problems
 from workers.protocol.job import JobSpec
 
 MAX_NAME_CHARS = 80
@@ -32,6 +33,7 @@ def check_rules(spec: JobSpec, settings: Settings) -> list[Problem]:
         *_check_names(spec, settings),
         *_check_text(spec.model_dump(mode="json"), ()),
         *check.find_problems(spec, path_rules=path_rules(settings)),
+        *elastic_problems(spec),
     ]
 
 
@@ -79,10 +81,10 @@ def check_storage(session: Session, spec: JobSpec) -> list[Problem]:
 
 def _check_names(spec: JobSpec, settings: Settings) -> list[Problem]:
     # Operators name what specs may use, so that no spec brings images or secrets along.
-    problems = [
-        *_check_name("cluster", "/cluster", spec.cluster, settings.clusters),
-        *_check_name("image", "/image", spec.image, settings.images),
-    ]
+    problems = _check_name("image", "/image", spec.image, settings.images)
+    if not settings.has_cluster(spec.cluster):
+        unknown = _check_name("cluster", "/cluster", spec.cluster, settings.clusters)
+        problems = [*unknown, *problems]
     for index, name in enumerate(spec.credentials):
         pointer = f"/credentials/{index}"
         problems += _check_name("credentials", pointer, name, settings.credentials)

@@ -94,6 +94,10 @@ class DriverRegistry:
                 names.append(name)
         return tuple(names)
 
+    def has_actors(self) -> bool:
+        """Returns whether any driver or rank is left in the namespace."""
+        return bool(self._actor_names())
+
     def _attach_drivers(self) -> None:
         calls = {}
         for job_id, job in self._jobs.items():

@@ -8,7 +8,7 @@ construction (within an NVLink domain, where that is larger).
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -69,6 +69,8 @@ class PlacementPlan:
     """Label of the NVLink domain that all bundles must share, chosen by Ray."""
     alternative: str | None = None
     """Degrees with which the job would fit, when it does not."""
+    full_dims: ParallelDims | None = None
+    """Degrees of the whole placement group, for a plan that uses a part of it."""
 
     @property
     def bundle_size(self) -> int:
@@ -79,6 +81,12 @@ class PlacementPlan:
     def is_feasible(self) -> bool:
         """Whether the job fits into the empty cluster; a busy one may still delay it."""
         return self.capacity * self.dims.tp >= self.dims.world_size
+
+    def restricted_to(
+        self, dims: ParallelDims, bundles: Iterable[Bundle]
+    ) -> "PlacementPlan":
+        """Returns the plan of a smaller world, on some bundles of the placement group."""
+        return replace(self, dims=dims, bundles=tuple(bundles), full_dims=self.dims)
 
     def keeps_from(self, allowed_nodes: Iterable[str]) -> bool:
         """Whether the request leaves out a node that may be used by now."""

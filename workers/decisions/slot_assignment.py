@@ -112,9 +112,10 @@ def spares_to_start(
 
 
 def _free_slots(plan: PlacementPlan, living: Collection[int]) -> Iterator[int]:
-    return (
-        slot for slot in range(num_slots(plan.dims, plan.bundle_size)) if slot not in living
-    )
+    # Of the whole placement group, as numbers that were in use may be larger.
+    dims = plan.full_dims or plan.dims
+    slots = range(num_slots(dims, plan.bundle_size))
+    return (slot for slot in slots if slot not in living)
 
 
 class _SlotAssigner:

@@ -4,7 +4,9 @@ Owns: JobSpec, which is TrainConfig plus resources, network and restart rules. M
 torch, HTTP.
 """
 
-from pydantic import Field
+from typing import Self
+
+from pydantic import Field, model_validator
 
 from megatron_ray.config.base import Config
 from megatron_ray.config.train_config import TrainConfig
@@ -31,6 +33,30 @@ class RestartConfig(Config):
     first checkpoint."""
 
 
+class ElasticConfig(Config):
+    """Range of data-parallel sizes at which a job may run.
+
+    A job that loses ranks goes on with fewer replicas at once, and grows back at a
+    checkpoint when the resources have returned and the time that it saves exceeds the cost
+    several times. Global batch, order of the data and all other degrees stay, so losses
+    equal those of an undisturbed run up to the order of summation. Under torchrun it has
+    no effect.
+    """
+
+    min_dp: int = Field(ge=1, le=1 << 20)
+    """Fewest replicas with which the job still trains; below, it waits for resources."""
+    max_dp: int = Field(ge=1, le=1 << 20)
+    """Most replicas that a resize may ask for."""
+
+    @model_validator(mode="after")
+    def _check_order(self) -> Self:
+        if self.min_dp > self.max_dp:
+            raise ValueError(
+                f"min_dp={self.min_dp} is larger than max_dp={self.max_dp}; exchange them"
+            )
+        return self
+
+
 class JobSpec(TrainConfig):
     """A training run with the fields that the service needs to schedule and restart it."""
 
@@ -49,6 +75,8 @@ class JobSpec(TrainConfig):
     """How ranks reach each other."""
     restart: RestartConfig = RestartConfig()
     """Rules for restarting after a failure."""
+    elastic: ElasticConfig | None = None
+    """Data-parallel sizes at which the job may run; null: only at `parallel.dp`."""
     cluster: str = Field(default="default", min_length=1, max_length=64)
     """Name of the Ray cluster to run on, as given to its agent."""
     image: str = Field(default="default", min_length=1, max_length=64)

@@ -50,10 +50,10 @@ class NetworkConfig(Config):
     """Seconds after which a collective that some rank has not joined fails the attempt."""
     first_step_timeout_s: float = Field(default=600.0, ge=1, le=86400)
     """The same until the end of an attempt's first step, while ranks load weights and
-    compile; at least collective_timeout_s."""
+    compile; at least collective_timeout_s. On CPU, messages between two ranks keep it."""
     nccl: NcclConfig = NcclConfig()
     """Options of NCCL by parallel axis; without effect on CPU. Axes with the same ranks
-    share their groups, with the options of the first of them in this order: tp, dp, cp,
+    share a group, which has the options of the first of them in this order: cp, dp, tp,
     pp, ep."""
 
     @property

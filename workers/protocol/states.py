@@ -74,6 +74,7 @@ class StatusReason(StrEnum):
     NAN_LOSS = "nan_loss"
     NO_PROGRESS = "no_progress"
     BUDGET_SPENT = "budget_spent"
+    PLANNED_EXIT = "planned_exit"
     USER_CANCELLED = "user_cancelled"
     USER_PAUSED = "user_paused"
     STACK_STOPPED = "stack_stopped"

@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from workers.protocol.states import DesiredState
+from workers.protocol.states import DesiredState, JobState
 
 PROTOCOL = 1
 
@@ -172,6 +172,8 @@ class DesiredReply(Message):
     """Checks of new jobs."""
     resume_checks: tuple[CheckRequest, ...] = ()
     """Checks of jobs that are to be resumed, which earlier agents do not know."""
+    states: dict[str, JobState] = Field(default_factory=dict)
+    """State of every job of the cluster that has not ended, and of the latest ended ones."""
 
 
 # ---- driver and service

@@ -3,8 +3,10 @@
 Owns: reading `ray.nodes()`. Must not know: jobs' specs, HTTP, torch.
 """
 
+import contextlib
+import socket
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from ray._private.state import available_resources_per_node
 from workers.decisions.topology.node_rules import ACCELERATOR_PREFIX, domain_label
 from workers.protocol.wire import NodeInfo
 
+_CONNECT_S = 2.0
 _COUNTED_APART = ("CPU", "GPU", "memory", "object_store_memory")
 _OF_ONE_NODE = "node:"
 
@@ -35,6 +38,23 @@ def read_free_nodes() -> tuple[NodeInfo, ...]:
     return tuple(nodes)
 
 
+def unreachable_nodes(node_ids: Iterable[str]) -> tuple[str, ...]:
+    """Returns those of some nodes whose Ray does not accept a connection any more.
+
+    Ray itself lists a node as alive for up to a minute after its death.
+    """
+    ports = {}
+    for node in _ray_nodes():
+        ports[node["NodeID"]] = (node["NodeManagerAddress"], node["NodeManagerPort"])
+    unreachable = []
+    for node_id in node_ids:
+        try:
+            socket.create_connection(ports[node_id], timeout=_CONNECT_S).close()
+        except (KeyError, OSError):
+            unreachable.append(node_id)
+    return tuple(unreachable)
+
+
 def own_address() -> str:
     """Returns the address at which other nodes of the cluster reach this node."""
     return str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
@@ -52,6 +72,16 @@ def nvlink_domain(node_id: str) -> str:
 def job_folder(node_id: str, job_id: str) -> Path:
     """Returns the folder on a node that a job's ranks write to."""
     return _session_folder(node_id) / "megatron-ray" / job_id
+
+
+def link_into_ray_logs(job_folder: Path) -> None:
+    """Makes the ranks' files on a node readable in Ray's dashboard, below its logs."""
+    jobs_folder = job_folder.parent
+    # Another process of the node may have made the link; without it only links of the
+    # dashboard fail.
+    with contextlib.suppress(OSError):
+        link = jobs_folder.with_name("logs") / jobs_folder.name
+        link.symlink_to(Path("..", jobs_folder.name))
 
 
 def _session_folder(node_id: str) -> Path:

@@ -112,6 +112,13 @@ class WorkerGroup:
         except ValueError:
             return None
 
+    def num_bundles(self) -> int | None:
+        """Returns the size of the job's placement group; None if there is none."""
+        try:
+            return int(ray.util.get_placement_group(self._job_id).bundle_count)
+        except ValueError:
+            return None
+
     def nodes(self, plan: PlacementPlan) -> dict[int, str]:
         """Returns the node id of each bundle of the ready placement group."""
         table: dict[str, Any] = ray.util.placement_group_table(self.placement_group(plan))
