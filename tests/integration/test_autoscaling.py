@@ -15,7 +15,7 @@ from tests.support.fake_service import NAMESPACE
 from tests.support.service_tokens import AGENT_TOKEN, tokens_file
 from tests.unit.service.conftest import Running
 from workers.agent.agent import probe_port
-from workers.decisions.growth import NODE_GROUP_LABEL, group_of, nodes_to_come
+from workers.decisions.cluster_growth import NODE_GROUP_LABEL, group_of, nodes_to_come
 from workers.decisions.placement import plan_placement
 from workers.protocol.job import JobSpec
 from workers.protocol.wire import NodeGroup, NodeInfo
