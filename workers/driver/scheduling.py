@@ -14,8 +14,8 @@ from megatron_ray.checkpoint.resume_point import (
 )
 from megatron_ray.parallel_dims import ParallelDims
 from workers.decisions import elasticity
+from workers.decisions.cluster_growth import nodes_to_come
 from workers.decisions.elasticity import Shortage
-from workers.decisions.growth import nodes_to_come
 from workers.decisions.journal_entry import Phase
 from workers.decisions.observations import (
     NothingToResume,
