@@ -5,7 +5,7 @@ count its acts, so that a driver can die before or after any of them.
 """
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -276,10 +276,30 @@ class FakeCluster:
     clock: FakeClock = field(default_factory=FakeClock)
     on_step: Callable[[FakeProcess], None] = lambda process: None
     workers: dict[int, FakeProcess] = field(default_factory=dict)
+    nodes: tuple[NodeInfo, ...] = (NODE,)
+    drains: dict[str, float | None] = field(default_factory=dict)
+    """When nodes that are being drained go, by node id."""
     is_placed: bool = False
+    node: NodeInfo = NODE
+    """Where the processes are."""
+    stops: bool = True
+    """Whether ranks follow a command to stop."""
     pids: int = 100
     version: str = "1"
     """Version of the code that is installed now."""
+
+    def read_nodes(self) -> tuple[NodeInfo, ...]:
+        nodes = []
+        for node in self.nodes:
+            draining = node.node_id in self.drains
+            nodes.append(node.model_copy(update={"draining": draining}))
+        return tuple(nodes)
+
+    def place(self, avoid: Collection[str]) -> None:
+        """Places the job on the first node that it may use, unless it has one."""
+        if not self.is_placed:
+            self.is_placed = True
+            self.node = next(node for node in self.nodes if node.node_id not in avoid)
 
     def start_process(self, worker: WorkerToStart) -> None:
         if worker.slot not in self.workers:
@@ -347,11 +367,14 @@ class FakeGroup:
 
     def placement_group(self, plan: PlacementPlan) -> ReadyPlacementGroup:
         self._faults.act()
-        self._cluster.is_placed = True
+        self._cluster.place(plan.avoid_nodes)
         return ReadyPlacementGroup()
 
+    def lies_on(self, node_ids: Collection[str]) -> bool:
+        return self._cluster.is_placed and self._cluster.node.node_id in node_ids
+
     def nodes(self, plan: PlacementPlan) -> dict[int, str]:
-        return {bundle.index: NODE.node_id for bundle in plan.bundles}
+        return {bundle.index: self._cluster.node.node_id for bundle in plan.bundles}
 
     def create(
         self, plan: PlacementPlan, workers: Iterable[WorkerToStart], num_threads: int
@@ -397,8 +420,8 @@ class FakeGroup:
             pid=process.pid,
             is_spare=process.is_spare,
             bundle=0,
-            node_id=NODE.node_id,
-            address=NODE.address,
+            node_id=self._cluster.node.node_id,
+            address=self._cluster.node.address,
         )
 
     def start(
@@ -462,7 +485,8 @@ class FakeGroup:
         self._faults.act()
         # The ranks agree among themselves.
         for process in self._cluster.workers.values():
-            process.must_stop = process.must_stop or command >= Command.STOP
+            asked = command >= Command.STOP and self._cluster.stops
+            process.must_stop = process.must_stop or asked
 
     def leave(self, fence: Fence, timeout_s: float) -> tuple[int, ...]:
         self._faults.act()
@@ -483,7 +507,7 @@ class FakeGroup:
 
     def retire(self, fence: Fence, num_slots: int, timeout_s: float) -> tuple[str, ...]:
         self._faults.act()
-        return (NODE.node_id,)
+        return (self._cluster.node.node_id,)
 
     def remove_all(self, num_slots: int) -> None:
         self._faults.act()
@@ -529,6 +553,20 @@ class FakeDeadRankFiles:
         pass
 
 
+class FakeDrainWatch:
+    """Knows of every drain at once."""
+
+    def __init__(self, cluster: FakeCluster) -> None:
+        self._cluster = cluster
+
+    @property
+    def deadlines(self) -> Mapping[str, float | None]:
+        return self._cluster.drains
+
+    def close(self) -> None:
+        pass
+
+
 class FakeGauges:
     """Shows nothing."""
 
@@ -566,7 +604,8 @@ def fake_ports(
         "outbox": FakeOutbox(control_plane, RecordLog(storage), cluster.clock),
         "group": FakeGroup(cluster, faults),
         "tasks": FakeTasks(),
-        "read_nodes": lambda: (NODE,),
+        "read_nodes": cluster.read_nodes,
+        "drains": FakeDrainWatch(cluster),
         "dead_rank_files": FakeDeadRankFiles(set() if fetched is None else fetched),
         "logs": JobLogs(storage),
         "gauges": FakeGauges(),

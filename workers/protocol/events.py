@@ -58,6 +58,8 @@ class EventType(StrEnum):
     CHECKPOINT_COMMITTED = "checkpoint.committed"
     CHECKPOINT_DELETED = "checkpoint.deleted"
     CHECKPOINT_DAMAGED = "checkpoint.damaged"
+    NODE_DRAINING = "node.draining"
+    NODE_EXCLUDED = "node.excluded"
     POLICY_DECISION = "policy.decision"
     SPARES_DISABLED = "spares.disabled"
     DRIVER_RESTARTED = "driver.restarted"

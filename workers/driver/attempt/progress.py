@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from workers.decisions import recovery
+from workers.decisions.drains import Drain
 from workers.decisions.recovery import RecoveryWatch
 from workers.driver.attempt.spares import SparePool
 from workers.driver.commit import WholeCheckpoint
@@ -74,6 +75,16 @@ class JobProgress:
     def stop_requested(self, desired: DesiredState) -> None:
         """The ranks are about to get a stop command."""
         self._job.write(stopping=desired)
+
+    def draining(self, drain: Drain) -> None:
+        """The ranks are about to get a stop command, because nodes of theirs go."""
+        now = self._job.ports.clock()
+        remaining_s = None
+        if drain.deadline is not None:
+            remaining_s = round(drain.deadline - now, 1)
+        data = {"nodes": dict(drain.nodes), "deadline_s": remaining_s}
+        message = drain.sentence(now)
+        self._job.records.event("node.draining", message, "warn", data, drain.ranks)
 
     def checkpoint_requested(self, checkpoint_requests: int) -> None:
         """The ranks got checkpoint commands, `checkpoint_requests` in all."""
