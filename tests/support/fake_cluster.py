@@ -14,6 +14,7 @@ from typing import Any
 from megatron_ray.checkpoint.directory import checkpoint_path
 from megatron_ray.commands import Command
 from megatron_ray.storage.storage import LocalStorage
+from workers.decisions.exclusions import BadNode
 from workers.decisions.failures import FailureKind
 from workers.decisions.journal_entry import DeadRank
 from workers.decisions.placement import PlacementPlan, SlotFacts
@@ -545,6 +546,9 @@ class FakeDeadRankFiles:
 
     def finish(self, dead: Iterable[DeadRank]) -> None:
         self.collect(dead)
+
+    def take_bad_nodes(self) -> list[BadNode]:
+        return []
 
     def start_sweep(self, job_id: str, nodes: Iterable[str]) -> None:
         pass

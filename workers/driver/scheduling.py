@@ -150,7 +150,7 @@ class Scheduling:
 
     def _make_plan(self) -> PlacementPlan:
         job = self._job
-        return plan_placement(job.spec, job.ports.read_nodes(), job.entry.accelerator)
+        return plan_placement(job.spec, job.read_nodes(), job.entry.accelerator)
 
     def _explain(self, plan: PlacementPlan, *, is_first: bool) -> None:
         """Records what the job waits for: once, or repeatedly if it can never fit."""

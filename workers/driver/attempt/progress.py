@@ -11,6 +11,7 @@ from workers.decisions import recovery
 from workers.decisions.drains import Drain
 from workers.decisions.recovery import RecoveryWatch
 from workers.driver.attempt.spares import SparePool
+from workers.driver.bad_nodes import avoid_nodes
 from workers.driver.commit import WholeCheckpoint
 from workers.driver.context import JobContext
 from workers.protocol.states import AttemptState, DesiredState, JobState
@@ -50,6 +51,8 @@ class JobProgress:
         self._record_running()
         if self._spares is not None:
             self._spares.maintain()
+        # What the nodes of dead ranks have reported since.
+        avoid_nodes(self._job, self._job.ports.dead_rank_files.take_bad_nodes())
         # A recovery ends with the first step that no earlier attempt had reached.
         step = data["step"]
         self._highest_step = max(self._highest_step, step)
