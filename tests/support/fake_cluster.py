@@ -236,6 +236,8 @@ class FakeProcess:
         self.lines: list[Line] = []
         self.state = RankState.IDLE
         self.must_stop = False
+        self.late_turns = 0
+        """Polls during which it does no step."""
         self.error: dict[str, Any] | None = None
 
     def report(self, kind: str, data: dict[str, Any]) -> None:
@@ -313,6 +315,9 @@ class FakeCluster:
         assert process.order is not None
         rank = process.order.env.rank
         if process.state is not RankState.RUNNING:
+            return
+        if process.late_turns > 0:
+            process.late_turns -= 1
             return
         if self.dies == (rank, process.step + 1):
             self.dies = None

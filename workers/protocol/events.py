@@ -60,6 +60,7 @@ class EventType(StrEnum):
     CHECKPOINT_DAMAGED = "checkpoint.damaged"
     NODE_DRAINING = "node.draining"
     NODE_EXCLUDED = "node.excluded"
+    STORAGE_SLOW = "storage.slow"
     POLICY_DECISION = "policy.decision"
     SPARES_DISABLED = "spares.disabled"
     DRIVER_RESTARTED = "driver.restarted"

@@ -64,5 +64,8 @@ class AttemptListener(Protocol):
     def draining(self, drain: Drain) -> None:
         """The ranks are about to get a stop command, because nodes of theirs go."""
 
+    def storage_slow(self, message: str) -> None:
+        """A checkpoint takes longer than it should."""
+
     def checkpoint_requested(self, checkpoint_requests: int) -> None:
         """The ranks got checkpoint commands, `checkpoint_requests` in all."""

@@ -89,6 +89,10 @@ class JobProgress:
         message = drain.sentence(now)
         self._job.records.event("node.draining", message, "warn", data, drain.ranks)
 
+    def storage_slow(self, message: str) -> None:
+        """A checkpoint takes longer than it should."""
+        self._job.records.event("storage.slow", message, "warn")
+
     def checkpoint_requested(self, checkpoint_requests: int) -> None:
         """The ranks got checkpoint commands, `checkpoint_requests` in all."""
         self._job.write(checkpoint_requests=checkpoint_requests)

@@ -172,6 +172,9 @@ class Supervision:
         self._ports.group.command(slot, self._plan.fence, command)
 
     def _commit(self) -> None:
+        slow = self._committer.slow()
+        if slow is not None:
+            self._listener.storage_slow(slow)
         result = self._committer.advance()
         if result is None:
             return
