@@ -135,7 +135,10 @@ class Recovery:
         cause = Failure(
             failed.kind, failed.message, failed.rank, detail=failed.detail, step=failed.step
         )
-        self._record_failure(cause, self._free_ranks())
+        silent_ranks: tuple[int, ...] = ()
+        if failed.kind is FailureKind.SILENT:
+            silent_ranks = failed.dead_ranks
+        self._record_failure(cause, self._free_ranks(silent_ranks))
         bad = exclusions.bad_nodes(cause, job.entry.ranks, failed.dead_ranks)
         avoid_nodes(job, bad)
         # The restart policy does not apply to a job that is being cancelled.
@@ -158,9 +161,9 @@ class Recovery:
         self._record_decision(decision, origin)
         return RestartDecided(decision)
 
-    def _free_ranks(self) -> tuple[int, ...]:
+    def _free_ranks(self, silent_ranks: tuple[int, ...] = ()) -> tuple[int, ...]:
         self._has_freed_ranks = True
-        return self._starter.free_ranks()
+        return self._starter.free_ranks(silent_ranks)
 
     def _record_failure(self, cause: Failure, kept_slots: tuple[int, ...]) -> None:
         job = self._job
