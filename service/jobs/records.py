@@ -20,7 +20,7 @@ from service.jobs import lifecycle, node_exclusions, queue
 from service.jobs.lifecycle import NewEvent
 from service.store import evaluations, metrics
 from service.store.database import Store, wake
-from service.store.evaluations import Evaluation, parse_evaluation
+from service.store.evaluations import parse_evaluation
 from service.store.metrics import Finite, StepRow
 from service.store.schema import AttemptRow, CheckpointRow, JobRow
 from workers.protocol.events import EventType
@@ -61,11 +61,6 @@ class _EventData(_Data):
     message: str = ""
     data: dict[str, Any] = Field(default_factory=dict)
     ranks: tuple[int, ...] = ()
-
-
-class _ExcludedData(_Data):
-    node_id: str = Field(max_length=64)
-    reason: str = Field(max_length=2000)
 
 
 class _RanksData(_Data):
@@ -166,11 +161,7 @@ class RecordApplier:
         event = self._event(record, data.type, data.message, data.data)
         self._add(dataclasses.replace(event, level=data.level, ranks=data.ranks))
         if data.type == EventType.NODE_EXCLUDED:
-            excluded = _ExcludedData.model_validate(data.data)
-            job = self._job
-            node_exclusions.exclude_for_job(
-                self._session, job.cluster, job.id, excluded.node_id, excluded.reason
-            )
+            node_exclusions.exclude_for_job(self._session, self._job, data.data)
 
     def _apply_attempt(self, record: Record) -> None:
         data = _AttemptData.model_validate(record.data)
@@ -308,7 +299,7 @@ class RecordApplier:
                 "source_val_losses": evaluation.source_losses,
             }
             self._job.progress = {**self._job.progress, **result}
-        self._add(self._event(record, "eval.completed", _evaluation_message(evaluation)))
+        self._add(self._event(record, "eval.completed", evaluation.sentence()))
 
     def _keep_unknown(self, record: Record) -> None:
         """Stores a record of an unknown kind, sent by a newer driver."""
@@ -420,24 +411,6 @@ def _prepared_message(manifest: dict[str, Any]) -> str:
         documents = _count(num_documents, "document")
         parts.append(f"{num_tokens:,} {split} tokens in {documents}")
     return f"data ready: {', '.join(parts)}, vocabulary {data.vocab_size:,}"
-
-
-def _evaluation_message(evaluation: Evaluation) -> str:
-    loss = _loss(evaluation.loss)
-    message = f"{evaluation.split} loss at step {evaluation.step}: {loss}"
-    # A single source has the loss of the blend.
-    if len(evaluation.source_losses) > 1:
-        parts = []
-        for name, source_loss in evaluation.source_losses.items():
-            parts.append(f"{name} {_loss(source_loss)}")
-        message += f" ({', '.join(parts)})"
-    return message
-
-
-def _loss(loss: float | None) -> str:
-    if loss is None:
-        return "not finite"
-    return f"{loss:.4f}"
 
 
 def _notes(manifest: dict[str, Any]) -> list[str]:

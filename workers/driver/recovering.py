@@ -7,8 +7,8 @@ know: the policy, how ranks are started or supervised, HTTP, torch.
 from typing import Any
 
 from megatron_ray.checkpoint.directory import list_checkpoints
-from workers.decisions import exclusions
 from workers.decisions.failures import Failure, FailureKind
+from workers.decisions.faults import exclusions
 from workers.decisions.journal_entry import FailedAttempt, Phase
 from workers.decisions.observations import (
     AttemptAbandoned,
@@ -21,9 +21,9 @@ from workers.decisions.restart_policy import (
     RestartHistory,
     decide_restart,
 )
+from workers.driver.attempt.bad_nodes import avoid_nodes
 from workers.driver.attempt.progress import JobProgress
 from workers.driver.attempt.start import RankStarter
-from workers.driver.bad_nodes import avoid_nodes
 from workers.driver.context import JobContext
 from workers.protocol.states import AttemptState
 

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from workers.decisions import recovery
-from workers.decisions.drains import Drain
+from workers.decisions.faults.drains import Drain
 from workers.decisions.recovery import RecoveryWatch
+from workers.driver.attempt.bad_nodes import avoid_nodes
 from workers.driver.attempt.spares import SparePool
-from workers.driver.bad_nodes import avoid_nodes
 from workers.driver.commit import WholeCheckpoint
 from workers.driver.context import JobContext
 from workers.protocol.states import AttemptState, DesiredState, JobState

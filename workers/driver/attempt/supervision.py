@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 from megatron_ray.commands import Command
 from megatron_ray.reports import PhaseReport, StepReport
-from workers.decisions import drains
-from workers.decisions.drains import Drain
+from workers.decisions.faults import drains
+from workers.decisions.faults.drains import Drain
 from workers.decisions.observations import AttemptFailed, AttemptFinished
 from workers.driver.attempt.committer import CheckpointCommitter, Committed
 from workers.driver.attempt.outcome import (
