@@ -247,7 +247,7 @@ def lost_nodes(
     """
     record = road.record
     environment = ray_environment(record.ray_token, Path(record.temp_dir))
-    losses = []
+    losses: list[Measured] = []
     with ExitStack() as stack_of_nodes:
 
         def join() -> JoinedNode:
