@@ -467,6 +467,7 @@ def num_living_nodes() -> int:
     return len([node for node in read_nodes() if node.alive])
 
 
+@pytest.mark.chaos
 def test_sigterm_to_a_node_saves_and_moves_the_job(
     submit: Submit, fake_service: FakeService, ray_cluster: str
 ) -> None:
@@ -482,7 +483,7 @@ def test_sigterm_to_a_node_saves_and_moves_the_job(
         joined_node(ray_cluster, 8, {}) as first,
         joined_node(ray_cluster, 8, {}) as second,
     ):
-        fake_service.wait("three nodes", lambda: num_living_nodes() == 3)
+        fake_service.wait("three nodes", lambda: num_living_nodes() == 3, 120)
         job_id = submit(body)
         fake_service.wait("steps", lambda: len(fake_service.steps(job_id, 1)) > 5)
         pids = rank_pids(fake_service, job_id)
