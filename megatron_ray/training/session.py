@@ -33,6 +33,7 @@ from megatron_ray.reports import PhaseReport, Report
 from megatron_ray.sharding.sequence_split import SequenceCut
 from megatron_ray.training.components import TrainingComponents
 from megatron_ray.training.evaluate import Evaluation
+from megatron_ray.training.exits import with_time_limit
 from megatron_ray.training.loop import Outcome, train
 from megatron_ray.training.progress import Progress
 from megatron_ray.training.saving import (
@@ -91,7 +92,7 @@ class TrainingSession:
         _check_tokenizer(resume_from or self.config.checkpoint.start_from, data)
         self.mesh = mesh
         self._report = report
-        self._poll = poll
+        self._poll = with_time_limit(poll, resolved.training.max_duration_s, mesh.rank)
         self._phase_start = time.monotonic()
         # Not use_deterministic_algorithms, which imports the compiler and takes a second.
         torch.set_deterministic_debug_mode(
@@ -139,7 +140,7 @@ class TrainingSession:
         self._end_phase("data")
 
     def run(self) -> Outcome:
-        """Trains to the end or to an agreed stop.
+        """Trains to the end, to an agreed stop or to a limit of the config.
 
         The last checkpoint is durable when it returns. Raises NonFiniteLossError.
         """

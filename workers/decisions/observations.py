@@ -67,6 +67,8 @@ class Placed:
     checkpoint_path: str | None
     """Newest committed checkpoint; None: from the beginning."""
     checkpoint_step: int = 0
+    dp: int | None = None
+    """Data-parallel size of a shrunk attempt; None: that of the spec."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,11 @@ class AttemptAbandoned:
 @dataclass(frozen=True)
 class AttemptFinished:
     """Every rank has completed its last step, and all checkpoints are committed."""
+
+
+@dataclass(frozen=True)
+class AttemptExited:
+    """Every rank has ended at a limit of the spec, and all checkpoints are committed."""
 
 
 @dataclass(frozen=True)
@@ -137,6 +144,7 @@ Observation = (
     | RanksStarted
     | AttemptAbandoned
     | AttemptFinished
+    | AttemptExited
     | AttemptStopped
     | AttemptFailed
     | RestartDecided

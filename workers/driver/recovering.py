@@ -139,6 +139,7 @@ class Recovery:
         if failed.kind is FailureKind.SILENT:
             silent_ranks = failed.dead_ranks
         self._record_failure(cause, self._free_ranks(silent_ranks))
+        self._journal_lost_nodes(failed)
         bad = exclusions.bad_nodes(cause, job.entry.ranks, failed.dead_ranks)
         avoid_nodes(job, bad)
         # The restart policy does not apply to a job that is being cancelled.
@@ -160,6 +161,28 @@ class Recovery:
             origin = "an older checkpoint"
         self._record_decision(decision, origin)
         return RestartDecided(decision)
+
+    def _journal_lost_nodes(self, failed: FailedAttempt) -> None:
+        """Adds the nodes that the failure took away; Ray notices most of them later."""
+        job = self._job
+        if job.spec.elastic is None:
+            return
+        with_survivors = set()
+        nodes = set()
+        for place in job.entry.ranks:
+            if place.rank in failed.dead_ranks:
+                nodes.add(place.node_id)
+            else:
+                with_survivors.add(place.node_id)
+        nodes -= with_survivors
+        nodes_of_ranks = {place.node_id for place in job.entry.ranks}
+        draining = nodes_of_ranks.intersection(job.ports.drains.deadlines)
+        # A frozen node still accepts connections, but none of its ranks has answered.
+        if failed.kind is not FailureKind.SILENT:
+            nodes = set(job.ports.unreachable_nodes(sorted(nodes)))
+        lost = tuple(sorted(nodes | draining))
+        if lost != job.entry.lost_nodes:
+            job.write(lost_nodes=lost)
 
     def _free_ranks(self, silent_ranks: tuple[int, ...] = ()) -> tuple[int, ...]:
         self._has_freed_ranks = True

@@ -17,17 +17,20 @@ import torch.distributed as dist
 from megatron_ray.commands import Command
 from megatron_ray.data.prepared import PreparedData
 from megatron_ray.distributed import device
-from megatron_ray.distributed.mesh import ParallelMesh, World
+from megatron_ray.distributed.mesh import NcclOptions, ParallelMesh, World
 from megatron_ray.parallel_dims import ParallelDims
 from megatron_ray.reports import PhaseReport, Report
 from megatron_ray.training.loop import Outcome
 from megatron_ray.training.session import TrainingSession
 from workers.protocol.job import JobSpec
+from workers.protocol.network import NetworkConfig
+from workers.rank.environment import choose_interface, export_credentials
 from workers.rank.messages import StartRequest
 from workers.rank.stores import HashStore, PrefixStore, Store, TCPStore, environment_store
 
 ReportSink = Callable[[Report], None]
 CommandSource = Callable[[], Command]
+_TIMEOUT = timedelta(minutes=10)
 
 
 def train(request: StartRequest, report: ReportSink, poll: CommandSource) -> Outcome:
@@ -38,15 +41,20 @@ def train(request: StartRequest, report: ReportSink, poll: CommandSource) -> Out
     ranks do not wait for this one.
     """
     spec = JobSpec.from_mapping(request.spec)
+    choose_interface(spec.network.interface)
     data = PreparedData.model_validate(request.data)
+    # Before any path is opened; the process belongs to this job alone.
+    export_credentials(spec.credentials)
     # On CPU, ranks of one machine share its cores and its memory.
     if request.device == "cpu":
         poll = _with_memory_bound(device.MallocTuning(), poll)
         torch.set_num_threads(spec.resources.num_threads)
     # Includes waiting for the slowest rank.
     started = time.monotonic()
-    with process_group(request):
-        mesh = _create_mesh(request, spec)
+    start_timeout = timedelta(seconds=spec.network.start_timeout_s)
+    with process_group(request, start_timeout):
+        mesh = _create_mesh(request, spec, start_timeout)
+        poll = _with_timeout_after_start(mesh, spec.network, poll)
         report(PhaseReport("rendezvous", time.monotonic() - started))
         session = TrainingSession(
             spec,
@@ -60,11 +68,33 @@ def train(request: StartRequest, report: ReportSink, poll: CommandSource) -> Out
         return session.run()
 
 
-def _create_mesh(request: StartRequest, spec: JobSpec) -> ParallelMesh:
+def _create_mesh(request: StartRequest, spec: JobSpec, timeout: timedelta) -> ParallelMesh:
     env = request.env
     world = World(env.rank, env.world_size, request.device_index, request.device)
     dims = ParallelDims.of(spec.parallel)
-    return ParallelMesh.create(dims, world, timedelta(seconds=request.timeout_s))
+    nccl = {}
+    for axis, options in spec.network.nccl:
+        nccl[axis] = NcclOptions(**options.model_dump())
+    return ParallelMesh.create(dims, world, timeout, nccl)
+
+
+def _with_timeout_after_start(
+    mesh: ParallelMesh, network: NetworkConfig, poll: CommandSource
+) -> CommandSource:
+    """Returns a `poll` that ends the first step's longer timeout of collectives."""
+    if network.start_timeout_s == network.collective_timeout_s:
+        return poll
+    num_polls = 0
+
+    def poll_and_set() -> Command:
+        nonlocal num_polls
+        num_polls += 1
+        # The loop polls once within each step.
+        if num_polls == 2:
+            mesh.set_timeout(timedelta(seconds=network.collective_timeout_s))
+        return poll()
+
+    return poll_and_set
 
 
 def _with_memory_bound(tuning: device.MallocTuning, poll: CommandSource) -> CommandSource:
@@ -78,10 +108,13 @@ def _with_memory_bound(tuning: device.MallocTuning, poll: CommandSource) -> Comm
 
 
 @contextmanager
-def process_group(request: StartRequest) -> Iterator[None]:
-    """Initializes the attempt's default process group; does nothing for one rank."""
+def process_group(request: StartRequest, timeout: timedelta = _TIMEOUT) -> Iterator[None]:
+    """Initializes the attempt's default process group.
+
+    Does nothing for one rank, and where the launcher has initialized it (Ray Train).
+    """
     env = request.env
-    if env.world_size == 1:
+    if env.world_size == 1 or dist.is_initialized():
         yield
         return
     # Libraries below torch read torchrun's variables.
@@ -94,7 +127,7 @@ def process_group(request: StartRequest) -> Iterator[None]:
         store=store,
         rank=env.rank,
         world_size=env.world_size,
-        timeout=timedelta(seconds=request.timeout_s),
+        timeout=timeout,
     )
     try:
         yield
@@ -113,4 +146,6 @@ def connect_store(request: StartRequest) -> Store:
     env = request.env
     if env.world_size == 1:
         return HashStore()
+    # The address of the store is read from the environment, which not every launcher sets.
+    env.export()
     return environment_store(env.rank, env.world_size, timeout)

@@ -67,5 +67,8 @@ class AttemptListener(Protocol):
     def storage_slow(self, message: str) -> None:
         """A checkpoint takes longer than it should."""
 
+    def resize_reason(self) -> str | None:
+        """Returns why the ranks are to stop and go on at another size, if they are."""
+
     def checkpoint_requested(self, checkpoint_requests: int) -> None:
         """The ranks got checkpoint commands, `checkpoint_requests` in all."""
