@@ -157,6 +157,14 @@ class JobContext:
             return self.desired.desired
         return self.entry.stopping or DesiredState.RUN
 
+    @property
+    def avoided_nodes(self) -> dict[str, str]:
+        """Why living nodes must not be used, by node id."""
+        avoided = dict(self.entry.avoid)
+        if self.desired is not None:
+            avoided.update(self.desired.avoid_nodes)
+        return avoided
+
     def check_replaced(self) -> None:
         """Raises DriverReplacedError when a newer incarnation is at work."""
         if self.ports.outbox.replaced:

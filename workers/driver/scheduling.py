@@ -301,13 +301,15 @@ class Scheduling:
             nodes = tuple(
                 node for node in nodes if node.node_id not in job.entry.lost_nodes
             )
-        avoid = {}
         if job.desired is not None:
-            avoid = job.desired.avoid_nodes
             # A pending placement group makes Ray's autoscaler start them.
             nodes = (*nodes, *nodes_to_come(nodes, job.desired.node_groups))
         return plan_placement(
-            job.spec, nodes, job.entry.accelerator, size=size, avoid=avoid
+            job.spec,
+            nodes,
+            job.entry.accelerator,
+            size=size,
+            avoid=job.avoided_nodes,
         )
 
     def _explain(self, plan: PlacementPlan, *, is_first: bool) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from workers.decisions.faults.drains import Drain
 from workers.decisions.placement import RankPlace
 from workers.driver.commit import WholeCheckpoint, source_of
 from workers.protocol.states import DesiredState
@@ -59,6 +60,12 @@ class AttemptListener(Protocol):
 
     def stop_requested(self, desired: DesiredState) -> None:
         """The ranks are about to get a stop command."""
+
+    def draining(self, drain: Drain) -> None:
+        """The ranks are about to get a stop command, because nodes of theirs go."""
+
+    def storage_slow(self, message: str) -> None:
+        """A checkpoint takes longer than it should."""
 
     def resize_reason(self) -> str | None:
         """Returns why the ranks are to stop and go on at another size, if they are."""
