@@ -138,7 +138,7 @@ def _evaluate(
 
 
 def _take(
-    components: TrainingComponents, reporter: StepReporter, steps: Sequence[StepNumbers]
+    components: TrainingComponents, reporter: StepReporter, steps: list[StepNumbers]
 ) -> Command:
     """Reports steps; returns the command that all ranks agree on in them."""
     reporter.steps(steps)

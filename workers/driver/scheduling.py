@@ -18,6 +18,7 @@ from workers.decisions.observations import (
     StopRequested,
 )
 from workers.decisions.placement import PlacementPlan, plan_placement
+from workers.driver.attempt.copy_choice import CopyChoice
 from workers.driver.context import JobContext
 from workers.protocol.states import DesiredState, JobState, StatusReason
 
@@ -32,6 +33,7 @@ class Scheduling:
     def __init__(self, job: JobContext) -> None:
         self._job = job
         self._group = job.ports.group
+        self._copies = CopyChoice(job)
         self._plan: PlacementPlan | None = None
 
     def release(self) -> None:
@@ -106,7 +108,26 @@ class Scheduling:
                 return PlacementTimedOut(message, job.revision)
         self._plan = plan
         self._journal_nodes(plan)
-        return self._choose_checkpoint()
+        return self._choose_copies() or self._choose_checkpoint()
+
+    def _choose_copies(self) -> Placed | None:
+        """Chooses copies in the ranks' memory, with the checkpoint that they stand for.
+
+        None where there are none as new as the checkpoint. Storage is not read.
+        """
+        job = self._job
+        entry = job.entry
+        path = None
+        for kept, step in job.records.kept_checkpoints.items():
+            if step == entry.last_commit and kept not in entry.damaged:
+                path = kept
+        # Without it, copies that turn out to be unusable would cost all progress.
+        if entry.last_commit > 0 and path is None:
+            return None
+        copies = self._copies.find()
+        if copies is None:
+            return None
+        return Placed(job.ports.code_version, path, entry.last_commit, copies)
 
     def _choose_checkpoint(self) -> Placed | NothingToResume:
         """Chooses the checkpoint to resume from; records those that cannot be loaded."""

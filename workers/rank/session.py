@@ -24,18 +24,25 @@ from megatron_ray.training.loop import Outcome
 from megatron_ray.training.session import TrainingSession
 from workers.protocol.job import JobSpec
 from workers.rank.messages import StartRequest
+from workers.rank.peer_attempt import attempt_copies
+from workers.rank.process_copies import ProcessCopies
 from workers.rank.stores import HashStore, PrefixStore, Store, TCPStore, environment_store
 
 ReportSink = Callable[[Report], None]
 CommandSource = Callable[[], Command]
 
 
-def train(request: StartRequest, report: ReportSink, poll: CommandSource) -> Outcome:
+def train(
+    request: StartRequest,
+    report: ReportSink,
+    poll: CommandSource,
+    peers: ProcessCopies | None = None,
+) -> Outcome:
     """Runs one attempt on this rank.
 
     `report` receives every report; `poll` returns the command to obey at a step
-    boundary. The process groups are destroyed also after an error, so that the other
-    ranks do not wait for this one.
+    boundary; `peers` has the process's copies of states. The process groups are destroyed
+    also after an error, so that the other ranks do not wait for this one.
     """
     spec = JobSpec.from_mapping(request.spec)
     data = PreparedData.model_validate(request.data)
@@ -45,19 +52,21 @@ def train(request: StartRequest, report: ReportSink, poll: CommandSource) -> Out
         torch.set_num_threads(spec.resources.num_threads)
     # Includes waiting for the slowest rank.
     started = time.monotonic()
-    with process_group(request):
+    with process_group(request) as store:
         mesh = _create_mesh(request, spec)
         report(PhaseReport("rendezvous", time.monotonic() - started))
-        session = TrainingSession(
-            spec,
-            mesh,
-            data,
-            report=report,
-            poll=poll,
-            attempt=request.attempt,
-            resume_from=request.resume_from,
-        )
-        return session.run()
+        with attempt_copies(peers, request, store, mesh, report) as copies:
+            session = TrainingSession(
+                spec,
+                mesh,
+                data,
+                report=report,
+                poll=poll,
+                attempt=request.attempt,
+                resume_from=request.resume_from,
+                copies=copies,
+            )
+            return session.run()
 
 
 def _create_mesh(request: StartRequest, spec: JobSpec) -> ParallelMesh:
@@ -78,11 +87,14 @@ def _with_memory_bound(tuning: device.MallocTuning, poll: CommandSource) -> Comm
 
 
 @contextmanager
-def process_group(request: StartRequest) -> Iterator[None]:
-    """Initializes the attempt's default process group; does nothing for one rank."""
+def process_group(request: StartRequest) -> Iterator[Store]:
+    """Initializes the attempt's default process group; yields the attempt's store.
+
+    One rank needs no group.
+    """
     env = request.env
     if env.world_size == 1:
-        yield
+        yield HashStore()
         return
     # Libraries below torch read torchrun's variables.
     env.export()
@@ -97,7 +109,7 @@ def process_group(request: StartRequest) -> Iterator[None]:
         timeout=timedelta(seconds=request.timeout_s),
     )
     try:
-        yield
+        yield store
     finally:
         dist.destroy_process_group()
 

@@ -34,7 +34,7 @@ class JobProgress:
     def on_attempt_starting(self) -> None:
         """Stores the step from which the recovery resumes."""
         if self._recovery is not None:
-            self._recovery.from_step = self._job.entry.last_commit
+            self._recovery.from_step = self._job.entry.first_step
 
     def on_attempt_running(self, spares: SparePool) -> None:
         """Sets the spares of the attempt that has started running."""

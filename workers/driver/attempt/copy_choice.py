@@ -1,0 +1,77 @@
+"""Finds the copies in the ranks' memory from which the next attempt continues.
+
+Owns: what the driver asks the processes, and what it records of the answer. Must not
+know: which set is chosen, how copies are loaded, HTTP, torch.
+"""
+
+from collections.abc import Sequence
+
+from workers.decisions.peer_copies import CopySet, choose_copies, layout_of
+from workers.decisions.placement import RankPlace
+from workers.driver.commit import source_of
+from workers.driver.context import JobContext
+from workers.driver.relay import to_record
+from workers.rank.spool import Line
+
+_ANSWER_S = 5.0
+
+
+class CopyChoice:
+    """The copies of one job's ranks, as the driver finds them between two attempts."""
+
+    def __init__(self, job: JobContext) -> None:
+        self._job = job
+        self._group = job.ports.group
+
+    def find(self) -> CopySet | None:
+        """Returns the newest copies of all ranks, unless the checkpoint is newer.
+
+        Passes on rank 0's reports up to them, which only its copy may have. Storage is
+        not read. Raises FencedError.
+        """
+        job = self._job
+        entry = job.entry
+        # Processes that have ended or are new have no copies.
+        if not job.keeps_copies or not self._group.slots:
+            return None
+        assert entry.spec is not None
+        assert entry.prepared is not None
+        kept = self._group.copies(job.fence, _ANSWER_S)
+        layout = layout_of(entry.spec, entry.prepared, job.world_size)
+        copies = choose_copies(kept, layout, job.world_size, max(1, entry.last_commit))
+        if copies is not None:
+            self._relay_reports(copies)
+        elif choose_copies(kept, layout, job.world_size, 0) is None:
+            message = (
+                "no step has copies of all ranks in the processes that are left; the next "
+                "attempt starts from storage"
+            )
+            job.records.event("peer_copies.incomplete", message, "warn")
+        return copies
+
+    def confirm(self, places: Sequence[RankPlace]) -> CopySet | None:
+        """Returns the chosen copies if all processes that have them are ranks."""
+        copies = self._job.entry.copies
+        if copies is None or {place.slot for place in places}.issuperset(copies.holders):
+            return copies
+        message = (
+            f"a process with copies of step {copies.step} is no rank of this attempt, which "
+            "therefore starts from storage"
+        )
+        self._job.records.event("peer_copies.incomplete", message, "warn")
+        return None
+
+    def _relay_reports(self, copies: CopySet) -> None:
+        slot = copies.holders[0]
+        lines = self._group.copied_reports(slot, self._job.fence, copies, _ANSWER_S)
+        source = source_of(copies.attempt)
+        following = _following(lines, self._job.ports.outbox.last(source))
+        self._job.ports.outbox.relay(source, [to_record(line) for line in following])
+
+
+def _following(lines: Sequence[Line], last_n: int) -> Sequence[Line]:
+    """Returns the lines after `last_n`; none after a gap, which the service refuses."""
+    following = [line for line in lines if line.n > last_n]
+    if following and following[0].n != last_n + 1:
+        return []
+    return following
