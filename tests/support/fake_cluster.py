@@ -16,6 +16,7 @@ from megatron_ray.commands import Command
 from megatron_ray.storage.storage import LocalStorage
 from workers.decisions.failures import FailureKind
 from workers.decisions.journal_entry import DeadRank
+from workers.decisions.peer_copies import CopyFacts, CopySet, layout_of
 from workers.decisions.placement import PlacementPlan, SlotFacts
 from workers.decisions.slot_assignment import WorkerToStart
 from workers.driver.logs import JobLogs
@@ -236,6 +237,7 @@ class FakeProcess:
         self.state = RankState.IDLE
         self.must_stop = False
         self.error: dict[str, Any] | None = None
+        self.copies: list[CopyFacts] = []
 
     def report(self, kind: str, data: dict[str, Any]) -> None:
         assert self.order is not None
@@ -256,7 +258,9 @@ class FakeProcess:
         self.lines = []
         self.error = None
         self.step = 0
-        if order.resume_from:
+        if order.copy is not None:
+            self.step = order.copy.step
+        elif order.resume_from:
             self.step = int(order.resume_from.rpartition("step-")[2].split("-")[0])
         # Training was over; the driver died before it recorded that.
         if self.step == last_step:
@@ -301,6 +305,7 @@ class FakeCluster:
         if rank == 0:
             self.clock.advance(self.step_s)
         process.report("step", {"step": process.step, "loss": 1.0 / process.step})
+        self._copy(process)
         is_last = process.step == self.steps
         if is_last or process.must_stop or process.step % self.save_every == 0:
             self._save(process, rank)
@@ -309,6 +314,24 @@ class FakeCluster:
         elif process.must_stop:
             process.state = RankState.STOPPED
         self.on_step(process)
+
+    def _copy(self, process: FakeProcess) -> None:
+        """Keeps a copy here and at the partner, when one is due."""
+        order = process.order
+        assert order is not None
+        if order.partner is None:
+            return
+        if process.step % order.spec["checkpoint"]["peer_every_steps"] == 0:
+            copy = CopyFacts(
+                layout=layout_of(order.spec, order.data, order.env.world_size),
+                attempt=order.attempt,
+                step=process.step,
+                rank=order.env.rank,
+            )
+            for other in self.workers.values():
+                env = other.order and other.order.env
+                if other is process or (env and env.rank == order.partner):
+                    other.copies.append(copy)
 
     def _save(self, process: FakeProcess, rank: int) -> None:
         assert process.order is not None
@@ -400,6 +423,15 @@ class FakeGroup:
             node_id=NODE.node_id,
             address=NODE.address,
         )
+
+    def copies(self, fence: Fence, timeout_s: float) -> dict[int, tuple[CopyFacts, ...]]:
+        living = self._slots & self._cluster.workers.keys()
+        return {slot: tuple(self._cluster.workers[slot].copies) for slot in living}
+
+    def copied_reports(
+        self, slot: int, fence: Fence, copies: CopySet, timeout_s: float
+    ) -> list[Line]:
+        return []
 
     def start(
         self,
