@@ -16,6 +16,7 @@ from workers.rank.peer_server import PeerAddress, PeerServer
 from workers.rank.spool import Line, SpoolReader, parse_line, report_path
 
 _MAX_REPORT_BYTES = 4 << 20
+_LINES_AT_ONCE = 500
 
 
 class ProcessCopies:
@@ -46,17 +47,17 @@ class ProcessCopies:
         Rank 0's copy has them, because its node may be lost together with its spool.
         """
         path = report_path(self._folder, request.attempt, request.env.rank)
-        reader = SpoolReader(path)
-        after = self.stored
         content: list[bytes] = []
         size = 0
-        while size < _MAX_REPORT_BYTES:
-            lines = reader.read(after)
-            if not lines:
-                break
+        # Without a limit on the lines at once, a long outage would fill the memory.
+        reader = SpoolReader(path)
+        after = self.stored
+        while lines := reader.read(after, _LINES_AT_ONCE):
             for line in lines:
                 content.append(line.text + b"\n")
                 size += len(line.text)
+                if size > _MAX_REPORT_BYTES:
+                    return b"".join(content)
             after = lines[-1].n
         return b"".join(content)
 

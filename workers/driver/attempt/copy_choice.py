@@ -4,9 +4,9 @@ Owns: what the driver asks the processes, and what it records of the answer. Mus
 know: which set is chosen, how copies are loaded, HTTP, torch.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from workers.decisions.peer_copies import CopySet, choose_copies, layout_of
+from workers.decisions.peer_copies import CopyFacts, CopySet, choose_copies, layout_of
 from workers.decisions.placement import RankPlace
 from workers.driver.commit import source_of
 from workers.driver.context import JobContext
@@ -41,13 +41,20 @@ class CopyChoice:
         copies = choose_copies(kept, layout, job.world_size, max(1, entry.last_commit))
         if copies is not None:
             self._relay_reports(copies)
-        elif choose_copies(kept, layout, job.world_size, 0) is None:
+        elif self._are_missing(kept, layout):
             message = (
                 "no step has copies of all ranks in the processes that are left; the next "
                 "attempt starts from storage"
             )
             job.records.event("peer_copies.incomplete", message, "warn")
         return copies
+
+    def _are_missing(self, kept: Mapping[int, Sequence[CopyFacts]], layout: str) -> bool:
+        """Whether there are copies, and none of a step is complete, new or old."""
+        of_layout = False
+        for copies in kept.values():
+            of_layout = of_layout or any(copy.layout == layout for copy in copies)
+        return of_layout and choose_copies(kept, layout, self._job.world_size, 0) is None
 
     def confirm(self, places: Sequence[RankPlace]) -> CopySet | None:
         """Returns the chosen copies if all processes that have them are ranks."""
@@ -65,11 +72,11 @@ class CopyChoice:
         slot = copies.holders[0]
         lines = self._group.copied_reports(slot, self._job.fence, copies, _ANSWER_S)
         source = source_of(copies.attempt)
-        following = _following(lines, self._job.ports.outbox.last(source))
+        following = lines_after(lines, self._job.ports.outbox.last(source))
         self._job.ports.outbox.relay(source, [to_record(line) for line in following])
 
 
-def _following(lines: Sequence[Line], last_n: int) -> Sequence[Line]:
+def lines_after(lines: Sequence[Line], last_n: int) -> Sequence[Line]:
     """Returns the lines after `last_n`; none after a gap, which the service refuses."""
     following = [line for line in lines if line.n > last_n]
     if following and following[0].n != last_n + 1:

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from megatron_ray.checkpoint.resume_point import choose_resume_point
 from tests.support.fake_cluster import (
     JOB_ID,
     DriverDies,
@@ -17,7 +18,6 @@ from tests.support.fake_cluster import (
 from workers.decisions.journal_entry import JournalEntry
 from workers.decisions.peer_copies import CopySet
 from workers.decisions.placement import RankPlace
-from workers.driver import scheduling
 from workers.driver.journal import start_orders
 from workers.driver.lifecycle import JobLifecycle
 from workers.rank.messages import CopySource
@@ -63,13 +63,13 @@ def test_an_attempt_continues_from_the_newest_copies_and_reads_no_storage(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = Job(tmp_path, copy_every=4, save_every=6, dies=(1, 9))
-    first = scheduling.choose_resume_point
 
     def only_before_the_first_attempt(*args: Any) -> Any:
         assert job.begins() == []
-        return first(*args)
+        return choose_resume_point(*args)
 
-    monkeypatch.setattr(scheduling, "choose_resume_point", only_before_the_first_attempt)
+    patched = "workers.driver.scheduling.choose_resume_point"
+    monkeypatch.setattr(patched, only_before_the_first_attempt)
     job.run()
     assert job.begins() == ["from step 0", "from peer copies of step 8"]
     steps = job.control_plane.steps
