@@ -115,7 +115,7 @@ def step_seconds(
         partner=1 - rank,
     )
     peers = ProcessCopies("bench", "127.0.0.1", Path("/nowhere"))
-    store = dist.distributed_c10d._get_default_store()  # type: ignore[attr-defined]
+    store = dist.distributed_c10d._get_default_store()
     with attempt_copies(peers, request, store, mesh, reports.append) as copies:
         TrainingSession(config, mesh, data, report=reports.append, copies=copies).run()
     steps = [report for report in reports if isinstance(report, StepReport)]
