@@ -143,7 +143,7 @@ class CheckpointWriter:
         if self._executor is not None:
             self._executor.shutdown(wait=wait)
         if self._mesh.device.type == "cuda" and self._plan is not None:
-            _unregister_host(self._host)
+            unregister_host(self._host.data_ptr())
         # The thread of an abandoned save still has a view of the memory, which keeps it
         # allocated.
         self._plan = None
@@ -254,6 +254,7 @@ def allocate_host(num_bytes: int, device: torch.device) -> torch.Tensor:
     return memory
 
 
-def _unregister_host(memory: torch.Tensor) -> None:
-    if memory.numel():
-        torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())
+def unregister_host(address: int) -> None:
+    """Ends the page-locking of memory from `allocate_host`; 0 is the address of none."""
+    if address:
+        torch.cuda.cudart().cudaHostUnregister(address)

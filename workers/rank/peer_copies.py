@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 from zlib import crc32
 
+import numpy as np
+
 from workers.decisions.peer_copies import CopyFacts
 from workers.exceptions import WorkersError
 
@@ -72,6 +74,14 @@ def checksum_of(header: bytes, parts: Sequence[memoryview]) -> int:
     for part in parts:
         checksum = crc32(part, checksum)
     return checksum
+
+
+def empty_memory(num_bytes: int) -> memoryview:
+    """Returns memory to receive into.
+
+    Not filled with zeros, which would stop all threads for seconds.
+    """
+    return np.empty(num_bytes, dtype=np.uint8).data
 
 
 class PeerCopies:
@@ -182,7 +192,7 @@ class PeerCopies:
         for copy in received[:-1]:
             if len(copy.parts[0]) == num_bytes:
                 return copy.parts[0]
-        return memoryview(bytearray(num_bytes))
+        return empty_memory(num_bytes)
 
     def keep_received(self, copy: KeptCopy) -> None:
         """Adds a whole copy of another rank. Raises PeerCopyError for a damaged one."""

@@ -24,7 +24,13 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from workers.rank.peer_copies import CopyKey, KeptCopy, PeerCopies, PeerCopyError
+from workers.rank.peer_copies import (
+    CopyKey,
+    KeptCopy,
+    PeerCopies,
+    PeerCopyError,
+    empty_memory,
+)
 
 _CONNECT_S = 10.0
 _SILENCE_S = 60.0
@@ -145,7 +151,7 @@ class PeerClient:
     def get(self, key: CopyKey) -> KeptCopy:
         """Returns a copy. Raises PeerCopyError also when it arrives damaged."""
         described = self._ask(key, {"do": "get"})["copy"]
-        memory = memoryview(bytearray(described["sizes"][0]))
+        memory = empty_memory(described["sizes"][0])
         copy = self._wire.read_copy(key, described, memory)
         copy.verify()
         return copy
@@ -223,7 +229,7 @@ class _Wire:
         first, *others = described["sizes"]
         parts = [memory[:first]]
         for size in others:
-            parts.append(memoryview(bytearray(size)))
+            parts.append(empty_memory(size))
         self._read_into(parts)
         header = str(described["header"]).encode()
         return KeptCopy(key, header, tuple(parts), int(described["checksum"]))

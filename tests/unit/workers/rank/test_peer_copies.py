@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import replace
 
-import numpy
+import numpy as np
 import pytest
 
 from workers.rank.peer_copies import (
@@ -132,8 +132,8 @@ def own(copies: PeerCopies, step: int, attempt: int = 1) -> KeptCopy:
     return copy
 
 
-def allocate(num_bytes: int) -> "numpy.ndarray[tuple[int], numpy.dtype[numpy.uint8]]":
-    return numpy.zeros(num_bytes, dtype=numpy.uint8)
+def allocate(num_bytes: int) -> "np.ndarray[tuple[int], np.dtype[np.uint8]]":
+    return np.zeros(num_bytes, dtype=np.uint8)
 
 
 def test_own_copies_alternate_between_two_memories(copies: PeerCopies) -> None:
