@@ -97,6 +97,8 @@ class FakeControlPlane:
         self.records: list[Record] = []
         self.steps: dict[int, int] = {}
         """Highest attempt that has reported each step."""
+        self.unstored: dict[str, list[Record]] = {}
+        """Ranks' records that have not come through, by source."""
         self.loses_reports = False
         """Ranks' reports do not come through."""
         self.state = JobState.PREPARING
@@ -209,6 +211,9 @@ class FakeOutbox:
         if self._control_plane.loses_reports:
             return 0
         return 1 << 30
+
+    def unstored(self, source: str) -> list[Record]:
+        return self._control_plane.unstored.get(source, [])
 
     def last(self, source: str) -> int:
         return 0

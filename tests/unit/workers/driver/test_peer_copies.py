@@ -18,8 +18,10 @@ from tests.support.fake_cluster import (
 from workers.decisions.journal_entry import JournalEntry
 from workers.decisions.peer_copies import CopySet
 from workers.decisions.placement import RankPlace
+from workers.driver.commit import contained_records
 from workers.driver.journal import start_orders
 from workers.driver.lifecycle import JobLifecycle
+from workers.protocol.wire import Record
 from workers.rank.messages import CopySource
 
 
@@ -102,6 +104,20 @@ def test_lost_copies_cost_the_steps_since_the_checkpoint(tmp_path: Path) -> None
         "no step has copies of all ranks in the processes that are left; the next attempt "
         "starts from storage"
     )
+
+
+def test_reports_that_no_attempt_repeats_are_in_the_next_checkpoint(
+    tmp_path: Path,
+) -> None:
+    job = Job(tmp_path, copy_every=4, save_every=6, dies=(1, 9))
+    data = {"step": 8, "loss": 0.5}
+    record = Record(n=8, at=0.0, kind="step", attempt=1, data=data)
+    job.control_plane.unstored["a1/r0"] = [record]
+    job.run()
+    records = contained_records(str(tmp_path))
+    assert [line.n for line in records["a1/r0"]] == [*range(1, 7), 8]
+    steps = [line.value()["data"]["step"] for line in records["a2/r0"]]
+    assert steps == [9, 10, 11, 12]
 
 
 def test_a_driver_that_dies_anywhere_asks_the_processes_again(tmp_path: Path) -> None:
