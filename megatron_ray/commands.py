@@ -18,21 +18,23 @@ class Command(IntEnum):
     """Stop at this boundary without saving."""
     CHECKPOINT_AND_STOP = 3
     """Save, wait until the shard is durable, stop."""
+    EXIT = 4
+    """The same, and the run has ended: a limit of its config is reached."""
 
     @property
     def saves(self) -> bool:
         """Whether a checkpoint is written at the boundary."""
-        return self in (Command.CHECKPOINT, Command.CHECKPOINT_AND_STOP)
+        return self in (Command.CHECKPOINT, Command.CHECKPOINT_AND_STOP, Command.EXIT)
 
     @property
     def stops(self) -> bool:
         """Whether the loop ends at the boundary."""
-        return self in (Command.STOP, Command.CHECKPOINT_AND_STOP)
+        return self in (Command.STOP, Command.CHECKPOINT_AND_STOP, Command.EXIT)
 
 
 # The step's reduction is a sum, which cannot compute a maximum over ranks. So each command
 # but CONTINUE has a slot that counts the ranks that received it.
-_VOTED = (Command.CHECKPOINT, Command.STOP, Command.CHECKPOINT_AND_STOP)
+_VOTED = (Command.CHECKPOINT, Command.STOP, Command.CHECKPOINT_AND_STOP, Command.EXIT)
 NUM_VOTES = len(_VOTED) + 1
 """Numbers of one rank's vote in a step's reduction."""
 

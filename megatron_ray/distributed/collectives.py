@@ -8,6 +8,7 @@ result is read; until then its tensors must not change.
 """
 
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from typing import Protocol
 
 import torch
@@ -15,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 Group = dist.ProcessGroup | None
+_set_timeout = dist.distributed_c10d._set_pg_timeout
 
 # torch 2.13 renamed the flat collectives.
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -356,6 +358,15 @@ def all_to_all_rows(
         group=group,
     )
     return received
+
+
+def set_timeout(group: Group, timeout: timedelta) -> None:
+    """Changes the time after which a collective of the group fails, from the next one on.
+
+    gloo's point-to-point messages keep the time with which the group was made.
+    """
+    if group is not None:
+        _set_timeout(timeout, group)
 
 
 def barrier(group: Group, device: torch.device) -> None:

@@ -22,7 +22,8 @@ from megatron_ray.training.step_numbers import StepNumbers, StepsInFlight
 from megatron_ray.training.step_reporter import StepReporter
 from megatron_ray.training.step_timer import StepTimer
 
-Outcome = Literal["finished", "stopped"]
+Outcome = Literal["finished", "stopped", "exited"]
+"""`stopped`: by a command; `exited`: at a limit of the config, before the last step."""
 
 
 def train(
@@ -31,7 +32,7 @@ def train(
     report: Callable[[Report], None],
     poll: Callable[[], Command],
 ) -> Outcome:
-    """Trains from `progress` to the last step, or until all ranks agree to stop.
+    """Trains from `progress` to the last step, a limit, or until all ranks agree to stop.
 
     `poll` returns the newest command to this rank; it is called once per step. Raises
     NonFiniteLossError.
@@ -50,6 +51,8 @@ def train(
         is_last = progress.step == config.training.num_steps
         steps = in_flight.pop_all() if is_last else in_flight.pop_arrived()
         command = _take(components, reporter, steps)
+        if is_due(config.training.exit_every_steps, progress):
+            command = Command.EXIT
 
         if is_last or is_due(config.training.eval_every_steps, progress):
             _evaluate(components, progress, report, timer)
@@ -68,7 +71,7 @@ def train(
         if command.stops and not is_last:
             reporter.steps(in_flight.pop_all())
             components.saver.wait()
-            return "stopped"
+            return "exited" if command is Command.EXIT else "stopped"
     components.saver.wait()
     return "finished"
 

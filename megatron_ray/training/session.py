@@ -28,6 +28,7 @@ from megatron_ray.reports import PhaseReport, Report
 from megatron_ray.sharding.sequence_split import SequenceCut
 from megatron_ray.training.components import Copier, NoCopies, TrainingComponents
 from megatron_ray.training.evaluate import Evaluation
+from megatron_ray.training.exits import with_time_limit
 from megatron_ray.training.loop import Outcome, train
 from megatron_ray.training.origin import RunOrigin, raise_for
 from megatron_ray.training.saving import TrainingSaver
@@ -82,7 +83,7 @@ class TrainingSession:
         origin.check_tokenizer(data)
         self.mesh = mesh
         self._report = report
-        self._poll = poll
+        self._poll = with_time_limit(poll, resolved.training.max_duration_s, mesh.rank)
         self._phase_start = time.monotonic()
         # Not use_deterministic_algorithms, which imports the compiler and takes a second.
         torch.set_deterministic_debug_mode(
@@ -119,7 +120,7 @@ class TrainingSession:
         self._end_phase("data")
 
     def run(self) -> Outcome:
-        """Trains to the end or to an agreed stop.
+        """Trains to the end, to an agreed stop or to a limit of the config.
 
         The last checkpoint is durable when it returns. Raises NonFiniteLossError.
         """

@@ -13,6 +13,7 @@ from service.http.dependencies import ContextDep
 from service.http.parameters import WRITTEN_NUMBER, check_query
 from service.jobs import lifecycle
 from service.store.schema import AttemptRow, CheckpointRow
+from workers.protocol.states import JobState
 
 router = APIRouter(prefix="/v1", tags=["history"], dependencies=[Depends(check_query)])
 
@@ -67,9 +68,15 @@ def list_ranks(
         job = lifecycle.find(session, job_id)
         # Attempt 0 does not exist: before the first one the row is None.
         row = session.get(AttemptRow, (job.number, attempt or job.attempt))
+        dashboard_url = None
+        # The files are deleted at the job's end.
+        if not JobState(job.status).is_terminal:
+            dashboard_url = render.dashboard_url(session, job.cluster)
     ranks: list[dict[str, Any]] = []
     if row is not None:
         ranks = row.ranks
+        if dashboard_url is not None:
+            ranks = render.with_log_urls(ranks, dashboard_url, job_id, row.attempt)
     elif attempt is not None:
         # Without a number the newest is meant, which may not be placed yet: no error.
         raise render.no_attempt(attempt, job.attempt)

@@ -14,8 +14,12 @@ router = APIRouter(prefix="/v1", tags=["clusters"], dependencies=[Depends(check_
 
 @router.get("/cluster")
 def list_clusters(context: ContextDep) -> Page[Cluster]:
-    """Lists all configured clusters with their agents, nodes and drivers."""
-    names = context.settings.clusters
+    """Lists all configured clusters with their agents, nodes and drivers.
+
+    A cluster that is made for one job is listed while its agent is live.
+    """
+    lasting = context.settings.lasting_clusters
+    names = dict.fromkeys((*lasting, *context.agents.live_clusters()))
     clusters = []
     with context.store.read() as session:
         for name in names:

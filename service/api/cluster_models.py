@@ -6,6 +6,8 @@ Owns: their fields and descriptions. Must not know: what an agent sends.
 from datetime import datetime
 from typing import Literal
 
+from pydantic import Field
+
 from service.api.models import Body
 
 
@@ -25,12 +27,32 @@ class Node(Body):
     """GPUs that Ray may use."""
     accelerator_type: str | None
     """Ray's name of the GPUs; null without GPUs."""
+    resources: dict[str, float] = Field(default_factory=dict)
+    """Custom resources that Ray may use, by name."""
     memory_bytes: int
     """Memory that Ray may use."""
     labels: dict[str, str]
     """Ray's labels of the node."""
     storage_ok: bool | None
     """Whether the node can read the shared storage; null while it was not checked."""
+
+
+# What an admin lists, as `workers.protocol.wire.NodeGroup` carries it.
+class NodeGroup(Body):
+    """Nodes of one kind that an autoscaler may give to the cluster."""
+
+    name: str
+    """Name of the group: Ray's label `ray.io/node-group` of its nodes."""
+    max_nodes: int
+    """Largest number of these nodes at once; those that are there count."""
+    cpus: float
+    """CPUs of one node."""
+    gpus: float
+    """GPUs of one node."""
+    accelerator_type: str | None
+    """Ray's name of the GPUs; null without GPUs."""
+    labels: dict[str, str]
+    """Ray's labels of these nodes."""
 
 
 class Driver(Body):
@@ -69,6 +91,8 @@ class Cluster(Body):
     """URL of Ray's dashboard."""
     nodes: list[Node]
     """All nodes that the agent last reported."""
+    node_groups: list[NodeGroup]
+    """What the cluster may grow to; empty if it does not grow."""
     drivers: list[Driver]
     """The drivers of all jobs."""
     orphans: list[str]

@@ -5,15 +5,16 @@ Owns: which columns the API shows, and paging. Must not know: requests.
 Texts and paths are redacted: earlier versions have stored URIs with secrets.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, TypeVar
+from urllib.parse import urlencode
 
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
 from megatron_ray.exceptions import redacted
-from service.api.cluster_models import Cluster, Driver, Node
+from service.api.cluster_models import Cluster, Driver, Node, NodeGroup
 from service.api.models import (
     Attempt,
     Cancellation,
@@ -214,15 +215,41 @@ def _reported(row: ClusterRow | None) -> dict[str, Any]:
     fields: dict[str, Any] = dict.fromkeys(names)
     # Configured clusters are listed even before their agents connect.
     if row is None or row.report is None:
-        return {**fields, "reported_at": None, "nodes": [], "drivers": [], "orphans": []}
+        lists: dict[str, Any] = {"nodes": [], "node_groups": []}
+        return {**fields, "reported_at": None, **lists, "drivers": [], "orphans": []}
     report = AgentReport.model_validate(row.report)
     for name in names:
         fields[name] = getattr(report, name)
     fields["reported_at"] = utc_or_none(row.reported_at)
-    fields["nodes"] = [Node(**node.model_dump()) for node in report.nodes]
+    fields["nodes"] = [Node(**node.model_dump(exclude={"free"})) for node in report.nodes]
+    fields["node_groups"] = [
+        NodeGroup(**group.model_dump()) for group in report.node_groups
+    ]
     fields["drivers"] = [Driver(**driver.model_dump()) for driver in report.drivers]
     fields["orphans"] = list(report.orphans)
     return fields
+
+
+def dashboard_url(session: Session, cluster: str) -> str | None:
+    """Returns the URL of the dashboard of a cluster's Ray, if it has one."""
+    row = session.get(ClusterRow, cluster)
+    if row is None or row.report is None:
+        return None
+    url: str | None = row.report.get("dashboard_url")
+    return url
+
+
+def with_log_urls(
+    ranks: Sequence[Mapping[str, Any]], url: str, job_id: str, attempt: int
+) -> list[dict[str, Any]]:
+    """Returns an attempt's ranks with the pages of Ray's dashboard that have their logs."""
+    rows = []
+    for rank in ranks:
+        number = int(rank.get("rank", 0))
+        name = f"megatron-ray/{job_id}/attempt-{attempt:04d}/rank-{number:05d}.log"
+        query = urlencode({"nodeId": rank.get("node_id"), "fileName": name})
+        rows.append({**rank, "log_url": f"{url}/#/logs/viewer?{query}"})
+    return rows
 
 
 def _labels(session: Session, rows: Sequence[JobRow]) -> dict[int, dict[str, str]]:

@@ -147,6 +147,8 @@ class RecordApplier:
         event = self._event(record, f"job.{data.state}", data.message)
         if has_failed:
             event = dataclasses.replace(event, level="error")
+        if data.state is JobState.QUEUED:
+            queue.note_missing_nodes(self._session, self._job)
         # A state that may not follow is kept as an event and changes nothing.
         if not lifecycle.transition(self._session, self._job, data.state, reason, event):
             return

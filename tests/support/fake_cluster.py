@@ -31,6 +31,8 @@ from workers.ray.worker_group import PollResult
 
 JOB_ID = "job-f"
 NODE = NodeInfo(node_id="node", address="127.0.0.1", cpus=4)
+NOTICED_S = 60.0
+"""Seconds until Ray notices that a node has died."""
 PREPARED = {
     "train": [],
     "validation": [],
@@ -118,6 +120,12 @@ class FakeControlPlane:
         return DesiredJob(
             desired=state, revision=self._revision, resumes=self.resumes, **self._fields
         )
+
+    def resize(self, dp: int) -> None:
+        """Desires another data-parallel size."""
+        spec = self._fields["spec"]
+        self._fields["spec"] = {**spec, "parallel": {**spec["parallel"], "dp": dp}}
+        self.desire(DesiredState.RUN)
 
     def desire(self, state: DesiredState) -> None:
         self._revision += 1
@@ -231,10 +239,11 @@ class FakeOutbox:
 class FakeProcess:
     """One worker process; it does a step each time it is polled."""
 
-    def __init__(self, slot: int, pid: int, is_spare: bool, version: str) -> None:
-        self.slot = slot
+    def __init__(self, worker: WorkerToStart, pid: int, version: str) -> None:
+        self.slot = worker.slot
+        self.bundle = worker.bundle
         self.pid = pid
-        self.is_spare = is_spare
+        self.is_spare = worker.is_spare
         self.version = version
         self.order: StartRequest | None = None
         self.step = 0
@@ -281,11 +290,17 @@ class FakeCluster:
     save_every: int
     dies: tuple[int, int] | None = None
     """Rank that dies before a step, and the step; once."""
+    exit_every: int | None = None
+    """Steps after which the ranks end at a limit of the spec."""
     step_s: float = 0.0
     clock: FakeClock = field(default_factory=FakeClock)
     on_step: Callable[[FakeProcess], None] = lambda process: None
     workers: dict[int, FakeProcess] = field(default_factory=dict)
-    is_placed: bool = False
+    nodes: tuple[NodeInfo, ...] = (NODE,)
+    lost: dict[str, float] = field(default_factory=dict)
+    """When nodes died, by id."""
+    num_bundles: int = 0
+    """Of the placement group; 0: there is none."""
     pids: int = 100
     version: str = "1"
     """Version of the code that is installed now."""
@@ -293,8 +308,27 @@ class FakeCluster:
     def start_process(self, worker: WorkerToStart) -> None:
         if worker.slot not in self.workers:
             self.pids += 1
-            process = FakeProcess(worker.slot, self.pids, worker.is_spare, self.version)
-            self.workers[worker.slot] = process
+            self.workers[worker.slot] = FakeProcess(worker, self.pids, self.version)
+
+    def node_of(self, bundle: int) -> NodeInfo:
+        """The bundles lie on the nodes in turn, and stay there."""
+        return self.nodes[bundle % len(self.nodes)]
+
+    def lose(self, node_id: str) -> None:
+        """A node dies; Ray goes on listing it for a while, and its bundles."""
+        self.lost[node_id] = self.clock.now
+        for process in list(self.workers.values()):
+            if self.node_of(process.bundle).node_id == node_id:
+                del self.workers[process.slot]
+
+    def listed_nodes(self) -> tuple[NodeInfo, ...]:
+        """The nodes as Ray lists them."""
+        listed = []
+        for node in self.nodes:
+            lost_at = self.lost.get(node.node_id, self.clock.now)
+            alive = self.clock.now - lost_at < NOTICED_S
+            listed.append(node.model_copy(update={"alive": alive}))
+        return tuple(listed)
 
     def advance(self, process: FakeProcess) -> None:
         """Does one step, unless the attempt is over."""
@@ -309,13 +343,20 @@ class FakeCluster:
         process.step += 1
         if rank == 0:
             self.clock.advance(self.step_s)
-        process.report("step", {"step": process.step, "loss": 1.0 / process.step})
+        process.report(
+            "step",
+            {"step": process.step, "loss": 1.0 / process.step, "step_s": self.step_s},
+        )
         self._copy(process)
         is_last = process.step == self.steps
-        if is_last or process.must_stop or process.step % self.save_every == 0:
+        is_exit = self.exit_every is not None and process.step % self.exit_every == 0
+        must_end = process.must_stop or is_exit
+        if is_last or must_end or process.step % self.save_every == 0:
             self._save(process, rank)
         if is_last:
             process.state = RankState.FINISHED
+        elif is_exit:
+            process.state = RankState.EXITED
         elif process.must_stop:
             process.state = RankState.STOPPED
         self.on_step(process)
@@ -343,7 +384,8 @@ class FakeCluster:
         storage_path = process.order.spec["storage"]["path"]
         folder = Path(checkpoint_path(storage_path, process.step, process.order.attempt))
         folder.mkdir(parents=True, exist_ok=True)
-        index = {"files": {"rank-0": 1, "rank-1": 1}}
+        world_size = process.order.env.world_size
+        index = {"files": {f"rank-{number}": 1 for number in range(world_size)}}
         (folder / "index.json").write_text(json.dumps(index))
         (folder / f"rank-{rank}").write_text("x")
         process.report(
@@ -373,13 +415,20 @@ class FakeGroup:
         self._slots: set[int] = set()
         self._calls: dict[int, tuple[int, Poll]] = {}
 
+    @property
+    def is_requested(self) -> bool:
+        return bool(self._cluster.num_bundles)
+
     def placement_group(self, plan: PlacementPlan) -> ReadyPlacementGroup:
         self._faults.act()
-        self._cluster.is_placed = True
+        # Get or create.
+        if not self._cluster.num_bundles:
+            self._cluster.num_bundles = len(plan.bundles)
         return ReadyPlacementGroup()
 
     def nodes(self, plan: PlacementPlan) -> dict[int, str]:
-        return {bundle.index: NODE.node_id for bundle in plan.bundles}
+        bundles = range(self._cluster.num_bundles)
+        return {bundle: self._cluster.node_of(bundle).node_id for bundle in bundles}
 
     def create(
         self, plan: PlacementPlan, workers: Iterable[WorkerToStart], num_threads: int
@@ -424,9 +473,9 @@ class FakeGroup:
             slot=slot,
             pid=process.pid,
             is_spare=process.is_spare,
-            bundle=0,
-            node_id=NODE.node_id,
-            address=NODE.address,
+            bundle=process.bundle,
+            node_id=self._cluster.node_of(process.bundle).node_id,
+            address=self._cluster.node_of(process.bundle).address,
         )
 
     def copies(self, fence: Fence, timeout_s: float) -> dict[int, tuple[CopyFacts, ...]]:
@@ -518,6 +567,9 @@ class FakeGroup:
     def slots(self) -> tuple[int, ...]:
         return tuple(sorted(self._slots))
 
+    def num_bundles(self) -> int | None:
+        return self._cluster.num_bundles or None
+
     def retire(self, fence: Fence, num_slots: int, timeout_s: float) -> tuple[str, ...]:
         self._faults.act()
         return (NODE.node_id,)
@@ -526,7 +578,7 @@ class FakeGroup:
         self._faults.act()
         self._cluster.workers.clear()
         self._faults.act()
-        self._cluster.is_placed = False
+        self._cluster.num_bundles = 0
         self._slots.clear()
 
 
@@ -569,7 +621,7 @@ class FakeDeadRankFiles:
 class FakeGauges:
     """Shows nothing."""
 
-    def update(self, step: dict[str, Any]) -> None:
+    def update(self, step: dict[str, Any], attempt: int, goodput: float | None) -> None:
         pass
 
 
@@ -603,7 +655,8 @@ def fake_ports(
         "outbox": FakeOutbox(control_plane, RecordLog(storage), cluster.clock),
         "group": FakeGroup(cluster, faults),
         "tasks": FakeTasks(),
-        "read_nodes": lambda: (NODE,),
+        "read_nodes": cluster.listed_nodes,
+        "unreachable_nodes": lambda ids: tuple(sorted(cluster.lost.keys() & set(ids))),
         "dead_rank_files": FakeDeadRankFiles(set() if fetched is None else fetched),
         "logs": JobLogs(storage),
         "gauges": FakeGauges(),

@@ -97,6 +97,12 @@ class JournalEntry(BaseModel):
     prepared: dict[str, Any] | None = None
     """PreparedData as JSON, once the data are ready."""
     accelerator: str | None = None
+    dp: int | None = None
+    """Data-parallel size of a shrunk attempt; None: that of the spec."""
+    lost_nodes: tuple[str, ...] = ()
+    """Nodes that the last failure took away, whatever Ray lists."""
+    bundle_size: int | None = None
+    """Ranks of each bundle of the placement group; None: a tensor-parallel group."""
     nodes: tuple[str, ...] = ()
     """All nodes that the job was ever placed on, for the clean-up."""
     ranks: tuple[RankPlace, ...] = ()
@@ -125,6 +131,13 @@ class JournalEntry(BaseModel):
     resumes: int = 0
     """Requests to resume the ended job that were carried out."""
     ending: Ending | None = None
+
+    @property
+    def attempt_spec(self) -> dict[str, Any] | None:
+        """The spec at the data-parallel size of the attempt."""
+        if self.spec is None or self.dp is None:
+            return self.spec
+        return {**self.spec, "parallel": {**self.spec["parallel"], "dp": self.dp}}
 
     @property
     def first_step(self) -> int:

@@ -70,6 +70,8 @@ class Placed:
     checkpoint_step: int = 0
     copies: CopySet | None = None
     """Copies in the ranks' memory that are as new as the checkpoint or newer."""
+    dp: int | None = None
+    """Data-parallel size of a shrunk attempt; None: that of the spec."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,11 @@ class AttemptAbandoned:
 @dataclass(frozen=True)
 class AttemptFinished:
     """Every rank has completed its last step, and all checkpoints are committed."""
+
+
+@dataclass(frozen=True)
+class AttemptExited:
+    """Every rank has ended at a limit of the spec, and all checkpoints are committed."""
 
 
 @dataclass(frozen=True)
@@ -140,6 +147,7 @@ Observation = (
     | RanksStarted
     | AttemptAbandoned
     | AttemptFinished
+    | AttemptExited
     | AttemptStopped
     | AttemptFailed
     | RestartDecided

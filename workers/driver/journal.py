@@ -101,7 +101,8 @@ def start_orders(entry: JournalEntry, accelerator: str) -> dict[int, StartReques
     Raises ValueError before the rank map and the data are known.
     """
     needs_store = len(entry.ranks) > 1
-    if entry.spec is None or entry.prepared is None or (needs_store and not entry.store):
+    spec = entry.attempt_spec
+    if spec is None or entry.prepared is None or (needs_store and not entry.store):
         raise ValueError(f"attempt {entry.attempt} has no spec, data or store yet")
     master_addr, master_port = entry.store or (None, None)
     copies_by_rank = _copy_sources(entry)
@@ -123,7 +124,7 @@ def start_orders(entry: JournalEntry, accelerator: str) -> dict[int, StartReques
         )
         orders[place.slot] = StartRequest(
             env=env,
-            spec=entry.spec,
+            spec=spec,
             data=entry.prepared,
             attempt=entry.attempt,
             device=device,

@@ -132,6 +132,7 @@ class Recovery:
         self._progress.on_attempt_failed()
         cause = Failure(failed.kind, failed.message, failed.rank, detail=failed.detail)
         self._record_failure(cause, self._free_ranks())
+        self._journal_lost_nodes(failed)
         # The restart policy does not apply to a job that is being cancelled.
         stop = job.stop_requested()
         if stop is not None:
@@ -152,6 +153,26 @@ class Recovery:
             origin = "an older checkpoint"
         self._record_decision(decision, origin)
         return RestartDecided(decision)
+
+    def _journal_lost_nodes(self, failed: FailedAttempt) -> None:
+        """Adds the nodes that the failure took away; Ray notices most of them later."""
+        job = self._job
+        if job.spec.elastic is None:
+            return
+        with_survivors = set()
+        nodes = set()
+        for place in job.entry.ranks:
+            if place.rank in failed.dead_ranks:
+                nodes.add(place.node_id)
+            else:
+                with_survivors.add(place.node_id)
+        nodes -= with_survivors
+        # A frozen node still accepts connections, but none of its ranks has answered.
+        if failed.kind is not FailureKind.SILENT:
+            nodes = set(job.ports.unreachable_nodes(sorted(nodes)))
+        lost = tuple(sorted(nodes))
+        if lost != job.entry.lost_nodes:
+            job.write(lost_nodes=lost)
 
     def _free_ranks(self) -> tuple[int, ...]:
         self._has_freed_ranks = True

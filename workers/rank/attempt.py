@@ -182,7 +182,8 @@ class RankAttempt:
             outcome = self._train(self.request, self.report, self.inbox.take)
             self.spool.append("ended", {"outcome": outcome, "step": self.step})
             self._log(f"{outcome} at step {self.step}")
-            self.state = RankState.FINISHED if outcome == "finished" else RankState.STOPPED
+            # The outcomes of the loop are also the states of a rank.
+            self.state = RankState(outcome)
         except BaseException as error:  # noqa: BLE001 - the driver must learn whatever ends a rank
             text = "".join(traceback.format_exception(error))
             self.error = {

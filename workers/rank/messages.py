@@ -20,12 +20,14 @@ class RankState(StrEnum):
     RUNNING = "running"
     FINISHED = "finished"
     STOPPED = "stopped"
+    EXITED = "exited"
+    """The ranks have agreed to end at a limit of the spec, before the last step."""
     FAILED = "failed"
 
     @property
     def is_over(self) -> bool:
         """Whether the attempt has ended on this rank."""
-        return self in (RankState.FINISHED, RankState.STOPPED, RankState.FAILED)
+        return self not in (RankState.IDLE, RankState.RUNNING)
 
 
 class UserError(InputError):
@@ -88,7 +90,7 @@ class StartRequest:
     copy: CopySource | None = None
     """Copy to continue from; when any rank cannot load its own, `resume_from` counts."""
     timeout_s: float = 600.0
-    """Timeout of collectives and of the store, in seconds."""
+    """Timeout of the store, in seconds."""
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,12 @@ from workers.rank.messages import (
 )
 from workers.rank.process_copies import ProcessCopies
 from workers.rank.spool import Line
-from workers.ray.nodes import job_folder, nvlink_domain, own_address
+from workers.ray.nodes import (
+    job_folder,
+    link_into_ray_logs,
+    nvlink_domain,
+    own_address,
+)
 
 LEASE_S = 300.0
 """Seconds without a driver's call after which a worker ends itself."""
@@ -94,6 +99,7 @@ class RankWorker:
         # A spare keeps Ray's low priority until its attempt starts.
         if not standby:
             raise_priority()
+        self._job_id = job_id
         self._slot = slot
         self._bundle = bundle
         self._standby = standby
@@ -104,6 +110,7 @@ class RankWorker:
         # environment before torch is imported.
         self._log = LogFile(self._folder / f"slot-{slot:05d}-{os.getpid()}.log")
         self._log.capture()
+        link_into_ray_logs(self._folder)
         prepare_process(num_threads, self._address)
         sys.setswitchinterval(SWITCH_S)
         self._guard = FenceGuard()
@@ -114,6 +121,10 @@ class RankWorker:
         self._preload_thread = threading.Thread(target=self._preload, daemon=True)
         self._preload_thread.start()
         threading.Thread(target=self._watch_lease, daemon=True).start()
+
+    def __repr__(self) -> str:
+        """Returns what Ray's dashboard lists: of equal length, so that slots sort well."""
+        return f"{self._job_id} slot {self._slot:05d}"
 
     def probe(self, fence: Fence) -> SlotFacts:
         """Returns where this worker runs; renews its lease, also that of a spare."""
@@ -144,9 +155,9 @@ class RankWorker:
         # The store is part of torch, which the preload thread is still importing.
         self._preload_thread.join()
         if self._store is None:
-            from workers.rank.stores import TCPStore
+            from workers.rank.stores import serve_store
 
-            self._store = TCPStore(self._address, 0, is_master=True, wait_for_workers=False)
+            self._store = serve_store(self._address)
         return self._address, self._store.port
 
     def start(self, fence: Fence, request: StartRequest) -> None:

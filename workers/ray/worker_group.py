@@ -6,7 +6,6 @@ Every name is derived from job and slot, so a restarted driver finds the actors 
 earlier one. Makes no decisions. Must not know: HTTP, torch, what follows a death.
 """
 
-import contextlib
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,7 +26,6 @@ from workers.rank.messages import Fence, NextReply, Poll, StartRequest
 from workers.rank.spool import Line
 from workers.ray.actors import find_actor, kill, worker_name
 from workers.ray.deaths import Death, death_of, raise_if_fenced
-from workers.ray.nodes import NODE_ID_LABEL
 
 GONE_S = 10.0
 """Seconds to wait for a killed actor's name to become free."""
@@ -84,26 +82,44 @@ class WorkerGroup:
 
     # ---- placement
 
+    @property
+    def is_requested(self) -> bool:
+        """Whether the job has a placement group, ready or not."""
+        return self._existing_group() is not None
+
     def placement_group(self, plan: PlacementPlan) -> Any:
         """Returns the job's placement group (Ray's handle), created if missing."""
+        group = self._existing_group()
+        if group is not None:
+            return group
+        # PACK puts the bundles on as few nodes as possible; with a domain's label they are
+        # all in one domain, on as few of its nodes as possible.
+        where: dict[str, Any] = {"strategy": "PACK"}
+        if plan.domain_label is not None:
+            where = {"topology_strategy": {plan.domain_label: "STRICT_PACK"}}
+        selectors = [dict(bundle.selector) for bundle in plan.bundles]
+        if any(selectors):
+            where["bundle_label_selector"] = selectors
+        # Detached: it outlives this driver.
+        return ray.util.placement_group(
+            [dict(bundle.resources) for bundle in plan.bundles],
+            name=self._job_id,
+            lifetime="detached",
+            **where,
+        )
+
+    def _existing_group(self) -> Any | None:
         try:
             return ray.util.get_placement_group(self._job_id)
         except ValueError:
-            pass
-        selectors = None
-        # Nodes that cannot read the job storage.
-        if plan.avoid_nodes:
-            selector = {NODE_ID_LABEL: f"!in({','.join(plan.avoid_nodes)})"}
-            selectors = [selector] * len(plan.bundles)
-        # A bundle never spans nodes, and holds one tensor-parallel group. PACK puts the
-        # bundles on as few nodes as possible. Detached: it outlives this driver.
-        return ray.util.placement_group(
-            [dict(bundle.resources) for bundle in plan.bundles],
-            strategy="PACK",
-            name=self._job_id,
-            lifetime="detached",
-            bundle_label_selector=selectors,
-        )
+            return None
+
+    def num_bundles(self) -> int | None:
+        """Returns the size of the job's placement group; None if there is none."""
+        try:
+            return int(ray.util.get_placement_group(self._job_id).bundle_count)
+        except ValueError:
+            return None
 
     def nodes(self, plan: PlacementPlan) -> dict[int, str]:
         """Returns the node id of each bundle of the ready placement group."""
@@ -112,8 +128,9 @@ class WorkerGroup:
 
     def remove_placement_group(self) -> None:
         """Releases the resources; Ray kills processes that still use them."""
-        with contextlib.suppress(ValueError):
-            ray.util.remove_placement_group(ray.util.get_placement_group(self._job_id))
+        group = self._existing_group()
+        if group is not None:
+            ray.util.remove_placement_group(group)
 
     # ---- workers
 
@@ -128,6 +145,7 @@ class WorkerGroup:
         """Creates workers, each in its bundle, without waiting for their start."""
         group = self.placement_group(plan)
         for worker in workers:
+            others = dict(worker.resources)
             options = {
                 "name": worker_name(self._job_id, worker.slot),
                 "namespace": self._namespace,
@@ -136,8 +154,9 @@ class WorkerGroup:
                 # Never restarted by Ray, because a single rank cannot rejoin the others in
                 # the middle of a step.
                 "max_restarts": 0,
-                "num_cpus": worker.resources.get("CPU", 0),
-                "num_gpus": worker.resources.get("GPU", 0),
+                "num_cpus": others.pop("CPU", 0),
+                "num_gpus": others.pop("GPU", 0),
+                "resources": others,
                 "scheduling_strategy": PlacementGroupSchedulingStrategy(
                     group, placement_group_bundle_index=worker.bundle
                 ),

@@ -4,8 +4,9 @@ Owns: their fields and notes, wherever a plan is made. Pure. Must not know: a cl
 HTTP.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from types import MappingProxyType
 from typing import Any
 
 from megatron_ray.config.problem import Problem
@@ -31,13 +32,14 @@ def plan_body(
     *,
     fits: bool | None,
     room: int | None = None,
+    new_nodes: Mapping[str, int] = MappingProxyType({}),
     problems: Sequence[Problem] = (),
     notes: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Returns the plan of a resolved config.
 
-    `fits`, `room`, `problems` and `notes` are those of the place where it would run;
-    notes about the estimates are added.
+    `fits`, `room`, `new_nodes`, `problems` and `notes` are those of the place where it
+    would run; notes about the estimates are added.
     """
     estimate = estimates.estimates(config, hardware)
     return {
@@ -49,6 +51,7 @@ def plan_body(
         "hardware": hardware and hardware.name,
         "fits": fits,
         "room": room,
+        "new_nodes": dict(new_nodes),
         "problems": [asdict(problem) for problem in problems],
         "notes": [
             *notes,

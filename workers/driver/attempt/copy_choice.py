@@ -6,11 +6,13 @@ know: which set is chosen, how copies are loaded, HTTP, torch.
 
 from collections.abc import Mapping, Sequence
 
+from megatron_ray.parallel_dims import ParallelDims
 from workers.decisions.peer_copies import CopyFacts, CopySet, choose_copies, layout_of
 from workers.decisions.placement import RankPlace
 from workers.driver.commit import source_of
 from workers.driver.context import JobContext
 from workers.driver.relay import to_record
+from workers.protocol.job import JobSpec
 from workers.rank.spool import Line
 
 _ANSWER_S = 5.0
@@ -23,38 +25,34 @@ class CopyChoice:
         self._job = job
         self._group = job.ports.group
 
-    def find(self) -> CopySet | None:
+    def find(self, dp: int | None) -> CopySet | None:
         """Returns the newest copies of all ranks, unless the checkpoint is newer.
 
-        Passes on rank 0's reports up to them, which only its copy may have. Storage is
-        not read. Raises FencedError.
+        `dp` is the size of the next attempt where it is not that of the spec. Passes on
+        rank 0's reports up to them, which only its copy may have. Storage is not read.
+        Raises FencedError.
         """
         job = self._job
         entry = job.entry
         # Processes that have ended or are new have no copies.
         if not job.keeps_copies or not self._group.slots:
             return None
-        assert entry.spec is not None
+        spec = entry.model_copy(update={"dp": dp}).attempt_spec
+        assert spec is not None
         assert entry.prepared is not None
         kept = self._group.copies(job.fence, _ANSWER_S)
-        layout = layout_of(entry.spec, entry.prepared, job.world_size)
-        copies = choose_copies(kept, layout, job.world_size, max(1, entry.last_commit))
+        world_size = ParallelDims.of(JobSpec.from_mapping(spec).parallel).world_size
+        layout = layout_of(spec, entry.prepared, world_size)
+        copies = choose_copies(kept, layout, world_size, max(1, entry.last_commit))
         if copies is not None:
             self._relay_reports(copies)
-        elif self._are_missing(kept, layout):
+        elif _are_missing(kept, layout, world_size):
             message = (
                 "no step has copies of all ranks in the processes that are left; the next "
                 "attempt starts from storage"
             )
             job.records.event("peer_copies.incomplete", message, "warn")
         return copies
-
-    def _are_missing(self, kept: Mapping[int, Sequence[CopyFacts]], layout: str) -> bool:
-        """Whether there are copies, and none of a step is complete, new or old."""
-        of_layout = False
-        for copies in kept.values():
-            of_layout = of_layout or any(copy.layout == layout for copy in copies)
-        return of_layout and choose_copies(kept, layout, self._job.world_size, 0) is None
 
     def confirm(self, places: Sequence[RankPlace]) -> CopySet | None:
         """Returns the chosen copies if all processes that have them are ranks."""
@@ -82,3 +80,13 @@ def lines_after(lines: Sequence[Line], last_n: int) -> Sequence[Line]:
     if following and following[0].n != last_n + 1:
         return []
     return following
+
+
+def _are_missing(
+    kept: Mapping[int, Sequence[CopyFacts]], layout: str, world_size: int
+) -> bool:
+    """Whether there are copies, and none of a step is complete, new or old."""
+    of_layout = False
+    for copies in kept.values():
+        of_layout = of_layout or any(copy.layout == layout for copy in copies)
+    return of_layout and choose_copies(kept, layout, world_size, 0) is None

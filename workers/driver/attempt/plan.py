@@ -63,5 +63,8 @@ class AttemptListener(Protocol):
     def stop_requested(self, desired: DesiredState) -> None:
         """The ranks are about to get a stop command."""
 
+    def resize_reason(self) -> str | None:
+        """Returns why the ranks are to stop and go on at another size, if they are."""
+
     def checkpoint_requested(self, checkpoint_requests: int) -> None:
         """The ranks got checkpoint commands, `checkpoint_requests` in all."""

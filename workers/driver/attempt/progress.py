@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from workers.decisions import recovery
+from workers.decisions.goodput import Goodput
 from workers.decisions.recovery import RecoveryWatch
+from workers.driver.attempt.growth import Growth
 from workers.driver.attempt.spares import SparePool
 from workers.driver.commit import WholeCheckpoint
 from workers.driver.context import JobContext
@@ -26,6 +28,8 @@ class JobProgress:
         self._highest_step = 0
         self._recovery: RecoveryWatch | None = None
         self._spares: SparePool | None = None
+        self._growth: Growth | None = None
+        self._goodput = Goodput()
 
     def on_attempt_failed(self) -> None:
         """Starts measuring the recovery."""
@@ -33,22 +37,33 @@ class JobProgress:
 
     def on_attempt_starting(self) -> None:
         """Stores the step from which the recovery resumes."""
+        self._goodput.held(self._job.ports.clock())
         if self._recovery is not None:
             self._recovery.from_step = self._job.entry.first_step
 
-    def on_attempt_running(self, spares: SparePool) -> None:
-        """Sets the spares of the attempt that has started running."""
+    def on_attempt_running(self, spares: SparePool, growth: Growth) -> None:
+        """Sets spares and growth of the attempt that has started running."""
+        self._goodput.held(self._job.ports.clock())
         self._spares = spares
+        self._growth = growth
+
+    def on_released(self) -> None:
+        """The job waits without resources."""
+        self._goodput.released(self._job.ports.clock())
 
     # ---- the attempt's listener
 
     def stepped(self, data: dict[str, Any]) -> None:
         """Rank 0 has done a step."""
         # Called for each step of rank 0, so frequent work must be cheap.
-        self._job.ports.gauges.update(data)
+        self._goodput.step(data["step"], data.get("step_s", 0.0))
+        ratio = self._goodput.ratio(self._job.ports.clock())
+        self._job.ports.gauges.update(data, self._job.entry.attempt, ratio)
         self._record_running()
         if self._spares is not None:
             self._spares.maintain()
+        if self._growth is not None:
+            self._growth.stepped(data)
         # A recovery ends with the first step that no earlier attempt had reached.
         step = data["step"]
         self._highest_step = max(self._highest_step, step)
@@ -74,6 +89,16 @@ class JobProgress:
     def stop_requested(self, desired: DesiredState) -> None:
         """The ranks are about to get a stop command."""
         self._job.write(stopping=desired)
+
+    def resize_reason(self) -> str | None:
+        """Returns why the ranks are to stop and go on at another size, if they are."""
+        job = self._job
+        dp = job.resized_dp()
+        if dp is not None:
+            return f"from dp={job.spec.parallel.dp} to dp={dp}, as requested"
+        if self._growth is None:
+            return None
+        return self._growth.reason()
 
     def checkpoint_requested(self, checkpoint_requests: int) -> None:
         """The ranks got checkpoint commands, `checkpoint_requests` in all."""

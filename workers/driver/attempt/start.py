@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 
 from workers.decisions.failures import Failure
 from workers.decisions.observations import AttemptFailed, RanksStarted, StopRequested
-from workers.decisions.placement import PlacementPlan, RankPlace, assign_ranks
+from workers.decisions.placement import PlacementPlan, RankPlace
+from workers.decisions.rank_map import assign_ranks
 from workers.decisions.slot_assignment import SlotAssignment, assign_slots
 from workers.driver.attempt.copy_choice import CopyChoice
 from workers.driver.context import JobContext
@@ -120,7 +121,9 @@ class RankStarter:
             assignment.slots, job.fence, _START_TIMEOUT_S, self._check_stop
         )
         began = self._record_duration(timing, "probe", began)
-        places = assign_ranks(assignment.apply(facts), plan.dims)
+        places = assign_ranks(
+            assignment.apply(facts), plan.dims, job.entry.ranks, size=plan.bundle_size
+        )
         store = None
         # Rank 0 serves the store. An attempt ends when any of its ranks ends, and the
         # next attempt opens a new store. A single rank needs none.

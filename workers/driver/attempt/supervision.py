@@ -5,10 +5,15 @@ ended. Must not know: HTTP, torch, how workers are started.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from megatron_ray.commands import Command
 from megatron_ray.reports import PhaseReport, StepReport
-from workers.decisions.observations import AttemptFailed, AttemptFinished
+from workers.decisions.observations import (
+    AttemptExited,
+    AttemptFailed,
+    AttemptFinished,
+)
 from workers.driver.attempt.committer import CheckpointCommitter, Committed
 from workers.driver.attempt.outcome import (
     RanksStopped,
@@ -30,7 +35,7 @@ it."""
 _TURN_S = 0.2
 _SHORT_TURN_S = 0.05
 
-AttemptEnd = AttemptFinished | RanksStopped | AttemptFailed
+AttemptEnd = AttemptFinished | AttemptExited | RanksStopped | AttemptFailed
 
 
 class Supervision:
@@ -46,6 +51,7 @@ class Supervision:
         self._committer = CheckpointCommitter(plan, ports)
         self._has_stepped = False
         self._stop_deadline: float | None = None
+        self._resize_reason: str | None = None
         self._checkpoint_requests = plan.checkpoint_requests
 
     def run(self) -> AttemptEnd:
@@ -75,7 +81,7 @@ class Supervision:
         # Ranks that do not stop in time are killed.
         deadline = self._stop_deadline
         if deadline is not None and self._ports.clock() > deadline:
-            return RanksStopped(forced=True)
+            return RanksStopped(forced=True, resize_reason=self._resize_reason)
         end = attempt_end(self._monitor.states)
         if end is None:
             return None
@@ -83,6 +89,8 @@ class Supervision:
         # The last checkpoint may have failed: without it the attempt is not finished.
         if self._monitor.failures:
             return self._await_root_cause()
+        if isinstance(end, RanksStopped):
+            return replace(end, resize_reason=self._resize_reason)
         return end
 
     # ---- observing
@@ -121,7 +129,9 @@ class Supervision:
         """Sends the ranks a stop or checkpoint command, once for each request."""
         stop = None
         if self._stop_deadline is None:
-            stop = decide_stop(self._plan, desired)
+            self._resize_reason = self._listener.resize_reason()
+            resizes = self._resize_reason is not None
+            stop = decide_stop(self._plan, desired, resizes=resizes)
         if stop is not None:
             # Journaled first, so that a driver that restarts while the service is down
             # does not start the job again.
