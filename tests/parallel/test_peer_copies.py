@@ -17,7 +17,8 @@ from megatron_ray.distributed.mesh import ParallelMesh, World
 from megatron_ray.parallel_dims import ParallelDims
 from megatron_ray.reports import PeerCopiesRefusedReport, Report, StepReport
 from megatron_ray.training.session import TrainingSession
-from workers.decisions.peer_copies import choose_copies, layout_of, partners
+from workers.decisions.peers.copies import choose_copies, layout_of
+from workers.decisions.peers.partners import partners
 from workers.rank.environment import RankEnv
 from workers.rank.messages import CopySource, StartRequest
 from workers.rank.peer_attempt import attempt_copies

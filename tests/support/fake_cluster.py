@@ -16,7 +16,7 @@ from megatron_ray.commands import Command
 from megatron_ray.storage.storage import LocalStorage
 from workers.decisions.failures import FailureKind
 from workers.decisions.journal_entry import DeadRank
-from workers.decisions.peer_copies import CopyFacts, CopySet, layout_of
+from workers.decisions.peers.copies import CopyFacts, CopySet, layout_of
 from workers.decisions.placement import PlacementPlan, SlotFacts
 from workers.decisions.slot_assignment import WorkerToStart
 from workers.driver.logs import JobLogs

@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from workers.decisions.failures import FailureKind
-from workers.decisions.peer_copies import CopySet
+from workers.decisions.peers.copies import CopySet
 from workers.decisions.placement import RankPlace
 from workers.protocol.states import DesiredState
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from workers.decisions.failures import Failure
-from workers.decisions.peer_copies import CopySet
+from workers.decisions.peers.copies import CopySet
 from workers.decisions.restart_policy import RestartDecision
 from workers.protocol.states import DesiredState
 

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from megatron_ray.storage.storage import Storage, open_storage
 from workers.decisions.journal_entry import FORMAT_VERSION, JournalEntry
-from workers.decisions.peer_copies import partners
+from workers.decisions.peers.partners import partners
 from workers.exceptions import WorkersError
 from workers.rank.environment import RankEnv
 from workers.rank.messages import CopySource, StartRequest

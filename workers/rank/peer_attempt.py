@@ -17,7 +17,7 @@ from megatron_ray.distributed import collectives
 from megatron_ray.distributed.mesh import ParallelMesh
 from megatron_ray.reports import PeerCopiesRefusedReport, PhaseReport, Report
 from megatron_ray.training.state_copy import StateCopy
-from workers.decisions.peer_copies import layout_of
+from workers.decisions.peers.copies import layout_of
 from workers.rank.messages import CopySource, StartRequest
 from workers.rank.peer_copies import (
     CopyKey,

@@ -15,7 +15,7 @@ from zlib import crc32
 
 import numpy as np
 
-from workers.decisions.peer_copies import CopyFacts
+from workers.decisions.peers.copies import CopyFacts
 from workers.exceptions import WorkersError
 
 NUM_COPIES = 2

@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from workers.decisions.peer_copies import CopyFacts
+from workers.decisions.peers.copies import CopyFacts
 from workers.rank.messages import StartRequest
 from workers.rank.peer_copies import PeerCopies
 from workers.rank.peer_server import PeerAddress, PeerServer

@@ -22,7 +22,7 @@ from typing import Any, ClassVar
 import ray
 
 from megatron_ray.commands import Command
-from workers.decisions.peer_copies import CopyFacts
+from workers.decisions.peers.copies import CopyFacts
 from workers.decisions.placement import SlotFacts
 from workers.rank.attempt import LINGER_S, RankAttempt, Train, import_and_train
 from workers.rank.environment import (

@@ -18,7 +18,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from megatron_ray.commands import Command
 from workers.decisions.failures import FailureKind
-from workers.decisions.peer_copies import CopyFacts, CopySet
+from workers.decisions.peers.copies import CopyFacts, CopySet
 from workers.decisions.placement import PlacementPlan, SlotFacts
 from workers.decisions.slot_assignment import WorkerToStart
 from workers.exceptions import WorkersError

@@ -7,7 +7,7 @@ know: which set is chosen, how copies are loaded, HTTP, torch.
 from collections.abc import Mapping, Sequence
 
 from megatron_ray.parallel_dims import ParallelDims
-from workers.decisions.peer_copies import CopyFacts, CopySet, choose_copies, layout_of
+from workers.decisions.peers.copies import CopyFacts, CopySet, choose_copies, layout_of
 from workers.decisions.placement import RankPlace
 from workers.driver.commit import source_of
 from workers.driver.context import JobContext

@@ -16,7 +16,7 @@ from tests.support.fake_cluster import (
     fake_ports,
 )
 from workers.decisions.journal_entry import JournalEntry
-from workers.decisions.peer_copies import CopySet
+from workers.decisions.peers.copies import CopySet
 from workers.decisions.placement import RankPlace
 from workers.driver.commit import contained_records
 from workers.driver.journal import start_orders

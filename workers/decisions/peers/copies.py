@@ -1,7 +1,7 @@
-"""Decides where copies of the ranks' states are kept, and which of them to resume from.
+"""Decides which copies of the ranks' states a next attempt continues from.
 
-Owns: the partner of each rank, and the set of copies that a next attempt loads. Pure.
-Must not know: Ray, torch, how copies are sent.
+Owns: what identifies a copy to the driver, and when a set of them is complete. Pure. Must
+not know: Ray, torch, how copies are sent.
 """
 
 import hashlib
@@ -46,28 +46,6 @@ def layout_of(spec: Mapping[str, Any], data: Mapping[str, Any], world_size: int)
     config = {name: spec.get(name) for name in sorted(TrainConfig.model_fields)}
     text = json.dumps([config, data, world_size], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def partners(nodes: Sequence[str]) -> tuple[int, ...]:
-    """Returns the rank that keeps each rank's copy; `nodes` has each rank's node.
-
-    Each rank is the partner of one other. It is on another node, unless one node has more
-    than half of the ranks.
-    """
-    ranks_by_node: dict[str, list[int]] = {}
-    for rank, node in enumerate(nodes):
-        ranks_by_node.setdefault(node, []).append(rank)
-    ring: list[int] = []
-    for ranks in ranks_by_node.values():
-        ring += ranks
-    # A shift by the largest node's ranks leaves every node that has at most half of them.
-    shift = max(map(len, ranks_by_node.values()))
-    if shift == len(ring):
-        shift = 1
-    partner_of = {}
-    for position, rank in enumerate(ring):
-        partner_of[rank] = ring[(position + shift) % len(ring)]
-    return tuple(partner_of[rank] for rank in range(len(ring)))
 
 
 def choose_copies(

@@ -6,13 +6,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from workers.decisions.peer_copies import (
+from workers.decisions.peers.copies import (
     CopyFacts,
     CopySet,
     choose_copies,
     layout_of,
-    partners,
 )
+from workers.decisions.peers.partners import partners
 
 
 @given(st.lists(st.integers(1, 8), min_size=1, max_size=12))
