@@ -17,6 +17,7 @@ from megatron_ray.storage.storage import LocalStorage
 from workers.decisions.failures import FailureKind
 from workers.decisions.faults.exclusions import BadNode
 from workers.decisions.journal_entry import DeadRank
+from workers.decisions.peers.copies import CopyFacts, CopySet, layout_of
 from workers.decisions.placement import PlacementPlan, SlotFacts
 from workers.decisions.slot_assignment import WorkerToStart
 from workers.driver.logs import JobLogs
@@ -99,6 +100,8 @@ class FakeControlPlane:
         self.records: list[Record] = []
         self.steps: dict[int, int] = {}
         """Highest attempt that has reported each step."""
+        self.unstored: dict[str, list[Record]] = {}
+        """Ranks' records that have not come through, by source."""
         self.loses_reports = False
         """Ranks' reports do not come through."""
         self.state = JobState.PREPARING
@@ -218,6 +221,9 @@ class FakeOutbox:
             return 0
         return 1 << 30
 
+    def unstored(self, source: str) -> list[Record]:
+        return self._control_plane.unstored.get(source, [])
+
     def last(self, source: str) -> int:
         return 0
 
@@ -248,6 +254,7 @@ class FakeProcess:
         self.late_turns = 0
         """Polls during which it does no step."""
         self.error: dict[str, Any] | None = None
+        self.copies: list[CopyFacts] = []
 
     def report(self, kind: str, data: dict[str, Any]) -> None:
         assert self.order is not None
@@ -268,7 +275,9 @@ class FakeProcess:
         self.lines = []
         self.error = None
         self.step = 0
-        if order.resume_from:
+        if order.copy is not None:
+            self.step = order.copy.step
+        elif order.resume_from:
             self.step = int(order.resume_from.rpartition("step-")[2].split("-")[0])
         # Training was over; the driver died before it recorded that.
         if self.step == last_step:
@@ -360,6 +369,7 @@ class FakeCluster:
             "step",
             {"step": process.step, "loss": 1.0 / process.step, "step_s": self.step_s},
         )
+        self._copy(process)
         is_last = process.step == self.steps
         is_exit = self.exit_every is not None and process.step % self.exit_every == 0
         must_end = process.must_stop or is_exit
@@ -372,6 +382,24 @@ class FakeCluster:
         elif process.must_stop:
             process.state = RankState.STOPPED
         self.on_step(process)
+
+    def _copy(self, process: FakeProcess) -> None:
+        """Keeps a copy here and at the partner, when one is due."""
+        order = process.order
+        assert order is not None
+        if order.partner is None:
+            return
+        if process.step % order.spec["checkpoint"]["peer_every_steps"] == 0:
+            copy = CopyFacts(
+                layout=layout_of(order.spec, order.data, order.env.world_size),
+                attempt=order.attempt,
+                step=process.step,
+                rank=order.env.rank,
+            )
+            for other in self.workers.values():
+                env = other.order and other.order.env
+                if other is process or (env and env.rank == order.partner):
+                    other.copies.append(copy)
 
     def _save(self, process: FakeProcess, rank: int) -> None:
         assert process.order is not None
@@ -471,6 +499,15 @@ class FakeGroup:
             node_id=self._cluster.node_of(process.bundle).node_id,
             address=self._cluster.node_of(process.bundle).address,
         )
+
+    def copies(self, fence: Fence, timeout_s: float) -> dict[int, tuple[CopyFacts, ...]]:
+        living = self._slots & self._cluster.workers.keys()
+        return {slot: tuple(self._cluster.workers[slot].copies) for slot in living}
+
+    def copied_reports(
+        self, slot: int, fence: Fence, copies: CopySet, timeout_s: float
+    ) -> list[Line]:
+        return []
 
     def start(
         self,

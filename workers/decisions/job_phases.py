@@ -203,6 +203,7 @@ def _placed(entry: JournalEntry, observed: Placed) -> Transition:
         "code_version": observed.code_version,
         "resumed_from": observed.checkpoint_path,
         "last_commit": observed.checkpoint_step,
+        "copies": observed.copies,
         "dp": observed.dp,
         "stopping": None,
         "failed": None,

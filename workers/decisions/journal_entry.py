@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from workers.decisions.failures import FailureKind
+from workers.decisions.peers.copies import CopySet
 from workers.decisions.placement import RankPlace
 from workers.protocol.states import DesiredState
 
@@ -117,6 +118,9 @@ class JournalEntry(BaseModel):
     last_commit: int = 0
     """Step of the newest committed checkpoint; 0: none."""
     resumed_from: str | None = None
+    copies: CopySet | None = None
+    """Copies in the ranks' memory that the attempt continues from, not from the
+    checkpoint."""
     damaged: dict[str, str] = Field(default_factory=dict)
     """What is wrong with checkpoints in which ranks have read damaged bytes, by path."""
     checkpoint_requests: int = 0
@@ -139,3 +143,10 @@ class JournalEntry(BaseModel):
         if self.spec is None or self.dp is None:
             return self.spec
         return {**self.spec, "parallel": {**self.spec["parallel"], "dp": self.dp}}
+
+    @property
+    def first_step(self) -> int:
+        """Steps of the run that were done before the attempt."""
+        if self.copies is not None:
+            return self.copies.step
+        return self.last_commit

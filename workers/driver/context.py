@@ -111,6 +111,13 @@ class JobContext:
         return ParallelDims.of(spec.parallel).world_size
 
     @property
+    def keeps_copies(self) -> bool:
+        """Whether ranks keep copies of their states in memory."""
+        return (
+            self.spec.checkpoint.peer_every_steps is not None and len(self.entry.ranks) > 1
+        )
+
+    @property
     def num_slots(self) -> int:
         """Maximum number of worker processes of the job at one time."""
         return num_slots(ParallelDims.of(self.spec.parallel), self.entry.bundle_size)

@@ -153,10 +153,14 @@ class Recovery:
             entry.commits_at_failure,
             entry.last_error,
         )
+        # The attempt may have begun after the newest checkpoint, from copies.
+        saved_step = max(entry.last_commit, entry.first_step)
         decision = decide_restart(
-            job.spec.restart, history, cause, entry.last_commit, job.ports.jitter()
+            job.spec.restart, history, cause, saved_step, job.ports.jitter()
         )
         origin = f"step {entry.last_commit}"
+        if job.keeps_copies:
+            origin = f"the newest peer copies, else from step {entry.last_commit}"
         if cause.kind is FailureKind.CHECKPOINT:
             origin = "an older checkpoint"
         self._record_decision(decision, origin)

@@ -41,7 +41,7 @@ class JobProgress:
         """Stores the step from which the recovery resumes."""
         self._goodput.held(self._job.ports.clock())
         if self._recovery is not None:
-            self._recovery.from_step = self._job.entry.last_commit
+            self._recovery.from_step = self._job.entry.first_step
 
     def on_attempt_running(self, spares: SparePool, growth: Growth) -> None:
         """Sets spares and growth of the attempt that has started running."""
