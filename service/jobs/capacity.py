@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from megatron_ray.planning.hardware import Hardware, hardware_named
-from workers.decisions.growth import group_of, nodes_to_come
+from workers.decisions.cluster_growth import group_of, nodes_to_come
 from workers.decisions.topology import room
 from workers.decisions.topology.node_rules import NodeRules, has_gpus, is_usable
 from workers.decisions.topology.room import Demand, FreeNode, Shape

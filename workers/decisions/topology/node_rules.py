@@ -59,6 +59,10 @@ class NodeRules:
         """Returns why a living node must not be used; None if it may."""
         if node.storage_ok is False:
             return "it cannot read the job storage"
+        if node.draining:
+            return "it is being drained"
+        if node.excluded is not None:
+            return node.excluded
         if node.node_id in self.avoid:
             return self.avoid[node.node_id]
         if self.exclude and not _names_of(node).isdisjoint(self._excluded):
@@ -81,7 +85,7 @@ class NodeRules:
 
 
 def is_usable(node: NodeInfo) -> bool:
-    """Whether a node may run any ranks: it is alive and has not failed its storage check."""
+    """Whether a node may run any ranks: it is alive, and nothing keeps them away."""
     return NodeRules().allows(node)
 
 
