@@ -8,6 +8,7 @@ report takes two seconds and is a barrier of all ranks.
 """
 
 import contextlib
+import math
 import queue
 import sys
 import threading
@@ -28,10 +29,20 @@ from megatron_ray.exceptions import ErrorKind, MegatronRayError
 from megatron_ray.reports import CheckpointReport, Report, StepReport
 from megatron_ray.validation import resolution
 from workers.announcements import RefusedError
+from workers.decisions.placement import resolve_accelerator, resources_per_rank
+from workers.decisions.topology.node_rules import NodeRules, label_selector, type_resources
+from workers.decisions.topology.room import Demand, FreeNode, Shape, max_islands
 from workers.job_file import parse_spec, resolve_spec
 from workers.protocol.job import JobSpec
-from workers.rank.environment import RankEnv, prepare_ray_client, raise_priority
+from workers.protocol.wire import NodeInfo
+from workers.rank.environment import (
+    RankEnv,
+    interface_variables,
+    prepare_ray_client,
+    raise_priority,
+)
 from workers.rank.messages import UserError
+from workers.ray.nodes import read_nodes
 from workers.run_start import Notify, new_run_id
 from workers.standalone import (
     EXIT_FAILED,
@@ -62,8 +73,7 @@ class RayTrainOptions:
 def train(spec: JobSpec, options: RayTrainOptions | None = None) -> Ending:
     """Trains a job with Ray Train and returns how it ended.
 
-    Raises UserError when the run cannot start, and
-    TrainingFailedError when it fails.
+    Raises UserError when the run cannot start, and TrainingFailedError when it fails.
     """
     try:
         result = build_trainer(spec, options).fit()
@@ -82,14 +92,8 @@ def build_trainer(spec: JobSpec, options: RayTrainOptions | None = None) -> Torc
     if not ray.is_initialized():
         prepare_ray_client()
         ray.init()
-    # Ray Train declares the types of its first version; it runs the second one.
-    untyped_ray: Any = ray
-    loop: Any = train_loop
-    resources = untyped_ray.cluster_resources()
-    uses_gpu = spec.resources.accelerator == "gpu"
-    if spec.resources.accelerator == "auto":
-        uses_gpu = "GPU" in resources
-    max_world = options.num_workers or _room(spec, resources, uses_gpu=uses_gpu)
+    nodes = read_nodes()
+    max_world = options.num_workers or _largest_world(spec, nodes)
     spec = resolve_spec(spec, max_world, spec.name)
     world_size = resolution.world_size(spec)
     if options.num_workers not in (None, world_size):
@@ -97,7 +101,6 @@ def build_trainer(spec: JobSpec, options: RayTrainOptions | None = None) -> Torc
             f"the layout needs a world size of {world_size}, but num_workers is "
             f"{options.num_workers}; leave it out, or change parallel"
         )
-    assert spec.storage is not None
     run_id = new_run_id()
     reports = None
     if options.reports is not None:
@@ -109,38 +112,65 @@ def build_trainer(spec: JobSpec, options: RayTrainOptions | None = None) -> Torc
         "reports": reports,
         "folder": str(Path.cwd()),
     }
+    # Ray Train declares the types of its first version; it runs the second one.
+    loop: Any = train_loop
+    scaling = scaling_config(spec, nodes)
+    device_type = "cuda" if scaling.use_gpu else "cpu"
     return TorchTrainer(
         loop,
         train_loop_config=config,
-        torch_config=TorchConfig(backend=device.backend_for(_torch_device(uses_gpu))),
-        scaling_config=scaling_config(spec, world_size, uses_gpu=uses_gpu),
-        run_config=RunConfig(
-            name=run_id,
-            storage_path=f"{spec.storage.path.rstrip('/')}/ray-train",
-            failure_config=untyped_ray.train.FailureConfig(
-                max_failures=spec.restart.max_failures,
-                max_preemption_failures=spec.restart.max_preemptions,
-            ),
+        torch_config=TorchConfig(
+            backend=device.backend_for(torch.device(device_type)),
+            timeout_s=math.ceil(spec.network.start_timeout_s),
         ),
+        scaling_config=scaling,
+        run_config=_run_config(spec, run_id),
     )
 
 
-def scaling_config(spec: JobSpec, world_size: int, *, uses_gpu: bool) -> ScalingConfig:
-    """Returns the workers that a resolved spec needs."""
-    resources = {"CPU": spec.resources.cpus_per_rank}
-    if uses_gpu:
-        resources["GPU"] = 1.0
+def _run_config(spec: JobSpec, run_id: str) -> RunConfig:
+    assert spec.storage is not None
+    untyped_train: Any = ray.train
+    # Ray Train opens connections before the ranks read the spec.
+    variables = {}
+    if spec.network.interface is not None:
+        variables = interface_variables(spec.network.interface)
+    config: RunConfig = untyped_train.RunConfig(
+        name=run_id,
+        storage_path=f"{spec.storage.path.rstrip('/')}/ray-train",
+        failure_config=untyped_train.FailureConfig(
+            max_failures=spec.restart.max_failures,
+            max_preemption_failures=spec.restart.max_preemptions,
+        ),
+        worker_runtime_env={"env_vars": variables},
+    )
+    return config
+
+
+def scaling_config(spec: JobSpec, nodes: Sequence[NodeInfo]) -> ScalingConfig:
+    """Returns the workers that a resolved spec needs, on the nodes that it may use."""
+    rules = NodeRules.of(spec)
+    living = [node for node in nodes if node.alive]
+    usable = [node for node in living if rules.allows(node)]
+    uses_gpu = resolve_accelerator(spec, usable) == "gpu"
+    world_size = resolution.world_size(spec)
     # PACK may split a tensor-parallel group over two nodes. A single group is kept on one
     # node here; several are checked by the ranks.
     strategy = "PACK"
     if world_size == spec.parallel.tp:
         strategy = "STRICT_PACK"
-    return ScalingConfig(
+    untyped_train: Any = ray.train
+    config: ScalingConfig = untyped_train.ScalingConfig(
         num_workers=world_size,
         use_gpu=uses_gpu,
-        resources_per_worker=resources,
+        resources_per_worker={
+            **resources_per_rank(spec, gpu=uses_gpu),
+            **type_resources(usable, rules),
+        },
         placement_strategy=strategy,
+        label_selector=label_selector(living, rules) or None,
     )
+    return config
 
 
 def ending_of(result: Any) -> Ending:
@@ -158,21 +188,18 @@ def ending_of(result: Any) -> Ending:
     return Ending(value["message"], value["exit_code"])
 
 
-def _room(spec: JobSpec, resources: Mapping[str, float], *, uses_gpu: bool) -> int:
-    """Returns the largest world size: of the layout, or that the cluster has room for."""
+def _largest_world(spec: JobSpec, nodes: Sequence[NodeInfo]) -> int:
+    """Returns the world size of the layout, or for dp `auto` what the nodes have room for."""
     # Ray Train waits for nodes that the cluster may still get.
     if spec.parallel.dp != "auto":
         return resolution.world_size(spec)
-    num_ranks = int(resources.get("CPU", 0.0) / spec.resources.cpus_per_rank)
-    if uses_gpu:
-        num_ranks = min(num_ranks, int(resources.get("GPU", 0.0)))
-    return max(1, num_ranks)
-
-
-def _torch_device(uses_gpu: bool) -> torch.device:
-    if uses_gpu:
-        return torch.device("cuda")
-    return torch.device("cpu")
+    rules = NodeRules.of(spec)
+    usable = [node for node in nodes if rules.allows(node)]
+    uses_gpu = resolve_accelerator(spec, usable) == "gpu"
+    tp = spec.parallel.tp
+    demand = Demand(resources_per_rank(spec, gpu=uses_gpu), tp, rules)
+    empty = [FreeNode.empty(node) for node in usable]
+    return max(1, tp * max_islands(empty, demand, Shape(tp)))
 
 
 # ---- on the ranks

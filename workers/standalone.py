@@ -186,6 +186,8 @@ class RankRun:
         if self._env.rank:
             return decision.follow()
         with self._announcements.refusing_on_error():
+            # Before any path is opened; the process belongs to this run alone.
+            export_credentials(self._spec.credentials)
             start = decision.decide(resume=resume)
             self._claim = start.claim
             if reports is not None:

@@ -66,7 +66,9 @@ class ClusterCapacity:
     def among(self, rules: NodeRules) -> "ClusterCapacity":
         """Returns the capacity of the nodes that a job may use."""
         chosen = ClusterCapacity(())
-        chosen._nodes = [node for node in self._nodes if rules.allows(node.node)]
+        for node in self._nodes:
+            if rules.allows(node.node):
+                chosen._nodes.append(node)
         chosen._new = self._new
         chosen.is_known = self.is_known
         return chosen

@@ -214,9 +214,13 @@ def choose_interface(name: str | None) -> None:
             f"/network/interface: node {socket.gethostname()} has no network interface "
             f"{name!r}; it has {', '.join(known)}"
         )
-    os.environ["GLOO_SOCKET_IFNAME"] = name
+    os.environ.update(interface_variables(name))
+
+
+def interface_variables(name: str) -> dict[str, str]:
+    """Returns the variables from which gloo and NCCL take their network interface."""
     # NCCL takes a plain name as the beginning of one.
-    os.environ["NCCL_SOCKET_IFNAME"] = f"={name}"
+    return {"GLOO_SOCKET_IFNAME": name, "NCCL_SOCKET_IFNAME": f"={name}"}
 
 
 def interface_of(address: str) -> str | None:

@@ -11,6 +11,7 @@ from megatron_ray.reports import CheckpointReport, StepReport
 from tests.support.standalone_job import write_job
 from workers import ray_train
 from workers.job_file import parse_spec
+from workers.protocol.wire import NodeInfo
 from workers.rank.environment import RankEnv
 from workers.rank.messages import UserError
 from workers.ray_train import (
@@ -22,17 +23,18 @@ from workers.ray_train import (
 from workers.standalone import Ending, TrainingFailedError
 
 TWO = ("parallel.tp=2", "resources.accelerator=cpu", "resources.cpus_per_rank=2")
+GROUPS = "training.global_batch_size=10"
 
 
 @pytest.fixture
-def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
-    """What a cluster has; a job is in the current folder."""
+def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[NodeInfo]:
+    """The nodes of the cluster; a job is in the current folder."""
     write_job(tmp_path)
     monkeypatch.chdir(tmp_path)
-    resources = {"CPU": 8.0}
+    nodes = [NodeInfo(node_id="n1", address="10.0.0.1", cpus=8)]
     monkeypatch.setattr("ray.is_initialized", lambda: True)
-    monkeypatch.setattr("ray.cluster_resources", lambda: resources)
-    return resources
+    monkeypatch.setattr(ray_train, "read_nodes", lambda: nodes)
+    return nodes
 
 
 def trainer(*overrides: str, **options: Any) -> Any:
@@ -49,7 +51,7 @@ def trainer(*overrides: str, **options: Any) -> Any:
     ],
 )
 def test_workers_are_as_many_as_the_layout_has_ranks_and_fit(
-    cluster: dict[str, float],
+    cluster: list[NodeInfo],
     overrides: tuple[str, ...],
     num_workers: int,
     strategy: str,
@@ -61,8 +63,8 @@ def test_workers_are_as_many_as_the_layout_has_ranks_and_fit(
     assert not scaling.use_gpu
 
 
-def test_gpus_are_used_where_the_cluster_has_some(cluster: dict[str, float]) -> None:
-    cluster["GPU"] = 2.0
+def test_gpus_are_used_where_the_cluster_has_some(cluster: list[NodeInfo]) -> None:
+    cluster[0] = NodeInfo(node_id="n1", address="10.0.0.1", cpus=8, gpus=2)
     made = trainer("restart.max_failures=7")
     assert made.scaling_config.num_workers == 2
     assert made.scaling_config.resources_per_worker == {"CPU": 1.0, "GPU": 1.0}
@@ -71,8 +73,34 @@ def test_gpus_are_used_where_the_cluster_has_some(cluster: dict[str, float]) -> 
     assert made.run_config.storage_path == f"{Path.cwd()}/runs/job/ray-train"
 
 
+def test_nodes_resources_and_interface_are_those_of_the_spec(
+    cluster: list[NodeInfo],
+) -> None:
+    cluster.append(NodeInfo(node_id="n2", address="10.0.0.2", cpus=3))
+    made = trainer(
+        "parallel.tp=2",
+        "parallel.dp=1",
+        "resources.accelerator=cpu",
+        "resources.custom={rdma: 0.5}",
+        "network.interface=eth1",
+        "network.first_step_timeout_s=1800",
+    )
+    scaling = made.scaling_config
+    assert scaling.num_workers == 2
+    assert scaling.resources_per_worker == {"CPU": 1.0, "rdma": 0.5}
+    assert scaling.label_selector is None
+    variables = {"GLOO_SOCKET_IFNAME": "eth1", "NCCL_SOCKET_IFNAME": "=eth1"}
+    assert made.run_config.worker_runtime_env == {"env_vars": variables}
+    assert made.backend_config.timeout_s == 1800
+    # Four groups on the first node, one on the second; a third rank of it has no partner.
+    assert trainer("parallel.tp=2", GROUPS).scaling_config.num_workers == 10
+    made = trainer("parallel.tp=2", GROUPS, "resources.nodes.exclude=[10.0.0.1]")
+    assert made.scaling_config.num_workers == 2
+    assert made.scaling_config.label_selector == {"ray.io/node-id": "!in(n1)"}
+
+
 def test_a_layout_that_does_not_fit_the_workers_is_refused(
-    cluster: dict[str, float],
+    cluster: list[NodeInfo],
 ) -> None:
     with pytest.raises(UserError, match="needs a world size of 2, but num_workers is 3"):
         trainer(*TWO, num_workers=3)
