@@ -6,6 +6,7 @@ The mesh is always passed as an argument, because a wrong global group would sil
 produce wrong numbers.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -107,6 +108,7 @@ class ParallelMesh:
                 dims.experts.group_of(rank, ("edp",)), "edp"
             ),
         }
+        collectives.name_groups(_axis_names(groups, cp_levels))
         # Each group once, as axes may share a group, in the same order on all ranks.
         for group in dict.fromkeys((*groups.values(), *cp_levels)):
             collectives.barrier(group, torch_device)
@@ -142,6 +144,18 @@ class ParallelMesh:
     def cp_rank(self) -> int:
         """Index along cp."""
         return collectives.rank(self.cp_group)
+
+
+def _axis_names(
+    groups: Mapping[str, Group], cp_levels: Sequence[Group]
+) -> dict[str, Group]:
+    """Returns the groups by the names that messages use, the plainest first."""
+    names = {field.removesuffix("_group"): group for field, group in groups.items()}
+    # A group of several axes is best known by tp, pp, cp, dp or ep.
+    ordered = {axis: names[axis] for axis in ("tp", "pp", "cp", "dp", "ep")}
+    for level, group in enumerate(cp_levels):
+        names[f"cp level {level}"] = group
+    return ordered | names
 
 
 class _GroupFactory:

@@ -9,6 +9,7 @@ from typing import Literal
 
 from megatron_ray.commands import Command, votes_for
 from megatron_ray.config.training import TrainingConfig
+from megatron_ray.distributed.activity import PROCESS
 from megatron_ray.models.batch import Batch
 from megatron_ray.optimizer.finalize_grads import scale_and_clip
 from megatron_ray.optimizer.lr_schedule import learning_rate
@@ -47,6 +48,7 @@ def train(
         sums, lr = _train_step(components, progress, poll, timer)
         progress = progress.after_step(config.training.global_batch_size)
         in_flight.add(progress, lr, timer.finish(), sums)
+        PROCESS.phase = "reports"
 
         is_last = progress.step == config.training.num_steps
         steps = in_flight.pop_all() if is_last else in_flight.pop_arrived()
@@ -58,6 +60,7 @@ def train(
         if is_last or is_due(config.checkpoint.every_steps, progress) or command.saves:
             # Non-finite weights must never be saved, so the numbers of all previous steps
             # are read first, although the host waits for the device here.
+            PROCESS.phase = "checkpoint"
             steps = in_flight.pop_all()
             reporter.steps(steps)
             command = max(command, _agreed_command(steps))
@@ -79,10 +82,13 @@ def _train_step(
 ) -> tuple[StepSums, float]:
     """Launches one step; returns its sums, still on the device, and its learning rate."""
     config = components.config
+    PROCESS.phase = "data"
     batches = components.loader.step(progress.consumed_samples)
     timer.mark("data")
+    PROCESS.phase = "forward_backward"
     loss_sum = forward_backward(components.model, components.mesh, batches)
     timer.mark("forward_backward")
+    PROCESS.phase = "reduce"
     # Every rank votes for its received command. The votes are reduced with the step's
     # numbers, so all ranks act on the same command at the same boundary.
     sums = reduce_step(
@@ -95,6 +101,7 @@ def _train_step(
         _skip_rule(config.training, progress.step + 1),
     )
     timer.mark("reduce")
+    PROCESS.phase = "optimizer"
     lr = learning_rate(
         progress.step + 1, config.optimizer, config.schedule, config.training.num_steps
     )
@@ -122,6 +129,7 @@ def _evaluate(
     """Reports the loss on the validation split, if any."""
     if components.evaluation is None:
         return
+    PROCESS.phase = "evaluation"
     report(
         evaluate(
             components.model,

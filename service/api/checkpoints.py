@@ -12,6 +12,8 @@ from service.api.models import Attempt, Checkpoint, JobId, Page, RankPlacement
 from service.http.dependencies import ContextDep
 from service.http.parameters import WRITTEN_NUMBER, check_query
 from service.jobs import lifecycle
+from service.jobs.ranks import slow_ranks
+from service.jobs.ranks.slow_ranks import SlowRank
 from service.store.schema import AttemptRow, CheckpointRow
 
 router = APIRouter(prefix="/v1", tags=["history"], dependencies=[Depends(check_query)])
@@ -59,7 +61,7 @@ def list_ranks(
         Query(description="Attempt. Default: newest."),
     ] = None,
 ) -> Response:
-    """Lists where each rank runs.
+    """Lists where each rank runs, and which are slower than their peers.
 
     The list is empty before the ranks are placed.
     """
@@ -67,9 +69,12 @@ def list_ranks(
         job = lifecycle.find(session, job_id)
         # Attempt 0 does not exist: before the first one the row is None.
         row = session.get(AttemptRow, (job.number, attempt or job.attempt))
+        slow: dict[int, SlowRank] = {}
+        if row is not None:
+            slow = slow_ranks.of_attempt(session, job, row.attempt)
     ranks: list[dict[str, Any]] = []
     if row is not None:
-        ranks = row.ranks
+        ranks = render.ranks(row.ranks, slow)
     elif attempt is not None:
         # Without a number the newest is meant, which may not be placed yet: no error.
         raise render.no_attempt(attempt, job.attempt)

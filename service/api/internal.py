@@ -272,6 +272,7 @@ def _desired(context: Context, job: JobRow) -> DesiredJob:
         token=context.auth.job_token(job.id),
         final_checkpoint=job.final_checkpoint,
         checkpoint_requests=job.checkpoint_requests,
+        diagnosis_requests=job.diagnosis_requests,
         resumes=job.resumes,
     )
 

@@ -18,6 +18,7 @@ from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from megatron_ray.commands import Command
+from workers.decisions.diagnosis import RankEvidence
 from workers.decisions.failures import FailureKind
 from workers.decisions.placement import PlacementPlan, SlotFacts
 from workers.decisions.slot_assignment import WorkerToStart
@@ -76,7 +77,8 @@ class WorkerGroup:
         # Two threads for polls, because that of a replaced driver may still wait in the
         # worker when its successor polls.
         as_actor: Any = ray.remote
-        self._worker_class: Any = as_actor(concurrency_groups={"poll": 2})(worker_class)
+        groups = {"poll": 2, "inspect": 1}
+        self._worker_class: Any = as_actor(concurrency_groups=groups)(worker_class)
         self._slots: dict[int, Any] = {}
         self._polls: dict[Any, _OutstandingPoll] = {}
 
@@ -251,6 +253,33 @@ class WorkerGroup:
     def command(self, slot: int, fence: Fence, command: Command) -> None:
         """Sends a command without waiting; the rank's reports show its effect."""
         self._slots[slot].command.remote(fence, command)
+
+    # ---- examining
+
+    def inspect(self, fence: Fence, timeout_s: float) -> dict[int, RankEvidence]:
+        """Returns what the ranks of the workers that reply in time do, by slot.
+
+        Raises FencedError.
+        """
+        calls = {}
+        for slot, actor in self._slots.items():
+            calls[actor.inspect.remote(fence)] = slot
+        evidence, _ = _results_in_time(calls, timeout_s)
+        return evidence
+
+    def stacks_from_outside(
+        self, pids: Mapping[int, int], fence: Fence, timeout_s: float
+    ) -> dict[int, str]:
+        """Returns the stacks of processes that do not answer, by pid.
+
+        `pids` maps the slot of a worker on the same node, which takes them, to the pid.
+        Raises FencedError.
+        """
+        calls = {}
+        for slot, pid in pids.items():
+            calls[self._slots[slot].stacks_from_outside.remote(fence, pid)] = pid
+        stacks, _ = _results_in_time(calls, timeout_s)
+        return stacks
 
     # ---- removal
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from workers.decisions.placement import RankPlace
+from workers.decisions.stragglers import SlowRank
 from workers.driver.commit import WholeCheckpoint, source_of
 from workers.protocol.states import DesiredState
 from workers.rank.messages import Fence
@@ -28,6 +29,12 @@ class AttemptPlan:
     """Step from which the attempt started."""
     checkpoint_requests: int = 0
     """Number of checkpoint requests that were passed on to the ranks before."""
+    diagnosis_requests: int = 0
+    """Number of diagnosis requests that were carried out before."""
+    hang_timeout_s: float | None = None
+    """Limit of the spec for a time without any report."""
+    slow_ranks: tuple[SlowRank, ...] = ()
+    """Ranks that an earlier incarnation has reported as slow."""
     stopping: DesiredState | None = None
     """Why an earlier incarnation sent the ranks a stop command."""
     renew: bool = False
@@ -62,3 +69,12 @@ class AttemptListener(Protocol):
 
     def checkpoint_requested(self, checkpoint_requests: int) -> None:
         """The ranks got checkpoint commands, `checkpoint_requests` in all."""
+
+    def slow(self, slow: SlowRank, place: RankPlace) -> None:
+        """A rank's own work has become slow."""
+
+    def recovered(self, slow: SlowRank, place: RankPlace) -> None:
+        """A slow rank is as fast as its peers again."""
+
+    def diagnosed(self, report: dict[str, Any], diagnosis_requests: int) -> None:
+        """The ranks were examined; `diagnosis_requests` are carried out in all."""
