@@ -33,6 +33,7 @@ from megatron_ray.validation import check, resolution
 from workers.announcements import Announcements
 from workers.data_tasks import prepare_data
 from workers.exceptions import WorkersError
+from workers.hang_watch import HangWatch
 from workers.protocol.job import JobSpec
 from workers.protocol.spec_warnings import spec_warnings
 from workers.rank.environment import ProcessEnvironmentError, RankEnv
@@ -249,14 +250,20 @@ class _Run:
     def _train_and_commit(
         self, request: StartRequest, committer: StoreCommitter, signals: StopSignals
     ) -> str:
+        watch = HangWatch(
+            self._env.rank, self._spec.restart.hang_timeout_s, sys.stderr.write
+        )
+
         def report(item: Report) -> None:
+            watch.advanced(item)
             self._write_report(item)
             if isinstance(item, SkippedStepReport):
                 self._notify(f"warning: {item.message}")
             committer.report(item)
 
         try:
-            outcome = train(request, report, signals.command)
+            with watch:
+                outcome = train(request, report, signals.command)
         except BaseException:
             committer.rank_failed()
             raise

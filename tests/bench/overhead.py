@@ -21,7 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import torch.distributed as dist
 
+from megatron_ray.distributed import collectives
 from megatron_ray.reports import StepReport
 from tests.support.running_stack import Road, stack
 from workers.protocol.wire import AgentReport, NodeInfo
@@ -41,6 +43,8 @@ MODEL = {
     "ffn_hidden_size": 384,
 }
 REPORTS = 20_000
+RECORDS = 20_000
+RECORD_ROUNDS = 15
 ROOT = Path(__file__).parents[2]
 _READER = """
 import sys
@@ -54,6 +58,7 @@ for number, _ in enumerate(Client(url, sys.stdin.readline().strip()).stream(job_
 
 def run() -> Iterator[dict[str, Any]]:
     yield report_cost()
+    yield record_cost()
     with (
         tempfile.TemporaryDirectory(prefix="bench-road-") as folder,
         stack(Path(folder)) as road,
@@ -255,6 +260,45 @@ def report_cost() -> dict[str, Any]:
         "goal": 20.0,
         "quartiles": [round(quantiles[24], 2), round(quantiles[74], 2)],
         "p99": round(quantiles[98], 2),
+    }
+
+
+class Arrived:
+    """A collective that is done at once."""
+
+    def wait(self) -> None:
+        return None
+
+
+def record_cost() -> dict[str, Any]:
+    """Nanoseconds that the process's record of collectives adds to one of them."""
+    store = dist.HashStore()
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    group = dist.group.WORLD
+    collectives.name_groups({"dp": group})
+    work = Arrived()
+    costs = []
+    for _ in range(RECORD_ROUNDS):
+        started = time.thread_time_ns()
+        for _ in range(RECORDS):
+            entry = collectives._enter("all_reduce", group)
+            entry.work = work
+            entry.wait()
+        between = time.thread_time_ns()
+        for _ in range(RECORDS):
+            work.wait()
+        bare = time.thread_time_ns() - between
+        costs.append((between - started - bare) / RECORDS)
+    dist.destroy_process_group()
+    low, middle, high = statistics.quantiles(costs, n=4)
+    return {
+        "bench": "overhead",
+        "case": "collective-record",
+        "value": round(middle),
+        "unit": "nanoseconds of the training thread per collective, for its record",
+        "baseline": None,
+        "goal": 1000,
+        "quartiles": [round(low), round(high)],
     }
 
 

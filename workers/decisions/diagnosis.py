@@ -103,6 +103,8 @@ class RankEvidence:
     """Memory that it has allocated on its GPU."""
     load: float | None = None
     """Load average of its node, over a minute."""
+    device_collectives: tuple[str, ...] = ()
+    """What NCCL has not finished, oldest first, where torch records it."""
 
 
 Evidence = Mapping[int, RankEvidence | None]

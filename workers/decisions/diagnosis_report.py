@@ -118,6 +118,7 @@ def _row(place: RankPlace, row: RankEvidence | None) -> dict[str, Any]:
         "free_memory_bytes": row.free_memory_bytes,
         "device_memory_bytes": row.device_memory_bytes,
         "load": row.load,
+        "device_collectives": list(row.device_collectives),
     }
 
 

@@ -19,7 +19,7 @@ far), unless the spec has a limit of its own."""
 _SET_LIMIT_GAPS = 3
 """Longest gaps between steps below which a limit of the spec is not taken at its word."""
 FIRST_STEP_S = 1800.0
-"""The first report of an attempt may wait for loading and compiling."""
+"""The first step of an attempt may wait for loading and compiling."""
 
 
 @dataclass(frozen=True)
@@ -29,25 +29,25 @@ class Progress:
     last_at: float
     longest_gap_s: float = 0.0
     reports: int = 0
-    has_stepped: bool = False
-    """Whether the first step is done."""
+    is_starting: bool = False
+    """Whether the first step is still to come."""
     longest_step_gap_s: float = 0.0
-    """Longest gap after the first step, which waits for compiling."""
+    """The longest gap after the first step."""
 
-    def advanced(self, now: float, *, has_stepped: bool = False) -> "Progress":
-        """Returns the progress after a new report."""
+    def advanced(self, now: float, *, has_stepped: bool = True) -> "Progress":
+        """Returns the progress after a new report of a rank that has done a step or not."""
         gap = 0.0
         # The first report waits for loading and compiling, so its gap is not a pace.
         if self.reports:
             gap = now - self.last_at
         step_gap = self.longest_step_gap_s
-        if self.has_stepped:
+        if not self.is_starting:
             step_gap = max(step_gap, gap)
         return Progress(
             now,
             max(self.longest_gap_s, gap),
             self.reports + 1,
-            self.has_stepped or has_stepped,
+            self.is_starting and not has_stepped,
             step_gap,
         )
 
@@ -75,12 +75,12 @@ def silent_ranks(
 
 def hang_limit_s(progress: Progress, timeout_s: float | None = None) -> float:
     """Returns how long nothing may advance; `timeout_s` is the limit of the spec, if any."""
-    if not progress.reports:
-        return FIRST_STEP_S
+    if not progress.reports or progress.is_starting:
+        return max(FIRST_STEP_S, timeout_s or 0.0)
     # The limit follows the job's own pace: a report may be minutes apart, or milliseconds.
-    if timeout_s is not None and progress.has_stepped:
+    if timeout_s is not None:
         return max(timeout_s, _SET_LIMIT_GAPS * progress.longest_step_gap_s)
-    return max(HANG_FLOOR_S, timeout_s or 0.0, 10 * progress.longest_gap_s)
+    return max(HANG_FLOOR_S, 10 * progress.longest_gap_s)
 
 
 def hang(now: float, progress: Progress, timeout_s: float | None = None) -> str | None:

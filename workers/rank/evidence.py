@@ -7,6 +7,7 @@ Nothing here waits for the training thread or the device, and nothing reads the 
 variables, which may be secrets.
 """
 
+import json
 import os
 import resource
 import shutil
@@ -23,6 +24,7 @@ from workers.decisions.diagnosis import Frame, GroupCounts, RankEvidence, Wait
 
 _MAX_FRAMES = 60
 _MAX_THREADS = 16
+_MAX_COLLECTIVES = 8
 _PACKAGES = ("megatron_ray", "workers")
 _PY_SPY_S = 3.0
 _MAX_TEXT = 8000
@@ -50,6 +52,7 @@ def gather_evidence(
         memory_bytes=_resident_bytes(),
         free_memory_bytes=_free_bytes(),
         device_memory_bytes=_device_bytes(),
+        device_collectives=_recorded_by_nccl(),
         load=os.getloadavg()[0],
     )
 
@@ -125,6 +128,38 @@ def _other_threads(
         if ident not in (training.ident, threading.get_ident()):
             innermost = next(_frames(frame))
             yield f"{names.get(ident, 'thread')}: {innermost}"
+
+
+def device_collectives(trace: str) -> tuple[str, ...]:
+    """Returns the unfinished collectives of torch's flight recorder of NCCL, oldest first.
+
+    `trace` is its JSON. The host may have entered later ones, which the device has not
+    begun.
+    """
+    try:
+        entries = json.loads(trace)["entries"]
+    except (ValueError, KeyError, TypeError):
+        return ()
+    unfinished = []
+    for entry in entries:
+        if entry.get("state") == "completed":
+            continue
+        name = str(entry.get("profiling_name", "")).removeprefix("nccl:")
+        number = entry.get("collective_seq_id") or entry.get("p2p_seq_id")
+        axis = list(entry.get("process_group", ("", "")))[-1]
+        unfinished.append(f"{name} {number} of {axis}: {entry.get('state')}")
+    return tuple(unfinished[:_MAX_COLLECTIVES])
+
+
+def _recorded_by_nccl() -> tuple[str, ...]:
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return ()
+    # Only builds with NCCL have it; it reads memory of the host.
+    dump = getattr(torch._C._distributed_c10d, "_dump_nccl_trace_json", None)
+    if dump is None:
+        return ()
+    return device_collectives(dump(includeCollectives=True, onlyActive=True))
 
 
 def _resident_bytes() -> int | None:

@@ -75,6 +75,8 @@ class ExaminedRank(Culprit):
     """Memory that it has allocated on its GPU; null on CPUs."""
     load: float | None = None
     """Load average of its node over a minute."""
+    device_collectives: tuple[str, ...] = ()
+    """Collectives that its GPU has not finished, oldest first, where torch records them."""
 
 
 class RankStack(_Part):

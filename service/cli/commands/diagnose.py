@@ -56,6 +56,7 @@ def diagnose(
     Training goes on. After a hang the job has a diagnosis already: see --newest.
     """
     with connect(url, token, data_dir) as client:
+        diagnosis: Json
         if newest:
             diagnosis = client.diagnosis(job_id)
         else:

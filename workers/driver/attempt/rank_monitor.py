@@ -58,7 +58,7 @@ class RankMonitor:
         self._clock = ports.clock
         self._stored = stored
         now = self._clock()
-        self._progress = Progress(now)
+        self._progress = Progress(now, is_starting=True)
         self._views: dict[int, RankView] = {}
         for place in plan.places:
             # Logs continue where an earlier incarnation stopped writing.
