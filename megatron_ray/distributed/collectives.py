@@ -111,7 +111,12 @@ def _enter(name: str, group: dist.ProcessGroup) -> _Recorded:
     record = PROCESS.groups.get(id(group)) or _add_group(group, group.group_desc)
     number = record.entered + 1
     record.entered = number
-    return _Recorded(name, record, number)
+    entry = _Recorded()
+    entry.name = name
+    entry.group = record
+    entry.number = number
+    entry.peer = None
+    return entry
 
 
 def _enter_message(
@@ -125,7 +130,9 @@ def _enter_message(
         counts = record.sent
     number = counts.get(global_peer, 0) + 1
     counts[global_peer] = number
-    return _Recorded(name, record, number, global_peer)
+    entry = _Recorded.of(name, record, number)
+    entry.peer = global_peer
+    return entry
 
 
 def name_groups(groups: Mapping[str, Group]) -> None:

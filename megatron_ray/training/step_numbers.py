@@ -119,7 +119,7 @@ def start_copy_to_host(values: Tensor) -> Callable[[], list[float]]:
 
     def read() -> list[float]:
         # A hung collective of NCCL stops the host here.
-        started = PROCESS.begin_wait(Operation(DEVICE, None, 0))
+        started = PROCESS.begin_wait(Operation.of(DEVICE))
         copied.synchronize()
         PROCESS.end_wait(started)
         numbers: list[float] = host.tolist()

@@ -29,7 +29,7 @@ def test_the_training_threads_stack_and_wait_are_read_from_another_thread(
     PROCESS.begin()
     PROCESS.phase = "reduce"
     PROCESS.groups[1] = group
-    PROCESS.waiting = Operation("all_reduce", group, 3)
+    PROCESS.waiting = Operation.of("all_reduce", group, 3)
     try:
         row = gather_evidence(4, 17, thread, has_ended=False)
     finally:
