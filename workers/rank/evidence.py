@@ -25,8 +25,11 @@ from workers.decisions.diagnosis import Frame, GroupCounts, RankEvidence, Wait
 _MAX_FRAMES = 60
 _MAX_THREADS = 16
 _MAX_COLLECTIVES = 8
+_THREAD_START = threading.Thread.run.__code__
 _PACKAGES = ("megatron_ray", "workers")
 _PY_SPY_S = 3.0
+_TRAINING_THREAD = '"attempt-'
+"""Beginning of a training thread's name, as py-spy prints it."""
 _MAX_TEXT = 8000
 
 
@@ -73,8 +76,10 @@ def stacks_from_outside(pid: int) -> str:
         return ""
     # The first lines are the command line of the process, in which a user may have put
     # anything.
-    _, mark, stacks = result.stdout.partition("\nThread ")
-    return f"{mark}{stacks}".strip()[:_MAX_TEXT]
+    _, *threads = result.stdout.split("\nThread ")
+    training = [thread for thread in threads if _TRAINING_THREAD in thread]
+    text = "\n".join(f"Thread {thread.strip()}" for thread in training or threads)
+    return text[:_MAX_TEXT]
 
 
 def _current_wait() -> Wait | None:
@@ -101,8 +106,9 @@ def _counts() -> dict[str, GroupCounts]:
 
 
 def _frames(frame: FrameType | None) -> Iterator[Frame]:
+    """Yields a thread's stack, innermost first, without the frames that started it."""
     for _ in range(_MAX_FRAMES):
-        if frame is None:
+        if frame is None or frame.f_code is _THREAD_START:
             return
         code = frame.f_code
         yield Frame(_short(code.co_filename), frame.f_lineno, code.co_qualname)
