@@ -1,24 +1,84 @@
-"""Serves /v1/cluster: Ray clusters as their agents last reported them."""
+"""Serves /v1/cluster: Ray clusters as their agents last reported them.
 
-from fastapi import APIRouter, Depends
+Also the list of nodes on which no rank may start.
+"""
+
+from collections.abc import Callable
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, Path
+from sqlalchemy.orm import Session
 
 from service.api import render
-from service.api.cluster_models import Cluster
+from service.api.cluster_models import Cluster, ExcludeRequest
 from service.api.models import Page
-from service.http.dependencies import ContextDep
+from service.exceptions import NotFoundError
+from service.http.bodies import BoundedBodyRoute
+from service.http.dependencies import Context, ContextDep
 from service.http.parameters import check_query
+from service.jobs import node_exclusions
 from service.store.schema import ClusterRow
 
-router = APIRouter(prefix="/v1", tags=["clusters"], dependencies=[Depends(check_query)])
+router = APIRouter(
+    prefix="/v1",
+    tags=["clusters"],
+    dependencies=[Depends(check_query)],
+    route_class=BoundedBodyRoute,
+)
+ClusterName = Annotated[str, Path(description="Name of the cluster.")]
+NodeName = Annotated[
+    str,
+    Path(description="Id of the node, the first six or more characters, or its address."),
+]
 
 
 @router.get("/cluster")
 def list_clusters(context: ContextDep) -> Page[Cluster]:
     """Lists all configured clusters with their agents, nodes and drivers."""
-    names = context.settings.clusters
     clusters = []
     with context.store.read() as session:
-        for name in names:
-            row = session.get(ClusterRow, name)
-            clusters.append(render.cluster(name, row, context.agents))
+        for name in context.settings.clusters:
+            clusters.append(_cluster(context, session, name))
     return render.page(clusters, lambda cluster: cluster.name, total=len(clusters))
+
+
+@router.post("/cluster/{name}/exclusions")
+def exclude_node(name: ClusterName, body: ExcludeRequest, context: ContextDep) -> Cluster:
+    """Excludes a node: no rank starts there any more.
+
+    Ranks that run there stay until their attempt ends. Excluding a node again changes the
+    reason.
+    """
+
+    def exclude(session: Session) -> None:
+        node_exclusions.exclude(session, name, body.node, body.reason)
+
+    return _change(context, name, exclude)
+
+
+@router.delete("/cluster/{name}/exclusions/{node}")
+def include_node(name: ClusterName, node: NodeName, context: ContextDep) -> Cluster:
+    """Lets ranks start on an excluded node again."""
+
+    def include(session: Session) -> None:
+        node_exclusions.include(session, name, node)
+
+    return _change(context, name, include)
+
+
+def _change(context: Context, name: str, change: Callable[[Session], None]) -> Cluster:
+    """Changes a cluster's list and returns the cluster. Raises NotFoundError."""
+    names = context.settings.clusters
+    if name not in names:
+        detail = f"no cluster {name[:80]!r}; known: {', '.join(names)}"
+        raise NotFoundError.of_field("/path/name", "no_cluster", detail)
+    with context.store.write() as session:
+        change(session)
+        session.flush()
+        return _cluster(context, session, name)
+
+
+def _cluster(context: Context, session: Session, name: str) -> Cluster:
+    row = session.get(ClusterRow, name)
+    excluded = node_exclusions.excluded_nodes(session, name)
+    return render.cluster(name, row, context.agents, excluded)

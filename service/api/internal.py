@@ -17,7 +17,7 @@ from megatron_ray.config.errors.spec_problems import pointer_to
 from megatron_ray.config.problem import Problem
 from service.exceptions import DriverReplacedError, RequestInvalidError
 from service.http.dependencies import Context, ContextDep
-from service.jobs import cluster_fit, ingest, lifecycle, queue
+from service.jobs import cluster_fit, ingest, lifecycle, node_exclusions, queue
 from service.jobs.agents import CheckedPaths
 from service.jobs.capacity import ClusterCapacity
 from service.jobs.cluster_fit import Resolution
@@ -31,6 +31,7 @@ from workers.protocol.wire import (
     CursorReply,
     DesiredJob,
     DesiredReply,
+    NodeExclusion,
     RecordBatch,
     RecordReply,
 )
@@ -166,13 +167,18 @@ async def desired_job(
 
 
 def _store_report(context: Context, agent_report: AgentReport) -> None:
-    resolutions = _resolve_waiting_jobs(context, agent_report)
+    with context.store.read() as session:
+        marked = node_exclusions.marked(session, agent_report)
+    resolutions = _resolve_waiting_jobs(context, marked)
     with context.store.write() as session:
         # In this order: first jobs are resolved, then queued jobs are admitted with the new
         # nodes; both are committed together.
         row = lifecycle.lock_cluster(session, agent_report.cluster)
         has_changed = _has_changed(row, agent_report)
-        row.report = agent_report.model_dump(mode="json")
+        node_exclusions.forget_lost(session, agent_report)
+        # Again, because the list may have changed before the lock was acquired.
+        marked = node_exclusions.marked(session, agent_report)
+        row.report = marked.model_dump(mode="json")
         row.reported_at = time.time()
         session.flush()
         cluster_fit.resolve_waiting_jobs(session, row, resolutions)
@@ -231,11 +237,12 @@ def _desired_reply(context: Context, cluster: str) -> DesiredReply:
         ended = sa.select(JobRow).where(
             *has_ended, JobRow.id.in_(seen), JobRow.deleted_at.is_(None)
         )
-        jobs = [_desired(context, job) for job in session.scalars(ended)]
+        excluded = node_exclusions.excluded_nodes(session, cluster)
+        jobs = [_desired(context, job, excluded) for job in session.scalars(ended)]
         for job in queue.active_jobs(session, cluster):
             # A job without a world size is not resolved yet and cannot be prepared.
             if job.world_size is not None:
-                jobs.append(_desired(context, job))
+                jobs.append(_desired(context, job, excluded))
         # Includes deleted jobs, whose leftovers must be removed too.
         ended_ids = sa.select(JobRow.id).where(*has_ended)
         latest = ended_ids.order_by(JobRow.ended_at.desc()).limit(MAX_TERMINAL)
@@ -262,7 +269,9 @@ def _seen_jobs(row: ClusterRow) -> set[str]:
     return seen
 
 
-def _desired(context: Context, job: JobRow) -> DesiredJob:
+def _desired(
+    context: Context, job: JobRow, excluded: tuple[NodeExclusion, ...]
+) -> DesiredJob:
     return DesiredJob(
         job_id=job.id,
         desired=DesiredState(job.desired),
@@ -274,12 +283,13 @@ def _desired(context: Context, job: JobRow) -> DesiredJob:
         checkpoint_requests=job.checkpoint_requests,
         diagnosis_requests=job.diagnosis_requests,
         resumes=job.resumes,
+        excluded_nodes=excluded,
     )
 
 
 def _desired_one(context: Context, job_id: str) -> DesiredJob:
     with context.store.read() as session:
-        return _desired(context, lifecycle.find(session, job_id))
+        return _desired_in(context, session, job_id)
 
 
 def _cursor(context: Context, job_id: str, epoch: int, last_n: int | None) -> CursorReply:
@@ -315,7 +325,12 @@ def _store_records(context: Context, job_id: str, body: bytes) -> RecordReply:
 def _flushed_desired(context: Context, session: Session, job_id: str) -> DesiredJob:
     """Returns the desired state after the records of this transaction."""
     session.flush()
-    return _desired(context, lifecycle.find(session, job_id))
+    return _desired_in(context, session, job_id)
+
+
+def _desired_in(context: Context, session: Session, job_id: str) -> DesiredJob:
+    job = lifecycle.find(session, job_id)
+    return _desired(context, job, node_exclusions.excluded_nodes(session, job.cluster))
 
 
 # ---- messages

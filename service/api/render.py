@@ -13,7 +13,7 @@ import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
 from megatron_ray.exceptions import redacted
-from service.api.cluster_models import Cluster, Driver, Node
+from service.api.cluster_models import Cluster, Driver, Node, NodeExclusion
 from service.api.models import (
     Attempt,
     Cancellation,
@@ -39,6 +39,7 @@ from service.store.schema import (
     JobRow,
     LabelRow,
 )
+from workers.protocol import wire
 from workers.protocol.events import EventLevel
 from workers.protocol.states import AttemptState, DesiredState, JobState, StatusReason
 from workers.protocol.wire import AgentReport
@@ -214,12 +215,22 @@ def ranks(rows: Sequence[Mapping[str, Any]], slow: Mapping[int, SlowRank]) -> li
     return shown
 
 
-def cluster(name: str, row: ClusterRow | None, agents: Agents) -> Cluster:
+def cluster(
+    name: str,
+    row: ClusterRow | None,
+    agents: Agents,
+    excluded: Sequence[wire.NodeExclusion],
+) -> Cluster:
     """Returns a cluster; `row` is None, or without a report, before its agent's first."""
+    entries = []
+    for entry in excluded:
+        shown = {"since": utc(entry.since), "reason": redacted(entry.reason)}
+        entries.append(NodeExclusion(**{**entry.model_dump(), **shown}))
     return Cluster(
         name=name,
         live=agents.is_live(name),
         agent_silence_s=agents.silence_s(name),
+        excluded_nodes=entries,
         **_reported(row),
     )
 
@@ -235,10 +246,15 @@ def _reported(row: ClusterRow | None) -> dict[str, Any]:
     for name in names:
         fields[name] = getattr(report, name)
     fields["reported_at"] = utc_or_none(row.reported_at)
-    fields["nodes"] = [Node(**node.model_dump()) for node in report.nodes]
+    fields["nodes"] = [_node(node) for node in report.nodes]
     fields["drivers"] = [Driver(**driver.model_dump()) for driver in report.drivers]
     fields["orphans"] = list(report.orphans)
     return fields
+
+
+def _node(node: wire.NodeInfo) -> Node:
+    deadline = utc_or_none(node.drain_deadline)
+    return Node(**{**node.model_dump(), "drain_deadline": deadline})
 
 
 def _labels(session: Session, rows: Sequence[JobRow]) -> dict[int, dict[str, str]]:

@@ -16,7 +16,7 @@ from megatron_ray.config.errors.messages import plain_message
 from megatron_ray.config.errors.spec_problems import pointer_to
 from megatron_ray.config.problem import Problem
 from service.exceptions import RequestInvalidError
-from service.jobs import lifecycle, queue
+from service.jobs import lifecycle, node_exclusions, queue
 from service.jobs.lifecycle import NewEvent
 from service.jobs.ranks import diagnoses
 from service.store import evaluations, metrics
@@ -24,6 +24,7 @@ from service.store.database import Store, wake
 from service.store.evaluations import Evaluation, parse_evaluation
 from service.store.metrics import Finite, StepRow
 from service.store.schema import AttemptRow, CheckpointRow, JobRow
+from workers.protocol.events import EventType
 from workers.protocol.states import AttemptState, JobState, StatusReason
 from workers.protocol.wire import Record
 
@@ -61,6 +62,11 @@ class _EventData(_Data):
     message: str = ""
     data: dict[str, Any] = Field(default_factory=dict)
     ranks: tuple[int, ...] = ()
+
+
+class _ExcludedData(_Data):
+    node_id: str = Field(max_length=64)
+    reason: str = Field(max_length=2000)
 
 
 class _RanksData(_Data):
@@ -161,6 +167,12 @@ class RecordApplier:
         data = _EventData.model_validate(record.data)
         event = self._event(record, data.type, data.message, data.data)
         self._add(dataclasses.replace(event, level=data.level, ranks=data.ranks))
+        if data.type == EventType.NODE_EXCLUDED:
+            excluded = _ExcludedData.model_validate(data.data)
+            job = self._job
+            node_exclusions.exclude_for_job(
+                self._session, job.cluster, job.id, excluded.node_id, excluded.reason
+            )
 
     def _apply_attempt(self, record: Record) -> None:
         data = _AttemptData.model_validate(record.data)

@@ -74,6 +74,19 @@ class ClusterRow(Table):
     reported_at: Mapped[float | None]
 
 
+class NodeExclusionRow(Table):
+    """A node of a cluster on which no rank may start."""
+
+    __tablename__ = "node_exclusions"
+    cluster: Mapped[str] = mapped_column(String(64), primary_key=True)
+    node_id: Mapped[str] = mapped_column(String(64), primary_key=True)
+    address: Mapped[str]
+    reason: Mapped[str]
+    since: Mapped[float]
+    by: Mapped[str] = mapped_column(String(64))
+    """Id of the job whose failure excluded it, or `admin`."""
+
+
 class JobRow(Table):
     """A job: its spec, its desired state and its observed state."""
 

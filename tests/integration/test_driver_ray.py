@@ -379,7 +379,7 @@ def test_native_crash_leaves_its_log_and_is_tried_again(
 def test_crash_loop_ends_with_no_progress(
     submit: Submit, fake_service: FakeService
 ) -> None:
-    body = spec(ranks=1, fail_rank="0", fail_step="3", fail_attempts="9")
+    body = spec(ranks=1, fail_rank="0", fail_step="3", fail_attempts="9", fail_kind="exit")
     body["restart"] = {"max_failures": 10, "backoff_s": 0.1}
     job_id = submit(body)
     fake_service.wait("failure", lambda: "failed" in fake_service.states(job_id))

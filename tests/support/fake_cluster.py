@@ -5,7 +5,7 @@ count its acts, so that a driver can die before or after any of them.
 """
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +15,7 @@ from megatron_ray.checkpoint.directory import checkpoint_path
 from megatron_ray.commands import Command
 from megatron_ray.storage.storage import LocalStorage
 from workers.decisions.diagnosis import Frame, GroupCounts, RankEvidence, Wait
+from workers.decisions.exclusions import BadNode
 from workers.decisions.failures import FailureKind
 from workers.decisions.journal_entry import DeadRank
 from workers.decisions.placement import PlacementPlan, SlotFacts
@@ -247,6 +248,8 @@ class FakeProcess:
         self.lines: list[Line] = []
         self.state = RankState.IDLE
         self.must_stop = False
+        self.late_turns = 0
+        """Polls during which it does no step."""
         self.error: dict[str, Any] | None = None
 
     def report(self, kind: str, data: dict[str, Any]) -> None:
@@ -294,10 +297,30 @@ class FakeCluster:
     clock: FakeClock = field(default_factory=FakeClock)
     on_step: Callable[[FakeProcess], None] = lambda process: None
     workers: dict[int, FakeProcess] = field(default_factory=dict)
+    nodes: tuple[NodeInfo, ...] = (NODE,)
+    drains: dict[str, float | None] = field(default_factory=dict)
+    """When nodes that are being drained go, by node id."""
     is_placed: bool = False
+    node: NodeInfo = NODE
+    """Where the processes are."""
+    stops: bool = True
+    """Whether ranks follow a command to stop."""
     pids: int = 100
     version: str = "1"
     """Version of the code that is installed now."""
+
+    def read_nodes(self) -> tuple[NodeInfo, ...]:
+        nodes = []
+        for node in self.nodes:
+            draining = node.node_id in self.drains
+            nodes.append(node.model_copy(update={"draining": draining}))
+        return tuple(nodes)
+
+    def place(self, avoid: Collection[str]) -> None:
+        """Places the job on the first node that it may use, unless it has one."""
+        if not self.is_placed:
+            self.is_placed = True
+            self.node = next(node for node in self.nodes if node.node_id not in avoid)
 
     def start_process(self, worker: WorkerToStart) -> None:
         if worker.slot not in self.workers:
@@ -310,6 +333,9 @@ class FakeCluster:
         assert process.order is not None
         rank = process.order.env.rank
         if process.state is not RankState.RUNNING:
+            return
+        if process.late_turns > 0:
+            process.late_turns -= 1
             return
         if self.dies == (rank, process.step + 1):
             self.dies = None
@@ -390,11 +416,14 @@ class FakeGroup:
 
     def placement_group(self, plan: PlacementPlan) -> ReadyPlacementGroup:
         self._faults.act()
-        self._cluster.is_placed = True
+        self._cluster.place(plan.avoid_nodes)
         return ReadyPlacementGroup()
 
+    def lies_on(self, node_ids: Collection[str]) -> bool:
+        return self._cluster.is_placed and self._cluster.node.node_id in node_ids
+
     def nodes(self, plan: PlacementPlan) -> dict[int, str]:
-        return {bundle.index: NODE.node_id for bundle in plan.bundles}
+        return {bundle.index: self._cluster.node.node_id for bundle in plan.bundles}
 
     def create(
         self, plan: PlacementPlan, workers: Iterable[WorkerToStart], num_threads: int
@@ -440,8 +469,8 @@ class FakeGroup:
             pid=process.pid,
             is_spare=process.is_spare,
             bundle=0,
-            node_id=NODE.node_id,
-            address=NODE.address,
+            node_id=self._cluster.node.node_id,
+            address=self._cluster.node.address,
         )
 
     def start(
@@ -521,7 +550,8 @@ class FakeGroup:
         self._faults.act()
         # The ranks agree among themselves.
         for process in self._cluster.workers.values():
-            process.must_stop = process.must_stop or command >= Command.STOP
+            asked = command >= Command.STOP and self._cluster.stops
+            process.must_stop = process.must_stop or asked
 
     def leave(self, fence: Fence, timeout_s: float) -> tuple[int, ...]:
         self._faults.act()
@@ -547,7 +577,7 @@ class FakeGroup:
 
     def retire(self, fence: Fence, num_slots: int, timeout_s: float) -> tuple[str, ...]:
         self._faults.act()
-        return (NODE.node_id,)
+        return (self._cluster.node.node_id,)
 
     def remove_all(self, num_slots: int) -> None:
         self._faults.act()
@@ -586,10 +616,27 @@ class FakeDeadRankFiles:
     def finish(self, dead: Iterable[DeadRank]) -> None:
         self.collect(dead)
 
+    def take_bad_nodes(self) -> list[BadNode]:
+        return []
+
     def start_sweep(self, job_id: str, nodes: Iterable[str]) -> None:
         pass
 
     def await_sweep(self, timeout_s: float) -> None:
+        pass
+
+
+class FakeDrainWatch:
+    """Knows of every drain at once."""
+
+    def __init__(self, cluster: FakeCluster) -> None:
+        self._cluster = cluster
+
+    @property
+    def deadlines(self) -> Mapping[str, float | None]:
+        return self._cluster.drains
+
+    def close(self) -> None:
         pass
 
 
@@ -630,7 +677,8 @@ def fake_ports(
         "outbox": FakeOutbox(control_plane, RecordLog(storage), cluster.clock),
         "group": FakeGroup(cluster, faults),
         "tasks": FakeTasks(),
-        "read_nodes": lambda: (NODE,),
+        "read_nodes": cluster.read_nodes,
+        "drains": FakeDrainWatch(cluster),
         "dead_rank_files": FakeDeadRankFiles(set() if fetched is None else fetched),
         "logs": JobLogs(storage),
         "gauges": FakeGauges(),

@@ -53,6 +53,7 @@ class FailedAttempt(BaseModel):
     message: str
     rank: int | None = None
     detail: str = ""
+    step: int | None = None
     dead_ranks: tuple[int, ...] = ()
 
 
@@ -105,6 +106,8 @@ class JournalEntry(BaseModel):
     preemptions: int = 0
     commits_at_failure: tuple[int, ...] = ()
     """Highest committed step when each failed attempt ended, oldest first."""
+    last_error: str = ""
+    """The last exception that ended an attempt, with its step; see `restart_policy`."""
     last_commit: int = 0
     """Step of the newest committed checkpoint; 0: none."""
     resumed_from: str | None = None
@@ -119,6 +122,8 @@ class JournalEntry(BaseModel):
     failed: FailedAttempt | None = None
     dead: tuple[DeadRank, ...] = ()
     """Dead ranks whose files may not have been fetched yet."""
+    avoid: dict[str, str] = Field(default_factory=dict)
+    """Why the next attempt must not use nodes, by node id."""
     given_back: ResourcesReleased | None = None
     resumes: int = 0
     """Requests to resume the ended job that were carried out."""

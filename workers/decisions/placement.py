@@ -112,8 +112,17 @@ class RankPlace(BaseModel):
 
 
 def is_usable(node: NodeInfo) -> bool:
-    """Whether a node may run ranks: it is alive, and its storage check has not failed."""
-    return node.alive and node.storage_ok is not False
+    """Whether ranks may start on a node: it is alive, and nothing keeps them away."""
+    return node.alive and _exclusion(node) is None
+
+
+def _exclusion(node: NodeInfo) -> str | None:
+    """Returns why ranks may not start on a living node; None: they may."""
+    if node.storage_ok is False:
+        return "it cannot read the job storage"
+    if node.draining:
+        return "it is being drained"
+    return node.excluded
 
 
 def has_gpus(nodes: Iterable[NodeInfo]) -> bool:
@@ -197,8 +206,9 @@ def _islands_on(node: NodeInfo, per_rank: Mapping[str, float], island: int) -> i
 
 
 def _reason(node: NodeInfo, per_rank: Mapping[str, float], islands: int) -> str:
-    if not is_usable(node):
-        return f"node {node.address} is excluded: it cannot read the job storage"
+    exclusion = _exclusion(node)
+    if exclusion is not None:
+        return f"node {node.address} is excluded: {exclusion}"
     available = {"CPU": node.cpus}
     if "GPU" in per_rank:
         available["GPU"] = node.gpus

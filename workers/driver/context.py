@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron_ray.checkpoint.directory import RunIdentity
 from megatron_ray.parallel_dims import ParallelDims
+from workers.decisions import exclusions
 from workers.decisions.job_phases import Transition
 from workers.decisions.journal_entry import JournalEntry, Phase
 from workers.decisions.observations import ResumeRequested, StopRequested
@@ -20,7 +21,7 @@ from workers.driver.records.job_records import JobRecords
 from workers.exceptions import WorkersError
 from workers.protocol.job import JobSpec
 from workers.protocol.states import DesiredState
-from workers.protocol.wire import DesiredJob
+from workers.protocol.wire import DesiredJob, NodeInfo
 from workers.rank.messages import Fence
 
 _ATTACH_TURN_S = 0.2
@@ -145,6 +146,14 @@ class JobContext:
         if self.desired is not None:
             return self.desired.desired
         return self.entry.stopping or DesiredState.RUN
+
+    def read_nodes(self) -> tuple[NodeInfo, ...]:
+        """Returns the cluster's nodes, those that this job must not use marked."""
+        reasons = dict(self.entry.avoid)
+        if self.desired is not None:
+            for excluded in self.desired.excluded_nodes:
+                reasons[excluded.node_id] = excluded.reason
+        return exclusions.mark(self.ports.read_nodes(), reasons)
 
     def check_replaced(self) -> None:
         """Raises DriverReplacedError when a newer incarnation is at work."""

@@ -15,6 +15,7 @@ from workers.driver.gauges import TrainingGauges
 from workers.driver.logs import JobLogs
 from workers.driver.records.outbox import Outbox
 from workers.protocol.wire import NodeInfo
+from workers.ray.drain_watch import DrainWatch
 from workers.ray.worker_group import WorkerGroup
 
 
@@ -44,6 +45,7 @@ class JobPorts:
     group: WorkerGroup
     tasks: TaskRunner
     read_nodes: Callable[[], tuple[NodeInfo, ...]]
+    drains: DrainWatch
     dead_rank_files: DeadRankFiles
     logs: JobLogs
     gauges: TrainingGauges
@@ -58,4 +60,5 @@ class JobPorts:
     def close(self) -> None:
         """Ends the threads without waiting for them."""
         self.outbox.close()
+        self.drains.close()
         self.executor.shutdown(wait=False)

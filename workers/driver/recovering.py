@@ -7,6 +7,7 @@ know: the policy, how ranks are started or supervised, HTTP, torch.
 from typing import Any
 
 from megatron_ray.checkpoint.directory import list_checkpoints
+from workers.decisions import exclusions
 from workers.decisions.failures import Failure, FailureKind
 from workers.decisions.journal_entry import FailedAttempt, Phase
 from workers.decisions.observations import (
@@ -22,6 +23,7 @@ from workers.decisions.restart_policy import (
 )
 from workers.driver.attempt.progress import JobProgress
 from workers.driver.attempt.start import RankStarter
+from workers.driver.bad_nodes import avoid_nodes
 from workers.driver.context import JobContext
 from workers.protocol.states import AttemptState
 
@@ -130,15 +132,22 @@ class Recovery:
         job = self._job
         # The recovery is measured from here, before any waiting.
         self._progress.on_attempt_failed()
-        cause = Failure(failed.kind, failed.message, failed.rank, detail=failed.detail)
+        cause = Failure(
+            failed.kind, failed.message, failed.rank, detail=failed.detail, step=failed.step
+        )
         self._record_failure(cause, self._free_ranks())
+        bad = exclusions.bad_nodes(cause, job.entry.ranks, failed.dead_ranks)
+        avoid_nodes(job, bad)
         # The restart policy does not apply to a job that is being cancelled.
         stop = job.stop_requested()
         if stop is not None:
             return stop
         entry = job.entry
         history = RestartHistory(
-            entry.failures, entry.preemptions, entry.commits_at_failure
+            entry.failures,
+            entry.preemptions,
+            entry.commits_at_failure,
+            entry.last_error,
         )
         decision = decide_restart(
             job.spec.restart, history, cause, entry.last_commit, job.ports.jitter()

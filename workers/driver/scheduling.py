@@ -4,6 +4,8 @@ Owns: the phase READY, and the placement of every attempt. Must not know: admiss
 what runs on the resources.
 """
 
+from collections.abc import Collection
+
 from megatron_ray.checkpoint.directory import CheckpointInfo
 from megatron_ray.checkpoint.resume_point import (
     MixedRunsError,
@@ -86,6 +88,7 @@ class Scheduling:
         # The accelerator is chosen once, so that a job never moves from GPUs to CPUs.
         if plan.accelerator != job.entry.accelerator:
             job.write(accelerator=plan.accelerator)
+        self._leave(plan.avoid_nodes)
         placement_group = self._group.placement_group(plan)
         began = clock()
         explain_at = began + _FIRST_EXPLANATION_S
@@ -107,6 +110,15 @@ class Scheduling:
         self._plan = plan
         self._journal_nodes(plan)
         return self._choose_checkpoint()
+
+    def _leave(self, node_ids: Collection[str]) -> None:
+        """Ends the job's processes and its placement group if it lies on such a node.
+
+        Ray moves no bundle away from a node that is alive. Processes on other nodes end
+        with the group, which costs less than waiting until Ray counts the node as dead.
+        """
+        if node_ids and self._group.lies_on(node_ids):
+            self._group.remove_all(self._job.num_slots)
 
     def _choose_checkpoint(self) -> Placed | NothingToResume:
         """Chooses the checkpoint to resume from; records those that cannot be loaded."""
@@ -138,7 +150,7 @@ class Scheduling:
 
     def _make_plan(self) -> PlacementPlan:
         job = self._job
-        return plan_placement(job.spec, job.ports.read_nodes(), job.entry.accelerator)
+        return plan_placement(job.spec, job.read_nodes(), job.entry.accelerator)
 
     def _explain(self, plan: PlacementPlan, *, is_first: bool) -> None:
         """Records what the job waits for: once, or repeatedly if it can never fit."""

@@ -30,6 +30,18 @@ class ProblemMessage(Message):
     detail: str
 
 
+class NodeExclusion(Message):
+    """A node on which no rank may start, although Ray can use it."""
+
+    node_id: str
+    address: str
+    reason: str
+    since: float
+    """When it was excluded, in seconds since the epoch."""
+    by: str
+    """Id of the job whose failure excluded it, or `admin`."""
+
+
 # ---- agent and service
 
 
@@ -46,6 +58,13 @@ class NodeInfo(Message):
     labels: dict[str, str] = Field(default_factory=dict)
     storage_ok: bool | None = None
     """Whether the node can read the shared storage; None: not checked yet."""
+    draining: bool = False
+    """Whether the node is about to go; Ray starts nothing there any more."""
+    drain_deadline: float | None = None
+    """When it goes, in seconds since the epoch; None: not known."""
+    excluded: str | None = None
+    """Why no rank may start there; None: the node is not excluded. Set by the readers of a
+    report, not by the agent."""
 
 
 class DriverStatus(Message):
@@ -131,6 +150,9 @@ class DesiredJob(Message):
     """Counter: each increase requests one diagnosis now."""
     resumes: int = 0
     """Counter: each increase resumes the job after its end, with the spec above."""
+    excluded_nodes: tuple[NodeExclusion, ...] = ()
+    """Nodes of the cluster on which no rank may start. Their change alone does not
+    increase the revision."""
 
 
 class DesiredReply(Message):

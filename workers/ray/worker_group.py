@@ -8,7 +8,7 @@ earlier one. Makes no decisions. Must not know: HTTP, torch, what follows a deat
 
 import contextlib
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -109,6 +109,15 @@ class WorkerGroup:
         """Returns the node id of each bundle of the ready placement group."""
         table: dict[str, Any] = ray.util.placement_group_table(self.placement_group(plan))
         return dict(table["bundles_to_node_id"])
+
+    def lies_on(self, node_ids: Collection[str]) -> bool:
+        """Whether the placement group has a bundle on one of the nodes."""
+        try:
+            group = ray.util.get_placement_group(self._job_id)
+        except ValueError:
+            return False
+        table: dict[str, Any] = ray.util.placement_group_table(group)
+        return not set(node_ids).isdisjoint(table["bundles_to_node_id"].values())
 
     def remove_placement_group(self) -> None:
         """Releases the resources; Ray kills processes that still use them."""

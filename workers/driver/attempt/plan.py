@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from workers.decisions.drains import Drain
 from workers.decisions.placement import RankPlace
 from workers.decisions.stragglers import SlowRank
 from workers.driver.commit import WholeCheckpoint, source_of
@@ -66,6 +67,12 @@ class AttemptListener(Protocol):
 
     def stop_requested(self, desired: DesiredState) -> None:
         """The ranks are about to get a stop command."""
+
+    def draining(self, drain: Drain) -> None:
+        """The ranks are about to get a stop command, because nodes of theirs go."""
+
+    def storage_slow(self, message: str) -> None:
+        """A checkpoint takes longer than it should."""
 
     def checkpoint_requested(self, checkpoint_requests: int) -> None:
         """The ranks got checkpoint commands, `checkpoint_requests` in all."""

@@ -8,10 +8,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from workers.decisions import recovery
+from workers.decisions.drains import Drain
 from workers.decisions.placement import RankPlace
 from workers.decisions.recovery import RecoveryWatch
 from workers.decisions.stragglers import SlowRank
 from workers.driver.attempt.spares import SparePool
+from workers.driver.bad_nodes import avoid_nodes
 from workers.driver.commit import WholeCheckpoint
 from workers.driver.context import JobContext
 from workers.protocol.states import AttemptState, DesiredState, JobState
@@ -51,6 +53,8 @@ class JobProgress:
         self._record_running()
         if self._spares is not None:
             self._spares.maintain()
+        # What the nodes of dead ranks have reported since.
+        avoid_nodes(self._job, self._job.ports.dead_rank_files.take_bad_nodes())
         # A recovery ends with the first step that no earlier attempt had reached.
         step = data["step"]
         self._highest_step = max(self._highest_step, step)
@@ -76,6 +80,20 @@ class JobProgress:
     def stop_requested(self, desired: DesiredState) -> None:
         """The ranks are about to get a stop command."""
         self._job.write(stopping=desired)
+
+    def draining(self, drain: Drain) -> None:
+        """The ranks are about to get a stop command, because nodes of theirs go."""
+        now = self._job.ports.clock()
+        remaining_s = None
+        if drain.deadline is not None:
+            remaining_s = round(drain.deadline - now, 1)
+        data = {"nodes": dict(drain.nodes), "deadline_s": remaining_s}
+        message = drain.sentence(now)
+        self._job.records.event("node.draining", message, "warn", data, drain.ranks)
+
+    def storage_slow(self, message: str) -> None:
+        """A checkpoint takes longer than it should."""
+        self._job.records.event("storage.slow", message, "warn")
 
     def checkpoint_requested(self, checkpoint_requests: int) -> None:
         """The ranks got checkpoint commands, `checkpoint_requests` in all."""

@@ -183,7 +183,8 @@ class RankMonitor:
         elif reply.state is RankState.FAILED and view.state is not RankState.FAILED:
             error = reply.error or {}
             kind, message = describe_error(error)
-            self._fail(kind, message, rank, str(error.get("traceback", "")))
+            detail = str(error.get("traceback", ""))
+            self._fail(kind, message, rank, detail, error.get("step"))
 
     def _handle_death(self, view: RankView, answer: PollResult) -> None:
         death = answer.death or Death(FailureKind.PROCESS_DIED, "its process died")
@@ -199,7 +200,12 @@ class RankMonitor:
         self._fail(kind, message, rank)
 
     def _fail(
-        self, kind: FailureKind, message: str, rank: int | None, detail: str = ""
+        self,
+        kind: FailureKind,
+        message: str,
+        rank: int | None,
+        detail: str = "",
+        step: int | None = None,
     ) -> None:
         order = len(self.failures)
-        self.failures.append(Failure(kind, message, rank, order, detail))
+        self.failures.append(Failure(kind, message, rank, order, detail, step))
