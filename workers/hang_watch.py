@@ -11,8 +11,8 @@ from types import TracebackType
 from typing import Self
 
 from megatron_ray.reports import Report, StepReport
-from workers.decisions.diagnosis import RankEvidence, is_waiting, place_of
 from workers.decisions.liveness import Progress, hang_limit_s
+from workers.decisions.ranks.diagnosis import RankEvidence, is_waiting, place_of
 from workers.rank.evidence import gather_evidence
 
 _TURN_S = 1.0

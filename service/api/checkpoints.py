@@ -12,8 +12,8 @@ from service.api.models import Attempt, Checkpoint, JobId, Page, RankPlacement
 from service.http.dependencies import ContextDep
 from service.http.parameters import WRITTEN_NUMBER, check_query
 from service.jobs import lifecycle
-from service.jobs.ranks import slow_ranks
-from service.jobs.ranks.slow_ranks import SlowRank
+from service.jobs.reports import slow_ranks
+from service.jobs.reports.slow_ranks import SlowRank
 from service.store.schema import AttemptRow, CheckpointRow
 
 router = APIRouter(prefix="/v1", tags=["history"], dependencies=[Depends(check_query)])

@@ -30,7 +30,7 @@ from service.exceptions import NotFoundError
 from service.http.errors import problem_document
 from service.jobs.agents import Agents
 from service.jobs.queue import Cancelled
-from service.jobs.ranks.slow_ranks import SlowRank
+from service.jobs.reports.slow_ranks import SlowRank
 from service.store.schema import (
     AttemptRow,
     CheckpointRow,

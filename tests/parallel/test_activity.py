@@ -12,8 +12,8 @@ import torch.distributed as dist
 from megatron_ray.distributed import collectives
 from megatron_ray.distributed.activity import PROCESS
 from megatron_ray.training.step_timer import StepTimer
-from workers.decisions.diagnosis import Confidence, RankEvidence, diagnose
-from workers.decisions.stragglers import WINDOW_S, WINDOWS, Pace, StragglerWatch
+from workers.decisions.ranks.diagnosis import Confidence, RankEvidence, diagnose
+from workers.decisions.ranks.stragglers import WINDOW_S, WINDOWS, Pace, StragglerWatch
 from workers.rank.evidence import gather_evidence
 
 pytestmark = pytest.mark.parallel

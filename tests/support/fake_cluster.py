@@ -14,13 +14,13 @@ from typing import Any
 from megatron_ray.checkpoint.directory import checkpoint_path
 from megatron_ray.commands import Command
 from megatron_ray.storage.storage import LocalStorage
-from workers.decisions.diagnosis import Frame, GroupCounts, RankEvidence, Wait
 from workers.decisions.exclusions import BadNode
 from workers.decisions.failures import FailureKind
 from workers.decisions.journal_entry import DeadRank
 from workers.decisions.placement import PlacementPlan, SlotFacts
+from workers.decisions.ranks.diagnosis import Frame, GroupCounts, RankEvidence, Wait
+from workers.decisions.ranks.stragglers import Pace
 from workers.decisions.slot_assignment import WorkerToStart
-from workers.decisions.stragglers import Pace
 from workers.driver.logs import JobLogs
 from workers.driver.ports import JobPorts
 from workers.driver.records.outbox import RecordLog

@@ -187,7 +187,7 @@ class Record(Message):
         checkpoint  {action: committed|deleted, step, path, bytes, loss}
         problem     {problems: [{pointer, code, detail}]}: user error found in preparation
         diagnosis   {trigger, reason, confidence, culprits, ranks, stacks, ...}: see
-                    `decisions.diagnosis_report`
+                    `decisions.ranks.diagnosis_report`
         step, eval  the fields of StepReport, EvalReport
     """
 

@@ -28,8 +28,8 @@ from megatron_ray.reports import (
     SkippedStepReport,
     StepReport,
 )
-from workers.decisions.diagnosis import RankEvidence
-from workers.decisions.stragglers import Pace
+from workers.decisions.ranks.diagnosis import RankEvidence
+from workers.decisions.ranks.stragglers import Pace
 from workers.rank.environment import raise_priority
 from workers.rank.evidence import gather_evidence
 from workers.rank.log_file import LogFile

@@ -20,7 +20,7 @@ from time import perf_counter
 from types import FrameType
 
 from megatron_ray.distributed.activity import PROCESS
-from workers.decisions.diagnosis import Frame, GroupCounts, RankEvidence, Wait
+from workers.decisions.ranks.diagnosis import Frame, GroupCounts, RankEvidence, Wait
 
 _MAX_FRAMES = 60
 _MAX_THREADS = 16

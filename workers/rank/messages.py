@@ -8,7 +8,7 @@ from enum import StrEnum
 from typing import Any
 
 from megatron_ray.exceptions import InputError
-from workers.decisions.stragglers import Pace
+from workers.decisions.ranks.stragglers import Pace
 from workers.exceptions import WorkersError
 from workers.rank.environment import RankEnv
 from workers.rank.spool import Line

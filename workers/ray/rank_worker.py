@@ -20,8 +20,8 @@ from typing import Any, ClassVar
 import ray
 
 from megatron_ray.commands import Command
-from workers.decisions.diagnosis import RankEvidence
 from workers.decisions.placement import SlotFacts
+from workers.decisions.ranks.diagnosis import RankEvidence
 from workers.rank.attempt import LINGER_S, RankAttempt, Train, import_and_train
 from workers.rank.environment import (
     lower_priority,

@@ -18,9 +18,9 @@ from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from megatron_ray.commands import Command
-from workers.decisions.diagnosis import RankEvidence
 from workers.decisions.failures import FailureKind
 from workers.decisions.placement import PlacementPlan, SlotFacts
+from workers.decisions.ranks.diagnosis import RankEvidence
 from workers.decisions.slot_assignment import WorkerToStart
 from workers.exceptions import WorkersError
 from workers.rank.messages import Fence, NextReply, Poll, StartRequest

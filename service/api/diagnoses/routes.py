@@ -15,7 +15,7 @@ from service.http.dependencies import ContextDep, CurrentCaller
 from service.http.idempotency import IdempotentRequest
 from service.http.parameters import check_query
 from service.jobs import lifecycle
-from service.jobs.ranks import diagnoses
+from service.jobs.reports import diagnoses
 
 router = APIRouter(
     prefix="/v1",

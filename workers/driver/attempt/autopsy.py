@@ -9,8 +9,8 @@ answer. A rank that does not answer in time is evidence, too.
 
 from collections.abc import Mapping
 
-from workers.decisions.diagnosis import RankEvidence, diagnose
-from workers.decisions.diagnosis_report import Examined, report_of
+from workers.decisions.ranks.diagnosis import RankEvidence, diagnose
+from workers.decisions.ranks.diagnosis_report import Examined, report_of
 from workers.driver.attempt.plan import AttemptPlan
 from workers.driver.ports import JobPorts
 

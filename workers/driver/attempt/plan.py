@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from workers.decisions.drains import Drain
 from workers.decisions.placement import RankPlace
-from workers.decisions.stragglers import SlowRank
+from workers.decisions.ranks.stragglers import SlowRank
 from workers.driver.commit import WholeCheckpoint, source_of
 from workers.protocol.states import DesiredState
 from workers.rank.messages import Fence

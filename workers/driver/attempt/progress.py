@@ -10,8 +10,8 @@ from typing import Any
 from workers.decisions import recovery
 from workers.decisions.drains import Drain
 from workers.decisions.placement import RankPlace
+from workers.decisions.ranks.stragglers import SlowRank
 from workers.decisions.recovery import RecoveryWatch
-from workers.decisions.stragglers import SlowRank
 from workers.driver.attempt.spares import SparePool
 from workers.driver.bad_nodes import avoid_nodes
 from workers.driver.commit import WholeCheckpoint

@@ -11,7 +11,7 @@ from workers.decisions import liveness
 from workers.decisions.failures import Failure, FailureKind, describe_error
 from workers.decisions.liveness import Progress
 from workers.decisions.placement import RankPlace
-from workers.decisions.stragglers import Pace
+from workers.decisions.ranks.stragglers import Pace
 from workers.driver.attempt.plan import AttemptPlan
 from workers.driver.logs import JobLogs
 from workers.driver.ports import JobPorts

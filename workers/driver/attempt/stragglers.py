@@ -1,12 +1,12 @@
 """Watches the paces of an attempt's ranks.
 
 Owns: which ranks are compared, when, and the listener's calls. Must not know: the
-comparison (`decisions.stragglers`), what follows.
+comparison (`decisions.ranks.stragglers`), what follows.
 """
 
 from collections.abc import Callable, Mapping
 
-from workers.decisions.stragglers import WINDOW_S, Pace, StragglerWatch
+from workers.decisions.ranks.stragglers import WINDOW_S, Pace, StragglerWatch
 from workers.driver.attempt.plan import AttemptListener, AttemptPlan
 
 

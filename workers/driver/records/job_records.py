@@ -13,7 +13,7 @@ from typing import Any
 
 from megatron_ray.data.prepared import PreparedData
 from workers.decisions.placement import RankPlace
-from workers.decisions.stragglers import SlowRank, describe_slow
+from workers.decisions.ranks.stragglers import SlowRank, describe_slow
 from workers.driver.records.outbox import Outbox
 from workers.protocol.events import EventType
 from workers.protocol.states import AttemptState, JobState, StatusReason

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import pytest
 
-from workers.decisions.stragglers import (
+from workers.decisions.ranks.stragglers import (
     WINDOW_S,
     WINDOWS,
     Pace,

@@ -8,14 +8,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from workers.decisions.diagnosis import (
+from workers.decisions.placement import RankPlace
+from workers.decisions.ranks.diagnosis import (
     Diagnosis,
     Evidence,
     Frame,
     RankEvidence,
     stacks_by_ranks,
 )
-from workers.decisions.placement import RankPlace
 
 MAX_RANKS = 64
 """Ranks that a report lists one by one: the culprits, then by number."""

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from workers.decisions.diagnosis import (
+from workers.decisions.ranks.diagnosis import (
     DEVICE,
     Confidence,
     Diagnosis,
