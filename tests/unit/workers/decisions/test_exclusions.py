@@ -4,10 +4,16 @@ from typing import Any
 
 import pytest
 
-from workers.decisions.exclusions import bad_nodes, mark, node_of_defects
+from workers.decisions.exclusions import (
+    bad_nodes,
+    mark,
+    node_of_defects,
+    slow_nodes,
+)
 from workers.decisions.failures import Failure, FailureKind
 from workers.decisions.gpu_errors import kernel_defects
 from workers.decisions.placement import RankPlace, is_usable
+from workers.decisions.ranks.stragglers import SlowRank
 from workers.protocol.wire import NodeInfo
 
 
@@ -87,3 +93,11 @@ def test_the_kernel_tells_defects_from_faults_of_processes() -> None:
     bad = node_of_defects(place(5, "n3"), DEFECTS)
     assert bad.reason == f"its kernel reported: {DEFECTS[0]} and 3 more"
     assert (bad.node_id, bad.is_listed) == ("n3", True)
+
+
+def test_slow_ranks_speak_against_their_node_once() -> None:
+    slow = [SlowRank(2, 0.18, 0.1), SlowRank(3, 0.2, 0.1)]
+    (bad,) = slow_nodes(slow, PLACES)
+    assert (bad.node_id, bad.is_listed) == ("n2", True)
+    assert bad.reason == "rank 3 there was 2.0 times as slow as its peers"
+    assert slow_nodes([], PLACES) == ()

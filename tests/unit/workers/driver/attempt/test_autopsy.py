@@ -8,6 +8,7 @@ import pytest
 
 from tests.support.fake_cluster import (
     JOB_ID,
+    NODE,
     FakeCluster,
     FakeControlPlane,
     FakeProcess,
@@ -24,8 +25,8 @@ def cluster() -> FakeCluster:
 
 
 @pytest.fixture
-def control_plane(tmp_path: Path) -> FakeControlPlane:
-    spec = {
+def spec(tmp_path: Path) -> dict[str, Any]:
+    return {
         "model": {"preset": "gpt-tiny"},
         "parallel": {"tp": 2, "dp": 1},
         "data": {"train": [{"path": "x"}], "tokenizer": {"kind": "bytes"}},
@@ -34,6 +35,10 @@ def control_plane(tmp_path: Path) -> FakeControlPlane:
         "storage": {"path": str(tmp_path)},
         "restart": {"hang_timeout_s": 10.0},
     }
+
+
+@pytest.fixture
+def control_plane(spec: dict[str, Any], tmp_path: Path) -> FakeControlPlane:
     return FakeControlPlane(spec, str(tmp_path))
 
 
@@ -143,3 +148,27 @@ def test_a_rank_whose_own_work_takes_longer_is_reported_once(
     assert event["data"]["node_id"] == "node"
     assert "rank 1 on 127.0.0.1 is slow" in event["message"]
     assert control_plane.events("rank.recovered") == []
+
+
+@pytest.mark.parametrize("is_excluded", [True, False])
+def test_the_node_of_a_slow_rank_is_left_after_a_failure_if_the_spec_has_it(
+    tmp_path: Path, cluster: FakeCluster, spec: dict[str, Any], is_excluded: bool
+) -> None:
+    other = NODE.model_copy(update={"node_id": "other"})
+    cluster.nodes = (NODE, other)
+    cluster.steps = 80
+    cluster.save_every = 40
+    cluster.paces = {0: 0.2, 1: 0.9}
+    cluster.dies = (0, 70)
+    control_plane = FakeControlPlane(
+        {**spec, "restart": {"exclude_slow": is_excluded}}, str(tmp_path)
+    )
+    run(control_plane, cluster)
+    assert control_plane.state is JobState.SUCCEEDED
+    excluded = control_plane.events("node.excluded")
+    if is_excluded:
+        assert cluster.node.node_id == "other"
+        assert "4.5 times as slow as its peers" in only(excluded)["message"]
+    else:
+        assert cluster.node.node_id == "node"
+        assert excluded == []
