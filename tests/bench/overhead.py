@@ -30,6 +30,7 @@ from workers.protocol.wire import AgentReport, NodeInfo
 from workers.rank.attempt import RankAttempt
 from workers.rank.environment import RankEnv
 from workers.rank.messages import StartRequest
+from workers.rank.stores import HashStore
 
 ROUNDS = 7
 STEPS = 200
@@ -272,9 +273,9 @@ class Arrived:
 
 def record_cost() -> dict[str, Any]:
     """Nanoseconds that the process's record of collectives adds to one of them."""
-    store = dist.HashStore()
-    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
-    group = dist.group.WORLD
+    dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    group = dist.new_group([0])
+    assert group is not None
     collectives.name_groups({"dp": group})
     work = Arrived()
     costs = []
