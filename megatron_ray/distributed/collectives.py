@@ -1,22 +1,21 @@
 """Wraps the collectives of torch.distributed with types.
 
 Owns: names of collectives in torch's versions, and that each is in the process's record
-(`activity`). Must not know: axes, layers, buckets.
+(`recording`). Must not know: axes, layers, buckets.
 
 The group is always an argument; `None` is a group of one rank, for which every
 collective is the identity. The handle of `start_...` must be waited for before the
 result is read; until then its tensors must not change.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from time import perf_counter
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_ray.distributed.activity import PROCESS, GroupRecord, Operation
+from megatron_ray.distributed.recording import enter, enter_message
 
 Group = dist.ProcessGroup | None
 
@@ -82,71 +81,6 @@ class _PendingWithFinish:
 
     def is_completed(self) -> bool:
         return self._is_done
-
-
-class _Recorded(Operation):
-    """A collective that the process's record shows while the host waits for it."""
-
-    __slots__ = ("work",)
-    work: Any
-    """The handle of torch, or one of those above; set once the collective is started."""
-
-    def wait(self) -> object:
-        # Written out, because each call of a function costs a tenth of the record.
-        started = perf_counter()
-        PROCESS.waiting_since = started
-        PROCESS.waiting = self
-        try:
-            return self.work.wait()
-        finally:
-            PROCESS.waiting = None
-            PROCESS.waited_s += perf_counter() - started
-
-    def is_completed(self) -> bool:
-        return bool(self.work.is_completed())
-
-
-def _enter(name: str, group: dist.ProcessGroup) -> _Recorded:
-    """Records a collective before it is started, which may block already."""
-    record = PROCESS.groups.get(id(group)) or _add_group(group, group.group_desc)
-    number = record.entered + 1
-    record.entered = number
-    entry = _Recorded()
-    entry.name = name
-    entry.group = record
-    entry.number = number
-    entry.peer = None
-    return entry
-
-
-def _enter_message(
-    name: str, group: dist.ProcessGroup, peer: int, *, is_send: bool
-) -> _Recorded:
-    """Records a message to or from a rank of the group."""
-    record = PROCESS.groups.get(id(group)) or _add_group(group, group.group_desc)
-    global_peer = record.members[peer]
-    counts = record.received
-    if is_send:
-        counts = record.sent
-    number = counts.get(global_peer, 0) + 1
-    counts[global_peer] = number
-    entry = _Recorded.of(name, record, number)
-    entry.peer = global_peer
-    return entry
-
-
-def name_groups(groups: Mapping[str, Group]) -> None:
-    """Begins the process's record with these groups, each under its first name."""
-    PROCESS.begin()
-    for name, group in groups.items():
-        if group is not None and id(group) not in PROCESS.groups:
-            _add_group(group, name)
-
-
-def _add_group(group: dist.ProcessGroup, axis: str) -> GroupRecord:
-    record = GroupRecord(axis, tuple(dist.get_process_group_ranks(group)))
-    PROCESS.groups[id(group)] = record
-    return record
 
 
 def size(group: Group) -> int:
@@ -252,7 +186,7 @@ def start_all_reduce(
     """Starts a sum (or maximum) of a contiguous tensor, in place."""
     if group is None:
         return DONE
-    entry = _enter("all_reduce", group)
+    entry = enter("all_reduce", group)
     if tensor.device.type == "cpu" and group.size() == 2:
         entry.work = _start_pair_reduction(tensor, group, op)
     else:
@@ -282,7 +216,7 @@ def start_reduce_scatter_into(shard: Tensor, tensor: Tensor, group: Group) -> Pe
     """
     if group is None:
         return DONE
-    entry = _enter("reduce_scatter", group)
+    entry = enter("reduce_scatter", group)
     if tensor.device.type == "cpu":
         entry.work = _start_direct_reduce_scatter(shard, tensor, group)
     else:
@@ -328,7 +262,7 @@ def start_all_gather_into(output: Tensor, shard: Tensor, group: Group) -> Pendin
     """
     if group is None:
         return DONE
-    entry = _enter("all_gather", group)
+    entry = enter("all_gather", group)
     if shard.device.type == "cpu":
         parts = output.view(group.size(), *shard.shape)
         if parts[group.rank()].data_ptr() != shard.data_ptr():
@@ -377,7 +311,7 @@ def start_send(tensor: Tensor, to: int, group: Group) -> Pending:
     """
     if group is None:
         raise ValueError("a group of one rank has no receiver")
-    entry = _enter_message("send", group, to, is_send=True)
+    entry = enter_message("send", group, to, is_send=True)
     entry.work = dist.isend(tensor, group=group, group_dst=to)
     return entry
 
@@ -386,7 +320,7 @@ def start_receive(tensor: Tensor, sender: int, group: Group) -> Pending:
     """Starts receiving from a rank of the group into `tensor`."""
     if group is None:
         raise ValueError("a group of one rank has no sender")
-    entry = _enter_message("receive", group, sender, is_send=False)
+    entry = enter_message("receive", group, sender, is_send=False)
     entry.work = dist.irecv(tensor, group=group, group_src=sender)
     return entry
 
@@ -402,7 +336,7 @@ def start_exchange(
         incoming.copy_(outgoing)
         return DONE
     # All ranks of a ring exchange, so it counts as a collective.
-    entry = _enter("exchange", group)
+    entry = enter("exchange", group)
     if outgoing.device.type != "cuda":
         # gloo buffers sends, so two separate operations cannot deadlock.
         sent = dist.isend(outgoing, group=group, group_dst=to)
@@ -434,7 +368,7 @@ def all_to_all_rows(
     received = torch.empty(
         (num_rows, *tensor.shape[1:]), dtype=tensor.dtype, device=tensor.device
     )
-    entry = _enter("all_to_all", group)
+    entry = enter("all_to_all", group)
     # torch takes lists, or None for equal parts.
     entry.work = dist.all_to_all_single(
         received,

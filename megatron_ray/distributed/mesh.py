@@ -16,6 +16,7 @@ import torch.distributed as dist
 from megatron_ray.distributed import collectives, device
 from megatron_ray.distributed.collectives import Group
 from megatron_ray.distributed.device_kind import DeviceKind
+from megatron_ray.distributed.recording import name_groups
 from megatron_ray.parallel_dims import ParallelDims
 
 
@@ -108,7 +109,7 @@ class ParallelMesh:
                 dims.experts.group_of(rank, ("edp",)), "edp"
             ),
         }
-        collectives.name_groups(_axis_names(groups, cp_levels))
+        name_groups(_axis_names(groups, cp_levels))
         # Each group once, as axes may share a group, in the same order on all ranks.
         for group in dict.fromkeys((*groups.values(), *cp_levels)):
             collectives.barrier(group, torch_device)

@@ -23,7 +23,7 @@ from typing import Any
 import httpx
 import torch.distributed as dist
 
-from megatron_ray.distributed import collectives
+from megatron_ray.distributed import recording
 from megatron_ray.reports import StepReport
 from tests.support.running_stack import Road, stack
 from workers.protocol.wire import AgentReport, NodeInfo
@@ -276,13 +276,13 @@ def record_cost() -> dict[str, Any]:
     dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
     group = dist.new_group([0])
     assert group is not None
-    collectives.name_groups({"dp": group})
+    recording.name_groups({"dp": group})
     work = Arrived()
     costs = []
     for _ in range(RECORD_ROUNDS):
         started = time.thread_time_ns()
         for _ in range(RECORDS):
-            entry = collectives._enter("all_reduce", group)
+            entry = recording.enter("all_reduce", group)
             entry.work = work
             entry.wait()
         between = time.thread_time_ns()

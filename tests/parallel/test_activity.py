@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from megatron_ray.distributed import collectives
 from megatron_ray.distributed.activity import PROCESS
+from megatron_ray.distributed.recording import name_groups
 from megatron_ray.training.step_timer import StepTimer
 from workers.decisions.ranks.diagnosis import Confidence, RankEvidence, diagnose
 from workers.decisions.ranks.stragglers import WINDOW_S, WINDOWS, Pace, StragglerWatch
@@ -40,7 +41,7 @@ def examined(work: Callable[[], None]) -> RankEvidence:
 def reductions(rank: int, world_size: int) -> RankEvidence:
     """Rank 1 stays in its own code before the third reduction."""
     group = dist.group.WORLD
-    collectives.name_groups({"dp": group})
+    name_groups({"dp": group})
 
     def work() -> None:
         for number in range(3):
@@ -59,14 +60,14 @@ def test_a_rank_in_its_own_code_is_named(run_ranks: Callable[..., list[Any]]) ->
     assert "read_block (" in diagnosis.reason
     for rank in (0, 2):
         assert rows[rank].wait.operation == "all_reduce"
-        assert "collectives.py" in rows[rank].frames[0].file
+        assert "recording.py" in rows[rank].frames[0].file
         assert rows[rank].memory_bytes > 0
 
 
 def stages(rank: int, world_size: int) -> RankEvidence:
     """A pipeline of three: the first stage does not send its second message."""
     group = dist.group.WORLD
-    collectives.name_groups({"pp": group})
+    name_groups({"pp": group})
 
     def work() -> None:
         for number in range(2):
@@ -90,12 +91,13 @@ def test_the_stage_that_does_not_send_is_named(run_ranks: Callable[..., list[Any
 
 
 def steps(rank: int, world_size: int) -> Pace:
-    """Five steps with a reduction each; rank 1 works twice as long."""
+    """Five steps with a reduction each; rank 1 works ten times as long."""
     group = dist.group.WORLD
-    collectives.name_groups({"dp": group})
+    name_groups({"dp": group})
+    collectives.barrier(group, torch.device("cpu"))
     timer = StepTimer()
     for _ in range(5):
-        time.sleep(0.05 if rank == 1 else 0.02)
+        time.sleep(0.15 if rank == 1 else 0.015)
         collectives.all_reduce(torch.ones(4), group)
         timer.finish()
     return Pace(PROCESS.steps, PROCESS.own_s, PROCESS.step_s)
@@ -106,8 +108,8 @@ def test_own_times_show_the_slow_rank_and_step_times_do_not(
 ) -> None:
     paces = run_ranks(steps, 3)
     assert [pace.steps for pace in paces] == [5, 5, 5]
-    assert max(pace.step_s for pace in paces) < 1.3 * min(pace.step_s for pace in paces)
-    assert paces[1].own_s > 1.3 * max(paces[0].own_s, paces[2].own_s)
+    assert min(pace.step_s for pace in paces) > 0.6 * max(pace.step_s for pace in paces)
+    assert paces[1].own_s > 1.5 * max(paces[0].own_s, paces[2].own_s)
     watch = StragglerWatch(((0, 1, 2),), 0.0)
     for window in range(WINDOWS + 1):
         so_far = {}
