@@ -8,17 +8,19 @@ again. Ranks that run on the node stay there until their attempt ends.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
 from service.exceptions import NotFoundError, RequestInvalidError
 from service.jobs import lifecycle, queue
-from service.store.schema import ClusterRow, NodeExclusionRow
+from service.store.schema import ClusterRow, JobRow, NodeExclusionRow
 from workers.protocol.wire import AgentReport, NodeExclusion, NodeInfo
 
 ADMIN = "admin"
+_MAX_REASON_CHARS = 1000
 _MIN_PREFIX_CHARS = 6
 """Characters of a node's id that are taken for it."""
 
@@ -50,20 +52,22 @@ def exclude(session: Session, cluster: str, node: str, reason: str) -> None:
     An entry for the same node gets the new reason. Raises RequestInvalidError.
     """
     row = lifecycle.lock_cluster(session, cluster)
-    found = _find(_nodes(row), node)
-    _add(session, row, found, reason, ADMIN)
+    _add(session, row, _find(_nodes(row), node), reason, ADMIN)
 
 
-def exclude_for_job(
-    session: Session, cluster: str, job_id: str, node_id: str, reason: str
-) -> None:
-    """Adds a node on which a job has failed, unless it is listed or gone."""
-    row = lifecycle.lock_cluster(session, cluster)
-    if session.get(NodeExclusionRow, (cluster, node_id)) is not None:
+def exclude_for_job(session: Session, job: JobRow, data: Mapping[str, Any]) -> None:
+    """Adds a node on which a job has failed, unless it is listed or gone.
+
+    `data` are those of the driver's event.
+    """
+    row = lifecycle.lock_cluster(session, job.cluster)
+    node_id = str(data.get("node_id"))
+    if session.get(NodeExclusionRow, (job.cluster, node_id)) is not None:
         return
+    reason = str(data.get("reason", ""))[:_MAX_REASON_CHARS]
     for node in _nodes(row):
         if node.node_id == node_id and node.alive:
-            _add(session, row, node, reason, job_id)
+            _add(session, row, node, reason, job.id)
 
 
 def include(session: Session, cluster: str, node: str) -> None:
@@ -134,13 +138,13 @@ def _nodes(row: ClusterRow) -> tuple[NodeInfo, ...]:
 def _find(nodes: Sequence[NodeInfo], name: str) -> NodeInfo:
     """Returns the living node of a name. Raises RequestInvalidError."""
     alive = [node for node in nodes if node.alive]
-    found = [node for node in alive if _is_named(node, name)]
-    if len(found) == 1:
-        return found[0]
+    named = [node for node in alive if _is_named(node, name)]
+    if len(named) == 1:
+        return named[0]
     detail = f"no living node has the id or address {name[:80]!r}"
-    if found:
-        ids = ", ".join(node.node_id for node in found)
-        detail = f"{len(found)} nodes are named {name[:80]!r}; name one by its id: {ids}"
+    if named:
+        ids = ", ".join(node.node_id for node in named)
+        detail = f"{len(named)} nodes are named {name[:80]!r}; name one by its id: {ids}"
     elif alive:
         addresses = ", ".join(sorted({node.address for node in alive}))
         detail = f"{detail}; there are {addresses}"

@@ -18,7 +18,7 @@ from megatron_ray.config.problem import Problem
 from service.exceptions import RequestInvalidError
 from service.jobs import lifecycle, node_exclusions, queue
 from service.jobs.lifecycle import NewEvent
-from service.jobs.reports import diagnoses, messages
+from service.jobs.reports import diagnoses
 from service.store import evaluations, metrics
 from service.store.database import Store, wake
 from service.store.evaluations import parse_evaluation
@@ -31,6 +31,8 @@ from workers.protocol.wire import Record
 _SMOOTHING = 0.9
 """Weight of the past in the step time that the ETA is computed from."""
 _MAX_KIND_CHARS = 50
+_MAX_NOTES = 50
+_MAX_NOTE_CHARS = 2000
 
 
 class _Data(BaseModel):
@@ -62,11 +64,6 @@ class _EventData(_Data):
     ranks: tuple[int, ...] = ()
 
 
-class _ExcludedData(_Data):
-    node_id: str = Field(max_length=64)
-    reason: str = Field(max_length=2000)
-
-
 class _RanksData(_Data):
     ranks: list[dict[str, Any]]
 
@@ -81,6 +78,17 @@ class _CheckpointData(_Data):
 
 class _ProblemData(_Data):
     problems: tuple[Problem, ...] = Field(min_length=1)
+
+
+class _CorpusData(_Data):
+    num_tokens: int
+    num_documents: int
+
+
+class _ManifestData(_Data):
+    train: tuple[_CorpusData, ...]
+    validation: tuple[_CorpusData, ...]
+    vocab_size: int
 
 
 class RecordApplier:
@@ -155,11 +163,7 @@ class RecordApplier:
         event = self._event(record, data.type, data.message, data.data)
         self._add(dataclasses.replace(event, level=data.level, ranks=data.ranks))
         if data.type == EventType.NODE_EXCLUDED:
-            excluded = _ExcludedData.model_validate(data.data)
-            job = self._job
-            node_exclusions.exclude_for_job(
-                self._session, job.cluster, job.id, excluded.node_id, excluded.reason
-            )
+            node_exclusions.exclude_for_job(self._session, self._job, data.data)
 
     def _apply_attempt(self, record: Record) -> None:
         data = _AttemptData.model_validate(record.data)
@@ -201,9 +205,7 @@ class RecordApplier:
         for rank in data.ranks:
             node_ids.add(rank.get("node_id"))
         num_nodes = len(node_ids)
-        message = (
-            f"{messages.count(num_ranks, 'rank')} on {messages.count(num_nodes, 'node')}"
-        )
+        message = f"{_count(num_ranks, 'rank')} on {_count(num_nodes, 'node')}"
         counts = {"ranks": num_ranks, "nodes": num_nodes}
         self._add(self._event(record, "ranks.assigned", message, counts))
 
@@ -219,9 +221,9 @@ class RecordApplier:
         num_steps = record.data.get("steps")
         if isinstance(num_steps, int):
             job.resolved_spec = _with_steps(job.resolved_spec, num_steps)
-        message = messages.prepared_message(manifest)
+        message = _prepared_message(manifest)
         self._add(self._event(record, "job.prepared", message))
-        for note in messages.notes(manifest):
+        for note in _notes(manifest):
             # Not numbered: the record already has an event with its number.
             self._add(NewEvent("data.note", note, at=record.at))
         first_document = manifest.get("first_document")
@@ -299,9 +301,7 @@ class RecordApplier:
                 "source_val_losses": evaluation.source_losses,
             }
             self._job.progress = {**self._job.progress, **result}
-        self._add(
-            self._event(record, "eval.completed", messages.evaluation_message(evaluation))
-        )
+        self._add(self._event(record, "eval.completed", evaluation.sentence()))
 
     def _keep_unknown(self, record: Record) -> None:
         """Stores a record of an unknown kind, sent by a newer driver."""
@@ -398,3 +398,35 @@ def _with_steps(spec: dict[str, Any], num_steps: int) -> dict[str, Any]:
     """Returns a resolved spec with the steps of its number of epochs."""
     length = {"steps": num_steps, "epochs": None, "tokens": None}
     return {**spec, "training": {**spec["training"], **length}}
+
+
+def _prepared_message(manifest: dict[str, Any]) -> str:
+    try:
+        data = _ManifestData.model_validate(manifest)
+    except ValidationError:
+        # A driver of another version may send other fields.
+        return "data ready"
+    parts = []
+    for split, corpora in (("training", data.train), ("validation", data.validation)):
+        num_tokens = sum(corpus.num_tokens for corpus in corpora)
+        num_documents = sum(corpus.num_documents for corpus in corpora)
+        documents = _count(num_documents, "document")
+        parts.append(f"{num_tokens:,} {split} tokens in {documents}")
+    return f"data ready: {', '.join(parts)}, vocabulary {data.vocab_size:,}"
+
+
+def _notes(manifest: dict[str, Any]) -> list[str]:
+    """Returns what the preparation reports about the data, one sentence each."""
+    notes = manifest.get("notes")
+    if not isinstance(notes, list | tuple):
+        return []
+    sentences = [str(note)[:_MAX_NOTE_CHARS] for note in notes[:_MAX_NOTES]]
+    if len(notes) > _MAX_NOTES:
+        sentences.append(f"and {len(notes) - _MAX_NOTES} more notes on the data")
+    return sentences
+
+
+def _count(number: int, noun: str) -> str:
+    if number == 1:
+        return f"1 {noun}"
+    return f"{number:,} {noun}s"

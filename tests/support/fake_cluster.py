@@ -14,8 +14,8 @@ from typing import Any
 from megatron_ray.checkpoint.directory import checkpoint_path
 from megatron_ray.commands import Command
 from megatron_ray.storage.storage import LocalStorage
-from workers.decisions.exclusions import BadNode
 from workers.decisions.failures import FailureKind
+from workers.decisions.faults.exclusions import BadNode
 from workers.decisions.journal_entry import DeadRank
 from workers.decisions.placement import PlacementPlan, SlotFacts
 from workers.decisions.ranks.diagnosis import Frame, GroupCounts, RankEvidence, Wait

@@ -10,7 +10,7 @@ from enum import StrEnum
 from typing import Any
 
 from megatron_ray.exceptions import ErrorKind
-from workers.decisions import gpu_errors
+from workers.decisions.faults import gpu_errors
 from workers.protocol.states import StatusReason
 
 

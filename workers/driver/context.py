@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_ray.checkpoint.directory import RunIdentity
 from megatron_ray.parallel_dims import ParallelDims
-from workers.decisions import exclusions
+from workers.decisions.faults import exclusions
 from workers.decisions.job_phases import Transition
 from workers.decisions.journal_entry import JournalEntry, Phase
 from workers.decisions.observations import ResumeRequested, StopRequested

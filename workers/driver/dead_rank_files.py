@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from workers.data_tasks import delete_job_folder, read_dead_rank_files
-from workers.decisions import exclusions, gpu_errors
-from workers.decisions.exclusions import BadNode
+from workers.decisions.faults import exclusions, gpu_errors
+from workers.decisions.faults.exclusions import BadNode
 from workers.decisions.journal_entry import DeadRank
 from workers.decisions.placement import RankPlace
 from workers.driver.commit import source_of

@@ -7,8 +7,8 @@ know: the policy, how ranks are started or supervised, HTTP, torch.
 from typing import Any
 
 from megatron_ray.checkpoint.directory import list_checkpoints
-from workers.decisions import exclusions
 from workers.decisions.failures import Failure, FailureKind
+from workers.decisions.faults import exclusions
 from workers.decisions.journal_entry import FailedAttempt, Phase
 from workers.decisions.observations import (
     AttemptAbandoned,
@@ -21,9 +21,9 @@ from workers.decisions.restart_policy import (
     RestartHistory,
     decide_restart,
 )
+from workers.driver.attempt.bad_nodes import avoid_nodes
 from workers.driver.attempt.progress import JobProgress
 from workers.driver.attempt.start import RankStarter
-from workers.driver.bad_nodes import avoid_nodes
 from workers.driver.context import JobContext
 from workers.protocol.states import AttemptState
 
@@ -135,7 +135,10 @@ class Recovery:
         cause = Failure(
             failed.kind, failed.message, failed.rank, detail=failed.detail, step=failed.step
         )
-        self._record_failure(cause, self._free_ranks())
+        silent_ranks: tuple[int, ...] = ()
+        if failed.kind is FailureKind.SILENT:
+            silent_ranks = failed.dead_ranks
+        self._record_failure(cause, self._free_ranks(silent_ranks))
         bad = exclusions.bad_nodes(cause, job.entry.ranks, failed.dead_ranks)
         if job.spec.restart.exclude_slow:
             slow = job.records.slow_ranks(job.entry.attempt)
@@ -161,9 +164,9 @@ class Recovery:
         self._record_decision(decision, origin)
         return RestartDecided(decision)
 
-    def _free_ranks(self) -> tuple[int, ...]:
+    def _free_ranks(self, silent_ranks: tuple[int, ...] = ()) -> tuple[int, ...]:
         self._has_freed_ranks = True
-        return self._starter.free_ranks()
+        return self._starter.free_ranks(silent_ranks)
 
     def _record_failure(self, cause: Failure, kept_slots: tuple[int, ...]) -> None:
         job = self._job

@@ -12,7 +12,7 @@ from typing import Any
 from megatron_ray.reports import CheckpointReport
 from megatron_ray.storage.errors import DiskFullError, StorageError
 from workers.decisions.failures import FailureKind
-from workers.decisions.slow_storage import OpenCheckpoint, slow_storage
+from workers.decisions.faults.slow_storage import OpenCheckpoint, slow_storage
 from workers.driver.attempt.plan import AttemptPlan
 from workers.driver.commit import CheckpointLedger, WholeCheckpoint, commit_whole
 from workers.driver.ports import JobPorts

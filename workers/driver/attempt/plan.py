@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from workers.decisions.drains import Drain
+from workers.decisions.faults.drains import Drain
 from workers.decisions.placement import RankPlace
 from workers.decisions.ranks.stragglers import SlowRank
 from workers.driver.commit import WholeCheckpoint, source_of

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from workers.decisions import recovery
-from workers.decisions.drains import Drain
+from workers.decisions.faults.drains import Drain
 from workers.decisions.placement import RankPlace
 from workers.decisions.ranks.stragglers import SlowRank
 from workers.decisions.recovery import RecoveryWatch
+from workers.driver.attempt.bad_nodes import avoid_nodes
 from workers.driver.attempt.spares import SparePool
-from workers.driver.bad_nodes import avoid_nodes
 from workers.driver.commit import WholeCheckpoint
 from workers.driver.context import JobContext
 from workers.protocol.states import AttemptState, DesiredState, JobState

@@ -124,12 +124,20 @@ class RankMonitor:
         now = self._clock()
         limit_s = liveness.silence_limit_s(has_stepped=has_stepped)
         answered_at = {}
+        node_of = {}
         for rank, view in self._views.items():
             if not view.state.is_over:
                 answered_at[rank] = view.answered_at
-        for rank in liveness.silent_ranks(now, answered_at, limit_s):
-            address = self._views[rank].place.address
-            message = f"node {address} has not answered for {limit_s:.0f} s"
+                node_of[rank] = view.place.node_id
+        silent = liveness.silent_with_nodes(now, answered_at, node_of, limit_s)
+        answering = {node_of[rank] for rank in answered_at if rank not in silent}
+        for rank in silent:
+            place = self._views[rank].place
+            # Of a node that still answers only this process is frozen.
+            subject = f"node {place.address}"
+            if place.node_id in answering:
+                subject = f"its process (pid {place.pid} on node {place.address})"
+            message = f"{subject} has not answered for {now - answered_at[rank]:.0f} s"
             self._add_dead_rank(rank, FailureKind.SILENT, message)
 
     def release(self, released: dict[int, int]) -> None:

@@ -4,6 +4,7 @@ Owns: the order of workers, rank map, store and start orders. Must not know: wha
 a start that fails, HTTP, torch.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from workers.decisions.failures import Failure
@@ -80,11 +81,17 @@ class RankStarter:
         data = {**timing.seconds, "promoted": ranks}
         self._job.records.event("ranks.started", message, data=data)
 
-    def free_ranks(self) -> tuple[int, ...]:
+    def free_ranks(self, silent_ranks: Collection[int] = ()) -> tuple[int, ...]:
         """Makes all living ranks leave their process groups and ends those that cannot.
 
-        Returns the slots whose process can be reused.
+        Silent ranks are ended at once. Returns the slots whose process can be reused.
         """
+        # Waiting for answers of a frozen node would only delay the recovery.
+        silent_slots = []
+        for place in self._job.entry.ranks:
+            if place.rank in silent_ranks:
+                silent_slots.append(place.slot)
+        self._group.kill_slots(silent_slots)
         # All at once: a rank blocked in a collective leaves it when its peers close
         # their connections. Otherwise it would wait for the collective's timeout.
         free = self._group.leave(self._job.fence, _LEAVE_TIMEOUT_S)

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 
 from megatron_ray.commands import Command
 from megatron_ray.reports import PhaseReport, StepReport
-from workers.decisions import drains
-from workers.decisions.drains import Drain
 from workers.decisions.failures import FailureKind
+from workers.decisions.faults import drains
+from workers.decisions.faults.drains import Drain
 from workers.decisions.observations import AttemptFailed, AttemptFinished
 from workers.driver.attempt.autopsy import Autopsy
 from workers.driver.attempt.committer import CheckpointCommitter, Committed

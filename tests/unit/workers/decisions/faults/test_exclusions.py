@@ -4,14 +4,14 @@ from typing import Any
 
 import pytest
 
-from workers.decisions.exclusions import (
+from workers.decisions.failures import Failure, FailureKind
+from workers.decisions.faults.exclusions import (
     bad_nodes,
     mark,
     node_of_defects,
     slow_nodes,
 )
-from workers.decisions.failures import Failure, FailureKind
-from workers.decisions.gpu_errors import kernel_defects
+from workers.decisions.faults.gpu_errors import kernel_defects
 from workers.decisions.placement import RankPlace, is_usable
 from workers.decisions.ranks.stragglers import SlowRank
 from workers.protocol.wire import NodeInfo

@@ -2,7 +2,7 @@
 
 import pytest
 
-from workers.decisions.slow_storage import OpenCheckpoint, slow_storage
+from workers.decisions.faults.slow_storage import OpenCheckpoint, slow_storage
 
 
 @pytest.mark.parametrize(

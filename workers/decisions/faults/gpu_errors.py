@@ -42,7 +42,7 @@ def kernel_defects(lines: Iterable[str]) -> list[str]:
     """Returns the lines of a kernel's log that report a defective GPU."""
     defects = []
     for line in lines:
-        found = _XID.search(line)
-        if found is not None and int(found["number"]) in _DEFECT_XIDS:
-            defects.append(line[found.start() :].strip())
+        xid = _XID.search(line)
+        if xid is not None and int(xid["number"]) in _DEFECT_XIDS:
+            defects.append(line[xid.start() :].strip())
     return defects

@@ -6,8 +6,8 @@ node to the cluster's list. Must not know: which failures do so (`decisions.excl
 
 from collections.abc import Sequence
 
-from workers.decisions import exclusions
-from workers.decisions.exclusions import BadNode
+from workers.decisions.faults import exclusions
+from workers.decisions.faults.exclusions import BadNode
 from workers.decisions.placement import plan_placement
 from workers.driver.context import JobContext
 
