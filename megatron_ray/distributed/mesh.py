@@ -151,12 +151,13 @@ def _axis_names(
     groups: Mapping[str, Group], cp_levels: Sequence[Group]
 ) -> dict[str, Group]:
     """Returns the groups by the names that messages use, the plainest first."""
-    names = {field.removesuffix("_group"): group for field, group in groups.items()}
-    # A group of several axes is best known by tp, pp, cp, dp or ep.
-    ordered = {axis: names[axis] for axis in ("tp", "pp", "cp", "dp", "ep")}
+    names: dict[str, Group] = {}
+    # A group of several axes is best known by one of the first.
+    for field in ("tp_group", "pp_group", "cp_group", "dp_group", "ep_group", *groups):
+        names[field.removesuffix("_group")] = groups[field]
     for level, group in enumerate(cp_levels):
         names[f"cp level {level}"] = group
-    return ordered | names
+    return names
 
 
 class _GroupFactory:

@@ -77,8 +77,12 @@ def stacks_from_outside(pid: int) -> str:
     # The first lines are the command line of the process, in which a user may have put
     # anything.
     _, *threads = result.stdout.split("\nThread ")
-    training = [thread for thread in threads if _TRAINING_THREAD in thread]
-    text = "\n".join(f"Thread {thread.strip()}" for thread in training or threads)
+    text = ""
+    for thread in threads:
+        # Other threads matter only where there is no training thread.
+        if _TRAINING_THREAD in thread:
+            return f"Thread {thread.strip()}"[:_MAX_TEXT]
+        text += f"Thread {thread.strip()}\n"
     return text[:_MAX_TEXT]
 
 

@@ -102,9 +102,8 @@ def _print(diagnosis: Json) -> None:
     out.print(f"[bold]{escape(str(diagnosis['job_id']))}[/bold] attempt ", end="")
     out.print(f"{diagnosis['attempt']}, examined {trigger} at {at}")
     out.print(f"  {escape(str(diagnosis['reason']))}")
-    names = [_place(culprit) for culprit in diagnosis["culprits"]]
-    if names:
-        text = escape("; ".join(names))
+    text = escape("; ".join(map(_place, diagnosis["culprits"])))
+    if text:
         out.print(f"  [red]look at[/red] {text} (confidence: {diagnosis['confidence']})")
     columns: dict[str, Column] = {
         "rank": lambda row: str(row["rank"]),
@@ -124,7 +123,7 @@ def _print(diagnosis: Json) -> None:
     if num_more > 0:
         print_note(f"and {num_more} more ranks")
     for stack in diagnosis["stacks"]:
-        ranks = ", ".join(str(rank) for rank in stack["ranks"])
+        ranks = ", ".join(map(str, stack["ranks"]))
         out.print(f"[bold]stack of rank {ranks}[/bold], innermost first")
         for line in stack["lines"]:
             out.print(f"  {escape(line)}")

@@ -47,13 +47,17 @@ def apply(session: Session, job: JobRow, source: str, record: Record) -> None:
     if report.trigger == "hang":
         event_type = EventType.ATTEMPT_HANG
         level = "warn"
-    culprits = [culprit.model_dump() for culprit in report.culprits]
+    culprits = []
+    ranks = []
+    for culprit in report.culprits:
+        culprits.append(culprit.model_dump())
+        ranks.append(culprit.rank)
     event = NewEvent(
         event_type,
         report.reason,
         level,
         {"culprits": culprits, "confidence": report.confidence},
-        tuple(culprit.rank for culprit in report.culprits),
+        tuple(ranks),
         source=source,
         n=record.n,
         attempt=record.attempt,

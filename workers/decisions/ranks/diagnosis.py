@@ -144,19 +144,27 @@ class _Waits:
     """Who waits for whom."""
 
     def __init__(self, evidence: Evidence) -> None:
-        self.silent = tuple(rank for rank, row in sorted(evidence.items()) if row is None)
-        self.answered = {rank: row for rank, row in sorted(evidence.items()) if row}
+        silent = []
+        self.answered: dict[int, RankEvidence] = {}
+        for rank, answer in sorted(evidence.items()):
+            if answer is None:
+                silent.append(rank)
+            else:
+                self.answered[rank] = answer
+        self.silent = tuple(silent)
         self._members: dict[tuple[str, int], list[int]] = {}
         for rank, row in self.answered.items():
             for axis, counts in row.groups.items():
                 self._members.setdefault((axis, counts.group), []).append(rank)
         self._behind_of: dict[tuple[str, int, int], frozenset[int]] = {}
-        self.blockers = {rank: tuple(self._blockers(rank)) for rank in self.answered}
-
-    @property
-    def waiting(self) -> tuple[int, ...]:
+        self.blockers: dict[int, tuple[int, ...]] = {}
+        waiting = []
+        for rank, row in self.answered.items():
+            self.blockers[rank] = tuple(self._blockers(rank))
+            if is_waiting(row):
+                waiting.append(rank)
+        self.waiting = tuple(waiting)
         """The ranks that wait in something."""
-        return tuple(rank for rank, row in self.answered.items() if is_waiting(row))
 
     def ends(self) -> dict[int, int]:
         """Returns the ranks that others wait for and that wait for none.
@@ -282,30 +290,39 @@ def _of_ends(waits: _Waits, ends: Mapping[int, int]) -> Diagnosis:
     most = max(ends.values())
     culprits = tuple(sorted(rank for rank, number in ends.items() if number == most))
     first = culprits[0]
-    confidence = Confidence.HIGH if len(culprits) == 1 else Confidence.MEDIUM
+    confidence = Confidence.MEDIUM
+    if len(culprits) == 1:
+        confidence = Confidence.HIGH
     if first in waits.silent:
-        begin = f"{_ranks(culprits)} {_verb(culprits, 'does', 'do')} not answer"
-        return Diagnosis(culprits, f"{begin}{_waited_for(waits, first)}", confidence)
-    reason = f"{_ranks(culprits)} {_verb(culprits, 'has', 'have')} not entered"
-    waiter = waits.waiter_of(first)
-    if waiter is None or waits.answered[waiter].wait is None:
-        reason = f"all others wait for {_ranks(culprits)}"
+        reason = _of_silent(waits, culprits)
     else:
-        wait = waits.answered[waiter].wait
-        if wait is not None and wait.operation == DEVICE:
-            reason = f"{_ranks(culprits)} {_verb(culprits, 'is', 'are')} behind its peers"
-            reason += f", whose devices wait (rank {waiter} for {wait.seconds:.0f} s)"
-        else:
-            reason += f" {wait}, in which rank {waiter} has waited for {_seconds_of(wait)}"
-    return Diagnosis(culprits, f"{reason}; {place_of(waits.answered[first])}", confidence)
+        where = place_of(waits.answered[first])
+        reason = f"{_of_late(waits, culprits)}; {where}"
+    return Diagnosis(culprits, reason, confidence)
 
 
-def _waited_for(waits: _Waits, culprit: int) -> str:
-    waiter = waits.waiter_of(culprit)
+def _of_silent(waits: _Waits, culprits: tuple[int, ...]) -> str:
+    reason = f"{_ranks(culprits)} {_verb(culprits, 'does', 'do')} not answer"
+    waiter = waits.waiter_of(culprits[0])
     if waiter is None:
-        return ""
+        return reason
     wait = waits.answered[waiter].wait
-    return f", and rank {waiter} has waited in {wait} for {_seconds_of(wait)}"
+    return f"{reason}, and rank {waiter} has waited in {wait} for {_seconds_of(wait)}"
+
+
+def _of_late(waits: _Waits, culprits: tuple[int, ...]) -> str:
+    """Returns what the peers of ranks wait in that have not entered it."""
+    wait = None
+    waiter = waits.waiter_of(culprits[0])
+    if waiter is not None:
+        wait = waits.answered[waiter].wait
+    if wait is None:
+        return f"all others wait for {_ranks(culprits)}"
+    if wait.operation == DEVICE:
+        behind = f"{_ranks(culprits)} {_verb(culprits, 'is', 'are')} behind its peers"
+        return f"{behind}, whose devices wait (rank {waiter} for {_seconds_of(wait)})"
+    late = f"{_ranks(culprits)} {_verb(culprits, 'has', 'have')} not entered {wait}"
+    return f"{late}, in which rank {waiter} has waited for {_seconds_of(wait)}"
 
 
 def _without_end(waits: _Waits) -> Diagnosis:
@@ -391,7 +408,7 @@ def _ranks(ranks: Collection[int]) -> str:
     listed = sorted(ranks)
     if len(listed) == 1:
         return f"rank {listed[0]}"
-    shown = [str(rank) for rank in listed[:8]]
+    shown = list(map(str, listed[:8]))
     if len(listed) > 8:
         return f"ranks {', '.join(shown)} and {len(listed) - 8} more"
     return f"ranks {', '.join(shown[:-1])} and {shown[-1]}"
@@ -415,7 +432,7 @@ def stacks_by_ranks(
     for row in rows:
         key = tuple(f"{frame.file} {frame.function}" for frame in row.frames)
         groups.setdefault(key, []).append(row)
-    by_size = sorted(groups.values(), key=lambda group: (len(group), group[0].rank))
-    return [([row.rank for row in group], group[0].frames) for group in by_size][
-        :max_stacks
-    ]
+    stacks = []
+    for group in sorted(groups.values(), key=lambda group: (len(group), group[0].rank)):
+        stacks.append(([row.rank for row in group], group[0].frames))
+    return stacks[:max_stacks]

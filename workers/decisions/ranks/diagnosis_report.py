@@ -12,7 +12,6 @@ from workers.decisions.placement import RankPlace
 from workers.decisions.ranks.diagnosis import (
     Diagnosis,
     Evidence,
-    Frame,
     RankEvidence,
     stacks_by_ranks,
 )
@@ -64,17 +63,26 @@ def report_of(
     and lines, and no values of variables.
     """
     place_of = {place.rank: place for place in places}
-    others = [rank for rank in sorted(evidence) if rank not in diagnosis.culprits]
-    listed = [*diagnosis.culprits, *others][:MAX_RANKS]
+    # The culprits come first, then the others by number.
+    listed = tuple(dict.fromkeys((*diagnosis.culprits, *sorted(evidence))))[:MAX_RANKS]
+    rows = []
+    culprits = []
+    for rank in listed:
+        rows.append(_row(place_of[rank], evidence[rank]))
+        if rank in diagnosis.culprits:
+            culprits.append(_where(place_of[rank]))
+    trigger = "request"
+    if is_hang:
+        trigger = "hang"
     return {
-        "trigger": "hang" if is_hang else "request",
+        "trigger": trigger,
         "reason": diagnosis.reason,
         "confidence": diagnosis.confidence.value,
         "quiet_s": round(quiet_s, 3),
-        "culprits": [_where(place_of[rank]) for rank in diagnosis.culprits[:MAX_RANKS]],
+        "culprits": culprits,
         "num_ranks": len(evidence),
-        "num_silent": sum(row is None for row in evidence.values()),
-        "ranks": [_row(place_of[rank], evidence[rank]) for rank in listed],
+        "num_silent": list(evidence.values()).count(None),
+        "ranks": rows,
         "stacks": _stacks(evidence, outside_stacks),
     }
 
@@ -128,9 +136,5 @@ def _stacks(evidence: Evidence, outside_stacks: Mapping[int, str]) -> list[dict[
         stacks.append({"ranks": [rank], "lines": text.splitlines()})
     answered = [row for row in evidence.values() if row is not None]
     for ranks, frames in stacks_by_ranks(answered, MAX_STACKS - len(stacks)):
-        stacks.append({"ranks": ranks[:MAX_RANKS], "lines": _lines(frames)})
+        stacks.append({"ranks": ranks[:MAX_RANKS], "lines": list(map(str, frames))})
     return stacks
-
-
-def _lines(frames: Sequence[Frame]) -> list[str]:
-    return [str(frame) for frame in frames]

@@ -22,7 +22,7 @@ class StragglerMonitor:
         stages: dict[int, list[int]] = {}
         for place in plan.places:
             stages.setdefault(place.coordinates.get("pp", 0), []).append(place.rank)
-        groups = tuple(tuple(ranks) for ranks in stages.values())
+        groups = tuple(map(tuple, stages.values()))
         slow = {slow.rank: slow for slow in plan.slow_ranks}
         self._watch = StragglerWatch(groups, clock(), slow=slow)
 
