@@ -62,9 +62,10 @@ fuzz: setup
 	$(BIN)/python -m tests.fuzz
 
 manifests:
-	for overlay in dev gpu kueue production; do \
+	for overlay in dev gpu kueue production rayjob; do \
 	  kubectl kustomize deploy/kubernetes/overlays/$$overlay > deploy/kubernetes/rendered/$$overlay.yaml || exit 1; \
 	done
+	kubectl kustomize deploy/kubernetes/rayjob > deploy/kubernetes/rendered/rayjob-template.yaml
 
 # .building marks an installation under way. When it was interrupted half-written packages may look installed, so the
 # next run starts from an empty environment; after an ordinary failure (no network, say) what is there stays. Temporary

@@ -194,6 +194,10 @@ class Client:
         """
         return self._change(job_id, "resume", {"changes": dict(changes or {})})
 
+    def resize(self, job_id: str, dp: int) -> Json:
+        """Requests another number of replicas and returns the job's current state."""
+        return self._change(job_id, "resize", {"dp": dp})
+
     def _change(self, job_id: str, verb: str, body: Json) -> Json:
         headers = {"Idempotency-Key": _new_key()}
         path = f"/v1/jobs/{job_id}/{verb}"

@@ -7,7 +7,8 @@
     ├── JobStateError               the job's state does not allow the change
     │   ├── JobActiveError
     │   ├── JobEndedError
-    │   └── JobNotRunningError
+    │   ├── JobNotRunningError
+    │   └── NoRoomError
     ├── DriverMessageError          a driver or agent must stop or send something else
     │   ├── DriverReplacedError
     │   ├── RecordGapError
@@ -130,6 +131,12 @@ class JobNotRunningError(JobStateError):
     """The job is neither running nor ended."""
 
     code = "job_not_running"
+
+
+class NoRoomError(JobStateError):
+    """The cluster cannot hold the job at the requested size now."""
+
+    code = "no_room"
 
 
 # ---- messages of drivers and agents

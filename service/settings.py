@@ -41,7 +41,8 @@ class Settings(BaseModel):
     tokens_file: Path | None = None
     """JSON `{"user": "...", "agent": "..."}`; the service keeps only their SHA-256."""
     clusters: Annotated[tuple[str, ...], Field(min_length=1)] = ("default",)
-    """Cluster names a spec may use; comma-separated in the environment."""
+    """Cluster names a spec may use; comma-separated in the environment. `name-*` stands for
+    all names that begin so: clusters that are made for one job each."""
     images: tuple[str, ...] = ("default",)
     """Runtime names a spec may use; comma-separated in the environment."""
     credentials: tuple[str, ...] = ()
@@ -117,6 +118,20 @@ class Settings(BaseModel):
     def _absolute(cls, path: Path) -> Path:
         # Paths made of it are sent to agents and drivers, which run elsewhere.
         return path.expanduser().absolute()
+
+    def has_cluster(self, name: str) -> bool:
+        """Whether a spec may name this cluster, and an agent serve it."""
+        if name.endswith("*"):
+            return False
+        for entry in self.clusters:
+            if name == entry or (entry.endswith("*") and name.startswith(entry[:-1])):
+                return True
+        return False
+
+    @property
+    def lasting_clusters(self) -> tuple[str, ...]:
+        """The clusters that are expected to be there: all that are named one by one."""
+        return tuple(name for name in self.clusters if not name.endswith("*"))
 
     @property
     def jobs_dir(self) -> Path:

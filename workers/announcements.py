@@ -19,6 +19,10 @@ _TIMEOUT = timedelta(hours=24)
 _REFUSED = "refused"
 
 
+class RefusedError(UserError):
+    """The run cannot start; every rank raises it, and rank 0 has the message."""
+
+
 class Announcements:
     """What rank 0 announces, in order; every rank reads all of it."""
 
@@ -37,21 +41,21 @@ class Announcements:
     def receive(self) -> tuple[str, Any]:
         """Waits for the next announcement; returns its kind and value.
 
-        Raises UserError when rank 0 cannot start the run, which it explains itself.
+        Raises RefusedError when rank 0 cannot start the run, which it explains itself.
         """
         key = f"announced/{self._count}"
         self._store.wait([key], _TIMEOUT)
         self._count += 1
         message = json.loads(self._store.get(key))
         if message["kind"] == _REFUSED:
-            raise UserError("rank 0 cannot start the run")
+            raise RefusedError("rank 0 cannot start the run")
         return message["kind"], message["value"]
 
     @contextmanager
     def refusing_on_error(self) -> Iterator[None]:
         """Lets the other ranks end too when rank 0 finds that the run cannot start.
 
-        Otherwise they would wait until torchrun kills them. Raises UserError.
+        Otherwise they would wait until torchrun kills them. Raises RefusedError.
         """
         try:
             yield
@@ -60,13 +64,13 @@ class Announcements:
             lines = ""
             for problem in error.problems:
                 lines += f"\n  {problem.pointer}: {problem.detail}"
-            raise UserError(f"the job cannot start:{lines}") from error
+            raise RefusedError(f"the job cannot start:{lines}") from error
         except MegatronRayError as error:
             self.announce(_REFUSED)
             # A bug, which needs its traceback.
             if error.failure_kind is ErrorKind.INTERNAL:
                 raise
-            raise UserError(str(error)) from error
+            raise RefusedError(str(error)) from error
 
     def answer(self, value: str) -> None:
         """Sends this rank's answer to the last announcement."""

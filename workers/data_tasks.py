@@ -38,6 +38,7 @@ from megatron_ray.validation.check import find_problems, find_warnings
 from megatron_ray.validation.resolution import with_length, with_vocabulary
 from megatron_ray.validation.training import sample_problems
 from workers.protocol.job import JobSpec
+from workers.rank.environment import CredentialsError, credentials
 from workers.rank.spool import Line, SpoolReader
 
 _RETRY_S = 0.3
@@ -211,12 +212,22 @@ def prepare_task(spec: dict[str, Any]) -> dict[str, Any]:
     Returns `{"prepared": PreparedData}` or `{"problems": [...]}`; raises every other
     error.
     """
+    job = JobSpec.from_mapping(spec)
     try:
-        prepared = prepare_data(JobSpec.from_mapping(spec))
+        with credentials(job.credentials):
+            prepared = prepare_data(job)
     # A user's error is a result. Only errors that a retry may avoid are raised.
     except UnusableDataError as error:
         return {"problems": problem_rows(error.problems)}
+    except CredentialsError as error:
+        return {"problems": problem_rows([credentials_problem(error)])}
     return {"prepared": prepared.model_dump(mode="json")}
+
+
+def credentials_problem(error: CredentialsError) -> Problem:
+    """Returns what is wrong with a spec's credentials on a node."""
+    pointer, _, detail = str(error).partition(": ")
+    return Problem(pointer, "credentials", detail)
 
 
 def problem_rows(problems: list[Problem]) -> list[dict[str, str]]:

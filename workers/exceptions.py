@@ -5,7 +5,9 @@ defined beside the code that raises it:
 
     MegatronRayError                        internal
     ├── InputError                          user
-    │   └── UserError                       rank.messages
+    │   ├── UserError                       rank.messages
+    │   ├── CredentialsError                rank.environment
+    │   └── InterfaceError                  rank.environment
     └── WorkersError                        internal
         ├── PlacementError                  decisions.placement
         ├── InvalidTransitionError          decisions.job_phases
@@ -17,6 +19,7 @@ defined beside the code that raises it:
         ├── ServiceRefusedError             service_client
         ├── WorkerGroupError                ray.worker_group
         ├── TaskFailedError                 ray.tasks
+        ├── NodeGroupsError                 agent.node_groups
         ├── ProcessEnvironmentError         rank.environment
         ├── FencedError                     rank.messages
         └── BusyError                       rank.messages

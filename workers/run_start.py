@@ -65,12 +65,18 @@ class RunStart:
 class StartDecision:
     """Agrees on the start of a run with all ranks; rank 0 decides.
 
-    `notify` gets a line for everything that users should know. Raises UserError when the
-    run cannot start, StorageError.
+    `notify` gets a line for everything that users should know. `run_id` is the id of a new
+    run; a run of this id in the folder is resumed. Raises UserError when the run cannot
+    start, StorageError.
     """
 
     def __init__(
-        self, spec: JobSpec, env: RankEnv, announcements: Announcements, notify: Notify
+        self,
+        spec: JobSpec,
+        env: RankEnv,
+        announcements: Announcements,
+        notify: Notify,
+        run_id: str | None = None,
     ) -> None:
         assert spec.storage is not None
         self._spec = spec
@@ -78,10 +84,12 @@ class StartDecision:
         self._env = env
         self._announcements = announcements
         self._notify = notify
+        self._run_id = run_id
 
     def decide(self, *, resume: bool) -> RunStart:
         """Decides on rank 0, and claims the folder for the attempt."""
         _raise_for(writable_problems(self._path))
+        resume = resume or self._has_begun()
         self._require_no_live_job(resume)
         self._require_no_live_run(resume)
         if resume:
@@ -104,10 +112,18 @@ class StartDecision:
             damage = verify_share(value, self._env.rank, self._env.world_size)
             self._announcements.answer(damage or "")
 
+    def _has_begun(self) -> bool:
+        """Whether an earlier start of this very run has used the folder."""
+        claim = read_claim(self._path)
+        return claim is not None and self._is_own(claim)
+
+    def _is_own(self, claim: Claim) -> bool:
+        return self._run_id is not None and claim.run == self._run_id
+
     def _new_run(self) -> RunStart:
         attempt = self._next_attempt()
-        run = RunIdentity(f"run-{uuid.uuid4().hex[:12]}", first_attempt=attempt)
-        return RunStart(attempt, run)
+        run_id = self._run_id or new_run_id()
+        return RunStart(attempt, RunIdentity(run_id, first_attempt=attempt))
 
     def _next_attempt(self) -> int:
         """Returns a number above that of every attempt that has used the folder."""
@@ -188,6 +204,9 @@ class StartDecision:
         claim = read_claim(self._path)
         if claim is None or not claim.may_be_running:
             return
+        # The launcher that starts a run again has ended its processes.
+        if self._is_own(claim):
+            return
         remedy = "give this one a storage.path of its own"
         if claim.is_of_this_machine:
             remedy = f"stop it first, or {remedy}"
@@ -211,6 +230,11 @@ class StartDecision:
         for answer in self._announcements.answers():
             damage = damage or answer or None
         return damage
+
+
+def new_run_id() -> str:
+    """Returns an id for a run without a job."""
+    return f"run-{uuid.uuid4().hex[:12]}"
 
 
 def _run_around(path: str) -> str | None:

@@ -1,4 +1,4 @@
-"""Runs a job under torchrun, without Ray and without a service.
+"""Runs a job without a driver and without a service: under torchrun, Slurm or Ray Train.
 
 Owns: the order of spec, start, data and training, and which rank reports an error.
 
@@ -9,7 +9,7 @@ written its part. Must not know: Ray, HTTP.
 
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -18,25 +18,26 @@ from signal import SIGTERM
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 
 from megatron_ray.checkpoint.claim import Claim
 from megatron_ray.checkpoint.directory import latest_committed
-from megatron_ray.config.checkpoint import StorageConfig
-from megatron_ray.config.errors.spec_problems import problems_from_pydantic
-from megatron_ray.config.problem import Problem
-from megatron_ray.config.train_config import apply_overrides, read_mapping
 from megatron_ray.data.prepared import PreparedData
 from megatron_ray.exceptions import ErrorKind, MegatronRayError
 from megatron_ray.reports import PhaseReport, Report, SkippedStepReport
-from megatron_ray.validation import check, resolution
+from megatron_ray.training.session import discard_report
 from workers.announcements import Announcements
 from workers.data_tasks import prepare_data
+from workers.decisions.planned_exit import reached_limit
 from workers.exceptions import WorkersError
 from workers.hang_watch import HangWatch
+from workers.job_file import read_spec
 from workers.protocol.job import JobSpec
 from workers.protocol.spec_warnings import spec_warnings
-from workers.rank.environment import ProcessEnvironmentError, RankEnv
+from workers.rank.environment import (
+    ProcessEnvironmentError,
+    RankEnv,
+    export_credentials,
+)
 from workers.rank.messages import StartRequest, UserError
 from workers.rank.session import connect_store, train
 from workers.rank.spool import Spool, holds_reports
@@ -47,9 +48,12 @@ from workers.store_committer import StoreCommitter
 
 EXIT_FAILED = 1
 EXIT_USER_ERROR = 2
+EXIT_RESUMABLE = 75
+"""A run ended at a limit of its spec: it is to be started again (EX_TEMPFAIL)."""
 
 _PREPARED = "prepared"
 _REPORTED_KEY = "reported"
+_ERROR_KEY = "error"
 _ENDED_KEY = "ended"
 _OTHER_ERROR_CHECK_S = 0.05
 _OTHER_ERROR_S = 5.0
@@ -65,9 +69,10 @@ class TrainingFailedError(WorkersError):
     It is empty on ranks whose error another rank has reported.
     """
 
-    def __init__(self, message: str, exit_code: int) -> None:
+    def __init__(self, message: str, exit_code: int, kind: ErrorKind) -> None:
         super().__init__(message)
         self.exit_code = exit_code
+        self.kind = kind
 
 
 @dataclass(frozen=True)
@@ -91,7 +96,7 @@ def run_standalone(
     resume: bool,
     notify: Notify = discard,
 ) -> Ending:
-    """Trains a job on the ranks that torchrun started.
+    """Trains a job on the ranks that torchrun, or srun, started.
 
     `overrides` are `path.to.field=value`; `reports` is a file for rank 0's reports;
     `notify` gets a line for everything that users should know meanwhile. Raises
@@ -107,38 +112,51 @@ def run_standalone(
         notify = discard
     try:
         spec = read_spec(job, overrides, env.world_size)
-        return _Run(env, spec, notify).run(reports, resume=resume)
+        request = start_request(env, spec, device_of(spec), _device_index(env))
+        return RankRun(request, spec, notify).run(reports, resume=resume)
     except UserError as error:
         if env.rank == 0:
             raise
         raise UserError("") from error
 
 
-class _Run:
-    """One process of a run."""
+class RankRun:
+    """One process of a run, on the ranks that a launcher has started.
 
-    def __init__(self, env: RankEnv, spec: JobSpec, notify: Notify) -> None:
+    `run_id` is the id of a new run; a launcher that starts the same run again resumes it
+    by this id. `listener` gets every report of this rank.
+    """
+
+    def __init__(
+        self,
+        request: StartRequest,
+        spec: JobSpec,
+        notify: Notify,
+        run_id: str | None = None,
+        listener: Callable[[Report], None] = discard_report,
+    ) -> None:
         assert spec.storage is not None
-        self._env = env
+        self._env = request.env
         self._spec = spec
         self._storage_path = spec.storage.path
         self._notify = notify
-        self._request = StartRequest(
-            env=env,
-            spec=spec.model_dump(mode="json"),
-            data={},
-            attempt=1,
-            device=_device(spec),
-            device_index=env.local_rank,
-        )
+        self._request = request
+        self._run_id = run_id
+        self._listener = listener
         # torchrun's own store is shared by every group of the process: these keys, like
         # each attempt's process group, have a prefix of their own in it.
-        self._store: Store = PrefixStore("megatron-ray", connect_store(self._request))
+        self._store: Store = PrefixStore("megatron-ray", connect_store(request))
+        env = request.env
         self._announcements = Announcements(self._store, env.rank, env.world_size)
         self._spool: Spool | None = None
         self._claim: Claim | None = None
 
     def run(self, reports: Path | None, *, resume: bool) -> Ending:
+        """Trains on this rank to the end; `reports` is a file for rank 0's reports.
+
+        Raises RefusedError on every rank when the run cannot start, and
+        TrainingFailedError when it fails.
+        """
         for line in warning_lines(self._spec):
             self._notify(line)
         try:
@@ -163,10 +181,14 @@ class _Run:
 
     def _begin(self, reports: Path | None, *, resume: bool) -> RunStart:
         """Returns where the run begins; rank 0 decides before any data are prepared."""
-        decision = StartDecision(self._spec, self._env, self._announcements, self._notify)
+        decision = StartDecision(
+            self._spec, self._env, self._announcements, self._notify, self._run_id
+        )
         if self._env.rank:
             return decision.follow()
         with self._announcements.refusing_on_error():
+            # Before any path is opened; the process belongs to this run alone.
+            export_credentials(self._spec.credentials)
             start = decision.decide(resume=resume)
             self._claim = start.claim
             if reports is not None:
@@ -209,6 +231,7 @@ class _Run:
             return PreparedData.model_validate(value)
         started = time.monotonic()
         with self._announcements.refusing_on_error():
+            export_credentials(self._spec.credentials)
             data = prepare_data(self._spec, resume_from=start.resume_from)
             # Of runs that have started at once, only the last one goes on.
             if start.claim is not None:
@@ -232,11 +255,19 @@ class _Run:
             except RuntimeError as error:
                 # The error of a connection to a rank that has failed itself.
                 if self._is_reported():
-                    raise TrainingFailedError("", EXIT_FAILED) from error
+                    kind = ErrorKind.INTERNAL
+                    raise TrainingFailedError("", EXIT_FAILED, kind) from error
                 raise
         if outcome == "finished":
             message = f"finished; newest checkpoint: {committer.committed or 'none'}"
             return Ending(self._on_first(message))
+        if outcome == "exited":
+            limit = reached_limit(request.spec["training"], committer.last_step)
+            message = (
+                f"ended after step {committer.last_step} by {limit}; newest checkpoint: "
+                f"{committer.committed}; --resume goes on from it"
+            )
+            return Ending(self._on_first(message), EXIT_RESUMABLE)
         cause = "a signal to another rank"
         if signals.received is not None:
             cause = signals.received.name
@@ -260,6 +291,7 @@ class _Run:
             if isinstance(item, SkippedStepReport):
                 self._notify(f"warning: {item.message}")
             committer.report(item)
+            self._listener(item)
 
         try:
             with watch:
@@ -272,7 +304,7 @@ class _Run:
             committer.close()
         committer.raise_error()
         # A rank that ends early lets torchrun end the others, also rank 0 while it commits.
-        if outcome == "stopped":
+        if outcome != "finished":
             self._await_commit()
         return outcome
 
@@ -309,11 +341,22 @@ class _Run:
         if kind is ErrorKind.USER:
             exit_code = EXIT_USER_ERROR
         if self._store.add(_REPORTED_KEY, 1) > 1:
-            return TrainingFailedError("", exit_code)
+            return TrainingFailedError("", exit_code, kind)
         message = str(error)
         if kind in (ErrorKind.STORAGE, ErrorKind.DISK_FULL):
             message = f"{message}; newest checkpoint: {self._newest_checkpoint()}"
-        return TrainingFailedError(message, exit_code)
+        self._store.set(_ERROR_KEY, message)
+        return TrainingFailedError(message, exit_code, kind)
+
+    def first_error(self) -> str:
+        """Waits for the message of the first rank that has failed; no longer than a moment.
+
+        Empty when there is none.
+        """
+        with suppress(RuntimeError):
+            self._store.wait([_ERROR_KEY], timedelta(seconds=_OTHER_ERROR_S))
+            return self._store.get(_ERROR_KEY).decode()
+        return ""
 
     def _is_reported(self) -> bool:
         """Returns whether another rank reports an error, for which it waits a moment."""
@@ -354,57 +397,29 @@ def _reports_error(path: Path, error: OSError) -> UserError:
     return UserError(f"cannot write --reports {path}: {error.strerror or error}")
 
 
-def read_spec(job: Path, overrides: Sequence[str], world_size: int) -> JobSpec:
-    """Returns a job spec with the overrides, resolved for a world of that size.
-
-    Without a storage path the job writes to runs/<name>. Raises UserError with every
-    problem, one per line.
-    """
-    spec = _parse_spec(job, overrides)
-    # The same rules as in the service, before anything is started.
-    problems = check.find_problems(spec, world_size)
-    if problems:
-        raise UserError(f"{job} cannot run:{_listed(problems)}")
-    resolved = resolution.resolve(spec, world_size)
-    needed = resolution.world_size(resolved)
-    if needed != world_size:
-        raise UserError(
-            f"the layout needs a world size of {needed}, but torchrun started {world_size}; "
-            f"use --nproc-per-node {needed}, or change parallel"
-        )
-    storage = resolved.storage
-    if storage is None:
-        storage = StorageConfig(path=str(Path("runs", spec.name).absolute()))
-    # Through JSON, so that the storage path is validated with all other fields.
-    values = resolved.model_dump(mode="json")
-    values["storage"] = storage.model_dump()
-    return JobSpec.from_mapping(values)
+def start_request(
+    env: RankEnv, spec: JobSpec, device: str, device_index: int
+) -> StartRequest:
+    """Returns the request of a rank before its data and its attempt are known."""
+    return StartRequest(
+        env=env,
+        spec=spec.model_dump(mode="json"),
+        data={},
+        attempt=1,
+        device=device,
+        device_index=device_index,
+    )
 
 
-def _parse_spec(job: Path, overrides: Sequence[str]) -> JobSpec:
-    values: dict[str, Any] = {}
-    try:
-        values = apply_overrides(read_mapping(job), overrides)
-        return JobSpec.from_mapping(values)
-    except OSError as error:
-        raise UserError(f"cannot read {job}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"cannot read {job}: it is not text in UTF-8") from error
-    except ValidationError as error:
-        problems = problems_from_pydantic(error.errors(), values, model=JobSpec)
-        raise UserError(f"{job} is not a valid job spec:{_listed(problems)}") from error
-    except ValueError as error:
-        raise UserError(str(error)) from error
+def _device_index(env: RankEnv) -> int:
+    """Returns the index of this rank's GPU among those that its process can use."""
+    # Batch systems may show each process its own GPU only (srun --gpus-per-task=1).
+    if torch.cuda.device_count() == 1:
+        return 0
+    return env.local_rank
 
 
-def _listed(problems: Iterable[Problem]) -> str:
-    lines = ""
-    for problem in problems:
-        lines += f"\n  {problem.pointer}: {problem.detail}"
-    return lines
-
-
-def _device(spec: JobSpec) -> str:
+def device_of(spec: JobSpec) -> str:
     """Returns the device that resources.accelerator selects on this machine."""
     if spec.resources.accelerator == "cpu":
         return "cpu"

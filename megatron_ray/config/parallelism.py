@@ -53,7 +53,9 @@ class ParallelismConfig(Config):
     communicates more but in fewer, larger messages."""
     dp: Annotated[int, Field(ge=1, le=1 << 20)] | Literal["auto"] = "auto"
     """Data parallel size: replicas that split the batch. `auto` takes the most that fit
-    the cluster and divide the batch."""
+    the cluster and divide the batch. Where an autoscaler adds nodes, that is the most that
+    fit the nodes that are there at submission, or else the fewest that the job can run
+    with, on new nodes; a number may use all nodes that the cluster may grow to."""
     sequence_parallel: bool = False
     """Splits activations between tensor-parallel regions along the sequence, which saves
     memory at the same communication volume. Has no effect at tp=1."""

@@ -99,6 +99,15 @@ class TrainingConfig(Config):
     max_consecutive_skipped_steps: int = Field(default=3, ge=1, le=1 << 40)
     """Number of skipped steps in a row; one more ends the job even if
     max_skipped_steps allows it, because weights that give no numbers do not recover."""
+    max_duration_s: float | None = Field(default=None, gt=0, le=86400 * 3650)
+    """Seconds of training, from the moment at which the ranks begin to build the model.
+    After the first step beyond them the run saves a checkpoint and ends: under torchrun,
+    Slurm and Ray Train with exit code 75, as a job with the state `succeeded` and the reason
+    `planned_exit`. Resumed, it trains as long again. Leave time for a step and a checkpoint
+    before a limit of the batch system. Default: the run ends after its last step."""
+    exit_every_steps: int | None = Field(default=None, ge=1, le=1 << 40)
+    """The run ends like at max_duration_s after every step whose number is a multiple of
+    this one. Default: never."""
     skip_steps: tuple[Annotated[int, Field(ge=1, le=1 << 40)], ...] = Field(
         default=(), max_length=1024
     )

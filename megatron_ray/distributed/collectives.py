@@ -9,6 +9,7 @@ result is read; until then its tensors must not change.
 """
 
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from typing import Protocol
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 from megatron_ray.distributed.recording import enter, enter_message
 
 Group = dist.ProcessGroup | None
+_set_timeout = dist.distributed_c10d._set_pg_timeout
 
 # torch 2.13 renamed the flat collectives.
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -380,6 +382,15 @@ def all_to_all_rows(
     )
     entry.wait()
     return received
+
+
+def set_timeout(group: Group, timeout: timedelta) -> None:
+    """Changes the time after which a collective of the group fails, from the next one on.
+
+    gloo's point-to-point messages keep the time with which the group was made.
+    """
+    if group is not None:
+        _set_timeout(timeout, group)
 
 
 def barrier(group: Group, device: torch.device) -> None:

@@ -7,8 +7,9 @@ produce wrong numbers.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -29,6 +30,16 @@ class World:
     local_rank: int
     device: str
     """`cpu` or `cuda`."""
+
+
+@dataclass(frozen=True)
+class NcclOptions:
+    """Options of the NCCL communicators of one axis."""
+
+    min_ctas: int | None = None
+    """Least number of thread blocks of a collective; None: chosen by NCCL."""
+    max_ctas: int | None = None
+    high_priority_stream: bool = False
 
 
 @dataclass(frozen=True)
@@ -68,10 +79,15 @@ class ParallelMesh:
 
     @classmethod
     def create(
-        cls, dims: ParallelDims, world: World, timeout: timedelta | None = None
+        cls,
+        dims: ParallelDims,
+        world: World,
+        timeout: timedelta | None = None,
+        nccl: Mapping[str, NcclOptions] | None = None,
     ) -> "ParallelMesh":
         """Builds every group and runs one collective on each.
 
+        `nccl` are options by axis (tp, cp, pp, dp, ep), without effect on gloo.
         The store is not needed afterwards, since each group has opened its connections.
         torch.distributed must be initialised with `world.world_size` ranks (not needed
         for a world of one). Raises ValueError when the degrees do not multiply to the
@@ -83,7 +99,7 @@ class ParallelMesh:
             )
         torch_device = device.select(world.device, world.local_rank)
         rank = world.rank
-        factory = _GroupFactory(timeout)
+        factory = _GroupFactory(timeout, nccl or {}, torch_device)
         # Every rank creates its groups in this order, because creation is collective among
         # the members.
         cp_levels = []
@@ -120,6 +136,16 @@ class ParallelMesh:
     def single(cls, kind: str = "cpu") -> "ParallelMesh":
         """Returns the mesh of one rank, without any process group."""
         return cls.create(ParallelDims(), World(0, 1, 0, kind))
+
+    def set_timeout(self, timeout: timedelta) -> None:
+        """Changes the time after which a collective of any group fails."""
+        groups: list[Group] = list(self.cp_levels)
+        for field in fields(self):
+            group = getattr(self, field.name)
+            if isinstance(group, dist.ProcessGroup):
+                groups.append(group)
+        for group in dict.fromkeys(groups):
+            collectives.set_timeout(group, timeout)
 
     @property
     def world_size(self) -> int:
@@ -160,6 +186,23 @@ def _axis_names(
     return names
 
 
+_AXES = {
+    "tp": "tp",
+    "token": "tp",
+    "cp": "cp",
+    "cp level": "cp",
+    "pp": "pp",
+    "embedding": "pp",
+    "dp": "dp",
+    "replica": "dp",
+    "shard level": "dp",
+    "expert replica": "dp",
+    "ep": "ep",
+    "etp": "ep",
+}
+"""The axis whose options a group has, by the group's name."""
+
+
 class _GroupFactory:
     """Creates only the groups that contain this rank.
 
@@ -167,8 +210,15 @@ class _GroupFactory:
     because each group costs connections and memory.
     """
 
-    def __init__(self, timeout: timedelta | None) -> None:
+    def __init__(
+        self,
+        timeout: timedelta | None,
+        nccl: Mapping[str, NcclOptions],
+        torch_device: torch.device,
+    ) -> None:
         self._timeout = timeout
+        self._nccl = nccl
+        self._device = torch_device
         self._groups: dict[tuple[int, ...], Group] = {}
 
     def get(self, members: tuple[int, ...], name: str) -> Group:
@@ -181,7 +231,27 @@ class _GroupFactory:
             self._groups[members] = dist.new_group(
                 list(members),
                 timeout=self._timeout,
+                pg_options=self._options(_AXES[name]),
                 group_desc=name,
                 use_local_synchronization=True,
             )
         return self._groups[members]
+
+    def _options(self, axis: str) -> Any | None:
+        """Returns torch's options for a new group; None for the defaults."""
+        chosen = self._nccl.get(axis, NcclOptions())
+        if self._device.type != "cuda" or chosen == NcclOptions():
+            return None
+        # Absent from builds of torch without CUDA. New for each group, because torch writes
+        # the group's ranks into it.
+        options = dist.ProcessGroupNCCL.Options(
+            is_high_priority_stream=chosen.high_priority_stream
+        )
+        # Set here too, because torch warns of a timeout that differs from the group's.
+        if self._timeout is not None:
+            options._timeout = self._timeout
+        if chosen.min_ctas is not None:
+            options.config.min_ctas = chosen.min_ctas
+        if chosen.max_ctas is not None:
+            options.config.max_ctas = chosen.max_ctas
+        return options

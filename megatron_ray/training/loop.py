@@ -23,7 +23,8 @@ from megatron_ray.training.step_numbers import StepNumbers, StepsInFlight
 from megatron_ray.training.step_reporter import StepReporter
 from megatron_ray.training.step_timer import StepTimer
 
-Outcome = Literal["finished", "stopped"]
+Outcome = Literal["finished", "stopped", "exited"]
+"""`stopped`: by a command; `exited`: at a limit of the config, before the last step."""
 
 
 def train(
@@ -32,15 +33,14 @@ def train(
     report: Callable[[Report], None],
     poll: Callable[[], Command],
 ) -> Outcome:
-    """Trains from `progress` to the last step, or until all ranks agree to stop.
+    """Trains from `progress` to the last step, a limit, or until all ranks agree to stop.
 
     `poll` returns the newest command to this rank; it is called once per step. Raises
     NonFiniteLossError.
     """
     config = components.config
-    mesh = components.mesh
-    reporter = StepReporter(config, mesh, report, progress.skipped)
-    in_flight = StepsInFlight(mesh.device, len(config.model.aux_losses))
+    reporter = StepReporter(config, components.mesh, report, progress.skipped)
+    in_flight = StepsInFlight(components.mesh.device, len(config.model.aux_losses))
     timer = StepTimer()
     # One iteration is one step and its boundary. All ranks perform an action at the same
     # boundary: due times are equal on all ranks, and commands are agreed on.
@@ -48,28 +48,32 @@ def train(
         sums, lr = _train_step(components, progress, poll, timer)
         progress = progress.after_step(config.training.global_batch_size)
         in_flight.add(progress, lr, timer.finish(), sums)
-        PROCESS.phase = "reports"
 
         is_last = progress.step == config.training.num_steps
         steps = in_flight.pop_all() if is_last else in_flight.pop_arrived()
-        reporter.steps(steps)
-        command = _agreed_command(steps)
+        command = _take(components, reporter, steps)
+        if is_due(config.training.exit_every_steps, progress):
+            command = Command.EXIT
 
         if is_last or is_due(config.training.eval_every_steps, progress):
             _evaluate(components, progress, report, timer)
-        if is_last or is_due(config.checkpoint.every_steps, progress) or command.saves:
+        saves = is_last or is_due(config.checkpoint.every_steps, progress)
+        copies = components.copier.is_due(progress) and not is_last
+        if saves or copies or command.saves:
             # Non-finite weights must never be saved, so the numbers of all previous steps
             # are read first, although the host waits for the device here.
             PROCESS.phase = "checkpoint"
-            steps = in_flight.pop_all()
-            reporter.steps(steps)
-            command = max(command, _agreed_command(steps))
-            components.saver.save(progress.with_skipped(reporter.skipped))
+            command = max(command, _take(components, reporter, in_flight.pop_all()))
+            progress = progress.with_skipped(reporter.skipped)
+            if saves or command.saves:
+                components.saver.save(progress)
+            if copies:
+                components.copier.copy(progress)
         # After the last step the run has finished, so a stop command has no effect.
         if command.stops and not is_last:
             reporter.steps(in_flight.pop_all())
             components.saver.wait()
-            return "stopped"
+            return "exited" if command is Command.EXIT else "stopped"
     components.saver.wait()
     return "finished"
 
@@ -97,7 +101,7 @@ def _train_step(
         components.mesh,
         loss_sum,
         _count_tokens(batches),
-        votes_for(poll()),
+        votes_for(poll(), is_sending=components.copier.is_sending),
         _skip_rule(config.training, progress.step + 1),
     )
     timer.mark("reduce")
@@ -108,6 +112,7 @@ def _train_step(
     scale_and_clip(components.optimizer, sums, config.optimizer.clip_grad_norm)
     components.optimizer.step(lr, sums.skip)
     timer.mark("optimizer")
+    PROCESS.phase = "reports"
     return sums, lr
 
 
@@ -143,7 +148,12 @@ def _evaluate(
     timer.restart()
 
 
-def _agreed_command(steps: Sequence[StepNumbers]) -> Command:
+def _take(
+    components: TrainingComponents, reporter: StepReporter, steps: list[StepNumbers]
+) -> Command:
+    """Reports steps; returns the command that all ranks agree on in them."""
+    reporter.steps(steps)
+    components.copier.observe(steps)
     return max((step.command for step in steps), default=Command.CONTINUE)
 
 

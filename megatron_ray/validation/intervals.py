@@ -33,6 +33,13 @@ def interval_warnings(config: TrainConfig) -> list[Problem]:
             "checkpoint is that of the last step, and a failure before it loses the run"
         )
         warnings.append(Problem("/checkpoint/every_steps", "beyond_the_run", detail))
+    every = training.exit_every_steps
+    if every is not None and every > training.num_steps:
+        detail = (
+            f"exit_every_steps={every} is beyond training.steps={training.num_steps}: the run "
+            "ends after its last step only"
+        )
+        warnings.append(Problem("/training/exit_every_steps", "beyond_the_run", detail))
     return warnings
 
 

@@ -29,6 +29,8 @@ FREE_ON_RESUME = (
     "training.eval_samples",
     "training.max_skipped_steps",
     "training.max_consecutive_skipped_steps",
+    "training.max_duration_s",
+    "training.exit_every_steps",
     "training.skip_steps",
     "data.cache",
     "checkpoint",

@@ -15,6 +15,7 @@ from service.jobs import lifecycle
 from service.jobs.reports import slow_ranks
 from service.jobs.reports.slow_ranks import SlowRank
 from service.store.schema import AttemptRow, CheckpointRow
+from workers.protocol.states import JobState
 
 router = APIRouter(prefix="/v1", tags=["history"], dependencies=[Depends(check_query)])
 
@@ -72,9 +73,15 @@ def list_ranks(
         slow: dict[int, SlowRank] = {}
         if row is not None:
             slow = slow_ranks.of_attempt(session, job, row.attempt)
+        dashboard_url = None
+        # The files are deleted at the job's end.
+        if not JobState(job.status).is_terminal:
+            dashboard_url = render.dashboard_url(session, job.cluster)
     ranks: list[dict[str, Any]] = []
     if row is not None:
         ranks = render.ranks(row.ranks, slow)
+        if dashboard_url is not None:
+            ranks = render.with_log_urls(ranks, dashboard_url, job_id, row.attempt)
     elif attempt is not None:
         # Without a number the newest is meant, which may not be placed yet: no error.
         raise render.no_attempt(attempt, job.attempt)

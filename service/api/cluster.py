@@ -16,7 +16,8 @@ from service.exceptions import NotFoundError
 from service.http.bodies import BoundedBodyRoute
 from service.http.dependencies import Context, ContextDep
 from service.http.parameters import check_query
-from service.jobs import node_exclusions
+from service.jobs import lifecycle, queue
+from service.store import node_exclusions
 from service.store.schema import ClusterRow
 
 router = APIRouter(
@@ -34,10 +35,14 @@ NodeName = Annotated[
 
 @router.get("/cluster")
 def list_clusters(context: ContextDep) -> Page[Cluster]:
-    """Lists all configured clusters with their agents, nodes and drivers."""
+    """Lists all configured clusters with their agents, nodes and drivers.
+
+    A cluster that is made for one job is listed while its agent is live.
+    """
     clusters = []
+    names = _names(context)
     with context.store.read() as session:
-        for name in context.settings.clusters:
+        for name in names:
             clusters.append(_cluster(context, session, name))
     return render.page(clusters, lambda cluster: cluster.name, total=len(clusters))
 
@@ -50,8 +55,8 @@ def exclude_node(name: ClusterName, body: ExcludeRequest, context: ContextDep) -
     reason.
     """
 
-    def exclude(session: Session) -> None:
-        node_exclusions.exclude(session, name, body.node, body.reason)
+    def exclude(session: Session, row: ClusterRow) -> None:
+        node_exclusions.exclude(session, row, body.node, body.reason)
 
     return _change(context, name, exclude)
 
@@ -60,22 +65,34 @@ def exclude_node(name: ClusterName, body: ExcludeRequest, context: ContextDep) -
 def include_node(name: ClusterName, node: NodeName, context: ContextDep) -> Cluster:
     """Lets ranks start on an excluded node again."""
 
-    def include(session: Session) -> None:
-        node_exclusions.include(session, name, node)
+    def include(session: Session, row: ClusterRow) -> None:
+        node_exclusions.include(session, row, node)
 
     return _change(context, name, include)
 
 
-def _change(context: Context, name: str, change: Callable[[Session], None]) -> Cluster:
+def _change(
+    context: Context, name: str, change: Callable[[Session, ClusterRow], None]
+) -> Cluster:
     """Changes a cluster's list and returns the cluster. Raises NotFoundError."""
-    names = context.settings.clusters
+    names = _names(context)
     if name not in names:
         detail = f"no cluster {name[:80]!r}; known: {', '.join(names)}"
         raise NotFoundError.of_field("/path/name", "no_cluster", detail)
     with context.store.write() as session:
-        change(session)
+        row = lifecycle.lock_cluster(session, name)
+        change(session, row)
+        # The agent passes the list on to the drivers; a node more may start a queued job.
+        lifecycle.raise_revision(session, name)
+        queue.admit_jobs(session, row)
         session.flush()
         return _cluster(context, session, name)
+
+
+def _names(context: Context) -> list[str]:
+    """Returns the clusters that last, and those made for one job whose agent is live."""
+    lasting = context.settings.lasting_clusters
+    return list(dict.fromkeys((*lasting, *context.agents.live_clusters())))
 
 
 def _cluster(context: Context, session: Session, name: str) -> Cluster:

@@ -27,6 +27,8 @@ class Node(Body):
     """GPUs that Ray may use."""
     accelerator_type: str | None
     """Ray's name of the GPUs; null without GPUs."""
+    resources: dict[str, float] = Field(default_factory=dict)
+    """Custom resources that Ray may use, by name."""
     memory_bytes: int
     """Memory that Ray may use."""
     labels: dict[str, str]
@@ -63,6 +65,24 @@ class ExcludeRequest(Body):
     """Id of a living node, the first six or more characters of it, or its address."""
     reason: str = Field(default="excluded by hand", min_length=1, max_length=500)
     """Why, for other users."""
+
+
+# What an admin lists, as `workers.protocol.wire.NodeGroup` carries it.
+class NodeGroup(Body):
+    """Nodes of one kind that an autoscaler may give to the cluster."""
+
+    name: str
+    """Name of the group: Ray's label `ray.io/node-group` of its nodes."""
+    max_nodes: int
+    """Largest number of these nodes at once; those that are there count."""
+    cpus: float
+    """CPUs of one node."""
+    gpus: float
+    """GPUs of one node."""
+    accelerator_type: str | None
+    """Ray's name of the GPUs; null without GPUs."""
+    labels: dict[str, str]
+    """Ray's labels of these nodes."""
 
 
 class Driver(Body):
@@ -103,6 +123,8 @@ class Cluster(Body):
     """All nodes that the agent last reported."""
     excluded_nodes: list[NodeExclusion]
     """Nodes on which no rank may start, until they are removed from this list or gone."""
+    node_groups: list[NodeGroup]
+    """What the cluster may grow to; empty if it does not grow."""
     drivers: list[Driver]
     """The drivers of all jobs."""
     orphans: list[str]

@@ -130,6 +130,7 @@ REQUESTS: dict[str, Any] = {
     "suggest_layouts": SPEC,
     "cancel_job": {"checkpoint": True},
     "pause_job": {"reason": "user_paused"},
+    "resize_job": {"dp": 2},
     "resume_job": {"changes": {"training": {"steps": 2000}}},
     "cancel_jobs": {"status": ["queued"], "metadata": {"sweep": "lr"}},
 }
@@ -169,6 +170,7 @@ _CLUSTER: Json = {
         }
     ],
     "excluded_nodes": [_EXCLUSION],
+    "node_groups": [],
     "drivers": [{"job_id": _JOB_ID, "alive": True, "detail": ""}],
     "orphans": [],
 }
@@ -177,6 +179,7 @@ RESPONSES: dict[str, Any] = {
     "list_jobs": _page(_SUMMARY),
     "get_job": _JOB,
     "cancel_job": {**_JOB, "status": "cancelling", "desired_state": "cancel"},
+    "resize_job": _JOB,
     "pause_job": {**_JOB, "desired_state": "pause", "pause_reason": "user_paused"},
     "resume_job": _JOB,
     "checkpoint_job": _JOB,
@@ -231,6 +234,11 @@ RESPONSES: dict[str, Any] = {
             "gpu": None,
             "pid": 24852,
             "coordinates": {"tp": 0, "cp": 0, "ep": 0, "dp": 0, "pp": 0},
+            "log_url": (
+                "http://127.0.0.1:8265/#/logs/viewer?nodeId="
+                f"{_NODE_ID}&fileName=megatron-ray%2F{_JOB_ID}%2F"
+                "attempt-0001%2Frank-00000.log"
+            ),
         },
         id_of="rank",
     ),
@@ -280,6 +288,7 @@ RESPONSES: dict[str, Any] = {
         "time": _TIME,
         "fits": True,
         "room": 2,
+        "new_nodes": {},
         "problems": [],
         "notes": [],
     },

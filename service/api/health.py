@@ -60,7 +60,7 @@ async def check_readiness(context: ContextDep, response: Response) -> dict[str, 
 def get_service_metrics(context: ContextDep) -> Response:
     """Returns the service's metrics in Prometheus' text format."""
     silence_s: dict[str, float | None] = {}
-    for name in context.settings.clusters:
+    for name in context.settings.lasting_clusters:
         silence_s[name] = context.agents.silence_s(name)
     with context.store.read() as session:
         text = context.telemetry.render(session, silence_s)
@@ -76,7 +76,7 @@ def _storage(context: Context) -> str:
 def _agents(context: Context) -> list[dict[str, Any]]:
     context.store.ping()
     agents = []
-    for name in context.settings.clusters:
+    for name in context.settings.lasting_clusters:
         agents.append(_agent(context, name))
     return agents
 

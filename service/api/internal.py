@@ -4,7 +4,8 @@ Bodies are those of `workers.protocol.wire`. Not part of the public API.
 """
 
 import time
-from typing import Annotated, TypeVar
+from collections.abc import Mapping
+from typing import Annotated, Any, TypeVar
 
 import sqlalchemy as sa
 from fastapi import APIRouter, Query, Request, Response
@@ -17,12 +18,13 @@ from megatron_ray.config.errors.spec_problems import pointer_to
 from megatron_ray.config.problem import Problem
 from service.exceptions import DriverReplacedError, RequestInvalidError
 from service.http.dependencies import Context, ContextDep
-from service.jobs import cluster_fit, ingest, lifecycle, node_exclusions, queue
+from service.jobs import cluster_fit, ingest, lifecycle, queue
 from service.jobs.agents import CheckedPaths
 from service.jobs.capacity import ClusterCapacity
 from service.jobs.cluster_fit import Resolution
+from service.store import node_exclusions
 from service.store.schema import ClusterRow, JobRow
-from workers.protocol.states import DesiredState
+from workers.protocol.states import DesiredState, JobState
 from workers.protocol.wire import (
     PROTOCOL,
     AgentReport,
@@ -31,7 +33,6 @@ from workers.protocol.wire import (
     CursorReply,
     DesiredJob,
     DesiredReply,
-    NodeExclusion,
     RecordBatch,
     RecordReply,
 )
@@ -197,7 +198,7 @@ def _resolve_waiting_jobs(
     Runs before the transaction, because a search for a layout may take seconds, during
     which no other request could write.
     """
-    capacity = ClusterCapacity(agent_report.nodes)
+    capacity = ClusterCapacity(agent_report.nodes, agent_report.node_groups)
     if not capacity.is_known:
         return {}
     with context.store.read() as session:
@@ -209,15 +210,23 @@ def _resolve_waiting_jobs(
 
 
 def _has_changed(row: ClusterRow, agent_report: AgentReport) -> bool:
-    """Whether the agent reports other drivers or orphans than before, or is new."""
+    """Whether the agent is new or reports what its jobs depend on other than before.
+
+    That is drivers, orphans and nodes without access to the storage.
+    """
     if row.report is None:
         return True
     before = AgentReport.model_validate(row.report)
-    return (before.drivers, before.orphans, before.agent_id) != (
+    return (before.drivers, before.orphans, before.agent_id, _without_storage(before)) != (
         agent_report.drivers,
         agent_report.orphans,
         agent_report.agent_id,
+        _without_storage(agent_report),
     )
+
+
+def _without_storage(report: AgentReport) -> set[str]:
+    return {node.node_id for node in report.nodes if node.storage_ok is False}
 
 
 def _revision(context: Context, cluster: str) -> int:
@@ -237,21 +246,27 @@ def _desired_reply(context: Context, cluster: str) -> DesiredReply:
         ended = sa.select(JobRow).where(
             *has_ended, JobRow.id.in_(seen), JobRow.deleted_at.is_(None)
         )
-        excluded = node_exclusions.excluded_nodes(session, cluster)
-        jobs = [_desired(context, job, excluded) for job in session.scalars(ended)]
+        jobs = [_desired(context, job) for job in session.scalars(ended)]
+        about_cluster = _about_cluster(session, cluster)
+        states = {}
         for job in queue.active_jobs(session, cluster):
+            states[job.id] = JobState(job.status)
             # A job without a world size is not resolved yet and cannot be prepared.
             if job.world_size is not None:
-                jobs.append(_desired(context, job, excluded))
+                jobs.append(_desired(context, job, about_cluster))
         # Includes deleted jobs, whose leftovers must be removed too.
         ended_ids = sa.select(JobRow.id).where(*has_ended)
-        latest = ended_ids.order_by(JobRow.ended_at.desc()).limit(MAX_TERMINAL)
-        terminal = {
-            *session.scalars(latest),
-            *session.scalars(ended_ids.where(JobRow.id.in_(seen))),
-        }
+        latest = sa.select(JobRow.id, JobRow.status).where(*has_ended)
+        latest = latest.order_by(JobRow.ended_at.desc()).limit(MAX_TERMINAL)
+        terminal = set(session.scalars(ended_ids.where(JobRow.id.in_(seen))))
+        for job_id, status in session.execute(latest):
+            terminal.add(job_id)
+            states[job_id] = JobState(status)
         return DesiredReply(
-            revision=row.revision, jobs=tuple(jobs), terminal=tuple(sorted(terminal))
+            revision=row.revision,
+            jobs=tuple(jobs),
+            terminal=tuple(sorted(terminal)),
+            states=states,
         )
 
 
@@ -270,7 +285,7 @@ def _seen_jobs(row: ClusterRow) -> set[str]:
 
 
 def _desired(
-    context: Context, job: JobRow, excluded: tuple[NodeExclusion, ...]
+    context: Context, job: JobRow, about_cluster: Mapping[str, Any] | None = None
 ) -> DesiredJob:
     return DesiredJob(
         job_id=job.id,
@@ -283,13 +298,13 @@ def _desired(
         checkpoint_requests=job.checkpoint_requests,
         diagnosis_requests=job.diagnosis_requests,
         resumes=job.resumes,
-        excluded_nodes=excluded,
+        **(about_cluster or {}),
     )
 
 
 def _desired_one(context: Context, job_id: str) -> DesiredJob:
     with context.store.read() as session:
-        return _desired_in(context, session, job_id)
+        return _desired_of(context, session, job_id)
 
 
 def _cursor(context: Context, job_id: str, epoch: int, last_n: int | None) -> CursorReply:
@@ -325,12 +340,20 @@ def _store_records(context: Context, job_id: str, body: bytes) -> RecordReply:
 def _flushed_desired(context: Context, session: Session, job_id: str) -> DesiredJob:
     """Returns the desired state after the records of this transaction."""
     session.flush()
-    return _desired_in(context, session, job_id)
+    return _desired_of(context, session, job_id)
 
 
-def _desired_in(context: Context, session: Session, job_id: str) -> DesiredJob:
+def _desired_of(context: Context, session: Session, job_id: str) -> DesiredJob:
     job = lifecycle.find(session, job_id)
-    return _desired(context, job, node_exclusions.excluded_nodes(session, job.cluster))
+    return _desired(context, job, _about_cluster(session, job.cluster))
+
+
+def _about_cluster(session: Session, cluster: str) -> dict[str, Any]:
+    """Returns the fields of a DesiredJob that all jobs of a cluster share."""
+    return {
+        "avoid_nodes": cluster_fit.avoided_nodes(session, cluster),
+        "node_groups": cluster_fit.node_groups(session, cluster),
+    }
 
 
 # ---- messages
@@ -338,7 +361,7 @@ def _desired_in(context: Context, session: Session, job_id: str) -> DesiredJob:
 
 def _check_cluster(context: Context, cluster: str) -> None:
     clusters = context.settings.clusters
-    if cluster not in clusters:
+    if not context.settings.has_cluster(cluster):
         detail = (
             f"cluster {cluster[:80]!r} is not configured here; known: {', '.join(clusters)}"
         )

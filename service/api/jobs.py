@@ -1,4 +1,4 @@
-"""Serves /v1/jobs: create, list, get, pause, resume, checkpoint, delete, cancel many."""
+"""Serves /v1/jobs: create, list, get, pause, resume, resize, delete, cancel many."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -23,6 +23,7 @@ from service.api.models import (
     JobSummary,
     Page,
     PauseRequest,
+    ResizeRequest,
     ResumeRequest,
 )
 from service.exceptions import JobActiveError, RequestInvalidError
@@ -37,7 +38,7 @@ from service.http.parameters import (
     labels_of,
     split_commas,
 )
-from service.jobs import lifecycle, pausing, queue
+from service.jobs import lifecycle, pausing, queue, resizing
 from service.jobs.submit import PreparedJob, Submitter
 from service.store.schema import JobRow
 from service.store.selection import JobFilter
@@ -257,6 +258,26 @@ async def resume_job(
         queue.admit_jobs(session, lifecycle.lock_cluster(session, job.cluster))
 
     return await run_in_threadpool(change_job, context, job_id, repeatable, resume)
+
+
+@router.post(
+    "/jobs/{job_id}/resize", status_code=202, response_model=Job, responses={409: {}}
+)
+def resize_job(
+    job_id: JobId,
+    body: ResizeRequest,
+    context: ContextDep,
+    caller: CurrentCaller,
+    key: IdempotencyKey = None,
+) -> Response:
+    """Changes a job's number of data-parallel replicas.
+
+    A running job writes a checkpoint and continues from it at the new size, with the same
+    batches. Resizing to its own size changes nothing.
+    """
+    path = f"/v1/jobs/{job_id}/resize"
+    repeatable = IdempotentRequest.of(key, caller.token_id, path, body.model_dump())
+    return change_job(context, job_id, repeatable, partial(resizing.resize, dp=body.dp))
 
 
 @router.post(

@@ -320,6 +320,9 @@ class RankPlacement(Body):
     """Index of the rank along each parallel axis."""
     slow: RankSlowness | None = None
     """Set while the rank is slower than its peers, which wait for it."""
+    log_url: str | None = None
+    """Page of Ray's dashboard with the rank's log on its node, while the job runs and its
+    cluster has a dashboard."""
 
 
 class Log(Body):
@@ -381,6 +384,13 @@ class ResumeRequest(Body):
     changes: dict[str, Any] = Field(default_factory=dict, max_length=64)
     """For an ended job: fields of its spec to change, nested as in the spec, such as
     `{"training": {"steps": 2000}}`. Default: the job continues unchanged."""
+
+
+class ResizeRequest(Body):
+    """The size that a job is to have."""
+
+    dp: int = Field(ge=1, le=1 << 20)
+    """Number of data-parallel replicas; within `elastic`, where the spec has it."""
 
 
 class CancelJobsRequest(CancelRequest):

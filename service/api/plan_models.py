@@ -137,9 +137,12 @@ class Plan(Body):
     time: PlanTime | None
     """null when it is unknown; `notes` has the reason."""
     fits: bool | None
-    """Whether the job fits in the empty cluster; null while the cluster is unknown."""
+    """Whether the job fits in the empty cluster, grown to its bound if it may grow; null
+    while the cluster is unknown."""
     room: int | None
-    """How many ranks of this job the empty cluster has room for."""
+    """How many ranks of this job the empty cluster has room for, on today's nodes."""
+    new_nodes: dict[str, int]
+    """How many nodes the cluster must be given before the job fits, by their group."""
     problems: list[Problem]
     """Why the job cannot run now."""
     notes: list[str]

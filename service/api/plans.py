@@ -24,10 +24,12 @@ from service.http.dependencies import Context, ContextDep
 from service.http.parameters import WRITTEN_NUMBER, check_query
 from service.jobs import cluster_fit, spec_checks
 from service.jobs.agents import CheckedPaths
-from service.jobs.capacity import ClusterCapacity, resource_request
+from service.jobs.capacity import ClusterCapacity, ResourceRequest, resource_request
 from service.jobs.cluster_fit import ResolvedSpec
 from service.jobs.submit import Submitter
 from service.settings import Settings
+from workers.decisions.cluster_growth import describe_nodes
+from workers.decisions.topology.node_rules import NodeRules
 from workers.protocol.job import JobSpec
 from workers.protocol.spec_warnings import export_notes
 
@@ -164,9 +166,10 @@ def _cluster_plan(
         _device_of(spec, resolved.spec, capacity),
         fits=fits,
         room=_room(capacity, resolved),
+        new_nodes=_new_nodes(capacity, resolved),
         problems=[*unfit, *_path_problems(checked)],
         notes=[
-            *_cluster_notes(spec, capacity),
+            *_cluster_notes(spec, resolved, capacity),
             *_path_notes(checked),
             *export_notes(spec),
         ],
@@ -223,7 +226,7 @@ def _device_of(
 ) -> Hardware | None:
     """Returns the device that the job would run on; None while it is unknown."""
     if resolved.resources.accelerator == "gpu":
-        return capacity.gpu_hardware
+        return capacity.among(NodeRules.of(spec)).gpu_hardware
     # An unknown cluster resolves `auto` to cpu, whatever its devices are.
     if capacity.is_known or spec.resources.accelerator == "cpu":
         return HARDWARE["CPU"]
@@ -233,21 +236,47 @@ def _device_of(
 # ---- the cluster
 
 
+def _request_of(resolved: ResolvedSpec) -> ResourceRequest:
+    # The accelerator is resolved already, so `has_gpus` plays no part.
+    return resource_request(resolved.spec, resolved.world_size, has_gpus=False)
+
+
 def _room(capacity: ClusterCapacity, resolved: ResolvedSpec) -> int | None:
     if not capacity.is_known:
         return None
-    # The accelerator is resolved already, so `has_gpus` plays no part.
-    request = resource_request(resolved.spec, resolved.world_size, has_gpus=False)
-    return capacity.max_ranks(request)
+    return capacity.max_ranks(_request_of(resolved), may_grow=False)
 
 
-def _cluster_notes(spec: JobSpec, capacity: ClusterCapacity) -> list[str]:
-    if capacity.is_known:
-        return []
-    return [
-        f"cluster {spec.cluster!r} has not been reported yet: it is unknown whether the "
-        "job fits; dp: auto counts as 1, and no GPUs are assumed"
-    ]
+def _new_nodes(capacity: ClusterCapacity, resolved: ResolvedSpec) -> dict[str, int]:
+    """Returns how many nodes of each group the job needs beside today's."""
+    request = _request_of(resolved)
+    # What does not fit in any case is a problem of the plan.
+    if capacity.max_ranks(request) < request.ranks:
+        return {}
+    return capacity.new_nodes(request)
+
+
+def _cluster_notes(
+    spec: JobSpec, resolved: ResolvedSpec, capacity: ClusterCapacity
+) -> list[str]:
+    if not capacity.is_known:
+        return [
+            f"cluster {spec.cluster!r} has not been reported yet: it is unknown whether the "
+            "job fits; dp: auto counts as 1, and no GPUs are assumed"
+        ]
+    notes = []
+    new_nodes = _new_nodes(capacity, resolved)
+    if new_nodes:
+        counts = describe_nodes(new_nodes, "more node", of="of group")
+        verb = "are"
+        if sum(new_nodes.values()) == 1:
+            verb = "is"
+        limit_s = spec.resources.placement_timeout_s
+        notes.append(
+            f"fits when {counts} {verb} there; the job waits for them up to "
+            f"resources.placement_timeout_s={limit_s:g} s at a time"
+        )
+    return notes
 
 
 def _path_problems(checked: CheckedPaths | None) -> tuple[Problem, ...]:

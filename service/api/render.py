@@ -6,14 +6,22 @@ Texts and paths are redacted: earlier versions have stored URIs with secrets.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any, TypeVar
+from urllib.parse import urlencode
 
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
 from megatron_ray.exceptions import redacted
-from service.api.cluster_models import Cluster, Driver, Node, NodeExclusion
+from service.api.cluster_models import (
+    Cluster,
+    Driver,
+    Node,
+    NodeExclusion,
+    NodeGroup,
+)
 from service.api.models import (
     Attempt,
     Cancellation,
@@ -31,6 +39,7 @@ from service.http.errors import problem_document
 from service.jobs.agents import Agents
 from service.jobs.queue import Cancelled
 from service.jobs.reports.slow_ranks import SlowRank
+from service.store import node_exclusions
 from service.store.schema import (
     AttemptRow,
     CheckpointRow,
@@ -39,10 +48,9 @@ from service.store.schema import (
     JobRow,
     LabelRow,
 )
-from workers.protocol import wire
 from workers.protocol.events import EventLevel
 from workers.protocol.states import AttemptState, DesiredState, JobState, StatusReason
-from workers.protocol.wire import AgentReport
+from workers.protocol.wire import AgentReport, NodeInfo
 
 Item = TypeVar("Item")
 _DOCUMENT_MEMBERS = frozenset({"type", "title", "status", "detail", "code", "errors"})
@@ -219,13 +227,13 @@ def cluster(
     name: str,
     row: ClusterRow | None,
     agents: Agents,
-    excluded: Sequence[wire.NodeExclusion],
+    excluded: Sequence[node_exclusions.NodeExclusion],
 ) -> Cluster:
     """Returns a cluster; `row` is None, or without a report, before its agent's first."""
     entries = []
     for entry in excluded:
         shown = {"since": utc(entry.since), "reason": redacted(entry.reason)}
-        entries.append(NodeExclusion(**{**entry.model_dump(), **shown}))
+        entries.append(NodeExclusion(**{**asdict(entry), **shown}))
     return Cluster(
         name=name,
         live=agents.is_live(name),
@@ -241,20 +249,47 @@ def _reported(row: ClusterRow | None) -> dict[str, Any]:
     fields: dict[str, Any] = dict.fromkeys(names)
     # Configured clusters are listed even before their agents connect.
     if row is None or row.report is None:
-        return {**fields, "reported_at": None, "nodes": [], "drivers": [], "orphans": []}
+        lists: dict[str, Any] = {"nodes": [], "node_groups": []}
+        return {**fields, "reported_at": None, **lists, "drivers": [], "orphans": []}
     report = AgentReport.model_validate(row.report)
     for name in names:
         fields[name] = getattr(report, name)
     fields["reported_at"] = utc_or_none(row.reported_at)
     fields["nodes"] = [_node(node) for node in report.nodes]
+    fields["node_groups"] = [
+        NodeGroup(**group.model_dump()) for group in report.node_groups
+    ]
     fields["drivers"] = [Driver(**driver.model_dump()) for driver in report.drivers]
     fields["orphans"] = list(report.orphans)
     return fields
 
 
-def _node(node: wire.NodeInfo) -> Node:
+def _node(node: NodeInfo) -> Node:
     deadline = utc_or_none(node.drain_deadline)
-    return Node(**{**node.model_dump(), "drain_deadline": deadline})
+    fields = node.model_dump(exclude={"free"})
+    return Node(**{**fields, "drain_deadline": deadline})
+
+
+def dashboard_url(session: Session, cluster: str) -> str | None:
+    """Returns the URL of the dashboard of a cluster's Ray, if it has one."""
+    row = session.get(ClusterRow, cluster)
+    if row is None or row.report is None:
+        return None
+    url: str | None = row.report.get("dashboard_url")
+    return url
+
+
+def with_log_urls(
+    ranks: Sequence[Mapping[str, Any]], url: str, job_id: str, attempt: int
+) -> list[dict[str, Any]]:
+    """Returns an attempt's ranks with the pages of Ray's dashboard that have their logs."""
+    rows = []
+    for rank in ranks:
+        number = int(rank.get("rank", 0))
+        name = f"megatron-ray/{job_id}/attempt-{attempt:04d}/rank-{number:05d}.log"
+        query = urlencode({"nodeId": rank.get("node_id"), "fileName": name})
+        rows.append({**rank, "log_url": f"{url}/#/logs/viewer?{query}"})
+    return rows
 
 
 def _labels(session: Session, rows: Sequence[JobRow]) -> dict[int, dict[str, str]]:

@@ -12,6 +12,7 @@ from megatron_ray.planning.hardware import Hardware, hardware_named
 from megatron_ray.validation import check, resolution
 from service.cli.failure import CommandError
 from service.cli.spec_parsing import parse_spec, problems_failure
+from workers.decisions.elasticity import elastic_problems
 from workers.protocol.job import JobSpec
 from workers.protocol.spec_warnings import export_notes
 
@@ -76,9 +77,8 @@ def _checked(
     values: Mapping[str, Any], device: Hardware | None, ranks: int | None
 ) -> JobSpec:
     spec = parse_spec(values)
-    problems = check.find_problems(spec, ranks) or estimates.size_problems(
-        without_cluster.fewest_ranks(spec)
-    )
+    problems = [*check.find_problems(spec, ranks), *elastic_problems(spec)]
+    problems = problems or estimates.size_problems(without_cluster.fewest_ranks(spec))
     if problems:
         raise problems_failure("the job spec is invalid", problems)
     resources = spec.resources

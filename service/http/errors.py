@@ -54,6 +54,7 @@ PROBLEM_TYPES = {
     "job_active": ProblemType(409, "The job has not ended"),
     "job_ended": ProblemType(409, "The job has ended"),
     "job_not_running": ProblemType(409, "The job is not running"),
+    "no_room": ProblemType(409, "The cluster has no room"),
     "job_deleted": ProblemType(409, "The job was deleted"),
     "job_failed": ProblemType(500, "The job failed"),
     "fenced": ProblemType(409, "A newer driver has taken over"),

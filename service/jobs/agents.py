@@ -47,6 +47,10 @@ class Agents:
             return None
         return time.monotonic() - last_contact
 
+    def live_clusters(self) -> list[str]:
+        """Returns the clusters whose agents are live, by name."""
+        return [name for name in sorted(self._last_contact) if self.is_live(name)]
+
     def is_live(self, cluster: str) -> bool:
         """Whether the agent has been in contact recently."""
         silence_s = self.silence_s(cluster)

@@ -6,7 +6,8 @@ Everything that searches for layouts is free of the database, because it may tak
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
@@ -15,13 +16,20 @@ from megatron_ray.config.checkpoint import StorageConfig
 from megatron_ray.config.problem import Problem
 from megatron_ray.planning.answers import estimates
 from megatron_ray.planning.hardware import Hardware
+from megatron_ray.planning.memory import fullest_rank
 from megatron_ray.validation import check, resolution
 from service.jobs import lifecycle
 from service.jobs.capacity import ClusterCapacity, ResourceRequest, resource_request
 from service.store.schema import ClusterRow, JobRow
+from workers.decisions.elasticity import legal_dps
+from workers.decisions.topology.alternatives import missing_room, nearest_layout
+from workers.decisions.topology.node_rules import NodeRules
 from workers.protocol.job import JobSpec
 from workers.protocol.states import JobState, StatusReason
 from workers.protocol.wire import AgentReport
+
+MAX_NODES_NAMED = 8
+"""Nodes that a refusal names."""
 
 
 @dataclass(frozen=True)
@@ -49,16 +57,47 @@ def capacity_of(session: Session, cluster: str) -> ClusterCapacity:
     row = session.get(ClusterRow, cluster)
     if row is None or row.report is None:
         return ClusterCapacity(())
-    return ClusterCapacity(AgentReport.model_validate(row.report).nodes)
+    report = AgentReport.model_validate(row.report)
+    return ClusterCapacity(report.nodes, report.node_groups)
+
+
+def node_groups(session: Session, cluster: str) -> list[dict[str, Any]]:
+    """Returns what the cluster may grow to, as its agent last reported it."""
+    row = session.get(ClusterRow, cluster)
+    if row is None or row.report is None:
+        return []
+    # An agent of an earlier version reports none.
+    return list(row.report.get("node_groups", ()))
+
+
+def avoided_nodes(session: Session, cluster: str) -> dict[str, str]:
+    """Returns why no job may use some living nodes of a cluster, by node id."""
+    row = session.get(ClusterRow, cluster)
+    if row is None or row.report is None:
+        return {}
+    avoided = {}
+    # As stored, because a driver that sends records must not wait for thousands of nodes
+    # to be validated.
+    for node in row.report["nodes"]:
+        if node["alive"] and node["storage_ok"] is False:
+            avoided[node["node_id"]] = "it cannot read the job storage"
+        # Absent in reports that an earlier version has stored.
+        elif node["alive"] and node.get("excluded"):
+            avoided[node["node_id"]] = node["excluded"]
+    return avoided
 
 
 def check_fit(spec: JobSpec, capacity: ClusterCapacity) -> list[Problem]:
-    """Returns why even the empty cluster could not hold the job.
+    """Returns why even the empty cluster, grown to its bound, could not hold the job.
 
     Returns nothing while the cluster is unknown.
     """
     if not capacity.is_known:
         return []
+    problems = _check_choice(spec, capacity)
+    if problems:
+        return problems
+    capacity = capacity.among(NodeRules.of(spec))
     request = _smallest_request(spec, capacity)
     # In this order, because each check relies on the previous ones.
     problems = _check_nodes(spec, request, capacity)
@@ -67,7 +106,8 @@ def check_fit(spec: JobSpec, capacity: ClusterCapacity) -> list[Problem]:
     for problem in check.find_problems(spec, capacity.max_ranks(request)):
         # The other rules hold wherever the job runs and were checked before.
         if problem.code == "world_fits":
-            problems.append(problem)
+            detail = problem.detail + _nearest_layout(spec, request, capacity)
+            problems.append(replace(problem, detail=detail))
     return problems or _check_memory(spec, request, capacity)
 
 
@@ -84,13 +124,11 @@ def resolve(
     An unknown cluster counts as one that has room for one replica and no GPUs.
     `hardware` and `ranks` stand for the cluster's device and room.
     """
+    capacity = capacity.among(NodeRules.of(spec))
     request = _smallest_request(spec, capacity)
     if ranks is None:
-        ranks = request.ranks
-        # `dp: auto` takes as many ranks as the empty cluster can hold.
-        if capacity.is_known:
-            ranks = capacity.max_ranks(request)
-    resolved = resolution.resolve(spec, ranks)
+        ranks = _ranks_for_auto(request, capacity)
+    resolved = resolution.resolve(spec, _bounded(spec, ranks))
     assert isinstance(resolved, JobSpec)
     has_gpu = request.gpu
     if hardware is not None and spec.resources.accelerator == "auto":
@@ -189,11 +227,52 @@ def _smallest_request(spec: JobSpec, capacity: ClusterCapacity) -> ResourceReque
     """Returns the resources of the smallest world that can run the spec."""
     parallel = spec.parallel
     if parallel.dp == "auto":
-        dp = resolution.least_dp(spec)
+        # A spec without a legal size is refused before.
+        dp = min(legal_dps(spec), default=resolution.least_dp(spec))
     else:
         dp = parallel.dp
     ranks = parallel.tp * parallel.pp * parallel.cp * dp
     return resource_request(spec, ranks, has_gpus=capacity.has_gpus)
+
+
+def _bounded(spec: JobSpec, ranks: int) -> int:
+    """Returns how many of some ranks a spec may use."""
+    if spec.elastic is None:
+        return ranks
+    parallel = spec.parallel
+    return min(ranks, parallel.tp * parallel.pp * parallel.cp * spec.elastic.max_dp)
+
+
+def _ranks_for_auto(request: ResourceRequest, capacity: ClusterCapacity) -> int:
+    """Returns the ranks that `dp: auto` may use: those that today's nodes can hold.
+
+    `request` is that of the smallest world, for which an empty cluster may be given nodes:
+    a user who has named no number must not be billed for the cluster's bound.
+    """
+    return max(request.ranks, capacity.max_ranks(request, may_grow=False))
+
+
+def _check_choice(spec: JobSpec, capacity: ClusterCapacity) -> list[Problem]:
+    """Returns why the spec leaves no node to run on."""
+    rules = NodeRules.of(spec)
+    if capacity.among(rules).nodes:
+        return []
+    reasons = []
+    for node in capacity.nodes[:MAX_NODES_NAMED]:
+        reasons.append(f"node {node.address}: {rules.refusal(node)}")
+    others = len(capacity.nodes) - len(reasons)
+    if others:
+        reasons.append(f"and {others} more nodes")
+    pointer = "/resources/nodes"
+    if not rules.only and not rules.exclude:
+        pointer = "/resources/gpu_type"
+    if capacity.among(replace(rules, image=None)).nodes:
+        pointer = "/image"
+    detail = (
+        f"no node of cluster {spec.cluster!r} is left for the job ({'; '.join(reasons)}); "
+        f"change {pointer[1:].replace('/', '.')} or add nodes"
+    )
+    return [Problem(pointer, "nodes_left", detail)]
 
 
 def _check_nodes(
@@ -214,14 +293,46 @@ def _check_nodes(
         return [Problem("/resources/cpus_per_rank", "cpus_fit", detail)]
     # Nodes may be large enough in sum and still too small one by one.
     if capacity.max_ranks(request) == 0:
-        single = ResourceRequest(1, 1, request.cpus_per_rank, request.gpu)
+        island = f"tp={spec.parallel.tp}"
+        pointer = "/parallel/tp"
+        # Not even one rank fits: of some custom resource no node has enough.
+        if capacity.max_ranks(replace(request, ranks=1, island=1)) == 0:
+            request = replace(request, island=1)
+            island = "a rank"
+            pointer = "/resources"
         detail = (
-            f"tp={spec.parallel.tp} ranks must share a node, and no node has room for them "
-            f"({capacity.max_ranks(single)} ranks in the whole cluster); lower tp or add "
-            "larger nodes"
+            f"{island} {missing_room(capacity.nodes, request.demand)}"
+            f"{_nearest_layout(spec, request, capacity)}"
         )
-        return [Problem("/parallel/tp", "island_fits", detail)]
+        return [Problem(pointer, "island_fits", detail)]
     return []
+
+
+def _nearest_layout(
+    spec: JobSpec, request: ResourceRequest, capacity: ClusterCapacity
+) -> str:
+    """Returns the end of a sentence that names a layout for the cluster, if there is one."""
+    hardware = None
+    if request.gpu:
+        hardware = capacity.gpu_hardware
+    layout = nearest_layout(
+        spec,
+        capacity.nodes,
+        request.demand,
+        lambda candidate: _fits_memory(candidate, hardware),
+    )
+    if layout is None:
+        return ""
+    return f"; {layout} would fit"
+
+
+def _fits_memory(spec: JobSpec, hardware: Hardware | None) -> bool:
+    """Whether a layout fits into the GPUs' memory, as far as that is known."""
+    complete = estimates.with_vocabulary(spec)
+    if complete is None or hardware is None or hardware.memory_bytes is None:
+        return True
+    memory = fullest_rank(complete, hardware.device)
+    return memory.total_bytes <= hardware.memory_bytes
 
 
 def _check_memory(
@@ -232,5 +343,5 @@ def _check_memory(
     if not request.gpu or hardware is None:
         return []
     # Resolved, because memory depends on dp and on everything that `auto` stands for.
-    resolved = resolution.resolve(spec, capacity.max_ranks(request))
+    resolved = resolution.resolve(spec, _ranks_for_auto(request, capacity))
     return estimates.check_memory(resolved, hardware)

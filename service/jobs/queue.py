@@ -4,19 +4,25 @@ Owns: the queue in the database. Works inside the caller's transaction. Must not
 HTTP, the rule itself (`service.jobs.admission`).
 """
 
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
 from service.jobs import admission, lifecycle
-from service.jobs.capacity import resource_request
+from service.jobs.capacity import ClusterCapacity, ResourceRequest, resource_request
 from service.store.database import wake
-from service.store.schema import AttemptRow, ClusterRow, JobRow
+from service.store.schema import AttemptRow, ClusterRow, EventRow, JobRow
+from workers.decisions.cluster_growth import describe_nodes
+from workers.protocol.events import EventType
 from workers.protocol.job import JobSpec
-from workers.protocol.states import DesiredState, JobState
+from workers.protocol.states import DesiredState, JobState, StatusReason
 from workers.protocol.wire import AgentReport, NodeInfo
+
+RETRY_NODES_S = 60.0
+"""Seconds for which other jobs go first after new nodes for a job did not come."""
 
 
 def active_jobs(session: Session, cluster: str) -> list[JobRow]:
@@ -38,29 +44,90 @@ def admit_jobs(session: Session, cluster: ClusterRow) -> None:
         return
     rows = active_jobs(session, cluster.name)
     # Runs with every report of the agent; usually the queue is empty.
-    if not _has_queued(rows):
+    if not _has_queued(rows) and not _has_scheduling(rows):
         return
-    nodes = AgentReport.model_validate(cluster.report).nodes
+    report = AgentReport.model_validate(cluster.report)
+    nodes = report.nodes
     jobs: dict[str, JobRow] = {}
     queued: list[admission.QueuedJob] = []
-    admitted: list[admission.AdmittedJob] = []
     for row in rows:
-        if row.world_size is None:
-            # Submitted before the cluster was known: it is resolved by the next report.
-            continue
         jobs[row.id] = row
-        spec = JobSpec.model_validate(row.resolved_spec)
-        # `auto` was resolved with the spec, so whether there are GPUs plays no part.
-        request = resource_request(spec, row.world_size, has_gpus=False)
-        if _is_queued(row):
-            number = row.queue_number or row.number
-            queued.append(admission.QueuedJob(row.id, row.priority, number, request))
-        elif JobState(row.status).holds_resources or row.desired == DesiredState.RUN:
-            ranks_by_node = _ranks_by_node(session, row, nodes)
-            admitted.append(admission.AdmittedJob(row.id, request, ranks_by_node))
+        # Without a size it was submitted before the cluster was known, and is resolved by
+        # the next report.
+        if row.world_size is not None and _is_queued(row):
+            queued.append(_queued(session, row))
+    admitted = _admitted(session, rows, nodes)
     # All at once, because each decision depends on the jobs ahead in the queue.
-    for decision in admission.decide(queued, admitted, nodes):
+    for decision in admission.decide(queued, admitted, nodes, report.node_groups):
         _apply(session, jobs[decision.job_id], decision)
+    if report.node_groups:
+        awaited = admission.awaited_nodes(admitted, nodes, report.node_groups)
+        for job_id, new_nodes in awaited.items():
+            _show_awaited(session, jobs[job_id], new_nodes)
+
+
+def room_beside_others(session: Session, job: JobRow) -> ClusterCapacity:
+    """Returns what the other jobs of a job's cluster leave free, its own resources included.
+
+    Jobs that wait in the queue come first. Nodes that an autoscaler may still give do not
+    count.
+    """
+    cluster = lifecycle.lock_cluster(session, job.cluster)
+    if cluster.report is None:
+        return ClusterCapacity(())
+    nodes = AgentReport.model_validate(cluster.report).nodes
+    others = [row for row in active_jobs(session, job.cluster) if row.id != job.id]
+    free = ClusterCapacity(nodes)
+    for admitted in _admitted(session, others, nodes):
+        free.reserve_admitted(admitted.request, admitted.ranks_by_node)
+    for row in others:
+        if row.world_size is not None and _is_queued(row):
+            free.reserve(_request(row))
+    return free
+
+
+def _admitted(
+    session: Session, rows: Iterable[JobRow], nodes: tuple[NodeInfo, ...]
+) -> list[admission.AdmittedJob]:
+    """Returns the jobs that hold resources, or may request them."""
+    admitted = []
+    for row in rows:
+        if row.world_size is None or _is_queued(row):
+            continue
+        if JobState(row.status).holds_resources or row.desired == DesiredState.RUN:
+            ranks_by_node = _ranks_by_node(session, row, nodes)
+            admitted.append(admission.AdmittedJob(row.id, _request(row), ranks_by_node))
+    return admitted
+
+
+def _queued(session: Session, row: JobRow) -> admission.QueuedJob:
+    number = row.queue_number or row.number
+    retry_s = _retry_s(session, row)
+    return admission.QueuedJob(row.id, row.priority, number, _request(row), retry_s)
+
+
+def _request(row: JobRow) -> ResourceRequest:
+    spec = JobSpec.model_validate(row.resolved_spec)
+    assert row.world_size is not None
+    # `auto` was resolved with the spec, so whether there are GPUs plays no part.
+    return resource_request(spec, row.world_size, has_gpus=False)
+
+
+def note_missing_nodes(session: Session, job: JobRow) -> None:
+    """Records that new nodes did not come, of a job that returns to the queue.
+
+    Called before its state changes; does nothing for a job that did not wait for nodes.
+    Other jobs go first for `RETRY_NODES_S` seconds.
+    """
+    if job.status_reason != StatusReason.WAITING_NODES:
+        return
+    event = lifecycle.NewEvent(
+        EventType.NODES_MISSING,
+        f"new nodes did not come within resources.placement_timeout_s ({job.message}); other "
+        f"jobs go first for {RETRY_NODES_S:g} s",
+        "warn",
+    )
+    lifecycle.add_event(session, job, event)
 
 
 @dataclass(frozen=True)
@@ -112,6 +179,13 @@ def _has_queued(rows: list[JobRow]) -> bool:
     return False
 
 
+def _has_scheduling(rows: list[JobRow]) -> bool:
+    for row in rows:
+        if row.status == JobState.SCHEDULING:
+            return True
+    return False
+
+
 def _is_queued(job: JobRow) -> bool:
     # An admitted job stays queued until its driver starts to place it.
     return job.status == JobState.QUEUED and job.desired == DesiredState.PREPARE
@@ -131,6 +205,59 @@ def _apply(session: Session, job: JobRow, decision: admission.AdmissionDecision)
         job.status_reason = decision.reason
         job.message = decision.message
         wake(session, lifecycle.job_topic(job.id))
+
+
+# ---- nodes that are not there yet
+
+
+def _show_awaited(session: Session, job: JobRow, new_nodes: Mapping[str, int]) -> None:
+    """Shows in the state of a job that is being placed which new nodes it waits for."""
+    if job.status != JobState.SCHEDULING:
+        return
+    is_waiting = job.status_reason == StatusReason.WAITING_NODES
+    if not new_nodes:
+        # All of them are there; a moment later Ray places the job.
+        if is_waiting:
+            job.status_reason = None
+            job.message = ""
+        return
+    text = f"waiting for {describe_nodes(new_nodes)}"
+    if not is_waiting:
+        job.status_reason = StatusReason.WAITING_NODES
+        event = lifecycle.NewEvent(
+            EventType.NODES_AWAITED, text, data={"new_nodes": dict(new_nodes)}
+        )
+        lifecycle.add_event(session, job, event)
+        session.flush()
+    # Readers are woken by the event only, not by every second.
+    waited_s = _age_s(session, job, EventType.NODES_AWAITED) or 0.0
+    job.message = f"{text}, {waited_s:.0f} s"
+
+
+def _retry_s(session: Session, job: JobRow) -> float | None:
+    """Returns the seconds until new nodes may be requested for a queued job again."""
+    # The reason of a job whose nodes did not come, and until they may be requested again.
+    if job.status_reason not in (StatusReason.WAITING_GANG, StatusReason.WAITING_NODES):
+        return None
+    age_s = _age_s(session, job, EventType.NODES_MISSING)
+    # A clock that was set back must not keep the job waiting.
+    if age_s is None or not 0 <= age_s < RETRY_NODES_S:
+        return None
+    return RETRY_NODES_S - age_s
+
+
+def _age_s(session: Session, job: JobRow, event_type: EventType) -> float | None:
+    """Returns the seconds since the newest event of a type; None if there is none."""
+    statement = (
+        sa.select(EventRow.created_at)
+        .where(EventRow.job == job.number, EventRow.type == event_type)
+        .order_by(EventRow.seq.desc())
+        .limit(1)
+    )
+    created_at = session.scalar(statement)
+    if created_at is None:
+        return None
+    return time.time() - created_at
 
 
 def _ranks_by_node(

@@ -16,10 +16,10 @@ from megatron_ray.config.errors.messages import plain_message
 from megatron_ray.config.errors.spec_problems import pointer_to
 from megatron_ray.config.problem import Problem
 from service.exceptions import RequestInvalidError
-from service.jobs import lifecycle, node_exclusions, queue
+from service.jobs import lifecycle, queue
 from service.jobs.lifecycle import NewEvent
 from service.jobs.reports import diagnoses
-from service.store import evaluations, metrics
+from service.store import evaluations, metrics, node_exclusions
 from service.store.database import Store, wake
 from service.store.evaluations import parse_evaluation
 from service.store.metrics import Finite, StepRow
@@ -150,6 +150,8 @@ class RecordApplier:
         event = self._event(record, f"job.{data.state}", data.message)
         if has_failed:
             event = dataclasses.replace(event, level="error")
+        if data.state is JobState.QUEUED:
+            queue.note_missing_nodes(self._session, self._job)
         # A state that may not follow is kept as an event and changes nothing.
         if not lifecycle.transition(self._session, self._job, data.state, reason, event):
             return
@@ -163,7 +165,14 @@ class RecordApplier:
         event = self._event(record, data.type, data.message, data.data)
         self._add(dataclasses.replace(event, level=data.level, ranks=data.ranks))
         if data.type == EventType.NODE_EXCLUDED:
-            node_exclusions.exclude_for_job(self._session, self._job, data.data)
+            self._exclude_node(data.data)
+
+    def _exclude_node(self, data: dict[str, Any]) -> None:
+        """Keeps other jobs from a node on which this one has failed."""
+        cluster = lifecycle.lock_cluster(self._session, self._job.cluster)
+        if node_exclusions.exclude_for_job(self._session, cluster, self._job.id, data):
+            # The agent passes the list on to the drivers.
+            lifecycle.raise_revision(self._session, cluster.name)
 
     def _apply_attempt(self, record: Record) -> None:
         data = _AttemptData.model_validate(record.data)

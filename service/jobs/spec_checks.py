@@ -13,11 +13,13 @@ from sqlalchemy.orm import Session
 from megatron_ray.config.errors.messages import suggestion
 from megatron_ray.config.errors.spec_problems import pointer_to
 from megatron_ray.config.problem import Problem
+from megatron_ray.storage.location import is_local_path
 from megatron_ray.validation import check
 from megatron_ray.validation.storage.path_rules import PathRules, is_below, place_of
 from service.jobs import lifecycle
 from service.settings import Settings
 from service.store.schema import JobRow
+from workers.decisions.elasticity import elastic_problems
 from workers.protocol.job import JobSpec
 
 MAX_NAME_CHARS = 80
@@ -31,6 +33,7 @@ def check_rules(spec: JobSpec, settings: Settings) -> list[Problem]:
         *_check_names(spec, settings),
         *_check_text(spec.model_dump(mode="json"), ()),
         *check.find_problems(spec, path_rules=path_rules(settings)),
+        *elastic_problems(spec),
     ]
 
 
@@ -78,14 +81,32 @@ def check_storage(session: Session, spec: JobSpec) -> list[Problem]:
 
 def _check_names(spec: JobSpec, settings: Settings) -> list[Problem]:
     # Operators name what specs may use, so that no spec brings images or secrets along.
-    problems = [
-        *_check_name("cluster", "/cluster", spec.cluster, settings.clusters),
-        *_check_name("image", "/image", spec.image, settings.images),
-    ]
+    problems = _check_name("image", "/image", spec.image, settings.images)
+    if not settings.has_cluster(spec.cluster):
+        unknown = _check_name("cluster", "/cluster", spec.cluster, settings.clusters)
+        problems = [*unknown, *problems]
     for index, name in enumerate(spec.credentials):
         pointer = f"/credentials/{index}"
         problems += _check_name("credentials", pointer, name, settings.credentials)
-    return problems
+    return problems or _check_credentials_use(spec)
+
+
+def _check_credentials_use(spec: JobSpec) -> list[Problem]:
+    """Returns why credentials would break the job's own storage.
+
+    The driver and the service open it with the cluster's variables, which a spec's
+    credentials replace in the ranks.
+    """
+    if not spec.credentials or spec.storage is None:
+        return []
+    if is_local_path(spec.storage.path):
+        return []
+    detail = (
+        "credentials are for data and weights that the job reads, and storage.path is an object "
+        "store, which is opened with those of the cluster; write to a folder, or leave "
+        "credentials out"
+    )
+    return [Problem("/credentials", "storage_is_a_store", detail)]
 
 
 def _check_name(

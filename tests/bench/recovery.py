@@ -30,6 +30,7 @@ from tests.support.running_stack import Road, stack
 KILLS = 10
 EVERY_STEPS = 50
 """Steps between checkpoints of the job that loses ranks."""
+COPY_EVERY_STEPS = 10
 WARM_S = 8.0
 """From the birth of the process that stands by until it has surely imported
 everything."""
@@ -79,6 +80,13 @@ def run() -> Iterator[dict[str, Any]]:
             "seconds from SIGKILL to a step beyond all before, tp=2",
             5.0,
             measured(road, spec, kill_rank),
+        )
+        copied = {**spec["checkpoint"], "peer_every_steps": COPY_EVERY_STEPS}
+        yield line(
+            "rank-peer-copies",
+            f"the same with copies in memory every {COPY_EVERY_STEPS} steps",
+            None,
+            measured(road, {**spec, "checkpoint": copied}, kill_rank),
         )
         cold = {**spec, "restart": {**spec["restart"], "standby": False}}
         yield line(

@@ -180,6 +180,28 @@ def test_an_agent_outlives_the_service_being_away(
     fake_service.wait("a report after", lambda: len(fake_service.reports) > before, 20)
 
 
+@pytest.mark.parametrize(("end", "code"), [("succeeded", 0), ("failed", 1)])
+def test_an_agent_of_one_job_ends_with_it(
+    ray_cluster: str, fake_service: FakeService, tmp_path: Path, end: str, code: int
+) -> None:
+    options = ("--storage", str(tmp_path), "--until-idle")
+    fake_service.job_states = {"job-old": "failed", "job-own": "running"}
+    with start_agent(fake_service, ray_cluster, tmp_path, *options) as process:
+        try:
+            # Its first report is that of a complete cluster.
+            reports = fake_service.wait("a report", lambda: fake_service.reports)
+            assert [node["storage_ok"] for node in reports[0]["nodes"]] == [True]
+            with pytest.raises(subprocess.TimeoutExpired):
+                process.wait(3)
+            with fake_service.changed:
+                fake_service.job_states = {"job-old": "failed", "job-own": end}
+                fake_service.revision += 1
+                fake_service.changed.notify_all()
+            assert process.wait(20) == code
+        finally:
+            process.kill()
+
+
 @pytest.mark.parametrize(
     ("address", "message"),
     [

@@ -12,8 +12,10 @@ import pytest
 
 from megatron_ray.parallel_dims import ParallelDims
 from tests.support.fake_service import NAMESPACE
-from workers.decisions.placement import Bundle, PlacementPlan, assign_ranks
+from workers.decisions.placement import PlacementPlan
+from workers.decisions.rank_map import assign_ranks
 from workers.decisions.slot_assignment import assign_slots, spares_to_start
+from workers.decisions.topology.bundles import Bundle
 from workers.rank.environment import RankEnv
 from workers.rank.messages import Fence, StartRequest
 

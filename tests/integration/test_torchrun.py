@@ -2,6 +2,7 @@
 
 import json
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +12,8 @@ import pytest
 from megatron_ray.checkpoint.hf.importing import import_folder
 from megatron_ray.data.tokenizer import Tokenizer
 from tests.support.hf_folders import publish
+from workers.job_file import read_spec
 from workers.rank.messages import UserError
-from workers.standalone import read_spec
 
 pytestmark = pytest.mark.parallel
 
@@ -90,6 +91,27 @@ def test_trains_commits_and_resumes_bit_for_bit(folder: Path) -> None:
     assert resumed.returncode == 0, resumed.stderr
     expected = [(2, step, loss) for _, step, loss in losses(folder / "whole.jsonl")[4:]]
     assert losses(folder / "resumed.jsonl") == expected
+
+
+@pytest.mark.chaos
+def test_two_agents_of_torchrun_meet_as_on_two_nodes_and_give_the_same_losses(
+    folder: Path,
+) -> None:
+    one = torchrun(folder, "--set", "parallel.tp=2", "--reports", "one.jsonl")
+    assert one.returncode == 0, one.stderr
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    agents = []
+    for node in range(2):
+        options = f"--nnodes=2 --node-rank={node} --nproc-per-node=1 --master-port={port}"
+        addresses = f"--master-addr=127.0.0.1 --local-addr=127.0.0.{node + 1}"
+        launcher = ["torch.distributed.run", *options.split(), *addresses.split()]
+        overrides = set_options(["parallel.tp=2", f"storage.path={folder / 'two'}"])
+        job = ["-m", "workers.rank", "job.yaml", *overrides, "--reports", "two.jsonl"]
+        agents.append(subprocess.Popen([sys.executable, "-m", *launcher, *job], cwd=folder))
+    assert [agent.wait(timeout=180) for agent in agents] == [0, 0]
+    assert losses(folder / "two.jsonl") == losses(folder / "one.jsonl")
 
 
 def test_a_user_error_is_one_message_and_exit_code_2(folder: Path) -> None:

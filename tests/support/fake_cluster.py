@@ -5,7 +5,7 @@ count its acts, so that a driver can die before or after any of them.
 """
 
 import json
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +17,7 @@ from megatron_ray.storage.storage import LocalStorage
 from workers.decisions.failures import FailureKind
 from workers.decisions.faults.exclusions import BadNode
 from workers.decisions.journal_entry import DeadRank
+from workers.decisions.peers.copies import CopyFacts, CopySet, layout_of
 from workers.decisions.placement import PlacementPlan, SlotFacts
 from workers.decisions.ranks.diagnosis import Frame, GroupCounts, RankEvidence, Wait
 from workers.decisions.ranks.stragglers import Pace
@@ -33,6 +34,8 @@ from workers.ray.worker_group import PollResult
 
 JOB_ID = "job-f"
 NODE = NodeInfo(node_id="node", address="127.0.0.1", cpus=4)
+NOTICED_S = 60.0
+"""Seconds until Ray notices that a node has died."""
 PREPARED = {
     "train": [],
     "validation": [],
@@ -99,6 +102,8 @@ class FakeControlPlane:
         self.records: list[Record] = []
         self.steps: dict[int, int] = {}
         """Highest attempt that has reported each step."""
+        self.unstored: dict[str, list[Record]] = {}
+        """Ranks' records that have not come through, by source."""
         self.loses_reports = False
         """Ranks' reports do not come through."""
         self.state = JobState.PREPARING
@@ -123,6 +128,12 @@ class FakeControlPlane:
             diagnosis_requests=self.diagnosis_requests,
             **self._fields,
         )
+
+    def resize(self, dp: int) -> None:
+        """Desires another data-parallel size."""
+        spec = self._fields["spec"]
+        self._fields["spec"] = {**spec, "parallel": {**spec["parallel"], "dp": dp}}
+        self.desire(DesiredState.RUN)
 
     def desire(self, state: DesiredState) -> None:
         self._revision += 1
@@ -222,6 +233,9 @@ class FakeOutbox:
             return 0
         return 1 << 30
 
+    def unstored(self, source: str) -> list[Record]:
+        return self._control_plane.unstored.get(source, [])
+
     def last(self, source: str) -> int:
         return 0
 
@@ -238,10 +252,11 @@ class FakeOutbox:
 class FakeProcess:
     """One worker process; it does a step each time it is polled."""
 
-    def __init__(self, slot: int, pid: int, is_spare: bool, version: str) -> None:
-        self.slot = slot
+    def __init__(self, worker: WorkerToStart, pid: int, version: str) -> None:
+        self.slot = worker.slot
+        self.bundle = worker.bundle
         self.pid = pid
-        self.is_spare = is_spare
+        self.is_spare = worker.is_spare
         self.version = version
         self.order: StartRequest | None = None
         self.step = 0
@@ -251,6 +266,7 @@ class FakeProcess:
         self.late_turns = 0
         """Polls during which it does no step."""
         self.error: dict[str, Any] | None = None
+        self.copies: list[CopyFacts] = []
 
     def report(self, kind: str, data: dict[str, Any]) -> None:
         assert self.order is not None
@@ -271,7 +287,9 @@ class FakeProcess:
         self.lines = []
         self.error = None
         self.step = 0
-        if order.resume_from:
+        if order.copy is not None:
+            self.step = order.copy.step
+        elif order.resume_from:
             self.step = int(order.resume_from.rpartition("step-")[2].split("-")[0])
         # Training was over; the driver died before it recorded that.
         if self.step == last_step:
@@ -293,40 +311,61 @@ class FakeCluster:
     """Whether that rank still answers when it is examined."""
     paces: dict[int, float] = field(default_factory=dict)
     """Own seconds of a step, by rank; other ranks take half of `step_s`."""
+    exit_every: int | None = None
+    """Steps after which the ranks end at a limit of the spec."""
     step_s: float = 0.0
     clock: FakeClock = field(default_factory=FakeClock)
     on_step: Callable[[FakeProcess], None] = lambda process: None
     workers: dict[int, FakeProcess] = field(default_factory=dict)
     nodes: tuple[NodeInfo, ...] = (NODE,)
+    lost: dict[str, float] = field(default_factory=dict)
+    """When nodes died, by id."""
     drains: dict[str, float | None] = field(default_factory=dict)
-    """When nodes that are being drained go, by node id."""
-    is_placed: bool = False
-    node: NodeInfo = NODE
-    """Where the processes are."""
+    """When nodes that are being drained go, by id."""
+    homes: tuple[NodeInfo, ...] = ()
+    """Nodes of the placement group; none: all."""
     stops: bool = True
     """Whether ranks follow a command to stop."""
+    num_bundles: int = 0
+    """Of the placement group; 0: there is none."""
     pids: int = 100
     version: str = "1"
     """Version of the code that is installed now."""
 
-    def read_nodes(self) -> tuple[NodeInfo, ...]:
-        nodes = []
-        for node in self.nodes:
-            draining = node.node_id in self.drains
-            nodes.append(node.model_copy(update={"draining": draining}))
-        return tuple(nodes)
-
-    def place(self, avoid: Collection[str]) -> None:
-        """Places the job on the first node that it may use, unless it has one."""
-        if not self.is_placed:
-            self.is_placed = True
-            self.node = next(node for node in self.nodes if node.node_id not in avoid)
-
     def start_process(self, worker: WorkerToStart) -> None:
         if worker.slot not in self.workers:
             self.pids += 1
-            process = FakeProcess(worker.slot, self.pids, worker.is_spare, self.version)
-            self.workers[worker.slot] = process
+            self.workers[worker.slot] = FakeProcess(worker, self.pids, self.version)
+
+    def node_of(self, bundle: int) -> NodeInfo:
+        """The bundles lie on the nodes in turn, and stay there."""
+        homes = self.homes or self.nodes
+        return homes[bundle % len(homes)]
+
+    def place(self, plan: PlacementPlan) -> None:
+        """Places the bundles on nodes that the plan does not avoid."""
+        self.num_bundles = len(plan.bundles)
+        self.homes = tuple(
+            node for node in self.nodes if node.node_id not in plan.avoid_nodes
+        )
+
+    def lose(self, node_id: str) -> None:
+        """A node dies; Ray goes on listing it for a while, and its bundles."""
+        self.lost[node_id] = self.clock.now
+        for process in list(self.workers.values()):
+            if self.node_of(process.bundle).node_id == node_id:
+                del self.workers[process.slot]
+
+    def listed_nodes(self) -> tuple[NodeInfo, ...]:
+        """The nodes as Ray lists them."""
+        listed = []
+        for node in self.nodes:
+            lost_at = self.lost.get(node.node_id, self.clock.now)
+            alive = self.clock.now - lost_at < NOTICED_S
+            draining = node.node_id in self.drains
+            update = {"alive": alive, "draining": draining}
+            listed.append(node.model_copy(update=update))
+        return tuple(listed)
 
     def advance(self, process: FakeProcess) -> None:
         """Does one step, unless the attempt is over."""
@@ -347,12 +386,20 @@ class FakeCluster:
         process.step += 1
         if rank == 0:
             self.clock.advance(self.step_s)
-        process.report("step", {"step": process.step, "loss": 1.0 / process.step})
+        process.report(
+            "step",
+            {"step": process.step, "loss": 1.0 / process.step, "step_s": self.step_s},
+        )
+        self._copy(process)
         is_last = process.step == self.steps
-        if is_last or process.must_stop or process.step % self.save_every == 0:
+        is_exit = self.exit_every is not None and process.step % self.exit_every == 0
+        must_end = process.must_stop or is_exit
+        if is_last or must_end or process.step % self.save_every == 0:
             self._save(process, rank)
         if is_last:
             process.state = RankState.FINISHED
+        elif is_exit:
+            process.state = RankState.EXITED
         elif process.must_stop:
             process.state = RankState.STOPPED
         self.on_step(process)
@@ -379,12 +426,31 @@ class FakeCluster:
         wait = Wait("all_reduce", "tp", 8, 0, 11.0)
         return RankEvidence(rank, "reduce", wait=wait, groups={"tp": GroupCounts(0, 8)})
 
+    def _copy(self, process: FakeProcess) -> None:
+        """Keeps a copy here and at the partner, when one is due."""
+        order = process.order
+        assert order is not None
+        if order.partner is None:
+            return
+        if process.step % order.spec["checkpoint"]["peer_every_steps"] == 0:
+            copy = CopyFacts(
+                layout=layout_of(order.spec, order.data, order.env.world_size),
+                attempt=order.attempt,
+                step=process.step,
+                rank=order.env.rank,
+            )
+            for other in self.workers.values():
+                env = other.order and other.order.env
+                if other is process or (env and env.rank == order.partner):
+                    other.copies.append(copy)
+
     def _save(self, process: FakeProcess, rank: int) -> None:
         assert process.order is not None
         storage_path = process.order.spec["storage"]["path"]
         folder = Path(checkpoint_path(storage_path, process.step, process.order.attempt))
         folder.mkdir(parents=True, exist_ok=True)
-        index = {"files": {"rank-0": 1, "rank-1": 1}}
+        world_size = process.order.env.world_size
+        index = {"files": {f"rank-{number}": 1 for number in range(world_size)}}
         (folder / "index.json").write_text(json.dumps(index))
         (folder / f"rank-{rank}").write_text("x")
         process.report(
@@ -414,16 +480,20 @@ class FakeGroup:
         self._slots: set[int] = set()
         self._calls: dict[int, tuple[int, Poll]] = {}
 
+    @property
+    def is_requested(self) -> bool:
+        return bool(self._cluster.num_bundles)
+
     def placement_group(self, plan: PlacementPlan) -> ReadyPlacementGroup:
         self._faults.act()
-        self._cluster.place(plan.avoid_nodes)
+        # Get or create.
+        if not self._cluster.num_bundles:
+            self._cluster.place(plan)
         return ReadyPlacementGroup()
 
-    def lies_on(self, node_ids: Collection[str]) -> bool:
-        return self._cluster.is_placed and self._cluster.node.node_id in node_ids
-
     def nodes(self, plan: PlacementPlan) -> dict[int, str]:
-        return {bundle.index: self._cluster.node.node_id for bundle in plan.bundles}
+        bundles = range(self._cluster.num_bundles)
+        return {bundle: self._cluster.node_of(bundle).node_id for bundle in bundles}
 
     def create(
         self, plan: PlacementPlan, workers: Iterable[WorkerToStart], num_threads: int
@@ -468,10 +538,19 @@ class FakeGroup:
             slot=slot,
             pid=process.pid,
             is_spare=process.is_spare,
-            bundle=0,
-            node_id=self._cluster.node.node_id,
-            address=self._cluster.node.address,
+            bundle=process.bundle,
+            node_id=self._cluster.node_of(process.bundle).node_id,
+            address=self._cluster.node_of(process.bundle).address,
         )
+
+    def copies(self, fence: Fence, timeout_s: float) -> dict[int, tuple[CopyFacts, ...]]:
+        living = self._slots & self._cluster.workers.keys()
+        return {slot: tuple(self._cluster.workers[slot].copies) for slot in living}
+
+    def copied_reports(
+        self, slot: int, fence: Fence, copies: CopySet, timeout_s: float
+    ) -> list[Line]:
+        return []
 
     def start(
         self,
@@ -575,15 +654,18 @@ class FakeGroup:
     def slots(self) -> tuple[int, ...]:
         return tuple(sorted(self._slots))
 
+    def num_bundles(self) -> int | None:
+        return self._cluster.num_bundles or None
+
     def retire(self, fence: Fence, num_slots: int, timeout_s: float) -> tuple[str, ...]:
         self._faults.act()
-        return (self._cluster.node.node_id,)
+        return (NODE.node_id,)
 
     def remove_all(self, num_slots: int) -> None:
         self._faults.act()
         self._cluster.workers.clear()
         self._faults.act()
-        self._cluster.is_placed = False
+        self._cluster.num_bundles = 0
         self._slots.clear()
 
 
@@ -643,7 +725,7 @@ class FakeDrainWatch:
 class FakeGauges:
     """Shows nothing."""
 
-    def update(self, step: dict[str, Any]) -> None:
+    def update(self, step: dict[str, Any], attempt: int, goodput: float | None) -> None:
         pass
 
 
@@ -677,8 +759,9 @@ def fake_ports(
         "outbox": FakeOutbox(control_plane, RecordLog(storage), cluster.clock),
         "group": FakeGroup(cluster, faults),
         "tasks": FakeTasks(),
-        "read_nodes": cluster.read_nodes,
+        "read_nodes": cluster.listed_nodes,
         "drains": FakeDrainWatch(cluster),
+        "unreachable_nodes": lambda ids: tuple(sorted(cluster.lost.keys() & set(ids))),
         "dead_rank_files": FakeDeadRankFiles(set() if fetched is None else fetched),
         "logs": JobLogs(storage),
         "gauges": FakeGauges(),

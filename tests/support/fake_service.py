@@ -22,6 +22,7 @@ class FakeService:
         self.records: dict[tuple[str, str], list[dict[str, Any]]] = {}
         self.jobs: dict[str, dict[str, Any]] = {}
         self.terminal: set[str] = set()
+        self.job_states: dict[str, str] = {}
         self.epochs: dict[str, int] = {}
         self.last_ns: list[int] = []
         self.reports: list[dict[str, Any]] = []
@@ -179,6 +180,7 @@ class FakeService:
                     "jobs": jobs,
                     "terminal": sorted(self.terminal),
                     "checks": self.checks,
+                    "states": self.job_states,
                 }
             self.changed.notify_all()
         return {"ok": True}

@@ -15,6 +15,7 @@ import yaml
 
 ROOT = Path(__file__).parents[2]
 KUBERNETES = ROOT / "deploy/kubernetes"
+SCHEMAS = ROOT / "tests/support/schemas"
 OVERLAYS = ("dev", "gpu", "kueue", "production")
 Json = dict[str, Any]
 
@@ -110,28 +111,36 @@ def overlay(name: str) -> Overlay:
 
 
 @cache
-def ray_cluster_schema() -> Json:
-    """Returns the schema of a RayCluster, in which unknown fields are mistakes."""
-    path = ROOT / "tests/support/schemas/raycluster.v1.json"
-    schema: Json = json.loads(path.read_text())["openAPIV3Schema"]
-    # Kubernetes drops unknown fields in silence.
-    for name in ("spec",):
-        _close(schema["properties"][name])
-    return schema
+def schema_of(api_version: str, kind: str) -> Json:
+    """Returns the schema of a kind, in which unknown fields are mistakes.
+
+    Raises KeyError for a kind that has no schema here.
+    """
+    if (api_version, kind) in _custom_resources():
+        path = _custom_resources()[api_version, kind]
+        schema: Json = json.loads(path.read_text())["openAPIV3Schema"]
+        if kind == "RayJob":
+            cluster = schema_of(api_version, "RayCluster")["properties"]["spec"]
+            schema["properties"]["spec"]["properties"]["rayClusterSpec"] = cluster
+        # Kubernetes drops unknown fields in silence.
+        _close(schema["properties"]["spec"])
+        return schema
+    definitions = json.loads((SCHEMAS / "kubernetes.v1.29.json").read_text())["$defs"]
+    versions = definitions[kind]["properties"]["apiVersion"]["enum"]
+    if api_version not in versions:
+        raise KeyError(f"{kind} of {api_version}")
+    return {"$ref": f"#/$defs/{kind}", "$defs": definitions}
 
 
-def pod_template_schema() -> Json:
-    """Returns the schema of a pod's template, which the RayCluster's contains."""
-    head = ray_cluster_schema()["properties"]["spec"]["properties"]["headGroupSpec"]
-    template: Json = head["properties"]["template"]
-    return template
-
-
-def ingress_rules_schema() -> Json:
-    """Returns the schema of a NetworkPolicy's rules, which the RayCluster's contains."""
-    policy = ray_cluster_schema()["properties"]["spec"]["properties"]["networkPolicy"]
-    rules: Json = policy["properties"]["head"]["properties"]["ingressRules"]
-    return rules
+@cache
+def _custom_resources() -> dict[tuple[str, str], Path]:
+    """Returns the files of schemas by version and kind."""
+    paths = {}
+    for path in SCHEMAS.glob("*.json"):
+        content = json.loads(path.read_text())
+        if "openAPIV3Schema" in content:
+            paths[content["apiVersion"], content["kind"]] = path
+    return paths
 
 
 def _close(schema: Any) -> None:

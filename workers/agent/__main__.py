@@ -3,7 +3,7 @@
 Owns: its command line, signals and exit codes. Must not know: what the agent does.
 
     python -m workers.agent --service URL --cluster default --address RAY_ADDRESS
-        [--token-file FILE] [--storage ROOT]
+        [--token-file FILE] [--storage ROOT] [--node-groups FILE] [--until-idle]
 """
 
 import logging
@@ -18,6 +18,8 @@ from urllib.parse import urlsplit
 import typer
 
 from workers.agent.agent import Agent, AgentOptions
+from workers.agent.node_groups import NodeGroupsError, read_node_groups
+from workers.protocol.wire import NodeGroup
 from workers.rank.environment import (
     ProcessEnvironmentError,
     agent_token,
@@ -69,15 +71,40 @@ def main(
         str | None,
         typer.Option(help="Folder or URI that all nodes can read. Default: the service's."),
     ] = None,
+    node_groups: Annotated[
+        Path | None,
+        typer.Option(
+            help="YAML list of the nodes that an autoscaler may give to the cluster: name, "
+            "max_nodes, cpus, gpus, accelerator_type, labels. Default: none."
+        ),
+    ] = None,
+    until_idle: Annotated[
+        bool,
+        typer.Option(
+            "--until-idle",
+            help="Exit once all jobs of the cluster have ended: 0 if they have succeeded, else "
+            "1, also when there has been none for a minute.",
+        ),
+    ] = False,
 ) -> None:
     """Connect one Ray cluster to the service.
 
-    Exit codes: 0 after SIGTERM or SIGINT, 2 if it cannot start, 3 if Ray is lost.
+    Exit codes: 0 after SIGTERM or SIGINT, 2 if it cannot start, 3 if Ray is lost, and those
+    of --until-idle.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     # httpx logs every request, and there is one per poll.
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    options = AgentOptions(service, cluster, address, storage)
+    groups: tuple[NodeGroup, ...] = ()
+    if node_groups is not None:
+        try:
+            groups = read_node_groups(node_groups)
+        except NodeGroupsError as error:
+            _LOG.error("%s", error)
+            raise typer.Exit(EXIT_BAD_START) from error
+    options = AgentOptions(
+        service, cluster, address, storage, node_groups=groups, until_idle=until_idle
+    )
     raise typer.Exit(run_agent(options, token_file))
 
 

@@ -22,8 +22,9 @@ from ray.exceptions import RayError
 
 from workers.agent.checks import CheckRunner, StorageChecks
 from workers.agent.driver_registry import DriverRegistry
+from workers.agent.idleness import Idleness
 from workers.protocol.version import code_version
-from workers.protocol.wire import AgentReport, DesiredReply, NodeInfo
+from workers.protocol.wire import AgentReport, DesiredReply, NodeGroup, NodeInfo
 from workers.ray.nodes import read_nodes
 from workers.service_client import (
     Hello,
@@ -40,6 +41,7 @@ _CHECK_TICK_S = 0.1
 _RETRY_S = 1.0
 _CONNECT_S = 5.0
 _RAY_AWAY_S = 10.0
+_FIRST_CHECKS_S = 30.0
 EXIT_RAY_LOST = 3
 
 
@@ -51,6 +53,10 @@ class AgentOptions:
     cluster: str
     ray_address: str
     storage_root: str | None = None
+    node_groups: tuple[NodeGroup, ...] = ()
+    """Nodes that an autoscaler may give to the cluster."""
+    until_idle: bool = False
+    """Whether to exit once all jobs of the cluster have ended."""
 
 
 class Agent:
@@ -78,7 +84,9 @@ class Agent:
     def run(self) -> int:
         """Runs until stopped (returns 0) or until Ray is lost (returns EXIT_RAY_LOST).
 
-        Raises ServiceRefusedError when the service refuses this agent.
+        With `until_idle` also until all jobs have ended: returns 0 if all that were active
+        meanwhile have succeeded, else 1. Raises ServiceRefusedError when the service
+        refuses this agent.
         """
         options = self._options
         with ServiceClient(options.service_url, self._token) as client:
@@ -99,11 +107,10 @@ class Agent:
             )
             self._start_threads()
             try:
-                self._loop(client, hello)
+                return self._loop(client, hello)
             except (RayError, OSError, RuntimeError) as error:
                 _LOG.error("Ray is lost: %s", error)
                 return EXIT_RAY_LOST
-        return 0
 
     def _connect_service(self, client: ServiceClient) -> Hello | None:
         """Returns the service's settings once it answers; None when stopped before."""
@@ -120,17 +127,26 @@ class Agent:
         address = self._options.ray_address
         threading.Thread(target=watch_ray, args=(address,), name="ray", daemon=True).start()
 
-    def _loop(self, client: ServiceClient, hello: Hello) -> None:
+    def _loop(self, client: ServiceClient, hello: Hello) -> int:
+        """Returns the exit code, once stopped or idle."""
         # Created after ray.init, because they call into the connected cluster.
-        registry = DriverRegistry(self._options.service_url, hello.namespace)
+        group_names = [group.name for group in self._options.node_groups]
+        registry = DriverRegistry(
+            self._options.service_url, hello.namespace, node_groups=group_names
+        )
         checks = CheckRunner(client)
-        storage = StorageChecks(self._options.storage_root or hello.storage_root)
+        storage = StorageChecks(
+            self._options.storage_root or hello.storage_root, group_names
+        )
         own_node = ray.get_runtime_context().get_node_id()
+        idleness = Idleness()
+        began = time.monotonic()
         while not self._stopping.is_set():
             nodes = read_nodes(storage.results())
             require_alive(nodes, own_node)
             storage.update(nodes)
-            self._report(client, hello, registry, nodes)
+            if not self._waits_for_nodes(nodes, began):
+                self._report(client, hello, registry, nodes)
             # Replies are processed at once. Without a reply, drivers are still
             # reconciled once per tick, so that one that died is created again.
             tick_end = time.monotonic() + _TICK_S
@@ -140,11 +156,36 @@ class Agent:
                     timeout_s = _CHECK_TICK_S
                 reply = self._next_reply(timeout_s)
                 if reply is not None:
+                    idleness.set_states(reply.states)
                     registry.set_desired(reply)
                     checks.start((*reply.checks, *reply.resume_checks))
                     registry.reconcile()
                 checks.send_results()
             registry.reconcile()
+            exit_code = self._idle_code(idleness, registry)
+            if exit_code is not None:
+                return exit_code
+        return 0
+
+    def _idle_code(self, idleness: Idleness, registry: DriverRegistry) -> int | None:
+        """Returns the code to exit with when no job is left, if that is asked for."""
+        if not self._options.until_idle:
+            return None
+        has_actors = registry.has_actors()
+        exit_code = idleness.exit_code(time.monotonic(), has_actors=has_actors)
+        if exit_code is not None:
+            _LOG.info("no job of cluster %s is left", self._options.cluster)
+        return exit_code
+
+    def _waits_for_nodes(self, nodes: Sequence[NodeInfo], began: float) -> bool:
+        """Whether the first report waits for the nodes' storage to be checked.
+
+        A cluster that is made for one job is complete when its agent starts, and the job
+        is judged by the first report.
+        """
+        if not self._options.until_idle or time.monotonic() - began > _FIRST_CHECKS_S:
+            return False
+        return any(node.alive and node.storage_ok is None for node in nodes)
 
     def _next_reply(self, timeout_s: float) -> DesiredReply | None:
         try:
@@ -167,6 +208,7 @@ class Agent:
             namespace=hello.namespace,
             dashboard_url=self._dashboard_url,
             nodes=nodes,
+            node_groups=self._options.node_groups,
             drivers=registry.statuses(),
             orphans=registry.orphans(),
         )
@@ -219,13 +261,15 @@ def connect_ray(address: str, namespace: str) -> str | None:
 
 
 def probe_port(address: str) -> None:
-    """Connects to host:port and disconnects.
+    """Connects to host:port and disconnects; an IPv6 host is in brackets.
 
     Raises OSError when no process listens there, ValueError for a malformed address.
     """
     host, _, port = address.rpartition(":")
-    if not host or not port.isdecimal():
-        raise ValueError("--address must be host:port")
+    is_bracketed = host.startswith("[") and host.endswith("]")
+    if not host or not port.isdecimal() or (":" in host and not is_bracketed):
+        raise ValueError("--address must be host:port, or [host]:port for IPv6")
+    host = host.removeprefix("[").removesuffix("]")
     socket.create_connection((host, int(port)), timeout=_CONNECT_S).close()
 
 

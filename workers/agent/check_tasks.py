@@ -21,10 +21,16 @@ from megatron_ray.data.prepared_length import num_prepared_tokens
 from megatron_ray.storage.errors import StorageError
 from megatron_ray.storage.storage import open_storage
 from megatron_ray.validation.storage.path_rules import Links, PathRules, path_problems
-from workers.data_tasks import left_out_notes, problem_rows, resolve_initial_weights
+from workers.data_tasks import (
+    credentials_problem,
+    left_out_notes,
+    problem_rows,
+    resolve_initial_weights,
+)
 from workers.driver.journal import Journal, JournalError, job_of_folder
 from workers.protocol.job import JobSpec
 from workers.protocol.wire import ResumedJob
+from workers.rank.environment import CredentialsError, credentials
 
 NONCE_FOLDER = ".megatron-ray"
 _PREPARED_SUFFIXES = (".bin", ".idx")
@@ -54,6 +60,17 @@ def check_task(
         problems = path_problems(job, rules, Links(os.path.realpath, link_targets))
         if problems:
             return {"problems": problem_rows(problems), "notes": []}
+    try:
+        with credentials(job.credentials):
+            return _checked(job, storage_path, resumed)
+    except CredentialsError as error:
+        return {"problems": problem_rows([credentials_problem(error)]), "notes": []}
+
+
+def _checked(
+    job: JobSpec, storage_path: str, resumed: dict[str, Any] | None
+) -> dict[str, Any]:
+    """Returns problems and notes of the paths of a spec, which may be opened."""
     if resumed is not None:
         problems = _resume_problems(job, storage_path, ResumedJob.model_validate(resumed))
         return {"problems": problem_rows(problems), "notes": []}

@@ -6,11 +6,12 @@ results are sent. Must not know: what a check examines.
 
 import logging
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from megatron_ray.storage.errors import StorageError
 from workers.agent.check_tasks import check_task, nonce_matches, write_nonce
+from workers.decisions.cluster_growth import group_of
 from workers.protocol.wire import CheckRequest, CheckResult, NodeInfo
 from workers.ray.tasks import TaskFailedError, anywhere, is_done, on_node, result
 from workers.service_client import (
@@ -87,10 +88,15 @@ def _result_fields(call: Any) -> dict[str, Any]:
 
 
 class StorageChecks:
-    """Checks whether each node reads a nonce that this process wrote to the storage."""
+    """Checks whether each node reads a nonce that this process wrote to the storage.
 
-    def __init__(self, root: str | None) -> None:
+    Nodes of `node_groups` are checked until they can, and then never again: a repeated
+    check would count as work, and an autoscaler removes idle nodes only.
+    """
+
+    def __init__(self, root: str | None, node_groups: Collection[str] = ()) -> None:
         self._root = root
+        self._node_groups = frozenset(node_groups)
         self._nonce: tuple[str, str] | None = None
         self._results: dict[str, bool] = {}
         self._due: dict[str, float] = {}
@@ -114,7 +120,10 @@ class StorageChecks:
         for node in nodes:
             is_running = node.node_id in self._running
             is_due = now >= self._due.get(node.node_id, 0.0)
-            if node.alive and is_due and not is_running:
+            is_settled = group_of(node) in self._node_groups and self._results.get(
+                node.node_id, False
+            )
+            if node.alive and is_due and not is_running and not is_settled:
                 self._start(self._root, node.node_id, now)
 
     def _collect(self, node_id: str, call: Any, now: float) -> None:

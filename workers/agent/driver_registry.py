@@ -7,12 +7,13 @@ HTTP, how a job runs.
 import contextlib
 import logging
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import ray
 from ray.exceptions import RayError
 
+from workers.decisions.cluster_growth import NODE_GROUP_LABEL
 from workers.driver.driver import JobDriver
 from workers.protocol.wire import DesiredJob, DesiredReply, DriverStatus
 from workers.ray.actors import driver_name, find_actor, kill
@@ -32,10 +33,19 @@ class DriverRegistry:
     """
 
     def __init__(
-        self, service_url: str, namespace: str, driver_class: type = JobDriver
+        self,
+        service_url: str,
+        namespace: str,
+        driver_class: type = JobDriver,
+        node_groups: Sequence[str] = (),
     ) -> None:
         self._url = service_url
         self._namespace = namespace
+        # A driver lives as long as its job, which may be paused for days: on a node of an
+        # autoscaler it would keep that node. Ray's head is always outside of the groups.
+        self._label_selector: dict[str, str] | None = None
+        if node_groups:
+            self._label_selector = {NODE_GROUP_LABEL: f"!in({','.join(node_groups)})"}
         # Wrapped once, because each remote class stays in memory, here and in Ray's
         # head.
         self._driver_class: Any = ray.remote(driver_class)
@@ -84,6 +94,10 @@ class DriverRegistry:
                 names.append(name)
         return tuple(names)
 
+    def has_actors(self) -> bool:
+        """Returns whether any driver or rank is left in the namespace."""
+        return bool(self._actor_names())
+
     def _attach_drivers(self) -> None:
         calls = {}
         for job_id, job in self._jobs.items():
@@ -126,6 +140,7 @@ class DriverRegistry:
             # Ray restarts it whenever it dies; it then continues from its journal.
             max_restarts=-1,
             num_cpus=0,
+            label_selector=self._label_selector,
         ).remote(job.job_id, job.job_dir)
 
     def _actor_names(self) -> list[str]:

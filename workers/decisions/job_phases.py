@@ -25,7 +25,7 @@ it. Must not know: how anything is done, clocks, Ray, torch, HTTP.
     STARTING ──AttemptFailed, AttemptAbandoned──> RECOVERING
     any phase but RUNNING ──StopRequested(cancel)──> ENDING
     PREPARING ──DataRejected, PreparationFailed──> ENDING
-    RUNNING ──AttemptFinished, AttemptStopped(cancel)──> ENDING
+    RUNNING ──AttemptFinished, AttemptExited, AttemptStopped(cancel)──> ENDING
     RECOVERING ──RestartDecided(give up)──> ENDING
     SCHEDULING, RECOVERING ──NothingToResume──> ENDING
     ENDING ──ResumeRequested──> PREPARING, or READY when the data are prepared
@@ -51,6 +51,7 @@ from workers.decisions.journal_entry import (
 )
 from workers.decisions.observations import (
     AttemptAbandoned,
+    AttemptExited,
     AttemptFailed,
     AttemptFinished,
     AttemptStopped,
@@ -67,6 +68,7 @@ from workers.decisions.observations import (
     RunRequested,
     StopRequested,
 )
+from workers.decisions.planned_exit import reached_limit
 from workers.exceptions import WorkersError
 from workers.protocol.states import AttemptState, DesiredState, JobState, StatusReason
 
@@ -201,6 +203,8 @@ def _placed(entry: JournalEntry, observed: Placed) -> Transition:
         "code_version": observed.code_version,
         "resumed_from": observed.checkpoint_path,
         "last_commit": observed.checkpoint_step,
+        "copies": observed.copies,
+        "dp": observed.dp,
         "stopping": None,
         "failed": None,
         # From now on only the cluster's list counts.
@@ -238,14 +242,28 @@ def _attempt_finished(entry: JournalEntry, observed: AttemptFinished) -> Transit
     return _end(JobStatus(JobState.SUCCEEDED), attempt)
 
 
+def _attempt_exited(entry: JournalEntry, observed: AttemptExited) -> Transition:
+    # The job has done what its spec asks for, so it is not run again: only the user knows
+    # when the next hours of the cluster are its own.
+    # The ranks have ended with a checkpoint, which is the newest one.
+    limit = reached_limit((entry.spec or {}).get("training", {}), entry.last_commit)
+    message = (
+        f"ended after step {entry.last_commit} by {limit}; "
+        f"`megatron-ray resume {entry.job_id}` goes on from its checkpoint"
+    )
+    attempt = AttemptStatus(AttemptState.SUCCEEDED, StatusReason.PLANNED_EXIT, message)
+    status = JobStatus(JobState.SUCCEEDED, StatusReason.PLANNED_EXIT, message)
+    return _end(status, attempt)
+
+
 def _attempt_stopped(entry: JournalEntry, observed: AttemptStopped) -> Transition:
     attempt = AttemptStatus(AttemptState.STOPPED, None, observed.message)
     if observed.desired in (DesiredState.CANCEL, DesiredState.PAUSE):
         return _stop(observed.desired, observed.revision, attempt)
-    # Stopped for a new version of the code, or the pause was revoked meanwhile.
+    # Stopped for another size or a new version of the code, or the pause was revoked.
     return Transition(
         Phase.RECOVERING,
-        {"failed": None, "stopping": None},
+        {"failed": None, "stopping": None, "lost_nodes": ()},
         attempt=attempt,
         job=JobStatus(JobState.RECOVERING, None, observed.message),
     )
@@ -358,6 +376,7 @@ TRANSITIONS: dict[tuple[Phase, type], Rule] = {
     (Phase.STARTING, AttemptAbandoned): _attempt_abandoned,
     (Phase.STARTING, StopRequested): _start_cancelled,
     (Phase.RUNNING, AttemptFinished): _attempt_finished,
+    (Phase.RUNNING, AttemptExited): _attempt_exited,
     (Phase.RUNNING, AttemptStopped): _attempt_stopped,
     (Phase.RUNNING, AttemptFailed): _attempt_failed,
     # Between two attempts; living processes and the placement group are kept.

@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from workers.decisions.failures import FailureKind
+from workers.decisions.peers.copies import CopySet
 from workers.decisions.placement import RankPlace
 from workers.protocol.states import DesiredState
 
@@ -97,6 +98,12 @@ class JournalEntry(BaseModel):
     prepared: dict[str, Any] | None = None
     """PreparedData as JSON, once the data are ready."""
     accelerator: str | None = None
+    dp: int | None = None
+    """Data-parallel size of a shrunk attempt; None: that of the spec."""
+    lost_nodes: tuple[str, ...] = ()
+    """Nodes that the last failure took away, whatever Ray lists."""
+    bundle_size: int | None = None
+    """Ranks of each bundle of the placement group; None: a tensor-parallel group."""
     nodes: tuple[str, ...] = ()
     """All nodes that the job was ever placed on, for the clean-up."""
     ranks: tuple[RankPlace, ...] = ()
@@ -111,6 +118,9 @@ class JournalEntry(BaseModel):
     last_commit: int = 0
     """Step of the newest committed checkpoint; 0: none."""
     resumed_from: str | None = None
+    copies: CopySet | None = None
+    """Copies in the ranks' memory that the attempt continues from, not from the
+    checkpoint."""
     damaged: dict[str, str] = Field(default_factory=dict)
     """What is wrong with checkpoints in which ranks have read damaged bytes, by path."""
     checkpoint_requests: int = 0
@@ -128,3 +138,17 @@ class JournalEntry(BaseModel):
     resumes: int = 0
     """Requests to resume the ended job that were carried out."""
     ending: Ending | None = None
+
+    @property
+    def attempt_spec(self) -> dict[str, Any] | None:
+        """The spec at the data-parallel size of the attempt."""
+        if self.spec is None or self.dp is None:
+            return self.spec
+        return {**self.spec, "parallel": {**self.spec["parallel"], "dp": self.dp}}
+
+    @property
+    def first_step(self) -> int:
+        """Steps of the run that were done before the attempt."""
+        if self.copies is not None:
+            return self.copies.step
+        return self.last_commit

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from workers.decisions.failures import Failure
+from workers.decisions.peers.copies import CopySet
 from workers.decisions.restart_policy import RestartDecision
 from workers.protocol.states import DesiredState
 
@@ -67,6 +68,10 @@ class Placed:
     checkpoint_path: str | None
     """Newest committed checkpoint; None: from the beginning."""
     checkpoint_step: int = 0
+    copies: CopySet | None = None
+    """Copies in the ranks' memory that are as new as the checkpoint or newer."""
+    dp: int | None = None
+    """Data-parallel size of a shrunk attempt; None: that of the spec."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +102,11 @@ class AttemptAbandoned:
 @dataclass(frozen=True)
 class AttemptFinished:
     """Every rank has completed its last step, and all checkpoints are committed."""
+
+
+@dataclass(frozen=True)
+class AttemptExited:
+    """Every rank has ended at a limit of the spec, and all checkpoints are committed."""
 
 
 @dataclass(frozen=True)
@@ -137,6 +147,7 @@ Observation = (
     | RanksStarted
     | AttemptAbandoned
     | AttemptFinished
+    | AttemptExited
     | AttemptStopped
     | AttemptFailed
     | RestartDecided

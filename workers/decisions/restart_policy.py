@@ -57,7 +57,7 @@ def decide_restart(
     """Returns what follows a failed attempt.
 
     `history` does not include this failure; `last_commit` is the step of the newest
-    committed checkpoint (0: none); `jitter` is uniform in [0, 1).
+    committed checkpoint or used copy (0: none); `jitter` is uniform in [0, 1).
     """
     message = cause.sentence()
     # Not counted in the budget: the job ends here whatever its budget is.

@@ -14,7 +14,8 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from megatron_ray.parallel_dims import ParallelDims
-from workers.decisions.placement import Bundle, PlacementPlan, RankPlace, SlotFacts
+from workers.decisions.placement import PlacementPlan, RankPlace, SlotFacts
+from workers.decisions.topology.bundles import Bundle
 
 
 @dataclass(frozen=True)
@@ -59,9 +60,15 @@ class SlotAssignment:
         return assigned
 
 
-def num_slots(dims: ParallelDims) -> int:
-    """Returns the maximum number of slots: all ranks and one spare per bundle."""
-    return dims.world_size + dims.world_size // dims.tp
+def num_slots(dims: ParallelDims, bundle_size: int | None = None) -> int:
+    """Returns the maximum number of slots: all ranks and one spare per bundle.
+
+    `bundle_size` is a bundle's number of ranks, by default that of a tensor-parallel
+    group.
+    """
+    # As many for larger bundles: a number that was in use must stay within the range.
+    smallest = min(dims.tp, bundle_size or dims.tp)
+    return dims.world_size + dims.world_size // smallest
 
 
 def assign_slots(
@@ -105,7 +112,10 @@ def spares_to_start(
 
 
 def _free_slots(plan: PlacementPlan, living: Collection[int]) -> Iterator[int]:
-    return (slot for slot in range(num_slots(plan.dims)) if slot not in living)
+    # Of the whole placement group, as numbers that were in use may be larger.
+    dims = plan.full_dims or plan.dims
+    slots = range(num_slots(dims, plan.bundle_size))
+    return (slot for slot in slots if slot not in living)
 
 
 class _SlotAssigner:

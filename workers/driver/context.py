@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_ray.checkpoint.directory import RunIdentity
 from megatron_ray.parallel_dims import ParallelDims
-from workers.decisions.faults import exclusions
+from workers.decisions.elasticity import resized_dp, with_dp
 from workers.decisions.job_phases import Transition
 from workers.decisions.journal_entry import JournalEntry, Phase
 from workers.decisions.observations import ResumeRequested, StopRequested
@@ -21,7 +21,7 @@ from workers.driver.records.job_records import JobRecords
 from workers.exceptions import WorkersError
 from workers.protocol.job import JobSpec
 from workers.protocol.states import DesiredState
-from workers.protocol.wire import DesiredJob, NodeInfo
+from workers.protocol.wire import DesiredJob
 from workers.rank.messages import Fence
 
 _ATTACH_TURN_S = 0.2
@@ -104,13 +104,30 @@ class JobContext:
 
     @property
     def world_size(self) -> int:
-        """Ranks of the job."""
-        return ParallelDims.of(self.spec.parallel).world_size
+        """Ranks of the attempt, which are fewer than the spec's after a shrink."""
+        spec = self.spec
+        if self.entry.dp is not None:
+            spec = with_dp(spec, self.entry.dp)
+        return ParallelDims.of(spec.parallel).world_size
+
+    @property
+    def keeps_copies(self) -> bool:
+        """Whether ranks keep copies of their states in memory."""
+        return (
+            self.spec.checkpoint.peer_every_steps is not None and len(self.entry.ranks) > 1
+        )
 
     @property
     def num_slots(self) -> int:
         """Maximum number of worker processes of the job at one time."""
-        return num_slots(ParallelDims.of(self.spec.parallel))
+        return num_slots(ParallelDims.of(self.spec.parallel), self.entry.bundle_size)
+
+    def resized_dp(self) -> int | None:
+        """Returns the data-parallel size that the service desires, if it is another one."""
+        desired = self.desired
+        if desired is None:
+            return None
+        return resized_dp(self.spec, desired)
 
     def unmapped_slots(self) -> list[int]:
         """Returns the slots with a process that is no rank: spares, half-started ones."""
@@ -147,13 +164,13 @@ class JobContext:
             return self.desired.desired
         return self.entry.stopping or DesiredState.RUN
 
-    def read_nodes(self) -> tuple[NodeInfo, ...]:
-        """Returns the cluster's nodes, those that this job must not use marked."""
-        reasons = dict(self.entry.avoid)
+    @property
+    def avoided_nodes(self) -> dict[str, str]:
+        """Why living nodes must not be used, by node id."""
+        avoided = dict(self.entry.avoid)
         if self.desired is not None:
-            for excluded in self.desired.excluded_nodes:
-                reasons[excluded.node_id] = excluded.reason
-        return exclusions.mark(self.ports.read_nodes(), reasons)
+            avoided.update(self.desired.avoid_nodes)
+        return avoided
 
     def check_replaced(self) -> None:
         """Raises DriverReplacedError when a newer incarnation is at work."""

@@ -38,7 +38,7 @@ from workers.rank.messages import FencedError
 from workers.ray import tasks
 from workers.ray.actors import kill
 from workers.ray.drain_watch import DrainWatch
-from workers.ray.nodes import read_nodes
+from workers.ray.nodes import read_free_nodes, unreachable_nodes
 from workers.ray.rank_worker import RankWorker
 from workers.ray.worker_group import WorkerGroup
 
@@ -58,8 +58,9 @@ def open_ports(job_id: str, job_dir: str, namespace: str, worker_class: type) ->
         outbox=outbox,
         group=WorkerGroup(job_id, namespace, worker_class),
         tasks=tasks,
-        read_nodes=read_nodes,
         drains=DrainWatch(),
+        read_nodes=read_free_nodes,
+        unreachable_nodes=unreachable_nodes,
         dead_rank_files=DeadRankFiles(outbox, logs),
         logs=logs,
         gauges=TrainingGauges(job_id),
@@ -87,6 +88,10 @@ class JobDriver:
         self._ending: Ending | None = None
         self._lock = threading.Lock()
         threading.Thread(target=self._main, name="job", daemon=True).start()
+
+    def __repr__(self) -> str:
+        """Returns what Ray's dashboard lists."""
+        return f"{self._job_id} driver"
 
     def attach(self, url: str, token: str, desired: dict[str, Any]) -> DriverStatus:
         """Sets the service's address and the job's desired state.

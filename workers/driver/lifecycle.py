@@ -11,6 +11,7 @@ in the journaled phase.
 from workers.decisions.job_phases import Transition, next_phase
 from workers.decisions.journal_entry import Ending, Phase
 from workers.decisions.observations import (
+    AttemptExited,
     AttemptFailed,
     AttemptFinished,
     AttemptStopped,
@@ -18,12 +19,14 @@ from workers.decisions.observations import (
     RanksStarted,
     StopRequested,
 )
+from workers.driver.attempt.growth import Growth
 from workers.driver.attempt.outcome import RanksStopped
 from workers.driver.attempt.plan import AttemptPlan
 from workers.driver.attempt.progress import JobProgress
 from workers.driver.attempt.spares import SparePool
 from workers.driver.attempt.start import RankStarter
 from workers.driver.attempt.supervision import Supervision
+from workers.driver.commit import source_of
 from workers.driver.context import JobContext
 from workers.driver.ports import JobPorts
 from workers.driver.preparation import DataPreparation
@@ -83,7 +86,7 @@ class JobLifecycle:
                 self._carry_out(next_phase(job.entry, observation))
         # Observe, decide, act. The phase is always read from the journal entry.
         while job.entry.phase is not Phase.ENDING:
-            self._carry_out(next_phase(job.entry, self._work()))
+            self._take_turn()
         self._end()
 
     def _resume_ended(self) -> None:
@@ -109,6 +112,11 @@ class JobLifecycle:
             message = f"{message} after: {self._last_error}"
         self._job.records.event("driver.restarted", message, "warn")
 
+    def _take_turn(self) -> None:
+        observation = self._work()
+        # The entry is read afterwards, because the work changes some of its fields.
+        self._carry_out(next_phase(self._job.entry, observation))
+
     def _carry_out(self, transition: Transition) -> None:
         self._retry_at = self._ports.clock() + transition.delay_s
         self._job.commit(transition)
@@ -123,6 +131,7 @@ class JobLifecycle:
                 # Repeated on every entry into this phase, also after a restart.
                 self._preparation.record_result()
                 self._scheduling.release()
+                self._progress.on_released()
                 return self._scheduling.await_run()
             case Phase.SCHEDULING:
                 self._job.records.state(JobState.SCHEDULING)
@@ -137,15 +146,18 @@ class JobLifecycle:
     def _start(self) -> RanksStarted | AttemptFailed | StopRequested:
         self._recovery.mark_ranks_started()
         self._progress.on_attempt_starting()
-        return self._starter.start(self._scheduling.current_plan())
+        return self._starter.start(self._scheduling.attempt_plan())
 
-    def _supervise(self) -> AttemptFinished | AttemptStopped | AttemptFailed:
+    def _supervise(
+        self,
+    ) -> AttemptFinished | AttemptExited | AttemptStopped | AttemptFailed:
         job = self._job
         # The replacements run, so fetching files can no longer delay their start.
         self._ports.dead_rank_files.collect(job.entry.dead)
         self._starter.record_start()
         self._recovery.mark_ranks_started()
-        self._progress.on_attempt_running(SparePool(job, self._scheduling.current_plan()))
+        plan = self._scheduling.full_plan()
+        self._progress.on_attempt_running(SparePool(job, plan), Growth(job, plan))
         end = Supervision(self._attempt_plan(), self._ports, self._progress).run()
         if not isinstance(end, RanksStopped):
             return end
@@ -165,10 +177,13 @@ class JobLifecycle:
         entry = job.entry
         manifest = {
             "world_size": len(entry.ranks),
-            "spec": entry.spec,
+            "spec": entry.attempt_spec,
             "code_version": entry.code_version,
             **job.run.to_manifest(),
         }
+        earlier_source = None
+        if entry.copies is not None:
+            earlier_source = source_of(entry.copies.attempt)
         return AttemptPlan(
             attempt=entry.attempt,
             epoch=entry.epoch,
@@ -178,6 +193,7 @@ class JobLifecycle:
             grace_s=job.spec.grace_s,
             manifest=manifest,
             last_commit=entry.last_commit,
+            earlier_source=earlier_source,
             checkpoint_requests=entry.checkpoint_requests,
             diagnosis_requests=entry.diagnosis_requests,
             slow_ranks=job.records.slow_ranks(entry.attempt),
@@ -195,6 +211,8 @@ class JobLifecycle:
                     "final checkpoint"
                 )
             return ""
+        if end.resize_reason is not None:
+            return f"stopped at a checkpoint to resize {end.resize_reason}"
         if job.entry.code_version != self._ports.code_version:
             return "stopped at a checkpoint for a new version of the code"
         return "stopped at a checkpoint and is to run again"

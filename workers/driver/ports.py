@@ -4,7 +4,7 @@ Owns: the list of these dependencies. `driver.open_ports` builds the real ones; 
 pass fakes, which can kill a driver between any two calls.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -46,6 +46,8 @@ class JobPorts:
     tasks: TaskRunner
     read_nodes: Callable[[], tuple[NodeInfo, ...]]
     drains: DrainWatch
+    unreachable_nodes: Callable[[Iterable[str]], tuple[str, ...]]
+    """Returns those of some nodes that have died, however Ray lists them."""
     dead_rank_files: DeadRankFiles
     logs: JobLogs
     gauges: TrainingGauges

@@ -139,6 +139,7 @@ class Recovery:
         if failed.kind is FailureKind.SILENT:
             silent_ranks = failed.dead_ranks
         self._record_failure(cause, self._free_ranks(silent_ranks))
+        self._journal_lost_nodes(failed)
         bad = exclusions.bad_nodes(cause, job.entry.ranks, failed.dead_ranks)
         if job.spec.restart.exclude_slow:
             slow = job.records.slow_ranks(job.entry.attempt)
@@ -155,14 +156,40 @@ class Recovery:
             entry.commits_at_failure,
             entry.last_error,
         )
+        # The attempt may have begun after the newest checkpoint, from copies.
+        saved_step = max(entry.last_commit, entry.first_step)
         decision = decide_restart(
-            job.spec.restart, history, cause, entry.last_commit, job.ports.jitter()
+            job.spec.restart, history, cause, saved_step, job.ports.jitter()
         )
         origin = f"step {entry.last_commit}"
+        if job.keeps_copies:
+            origin = f"the newest peer copies, else from step {entry.last_commit}"
         if cause.kind is FailureKind.CHECKPOINT:
             origin = "an older checkpoint"
         self._record_decision(decision, origin)
         return RestartDecided(decision)
+
+    def _journal_lost_nodes(self, failed: FailedAttempt) -> None:
+        """Adds the nodes that the failure took away; Ray notices most of them later."""
+        job = self._job
+        if job.spec.elastic is None:
+            return
+        with_survivors = set()
+        nodes = set()
+        for place in job.entry.ranks:
+            if place.rank in failed.dead_ranks:
+                nodes.add(place.node_id)
+            else:
+                with_survivors.add(place.node_id)
+        nodes -= with_survivors
+        nodes_of_ranks = {place.node_id for place in job.entry.ranks}
+        draining = nodes_of_ranks.intersection(job.ports.drains.deadlines)
+        # A frozen node still accepts connections, but none of its ranks has answered.
+        if failed.kind is not FailureKind.SILENT:
+            nodes = set(job.ports.unreachable_nodes(sorted(nodes)))
+        lost = tuple(sorted(nodes | draining))
+        if lost != job.entry.lost_nodes:
+            job.write(lost_nodes=lost)
 
     def _free_ranks(self, silent_ranks: tuple[int, ...] = ()) -> tuple[int, ...]:
         self._has_freed_ranks = True

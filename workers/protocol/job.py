@@ -1,35 +1,19 @@
 """Defines the job spec, which users submit.
 
-Owns: JobSpec, which is TrainConfig plus resources and restart rules. Must not know: Ray,
+Owns: JobSpec, which is TrainConfig plus resources, network and restart rules. Must not know: Ray,
 torch, HTTP.
 """
 
-from typing import Literal
+from typing import Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from megatron_ray.config.base import Config
 from megatron_ray.config.train_config import TrainConfig
+from workers.protocol.network import NetworkConfig
+from workers.protocol.resources import ResourceConfig
 
 SPEC_VERSION = 1
-
-
-class ResourceConfig(Config):
-    """Resources reserved for each rank."""
-
-    accelerator: Literal["auto", "cpu", "gpu"] = "auto"
-    """`gpu`: one GPU per rank; `cpu`: no GPU; `auto`: `gpu` if the cluster has any GPU,
-    else `cpu`."""
-    cpus_per_rank: float = Field(default=1.0, ge=0.0001, le=1024)
-    """CPU cores reserved for each rank; on CPU also its number of torch threads. Ray
-    counts in steps of 0.0001."""
-    placement_timeout_s: float = Field(default=300.0, gt=0, le=86400 * 7)
-    """Seconds to wait for the placement group before the job returns to the queue."""
-
-    @property
-    def num_threads(self) -> int:
-        """Number of torch threads of a rank: its whole cores, at least one."""
-        return max(1, int(self.cpus_per_rank))
 
 
 class RestartConfig(Config):
@@ -58,6 +42,30 @@ class RestartConfig(Config):
     first checkpoint."""
 
 
+class ElasticConfig(Config):
+    """Range of data-parallel sizes at which a job may run.
+
+    A job that loses ranks goes on with fewer replicas at once, and grows back at a
+    checkpoint when the resources have returned and the time that it saves exceeds the cost
+    several times. Global batch, order of the data and all other degrees stay, so losses
+    equal those of an undisturbed run up to the order of summation. Under torchrun it has
+    no effect.
+    """
+
+    min_dp: int = Field(ge=1, le=1 << 20)
+    """Fewest replicas with which the job still trains; below, it waits for resources."""
+    max_dp: int = Field(ge=1, le=1 << 20)
+    """Most replicas that a resize may ask for."""
+
+    @model_validator(mode="after")
+    def _check_order(self) -> Self:
+        if self.min_dp > self.max_dp:
+            raise ValueError(
+                f"min_dp={self.min_dp} is larger than max_dp={self.max_dp}; exchange them"
+            )
+        return self
+
+
 class JobSpec(TrainConfig):
     """A training run with the fields that the service needs to schedule and restart it."""
 
@@ -71,14 +79,21 @@ class JobSpec(TrainConfig):
     priority: int = Field(default=0, ge=-1000, le=1000)
     """Queue priority; jobs with a higher number are scheduled first."""
     resources: ResourceConfig = ResourceConfig()
-    """Resources reserved for each rank."""
+    """Resources reserved for each rank, and the nodes that they are on."""
+    network: NetworkConfig = NetworkConfig()
+    """How ranks reach each other."""
     restart: RestartConfig = RestartConfig()
     """Rules for restarting after a failure."""
+    elastic: ElasticConfig | None = None
+    """Data-parallel sizes at which the job may run; null: only at `parallel.dp`."""
     cluster: str = Field(default="default", min_length=1, max_length=64)
     """Name of the Ray cluster to run on, as given to its agent."""
     image: str = Field(default="default", min_length=1, max_length=64)
-    """Name of a runtime image that an administrator has allowed."""
+    """Name of a runtime image that an administrator has allowed. The job runs on nodes with
+    the label `megatron-ray/image` of that value; `default`: on nodes without the label."""
     credentials: tuple[str, ...] = Field(default=(), max_length=64)
-    """Names of mounted secrets that an administrator has allowed; never their values."""
+    """Names of secrets that an administrator has allowed and mounted on every node; never
+    their values. Data and `checkpoint.start_from` are read with them. `storage.path` must
+    then be a folder: an object store is written with the cluster's own credentials."""
     grace_s: float = Field(default=60.0, ge=0, le=3600)
     """Seconds that cancelling may take to finish the step and write a final checkpoint."""

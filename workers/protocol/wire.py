@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from workers.protocol.states import DesiredState
+from workers.protocol.states import DesiredState, JobState
 
 PROTOCOL = 1
 
@@ -30,18 +30,6 @@ class ProblemMessage(Message):
     detail: str
 
 
-class NodeExclusion(Message):
-    """A node on which no rank may start, although Ray can use it."""
-
-    node_id: str
-    address: str
-    reason: str
-    since: float
-    """When it was excluded, in seconds since the epoch."""
-    by: str
-    """Id of the job whose failure excluded it, or `admin`."""
-
-
 # ---- agent and service
 
 
@@ -54,6 +42,10 @@ class NodeInfo(Message):
     cpus: float = 0
     gpus: float = 0
     accelerator_type: str | None = None
+    resources: dict[str, float] = Field(default_factory=dict)
+    """Other resources than CPU, GPU and memory, by name."""
+    free: dict[str, float] | None = None
+    """What is not in use of all resources, by Ray's names; None: not read."""
     memory_bytes: int = 0
     labels: dict[str, str] = Field(default_factory=dict)
     storage_ok: bool | None = None
@@ -63,8 +55,24 @@ class NodeInfo(Message):
     drain_deadline: float | None = None
     """When it goes, in seconds since the epoch; None: not known."""
     excluded: str | None = None
-    """Why no rank may start there; None: the node is not excluded. Set by the readers of a
-    report, not by the agent."""
+    """Why no rank may start there; None: the node is not excluded. Set by the service."""
+
+
+class NodeGroup(Message):
+    """Nodes of one kind that an autoscaler may give to a cluster, as an admin lists them."""
+
+    name: str = Field(min_length=1, max_length=253)
+    """Value of Ray's label `ray.io/node-group` on these nodes."""
+    max_nodes: int = Field(ge=0, le=100_000)
+    """Largest number of these nodes at once; those that are there count."""
+    cpus: float = Field(gt=0)
+    """CPUs of one node, as Ray counts them."""
+    gpus: float = Field(default=0, ge=0)
+    """GPUs of one node."""
+    accelerator_type: str | None = None
+    """Ray's name of the GPUs, as in `H100`."""
+    labels: dict[str, str] = Field(default_factory=dict)
+    """Ray's labels of these nodes."""
 
 
 class DriverStatus(Message):
@@ -87,6 +95,8 @@ class AgentReport(Message):
     namespace: str
     dashboard_url: str | None = None
     nodes: tuple[NodeInfo, ...] = ()
+    node_groups: tuple[NodeGroup, ...] = ()
+    """What the cluster may grow to; none if it does not grow."""
     drivers: tuple[DriverStatus, ...] = ()
     orphans: tuple[str, ...] = ()
     """Names of actors in the namespace that belong to no known job; reported, never
@@ -150,9 +160,10 @@ class DesiredJob(Message):
     """Counter: each increase requests one diagnosis now."""
     resumes: int = 0
     """Counter: each increase resumes the job after its end, with the spec above."""
-    excluded_nodes: tuple[NodeExclusion, ...] = ()
-    """Nodes of the cluster on which no rank may start. Their change alone does not
-    increase the revision."""
+    avoid_nodes: dict[str, str] = Field(default_factory=dict)
+    """Why living nodes must not be used, by node id; not counted by `revision`."""
+    node_groups: tuple[NodeGroup, ...] = ()
+    """What the cluster may grow to; likewise not counted."""
 
 
 class DesiredReply(Message):
@@ -169,6 +180,8 @@ class DesiredReply(Message):
     """Checks of new jobs."""
     resume_checks: tuple[CheckRequest, ...] = ()
     """Checks of jobs that are to be resumed, which earlier agents do not know."""
+    states: dict[str, JobState] = Field(default_factory=dict)
+    """State of every job of the cluster that has not ended, and of the latest ended ones."""
 
 
 # ---- driver and service

@@ -1,4 +1,4 @@
-"""Runs a job without Ray and without a service, started by torchrun.
+"""Runs a job without Ray and without a service, started by torchrun or srun.
 
 Owns: the command line of one rank, its options and exit codes.
 
@@ -41,8 +41,9 @@ def main(
 
     SIGTERM, SIGINT, SIGHUP, SIGUSR1 or SIGUSR2 ends the run after a checkpoint, a second
     signal at once. Exit codes: 0 when trained, 1 when training failed, 2 for an error in the
-    job, its files or the options, 128 + its number when stopped by a signal (143 for
-    SIGTERM, 130 for SIGINT).
+    job, its files or the options, 75 when ended at training.max_duration_s or
+    training.exit_every_steps, 128 + its number when stopped by a signal (143 for SIGTERM,
+    130 for SIGINT).
     """
     try:
         ending = run_standalone(

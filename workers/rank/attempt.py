@@ -23,6 +23,7 @@ from megatron_ray.distributed.activity import PROCESS
 from megatron_ray.reports import (
     CheckpointReport,
     EvalReport,
+    PeerCopiesRefusedReport,
     PhaseReport,
     Report,
     SkippedStepReport,
@@ -34,6 +35,7 @@ from workers.rank.environment import raise_priority
 from workers.rank.evidence import gather_evidence
 from workers.rank.log_file import LogFile
 from workers.rank.messages import NextReply, Poll, RankState, StartRequest
+from workers.rank.process_copies import ProcessCopies
 from workers.rank.spool import Line, Spool, SpoolReader, report_path
 
 LINGER_S = 0.5
@@ -45,12 +47,15 @@ Train = Callable[[StartRequest, Callable[[Report], None], Callable[[], Command]]
 
 
 def import_and_train(
-    request: StartRequest, report: Callable[[Report], None], poll: Callable[[], Command]
+    request: StartRequest,
+    report: Callable[[Report], None],
+    poll: Callable[[], Command],
+    copies: ProcessCopies | None = None,
 ) -> str:
     """Runs the library's training session; imports torch."""
     from workers.rank.session import train
 
-    return train(request, report, poll)
+    return train(request, report, poll, copies)
 
 
 class Inbox:
@@ -194,7 +199,8 @@ class RankAttempt:
             outcome = self._train(self.request, self.report, self.inbox.take)
             self.spool.append("ended", {"outcome": outcome, "step": self.step})
             self._log(f"{outcome} at step {self.step}")
-            self.state = RankState.FINISHED if outcome == "finished" else RankState.STOPPED
+            # The outcomes of the loop are also the states of a rank.
+            self.state = RankState(outcome)
         except BaseException as error:  # noqa: BLE001 - the driver must learn whatever ends a rank
             text = "".join(traceback.format_exception(error))
             self.error = {
@@ -237,4 +243,6 @@ def _log_message(item: Report) -> str:
         return f"step {item.step}: {item.split} loss {item.loss:.4f} over {item.num_tokens} tokens"
     if isinstance(item, SkippedStepReport):
         return item.message
+    if isinstance(item, PeerCopiesRefusedReport):
+        return f"the copies of step {item.step} are not used: {item.cause}"
     return f"step {item.step}: loss {item.loss:.4f}"

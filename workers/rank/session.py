@@ -17,54 +17,93 @@ import torch.distributed as dist
 from megatron_ray.commands import Command
 from megatron_ray.data.prepared import PreparedData
 from megatron_ray.distributed import device
-from megatron_ray.distributed.mesh import ParallelMesh, World
+from megatron_ray.distributed.mesh import NcclOptions, ParallelMesh, World
 from megatron_ray.parallel_dims import ParallelDims
 from megatron_ray.reports import PhaseReport, Report
 from megatron_ray.training.loop import Outcome
 from megatron_ray.training.session import TrainingSession
 from workers.protocol.job import JobSpec
+from workers.protocol.network import NetworkConfig
+from workers.rank.environment import choose_interface, export_credentials
 from workers.rank.messages import StartRequest
+from workers.rank.peer_attempt import attempt_copies
+from workers.rank.process_copies import ProcessCopies
 from workers.rank.stores import HashStore, PrefixStore, Store, TCPStore, environment_store
 
 ReportSink = Callable[[Report], None]
 CommandSource = Callable[[], Command]
+_TIMEOUT = timedelta(minutes=10)
 
 
-def train(request: StartRequest, report: ReportSink, poll: CommandSource) -> Outcome:
+def train(
+    request: StartRequest,
+    report: ReportSink,
+    poll: CommandSource,
+    peers: ProcessCopies | None = None,
+) -> Outcome:
     """Runs one attempt on this rank.
 
     `report` receives every report; `poll` returns the command to obey at a step
-    boundary. The process groups are destroyed also after an error, so that the other
-    ranks do not wait for this one.
+    boundary; `peers` has the process's copies of states. The process groups are destroyed
+    also after an error, so that the other ranks do not wait for this one.
     """
     spec = JobSpec.from_mapping(request.spec)
+    choose_interface(spec.network.interface)
     data = PreparedData.model_validate(request.data)
+    # Before any path is opened; the process belongs to this job alone.
+    export_credentials(spec.credentials)
     # On CPU, ranks of one machine share its cores and its memory.
     if request.device == "cpu":
         poll = _with_memory_bound(device.MallocTuning(), poll)
         torch.set_num_threads(spec.resources.num_threads)
     # Includes waiting for the slowest rank.
     started = time.monotonic()
-    with process_group(request):
-        mesh = _create_mesh(request, spec)
+    start_timeout = timedelta(seconds=spec.network.start_timeout_s)
+    with process_group(request, start_timeout) as store:
+        mesh = _create_mesh(request, spec, start_timeout)
+        poll = _with_timeout_after_start(mesh, spec.network, poll)
         report(PhaseReport("rendezvous", time.monotonic() - started))
-        session = TrainingSession(
-            spec,
-            mesh,
-            data,
-            report=report,
-            poll=poll,
-            attempt=request.attempt,
-            resume_from=request.resume_from,
-        )
-        return session.run()
+        with attempt_copies(peers, request, store, mesh, report) as copies:
+            session = TrainingSession(
+                spec,
+                mesh,
+                data,
+                report=report,
+                poll=poll,
+                attempt=request.attempt,
+                resume_from=request.resume_from,
+                copies=copies,
+            )
+            return session.run()
 
 
-def _create_mesh(request: StartRequest, spec: JobSpec) -> ParallelMesh:
+def _create_mesh(request: StartRequest, spec: JobSpec, timeout: timedelta) -> ParallelMesh:
     env = request.env
     world = World(env.rank, env.world_size, request.device_index, request.device)
     dims = ParallelDims.of(spec.parallel)
-    return ParallelMesh.create(dims, world, timedelta(seconds=request.timeout_s))
+    nccl = {}
+    for axis, options in spec.network.nccl:
+        nccl[axis] = NcclOptions(**options.model_dump())
+    return ParallelMesh.create(dims, world, timeout, nccl)
+
+
+def _with_timeout_after_start(
+    mesh: ParallelMesh, network: NetworkConfig, poll: CommandSource
+) -> CommandSource:
+    """Returns a `poll` that ends the first step's longer timeout of collectives."""
+    if network.start_timeout_s == network.collective_timeout_s:
+        return poll
+    num_polls = 0
+
+    def poll_and_set() -> Command:
+        nonlocal num_polls
+        num_polls += 1
+        # The loop polls once within each step.
+        if num_polls == 2:
+            mesh.set_timeout(timedelta(seconds=network.collective_timeout_s))
+        return poll()
+
+    return poll_and_set
 
 
 def _with_memory_bound(tuning: device.MallocTuning, poll: CommandSource) -> CommandSource:
@@ -78,11 +117,15 @@ def _with_memory_bound(tuning: device.MallocTuning, poll: CommandSource) -> Comm
 
 
 @contextmanager
-def process_group(request: StartRequest) -> Iterator[None]:
-    """Initializes the attempt's default process group; does nothing for one rank."""
+def process_group(request: StartRequest, timeout: timedelta = _TIMEOUT) -> Iterator[Store]:
+    """Initializes the attempt's default process group; yields the attempt's store.
+
+    Does nothing for one rank, and where the launcher has initialized it (Ray Train); the
+    store is one of this process then.
+    """
     env = request.env
-    if env.world_size == 1:
-        yield
+    if env.world_size == 1 or dist.is_initialized():
+        yield HashStore()
         return
     # Libraries below torch read torchrun's variables.
     env.export()
@@ -94,10 +137,10 @@ def process_group(request: StartRequest) -> Iterator[None]:
         store=store,
         rank=env.rank,
         world_size=env.world_size,
-        timeout=timedelta(seconds=request.timeout_s),
+        timeout=timeout,
     )
     try:
-        yield
+        yield store
     finally:
         dist.destroy_process_group()
 
@@ -113,4 +156,6 @@ def connect_store(request: StartRequest) -> Store:
     env = request.env
     if env.world_size == 1:
         return HashStore()
+    # The address of the store is read from the environment, which not every launcher sets.
+    env.export()
     return environment_store(env.rank, env.world_size, timeout)

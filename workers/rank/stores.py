@@ -8,7 +8,22 @@ from datetime import timedelta
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
 
-__all__ = ["HashStore", "PrefixStore", "Store", "TCPStore", "environment_store"]
+__all__ = [
+    "HashStore",
+    "PrefixStore",
+    "Store",
+    "TCPStore",
+    "environment_store",
+    "serve_store",
+]
+
+
+def serve_store(address: str) -> TCPStore:
+    """Returns a new store that this process serves while it lives.
+
+    `address` is one of this node, IPv4 or IPv6. The kernel chooses the port.
+    """
+    return TCPStore(address, 0, is_master=True, wait_for_workers=False)
 
 
 def environment_store(rank: int, world_size: int, timeout: timedelta) -> Store:

@@ -3,19 +3,22 @@
 Owns: reading `ray.nodes()` and drains. Must not know: jobs' specs, HTTP, torch.
 """
 
+import contextlib
+import socket
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import ray
+from ray._private.state import available_resources_per_node
 
+from workers.decisions.topology.node_rules import ACCELERATOR_PREFIX, domain_label
 from workers.protocol.wire import NodeInfo
 
-DOMAIN_LABELS = ("ray.io/gpu-domain", "nvidia.com/gpu.clique")
-"""Node labels that name an NVLink domain larger than a node."""
-NODE_ID_LABEL = "ray.io/node-id"
-_ACCELERATOR_PREFIX = "accelerator_type:"
+_CONNECT_S = 2.0
+_COUNTED_APART = ("CPU", "GPU", "memory", "object_store_memory")
+_OF_ONE_NODE = "node:"
 
 
 def read_nodes(storage_ok: Mapping[str, bool] | None = None) -> tuple[NodeInfo, ...]:
@@ -45,6 +48,32 @@ def drain_deadlines() -> dict[str, float | None]:
     return deadlines
 
 
+def read_free_nodes() -> tuple[NodeInfo, ...]:
+    """Returns every node with what is not in use on it."""
+    free = available_resources_per_node()  # type: ignore[no-untyped-call]
+    nodes = []
+    for node in read_nodes():
+        nodes.append(node.model_copy(update={"free": free.get(node.node_id)}))
+    return tuple(nodes)
+
+
+def unreachable_nodes(node_ids: Iterable[str]) -> tuple[str, ...]:
+    """Returns those of some nodes whose Ray does not accept a connection any more.
+
+    Ray itself lists a node as alive for up to a minute after its death.
+    """
+    ports = {}
+    for node in _ray_nodes():
+        ports[node["NodeID"]] = (node["NodeManagerAddress"], node["NodeManagerPort"])
+    unreachable = []
+    for node_id in node_ids:
+        try:
+            socket.create_connection(ports[node_id], timeout=_CONNECT_S).close()
+        except (KeyError, OSError):
+            unreachable.append(node_id)
+    return tuple(unreachable)
+
+
 def own_address() -> str:
     """Returns the address at which other nodes of the cluster reach this node."""
     return str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
@@ -53,16 +82,25 @@ def own_address() -> str:
 def nvlink_domain(node_id: str) -> str:
     """Returns the NVLink domain of a node; empty if the node has no label for it."""
     for node in read_nodes():
-        if node.node_id == node_id:
-            for label in DOMAIN_LABELS:
-                if label in node.labels:
-                    return node.labels[label]
+        label = domain_label([node])
+        if node.node_id == node_id and label is not None:
+            return node.labels[label]
     return ""
 
 
 def job_folder(node_id: str, job_id: str) -> Path:
     """Returns the folder on a node that a job's ranks write to."""
     return _session_folder(node_id) / "megatron-ray" / job_id
+
+
+def link_into_ray_logs(job_folder: Path) -> None:
+    """Makes the ranks' files on a node readable in Ray's dashboard, below its logs."""
+    jobs_folder = job_folder.parent
+    # Another process of the node may have made the link; without it only links of the
+    # dashboard fail.
+    with contextlib.suppress(OSError):
+        link = jobs_folder.with_name("logs") / jobs_folder.name
+        link.symlink_to(Path("..", jobs_folder.name))
 
 
 def _session_folder(node_id: str) -> Path:
@@ -94,6 +132,7 @@ def _node_info(
         cpus=float(resources.get("CPU", 0)),
         gpus=float(resources.get("GPU", 0)),
         accelerator_type=_accelerator_type(resources, labels),
+        resources=_other_resources(resources),
         memory_bytes=int(resources.get("memory", 0)),
         labels=labels,
         storage_ok=storage_ok.get(node_id),
@@ -102,11 +141,19 @@ def _node_info(
     )
 
 
+def _other_resources(resources: Mapping[str, Any]) -> dict[str, float]:
+    others = {}
+    for name, amount in resources.items():
+        if name not in _COUNTED_APART and not name.startswith(_OF_ONE_NODE):
+            others[str(name)] = float(amount)
+    return others
+
+
 def _accelerator_type(
     resources: Mapping[str, Any], labels: Mapping[str, str]
 ) -> str | None:
     # Ray exposes the type as a resource, newer versions also as a label.
     for name in resources:
-        if name.startswith(_ACCELERATOR_PREFIX):
-            return name.removeprefix(_ACCELERATOR_PREFIX)
+        if name.startswith(ACCELERATOR_PREFIX):
+            return name.removeprefix(ACCELERATOR_PREFIX)
     return labels.get("ray.io/accelerator-type")

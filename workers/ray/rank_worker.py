@@ -15,11 +15,14 @@ import shutil
 import sys
 import threading
 import time
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import ray
 
 from megatron_ray.commands import Command
+from workers.decisions.peers.copies import CopyFacts
 from workers.decisions.placement import SlotFacts
 from workers.decisions.ranks.diagnosis import RankEvidence
 from workers.rank.attempt import LINGER_S, RankAttempt, Train, import_and_train
@@ -40,7 +43,14 @@ from workers.rank.messages import (
     RankState,
     StartRequest,
 )
-from workers.ray.nodes import job_folder, nvlink_domain, own_address
+from workers.rank.process_copies import ProcessCopies
+from workers.rank.spool import Line
+from workers.ray.nodes import (
+    job_folder,
+    link_into_ray_logs,
+    nvlink_domain,
+    own_address,
+)
 
 LEASE_S = 300.0
 """Seconds without a driver's call after which a worker ends itself."""
@@ -91,6 +101,7 @@ class RankWorker:
         # A spare keeps Ray's low priority until its attempt starts.
         if not standby:
             raise_priority()
+        self._job_id = job_id
         self._slot = slot
         self._bundle = bundle
         self._standby = standby
@@ -99,17 +110,25 @@ class RankWorker:
         self._folder = job_folder(self._node_id, job_id)
         # The order matters: the log comes before anything that may print or crash, the
         # environment before torch is imported.
+        # For users who open the actor's log in Ray's dashboard.
+        os.write(2, f"the output of this process is in {self._folder}\n".encode())
         self._log = LogFile(self._folder / f"slot-{slot:05d}-{os.getpid()}.log")
         self._log.capture()
+        link_into_ray_logs(self._folder)
         prepare_process(num_threads, self._address)
         sys.setswitchinterval(SWITCH_S)
         self._guard = FenceGuard()
         self._attempt: RankAttempt | None = None
         self._polled_at = time.monotonic()
         self._store: Any = None
+        self._copies = ProcessCopies(job_id, self._address, self._folder)
         self._preload_thread = threading.Thread(target=self._preload, daemon=True)
         self._preload_thread.start()
         threading.Thread(target=self._watch_lease, daemon=True).start()
+
+    def __repr__(self) -> str:
+        """Returns what Ray's dashboard lists: of equal length, so that slots sort well."""
+        return f"{self._job_id} slot {self._slot:05d}"
 
     def probe(self, fence: Fence) -> SlotFacts:
         """Returns where this worker runs; renews its lease, also that of a spare."""
@@ -140,9 +159,9 @@ class RankWorker:
         # The store is part of torch, which the preload thread is still importing.
         self._preload_thread.join()
         if self._store is None:
-            from workers.rank.stores import TCPStore
+            from workers.rank.stores import serve_store
 
-            self._store = TCPStore(self._address, 0, is_master=True, wait_for_workers=False)
+            self._store = serve_store(self._address)
         return self._address, self._store.port
 
     def start(self, fence: Fence, request: StartRequest) -> None:
@@ -164,7 +183,11 @@ class RankWorker:
         if request.gpu is not None and not ray.get_gpu_ids():
             set_visible_gpu(request.gpu)
         self._start_log(request)
-        self._attempt = RankAttempt(request, type(self).train, self._folder)
+        train: Callable[..., str] = type(self).train
+        if request.partner is not None:
+            self._copies.stored = 0
+            train = partial(train, copies=self._copies)
+        self._attempt = RankAttempt(request, train, self._folder)
         self._attempt.thread.start()
 
     @ray.method(concurrency_group="poll")
@@ -175,6 +198,7 @@ class RankWorker:
         """
         self._guard.admit(fence)
         self._polled_at = time.monotonic()
+        self._copies.stored = poll.stored
         attempt = self._attempt
         if attempt is None:
             time.sleep(min(poll.wait_s, LINGER_S))
@@ -218,6 +242,16 @@ class RankWorker:
         attempt.inbox.put(Command.STOP)
         attempt.thread.join(wait_s)
         return not attempt.thread.is_alive()
+
+    def copies(self, fence: Fence) -> tuple[CopyFacts, ...]:
+        """Returns which copies of ranks' states are in this process."""
+        self._guard.admit(fence)
+        return self._copies.facts()
+
+    def copied_reports(self, fence: Fence, attempt: int, step: int) -> Sequence[Line]:
+        """Returns the reports in rank 0's copy of a step, if it is in this process."""
+        self._guard.admit(fence)
+        return self._copies.reports_in_copy(attempt, step)
 
     def retire(self, fence: Fence) -> str:
         """Deletes the files of an ended job on this node; returns the node id."""

@@ -6,9 +6,8 @@ Every name is derived from job and slot, so a restarted driver finds the actors 
 earlier one. Makes no decisions. Must not know: HTTP, torch, what follows a death.
 """
 
-import contextlib
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -19,14 +18,16 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from megatron_ray.commands import Command
 from workers.decisions.failures import FailureKind
+from workers.decisions.peers.copies import CopyFacts, CopySet
 from workers.decisions.placement import PlacementPlan, SlotFacts
 from workers.decisions.ranks.diagnosis import RankEvidence
 from workers.decisions.slot_assignment import WorkerToStart
 from workers.exceptions import WorkersError
 from workers.rank.messages import Fence, NextReply, Poll, StartRequest
+from workers.rank.spool import Line
 from workers.ray.actors import find_actor, kill, worker_name
+from workers.ray.answers import results_in_time
 from workers.ray.deaths import Death, death_of, raise_if_fenced
-from workers.ray.nodes import NODE_ID_LABEL
 
 GONE_S = 10.0
 """Seconds to wait for a killed actor's name to become free."""
@@ -84,45 +85,55 @@ class WorkerGroup:
 
     # ---- placement
 
+    @property
+    def is_requested(self) -> bool:
+        """Whether the job has a placement group, ready or not."""
+        return self._existing_group() is not None
+
     def placement_group(self, plan: PlacementPlan) -> Any:
         """Returns the job's placement group (Ray's handle), created if missing."""
+        group = self._existing_group()
+        if group is not None:
+            return group
+        # PACK puts the bundles on as few nodes as possible; with a domain's label they are
+        # all in one domain, on as few of its nodes as possible.
+        where: dict[str, Any] = {"strategy": "PACK"}
+        if plan.domain_label is not None:
+            where = {"topology_strategy": {plan.domain_label: "STRICT_PACK"}}
+        selectors = [dict(bundle.selector) for bundle in plan.bundles]
+        if any(selectors):
+            where["bundle_label_selector"] = selectors
+        # Detached: it outlives this driver.
+        return ray.util.placement_group(
+            [dict(bundle.resources) for bundle in plan.bundles],
+            name=self._job_id,
+            lifetime="detached",
+            **where,
+        )
+
+    def _existing_group(self) -> Any | None:
         try:
             return ray.util.get_placement_group(self._job_id)
         except ValueError:
-            pass
-        selectors = None
-        # Nodes that cannot read the job storage.
-        if plan.avoid_nodes:
-            selector = {NODE_ID_LABEL: f"!in({','.join(plan.avoid_nodes)})"}
-            selectors = [selector] * len(plan.bundles)
-        # A bundle never spans nodes, and holds one tensor-parallel group. PACK puts the
-        # bundles on as few nodes as possible. Detached: it outlives this driver.
-        return ray.util.placement_group(
-            [dict(bundle.resources) for bundle in plan.bundles],
-            strategy="PACK",
-            name=self._job_id,
-            lifetime="detached",
-            bundle_label_selector=selectors,
-        )
+            return None
+
+    def num_bundles(self) -> int | None:
+        """Returns the size of the job's placement group; None if there is none."""
+        try:
+            return int(ray.util.get_placement_group(self._job_id).bundle_count)
+        except ValueError:
+            return None
 
     def nodes(self, plan: PlacementPlan) -> dict[int, str]:
         """Returns the node id of each bundle of the ready placement group."""
         table: dict[str, Any] = ray.util.placement_group_table(self.placement_group(plan))
         return dict(table["bundles_to_node_id"])
 
-    def lies_on(self, node_ids: Collection[str]) -> bool:
-        """Whether the placement group has a bundle on one of the nodes."""
-        try:
-            group = ray.util.get_placement_group(self._job_id)
-        except ValueError:
-            return False
-        table: dict[str, Any] = ray.util.placement_group_table(group)
-        return not set(node_ids).isdisjoint(table["bundles_to_node_id"].values())
-
     def remove_placement_group(self) -> None:
         """Releases the resources; Ray kills processes that still use them."""
-        with contextlib.suppress(ValueError):
-            ray.util.remove_placement_group(ray.util.get_placement_group(self._job_id))
+        group = self._existing_group()
+        if group is not None:
+            ray.util.remove_placement_group(group)
 
     # ---- workers
 
@@ -137,6 +148,7 @@ class WorkerGroup:
         """Creates workers, each in its bundle, without waiting for their start."""
         group = self.placement_group(plan)
         for worker in workers:
+            others = dict(worker.resources)
             options = {
                 "name": worker_name(self._job_id, worker.slot),
                 "namespace": self._namespace,
@@ -145,8 +157,9 @@ class WorkerGroup:
                 # Never restarted by Ray, because a single rank cannot rejoin the others in
                 # the middle of a step.
                 "max_restarts": 0,
-                "num_cpus": worker.resources.get("CPU", 0),
-                "num_gpus": worker.resources.get("GPU", 0),
+                "num_cpus": others.pop("CPU", 0),
+                "num_gpus": others.pop("GPU", 0),
+                "resources": others,
                 "scheduling_strategy": PlacementGroupSchedulingStrategy(
                     group, placement_group_bundle_index=worker.bundle
                 ),
@@ -190,7 +203,7 @@ class WorkerGroup:
         calls = {}
         for slot in slots:
             calls[self._slots[slot].probe.remote(fence)] = slot
-        facts, dead = _results_in_time(calls, timeout_s)
+        facts, dead = results_in_time(calls, timeout_s)
         return list(facts.values()), dead
 
     def start(
@@ -216,6 +229,29 @@ class WorkerGroup:
         calls = {slot: self._slots[slot].open_store.remote(fence)}
         ((host, port),) = _results(calls, timeout_s, stop)
         return host, port
+
+    def copies(self, fence: Fence, timeout_s: float) -> dict[int, tuple[CopyFacts, ...]]:
+        """Returns the copies of states in the workers that reply in time, by slot.
+
+        Raises FencedError.
+        """
+        calls = {}
+        for slot, actor in self._slots.items():
+            calls[actor.copies.remote(fence)] = slot
+        copies, _ = results_in_time(calls, timeout_s)
+        return copies
+
+    def copied_reports(
+        self, slot: int, fence: Fence, copies: CopySet, timeout_s: float
+    ) -> Sequence[Line]:
+        """Returns the reports in rank 0's copy, which a worker has; none when it is late.
+
+        Raises FencedError.
+        """
+        call = self._slots[slot].copied_reports.remote(fence, copies.attempt, copies.step)
+        reports, _ = results_in_time({call: slot}, timeout_s)
+        lines: Sequence[Line] = reports.get(slot, ())
+        return lines
 
     # ---- the one outstanding poll per rank
 
@@ -273,7 +309,7 @@ class WorkerGroup:
         calls = {}
         for slot, actor in self._slots.items():
             calls[actor.inspect.remote(fence)] = slot
-        evidence, _ = _results_in_time(calls, timeout_s)
+        evidence, _ = results_in_time(calls, timeout_s)
         return evidence
 
     def stacks_from_outside(
@@ -287,7 +323,7 @@ class WorkerGroup:
         calls = {}
         for slot, pid in pids.items():
             calls[self._slots[slot].stacks_from_outside.remote(fence, pid)] = pid
-        stacks, _ = _results_in_time(calls, timeout_s)
+        stacks, _ = results_in_time(calls, timeout_s)
         return stacks
 
     # ---- removal
@@ -300,7 +336,7 @@ class WorkerGroup:
         calls = {}
         for slot, actor in self._slots.items():
             calls[actor.leave.remote(fence)] = slot
-        has_left, _ = _results_in_time(calls, timeout_s)
+        has_left, _ = results_in_time(calls, timeout_s)
         return tuple(sorted(slot for slot in has_left if has_left[slot]))
 
     def kill_slots(self, slots: Sequence[int]) -> None:
@@ -326,7 +362,7 @@ class WorkerGroup:
         calls = {}
         for slot, actor in self._slots.items():
             calls[actor.retire.remote(fence)] = slot
-        node_ids, _ = _results_in_time(calls, timeout_s)
+        node_ids, _ = results_in_time(calls, timeout_s)
         if len(node_ids) < len(self._slots):
             return ()
         return tuple(sorted(set(node_ids.values())))
@@ -401,28 +437,3 @@ def _await_all(
     late = [slot for slot, call in calls.items() if call in waiting]
     if late:
         raise WorkerGroupError(f"slots {late} did not reply within {timeout_s:g} s", late)
-
-
-def _results_in_time(
-    calls: Mapping[Any, int], timeout_s: float
-) -> tuple[dict[int, Any], tuple[int, ...]]:
-    """Returns the results that arrive in time, by slot, and slots of failed calls.
-
-    `calls` maps references to slots. The processes of failed calls are most likely
-    dead. Raises FencedError.
-    """
-    if not calls:
-        return {}, ()
-    done, _ = ray.wait(list(calls), num_returns=len(calls), timeout=timeout_s)
-    results = {}
-    failed = []
-    for call in done:
-        slot = calls[call]
-        try:
-            results[slot] = ray.get(call)
-        except RayTaskError as error:
-            raise_if_fenced(error)
-            failed.append(slot)
-        except RayError:
-            failed.append(slot)
-    return results, tuple(failed)

@@ -361,13 +361,15 @@ def _print_cluster(entry: Mapping[str, Any]) -> None:
     }
     console().print(_agent_line(entry))
     print_page({"data": entry["nodes"]}, False, columns, empty="  no nodes")
-    # A service of an earlier version does not list them.
+    # A service of an earlier version lists neither.
     for excluded in entry.get("excluded_nodes", ()):
         line = (
             f"  {excluded['address']} ({excluded['node_id'][:12]}) excluded for "
             f"{_age(excluded['since'])} by {excluded['by']}: {excluded['reason']}"
         )
         console().print(escape(line))
+    for group in entry.get("node_groups", ()):
+        console().print(f"  {escape(_group_line(group))}")
 
 
 def _agent_line(entry: Mapping[str, Any]) -> str:
@@ -386,6 +388,17 @@ def _agent_line(entry: Mapping[str, Any]) -> str:
     if entry["orphans"]:
         parts.append(f"[yellow]actors of no known job: {len(entry['orphans'])}[/yellow]")
     return ", ".join(parts)
+
+
+def _group_line(group: Mapping[str, Any]) -> str:
+    """Returns what a cluster may grow to by one group of nodes."""
+    size_of_node = f"{group['cpus']:g} CPUs"
+    if group["gpus"]:
+        kind = group.get("accelerator_type") or "GPUs"
+        size_of_node = f"{size_of_node}, {group['gpus']:g} {kind}"
+    return (
+        f"may grow to {group['max_nodes']} nodes of {group['name']} ({size_of_node} each)"
+    )
 
 
 def _node_state(node: Mapping[str, Any]) -> str:

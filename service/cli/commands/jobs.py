@@ -5,17 +5,20 @@ Must not know: how a job is followed or displayed.
 
 import sys
 import time
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
 
+from service.cli import ray_job
 from service.cli.choice import JobId, SomeJobIds
 from service.cli.commands.watch import TERMINAL, watch_job
 from service.cli.connection import DataDir, Token, Url, connect
 from service.cli.failure import CommandError
 from service.cli.output import AsJson, console, print_json
 from service.cli.spec_file import Overrides, SpecFile, read_spec
+from service.cli.spec_parsing import parse_spec
 from service.client import Client, ServiceError
 
 _POLL_S = 0.3
@@ -43,6 +46,13 @@ def submit(
             help="Submitting again with the same key returns the same job. Default: random."
         ),
     ] = None,
+    rayjob: Annotated[
+        Path | None,
+        typer.Option(
+            help="Template of a RayJob. Prints the RayJob that makes this job's cluster, for "
+            "`kubectl apply -f -`."
+        ),
+    ] = None,
     url: Url = None,
     token: Token = None,
     data_dir: DataDir = None,
@@ -50,6 +60,16 @@ def submit(
 ) -> None:
     """Submit a job."""
     values = read_spec(spec, overrides)
+    manifest = None
+    if rayjob is not None:
+        if watch or as_json:
+            raise CommandError(
+                "--rayjob prints a manifest",
+                remedy="leave --watch and --json out",
+                exit_code=2,
+            )
+        # Before the job is created: a wrong template leaves no trace.
+        manifest = ray_job.render(rayjob, parse_spec(values))
     with connect(url, token, data_dir) as client:
         job = client.submit(values, idempotency_key)
         job_id = escape(job["id"])
@@ -61,6 +81,12 @@ def submit(
             watch_job(client, job["id"], as_json=as_json)
         elif as_json:
             print_json(job)
+        elif manifest is not None:
+            typer.echo(manifest, nl=False)
+            typer.echo(
+                f"submitted {job['id']}; it starts once its RayJob is there", err=True
+            )
+            _print_warnings(client, job["id"])
         else:
             console().print(
                 f"submitted [bold]{job_id}[/bold]; follow it with "

@@ -1,4 +1,4 @@
-"""Commands that pause and resume jobs.
+"""Commands that pause, resume and resize jobs.
 
 Must not know: how a job is followed or displayed.
 """
@@ -11,6 +11,7 @@ from rich.markup import escape
 from service.cli.choice import JobId
 from service.cli.commands.watch import watch_job
 from service.cli.connection import DataDir, Token, Url, connect
+from service.cli.numbers import at_least
 from service.cli.output import AsJson, console, print_json, styled_status
 from service.cli.spec_file import Overrides, override
 
@@ -19,6 +20,7 @@ def register(app: typer.Typer) -> None:
     """Adds these commands."""
     app.command("pause")(pause)
     app.command("resume")(resume)
+    app.command("resize")(resize)
 
 
 def pause(
@@ -72,3 +74,26 @@ def resume(
                 f"resumed {escape(job_id)}; follow it with `megatron-ray watch "
                 f"{escape(job_id)}`"
             )
+
+
+def resize(
+    job_id: JobId,
+    dp: Annotated[
+        int,
+        typer.Option("--dp", parser=at_least(1), help="Number of data-parallel replicas."),
+    ],
+    url: Url = None,
+    token: Token = None,
+    data_dir: DataDir = None,
+    as_json: AsJson = False,
+) -> None:
+    """Change a job's number of replicas: it goes on from a checkpoint with the same batches."""
+    with connect(url, token, data_dir) as client:
+        job = client.resize(job_id, dp)
+    if as_json:
+        print_json(job)
+        return
+    console().print(
+        f"{escape(job_id)} goes on with dp={dp}; follow it with `megatron-ray watch "
+        f"{escape(job_id)}`"
+    )

@@ -3,12 +3,14 @@ where there was something to save.
 """
 
 import random
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs
 
 import httpx
 import pytest
@@ -26,6 +28,7 @@ from tests.support.fault_injection import (
     until,
 )
 from tests.support.running_stack import Road
+from workers.driver.gauges import GAUGES
 
 pytestmark = pytest.mark.ray
 
@@ -184,6 +187,46 @@ def test_from_each_state(road: Road, observer: Observer, state: str) -> None:
     with STATES[state](road, observer) as job_id:
         assert road.client.show(job_id)["status"] == state
         end(road, observer, job_id)
+
+
+def test_a_running_job_is_on_rays_metrics_port_and_its_log_in_rays_dashboard(
+    road: Road, observer: Observer
+) -> None:
+    with running(road, observer) as job_id:
+        rank = road.client.ranks(job_id)["data"][1]
+        assert_log_opens(road, rank["log_url"])
+        labels = f'job_id="{job_id}"'
+        until("the gauges", lambda: labels in metrics(road), 40)
+        lines = [line for line in metrics(road).splitlines() if labels in line]
+        names = {line.partition("{")[0] for line in lines}
+        assert names == {f"ray_{gauge.name}" for gauge in GAUGES.values()}
+        parts = set(re.findall(r'part="(\w+)"', "\n".join(lines)))
+        assert parts == {"data", "forward_backward", "reduce", "optimizer"}
+        assert all('group="trainer"' in line for line in lines)
+        cancel(road, job_id)
+        road.finish(job_id)
+
+
+def metrics(road: Road) -> str:
+    """What Prometheus reads from Ray's only node."""
+    port = road.record.ports["ray_metrics"]
+    return httpx.get(f"http://127.0.0.1:{port}/metrics", trust_env=False).text
+
+
+def assert_log_opens(road: Road, url: str) -> None:
+    """Reads the file as the dashboard's page does."""
+    page, _, query = url.partition("/#/logs/viewer?")
+    assert page == road.record.dashboard_url
+    names = parse_qs(query)
+    reply = httpx.get(
+        f"{page}/api/v0/logs/file",
+        params={"node_id": names["nodeId"][0], "filename": names["fileName"][0]},
+        headers={"Authorization": f"Bearer {road.record.ray_token}"},
+        timeout=20,
+        trust_env=False,
+    )
+    assert reply.status_code == 200
+    assert "rank 1 of 2, attempt 1" in reply.text
 
 
 @pytest.mark.chaos

@@ -2,9 +2,11 @@
 public API, things killed on the way.
 """
 
+import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -88,6 +90,50 @@ def test_a_pipeline_trains_as_one_rank_does(road: Road) -> None:
     ]
     assert len({entry["pid"] for entry in ranks}) == 2
     assert len(alone) == 1
+
+
+def test_torchrun_and_ray_train_give_the_drivers_losses(
+    road: Road, undisturbed: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    spec = road.spec(training={"exit_every_steps": 6}, resources={"accelerator": "cpu"})
+    (tmp_path / "job.json").write_text(json.dumps(spec))
+    torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
+    commands = {
+        "torchrun": [*torchrun, "workers.rank"],
+        "train": ["workers.ray_train", "--address", road.record.ray_address],
+    }
+    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": road.record.ray_token}
+    expected = [(row["step"], row["loss"], row["grad_norm"]) for row in undisturbed[:6]]
+    for name, command in commands.items():
+        reports = tmp_path / f"{name}.jsonl"
+        storage = f"storage.path={tmp_path / name}"
+        options = ["job.json", "--set", storage, "--reports", str(reports)]
+        done = subprocess.run(
+            [sys.executable, "-m", *command, *options],
+            cwd=tmp_path,
+            env={**os.environ, **token},
+            capture_output=True,
+            text=True,
+            timeout=400,
+            check=False,
+        )
+        assert "ended after step 6 by training.exit_every_steps" in done.stdout, done.stderr
+        # The schedule is that of all 60 steps.
+        assert step_rows(reports) == expected, "bit for bit"
+        (checkpoint,) = (tmp_path / name / "checkpoints").iterdir()
+        assert (checkpoint / "COMMITTED").exists()
+    assert done.returncode == 75
+
+
+def step_rows(reports: Path) -> list[tuple[int, float, float]]:
+    """(step, loss, norm) of each step in a file of reports."""
+    rows = []
+    for line in reports.read_text().splitlines():
+        record = json.loads(line)
+        if record["kind"] == "step":
+            data = record["data"]
+            rows.append((data["step"], data["loss"], data["grad_norm"]))
+    return rows
 
 
 @pytest.mark.chaos

@@ -36,9 +36,10 @@ from workers import standalone
 from workers.data_tasks import prepare_data
 from workers.decisions.journal_entry import Ending, JournalEntry, Phase
 from workers.driver.journal import Journal
+from workers.job_file import read_spec
 from workers.rank.messages import UserError
 from workers.rank.spool import Spool
-from workers.standalone import TrainingFailedError, read_spec, run_standalone
+from workers.standalone import TrainingFailedError, run_standalone
 from workers.stop_signals import StopSignals
 
 
@@ -321,6 +322,34 @@ def test_a_signal_ends_a_run_after_a_checkpoint_from_which_it_goes_on(
     together = {**losses(job.parent / "first.jsonl"), **losses(job.parent / "second.jsonl")}
     assert together == losses(job.parent / "whole.jsonl"), "bit for bit"
     assert signal.getsignal(number) is handler
+
+
+def test_a_run_ends_at_its_limits_and_goes_on_bit_for_bit(job: Path) -> None:
+    options = (*PLAIN, "training.steps=6", "checkpoint.every_steps=100")
+    elsewhere = f"storage.path={job.parent}/elsewhere"
+    run(job, *options, elsewhere, reports=job.parent / "whole.jsonl")
+    together: dict[int, float] = {}
+    messages = []
+    limits = ["training.max_duration_s=0.0001", "training.exit_every_steps=3"]
+    for number, limit in enumerate([*limits, "training.steps=6"]):
+        reports = job.parent / f"{number}.jsonl"
+        ending = run_standalone(job, (*options, limit), reports, resume=number > 0)
+        assert ending.message is not None
+        messages.append((ending.exit_code, ending.message))
+        together |= losses(reports)
+    assert together == losses(job.parent / "whole.jsonl"), "bit for bit"
+    folder = job.parent / "runs" / "job" / "checkpoints"
+    assert messages[0] == (
+        75,
+        f"ended after step 1 by training.max_duration_s; newest checkpoint: {folder}/"
+        "step-00000001-a0001; --resume goes on from it",
+    )
+    assert messages[1] == (
+        75,
+        f"ended after step 3 by training.exit_every_steps; newest checkpoint: {folder}/"
+        "step-00000003-a0002; --resume goes on from it",
+    )
+    assert messages[2][0] == 0
 
 
 def test_every_signal_of_a_planned_end_is_handled() -> None:

@@ -1,16 +1,15 @@
 """Decides which nodes the next attempt of a job avoids.
 
-Owns: which failures speak against their node, and the marks of excluded nodes. Pure. Must
-not know: Ray, torch, who keeps the list of a cluster.
+Owns: which failures speak against their node. Pure. Must not know: Ray, torch, who keeps
+the list of a cluster.
 """
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from workers.decisions.failures import Failure, FailureKind
 from workers.decisions.placement import RankPlace
 from workers.decisions.ranks.stragglers import SlowRank
-from workers.protocol.wire import NodeInfo
 
 _MAX_LINE_CHARS = 200
 
@@ -61,15 +60,6 @@ def node_of_defects(place: RankPlace, lines: Sequence[str]) -> BadNode:
     if len(lines) > 1:
         reason = f"{reason} and {len(lines) - 1} more"
     return BadNode(place.node_id, place.address, reason, is_listed=True)
-
-
-def mark(nodes: Iterable[NodeInfo], reasons: Mapping[str, str]) -> tuple[NodeInfo, ...]:
-    """Returns nodes with the reasons for which no rank may start there, by node id."""
-    marked = []
-    for node in nodes:
-        excluded = reasons.get(node.node_id, node.excluded)
-        marked.append(node.model_copy(update={"excluded": excluded}))
-    return tuple(marked)
 
 
 def _unique(

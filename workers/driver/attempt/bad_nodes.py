@@ -4,9 +4,8 @@ Owns: the journal's list for the next attempt, and the event by which the servic
 node to the cluster's list. Must not know: which failures do so (`decisions.exclusions`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from workers.decisions.faults import exclusions
 from workers.decisions.faults.exclusions import BadNode
 from workers.decisions.placement import plan_placement
 from workers.driver.context import JobContext
@@ -14,20 +13,32 @@ from workers.driver.context import JobContext
 
 def avoid_nodes(job: JobContext, bad: Sequence[BadNode]) -> None:
     """Has the next attempt avoid nodes, unless the job fits on no others."""
+    # An elastic job goes on without a silent node, in the processes that are left.
+    if job.spec.elastic is not None:
+        bad = [node for node in bad if node.is_listed]
     if not bad:
         return
     avoid = dict(job.entry.avoid)
     for node in bad:
         avoid[node.node_id] = node.reason
-    nodes = exclusions.mark(job.read_nodes(), avoid)
-    plan = plan_placement(job.spec, nodes, job.entry.accelerator)
     # A job that needs the node is better off with an attempt there than with none.
-    if not plan.is_feasible:
+    if not _fits_without(job, avoid):
         return
     job.write(avoid=avoid)
     for node in bad:
         if node.is_listed:
             _record(job, node)
+
+
+def _fits_without(job: JobContext, avoid: Mapping[str, str]) -> bool:
+    plan = plan_placement(
+        job.spec,
+        job.ports.read_nodes(),
+        job.entry.accelerator,
+        size=job.entry.bundle_size,
+        avoid={**job.avoided_nodes, **avoid},
+    )
+    return plan.is_feasible
 
 
 def _record(job: JobContext, node: BadNode) -> None:

@@ -6,7 +6,7 @@ know: Ray, the service, what follows a failed commit.
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron_ray.reports import CheckpointReport
@@ -103,6 +103,7 @@ class CheckpointCommitter:
             result = self._take_result()
         whole = self._ledger.take_whole(self._ports.outbox.stored(self._plan.source))
         if whole is not None:
+            whole = replace(whole, reports=(*self._earlier(), *whole.reports))
             future = self._ports.executor.submit(
                 commit_whole,
                 whole,
@@ -143,6 +144,13 @@ class CheckpointCommitter:
             return False
         self._pending[1].exception()
         return True
+
+    def _earlier(self) -> Iterator[dict[str, Any]]:
+        """Yields records that no checkpoint has and this attempt does not repeat."""
+        source = self._plan.earlier_source
+        if source is not None:
+            for record in self._ports.outbox.unstored(source):
+                yield record.model_dump(mode="json")
 
     def _take_result(self) -> Committed | CommitFailed:
         assert self._pending is not None

@@ -8,7 +8,11 @@ from dataclasses import dataclass
 
 from megatron_ray.commands import Command
 from workers.decisions.failures import Failure, FailureKind, root_cause
-from workers.decisions.observations import AttemptFailed, AttemptFinished
+from workers.decisions.observations import (
+    AttemptExited,
+    AttemptFailed,
+    AttemptFinished,
+)
 from workers.driver.attempt.plan import AttemptPlan
 from workers.protocol.states import DesiredState
 from workers.protocol.wire import DesiredJob
@@ -22,6 +26,8 @@ class RanksStopped:
     """The ranks stopped on command, or the grace period ran out (`forced`)."""
 
     forced: bool = False
+    resize_reason: str | None = None
+    """Why the job goes on at another size; None: it does not."""
 
 
 @dataclass(frozen=True)
@@ -33,11 +39,13 @@ class StopDecision:
     """Reason of the stop to journal; None: already journaled, or not needed."""
 
 
-def decide_stop(plan: AttemptPlan, desired: DesiredJob | None) -> StopDecision | None:
+def decide_stop(
+    plan: AttemptPlan, desired: DesiredJob | None, *, resizes: bool = False
+) -> StopDecision | None:
     """Returns how ranks without a stop command are to stop; None: they continue.
 
     `desired` is None until the service has been reached; until then an earlier
-    incarnation's stop applies.
+    incarnation's stop applies. `resizes`: the job is to go on at another size.
     """
     # Adopted ranks get the earlier incarnation's stop command again: it may not have
     # been sent, and a second one changes nothing.
@@ -45,10 +53,10 @@ def decide_stop(plan: AttemptPlan, desired: DesiredJob | None) -> StopDecision |
     if desired is not None:
         state = desired.desired
     is_stopping = state in STOPPING
-    if not is_stopping and not plan.renew:
+    if not is_stopping and not plan.renew and not resizes:
         return None
-    # Ranks that stop for a new version always save, because they resume from that
-    # checkpoint.
+    # Ranks that stop for a new version or another size always save, because they resume
+    # from that checkpoint.
     saves = not is_stopping or desired is None or desired.final_checkpoint
     command = Command.STOP
     if saves:
@@ -59,7 +67,9 @@ def decide_stop(plan: AttemptPlan, desired: DesiredJob | None) -> StopDecision |
     return StopDecision(command, stopping)
 
 
-def attempt_end(states: Collection[RankState]) -> AttemptFinished | RanksStopped | None:
+def attempt_end(
+    states: Collection[RankState],
+) -> AttemptFinished | AttemptExited | RanksStopped | None:
     """Returns how an attempt without a failure has ended; None while it runs."""
     if not is_over(states):
         return None
@@ -67,6 +77,8 @@ def attempt_end(states: Collection[RankState]) -> AttemptFinished | RanksStopped
     # completed the last step or none has.
     if set(states) == {RankState.FINISHED}:
         return AttemptFinished()
+    if set(states) == {RankState.EXITED}:
+        return AttemptExited()
     return RanksStopped()
 
 

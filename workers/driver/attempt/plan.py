@@ -28,6 +28,9 @@ class AttemptPlan:
     manifest: dict[str, Any]
     last_commit: int
     """Step from which the attempt started."""
+    earlier_source: str | None = None
+    """Source of rank 0's records in the attempt from whose copies this one continues, so
+    that it does not repeat the steps after the last commit."""
     checkpoint_requests: int = 0
     """Number of checkpoint requests that were passed on to the ranks before."""
     diagnosis_requests: int = 0
@@ -73,6 +76,9 @@ class AttemptListener(Protocol):
 
     def storage_slow(self, message: str) -> None:
         """A checkpoint takes longer than it should."""
+
+    def resize_reason(self) -> str | None:
+        """Returns why the ranks are to stop and go on at another size, if they are."""
 
     def checkpoint_requested(self, checkpoint_requests: int) -> None:
         """The ranks got checkpoint commands, `checkpoint_requests` in all."""

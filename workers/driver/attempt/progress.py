@@ -9,10 +9,12 @@ from typing import Any
 
 from workers.decisions import recovery
 from workers.decisions.faults.drains import Drain
+from workers.decisions.goodput import Goodput
 from workers.decisions.placement import RankPlace
 from workers.decisions.ranks.stragglers import SlowRank
 from workers.decisions.recovery import RecoveryWatch
 from workers.driver.attempt.bad_nodes import avoid_nodes
+from workers.driver.attempt.growth import Growth
 from workers.driver.attempt.spares import SparePool
 from workers.driver.commit import WholeCheckpoint
 from workers.driver.context import JobContext
@@ -30,6 +32,8 @@ class JobProgress:
         self._highest_step = 0
         self._recovery: RecoveryWatch | None = None
         self._spares: SparePool | None = None
+        self._growth: Growth | None = None
+        self._goodput = Goodput()
 
     def on_attempt_failed(self) -> None:
         """Starts measuring the recovery."""
@@ -37,24 +41,35 @@ class JobProgress:
 
     def on_attempt_starting(self) -> None:
         """Stores the step from which the recovery resumes."""
+        self._goodput.held(self._job.ports.clock())
         if self._recovery is not None:
-            self._recovery.from_step = self._job.entry.last_commit
+            self._recovery.from_step = self._job.entry.first_step
 
-    def on_attempt_running(self, spares: SparePool) -> None:
-        """Sets the spares of the attempt that has started running."""
+    def on_attempt_running(self, spares: SparePool, growth: Growth) -> None:
+        """Sets spares and growth of the attempt that has started running."""
+        self._goodput.held(self._job.ports.clock())
         self._spares = spares
+        self._growth = growth
+
+    def on_released(self) -> None:
+        """The job waits without resources."""
+        self._goodput.released(self._job.ports.clock())
 
     # ---- the attempt's listener
 
     def stepped(self, data: dict[str, Any]) -> None:
         """Rank 0 has done a step."""
         # Called for each step of rank 0, so frequent work must be cheap.
-        self._job.ports.gauges.update(data)
+        self._goodput.step(data["step"], data.get("step_s", 0.0))
+        ratio = self._goodput.ratio(self._job.ports.clock())
+        self._job.ports.gauges.update(data, self._job.entry.attempt, ratio)
         self._record_running()
         if self._spares is not None:
             self._spares.maintain()
         # What the nodes of dead ranks have reported since.
         avoid_nodes(self._job, self._job.ports.dead_rank_files.take_bad_nodes())
+        if self._growth is not None:
+            self._growth.stepped(data)
         # A recovery ends with the first step that no earlier attempt had reached.
         step = data["step"]
         self._highest_step = max(self._highest_step, step)
@@ -94,6 +109,16 @@ class JobProgress:
     def storage_slow(self, message: str) -> None:
         """A checkpoint takes longer than it should."""
         self._job.records.event("storage.slow", message, "warn")
+
+    def resize_reason(self) -> str | None:
+        """Returns why the ranks are to stop and go on at another size, if they are."""
+        job = self._job
+        dp = job.resized_dp()
+        if dp is not None:
+            return f"from dp={job.spec.parallel.dp} to dp={dp}, as requested"
+        if self._growth is None:
+            return None
+        return self._growth.reason()
 
     def checkpoint_requested(self, checkpoint_requests: int) -> None:
         """The ranks got checkpoint commands, `checkpoint_requests` in all."""

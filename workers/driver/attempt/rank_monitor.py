@@ -152,15 +152,18 @@ class RankMonitor:
     def _poll(self, view: RankView) -> None:
         rank = view.place.rank
         released = view.released
+        stored = 0
         # Rank 0's reports are sent to the service too, and may only be deleted when
         # both the service and a checkpoint contain them.
         if rank == 0:
-            released = min(released, self._stored())
+            stored = self._stored()
+            released = min(released, stored)
         poll = Poll(
             view.cursor,
             released,
             _WAIT_S,
             steps=rank == 0,
+            stored=stored,
             log_offset=view.log_offset,
             log_bytes=min(_LOG_BYTES, _TOTAL_LOG_BYTES // len(self._views)),
         )

@@ -9,8 +9,10 @@ from dataclasses import dataclass, field
 
 from workers.decisions.failures import Failure
 from workers.decisions.observations import AttemptFailed, RanksStarted, StopRequested
-from workers.decisions.placement import PlacementPlan, RankPlace, assign_ranks
+from workers.decisions.placement import PlacementPlan, RankPlace
+from workers.decisions.rank_map import assign_ranks
 from workers.decisions.slot_assignment import SlotAssignment, assign_slots
+from workers.driver.attempt.copy_choice import CopyChoice
 from workers.driver.context import JobContext
 from workers.driver.journal import start_orders
 from workers.protocol.states import AttemptState, JobState
@@ -45,6 +47,7 @@ class RankStarter:
         self._job = job
         self._group = job.ports.group
         self._clock = job.ports.clock
+        self._copies = CopyChoice(job)
         self._timing: StartTiming | None = None
 
     def start(self, plan: PlacementPlan) -> RanksStarted | AttemptFailed | StopRequested:
@@ -125,7 +128,9 @@ class RankStarter:
             assignment.slots, job.fence, _START_TIMEOUT_S, self._check_stop
         )
         began = self._record_duration(timing, "probe", began)
-        places = assign_ranks(assignment.apply(facts), plan.dims)
+        places = assign_ranks(
+            assignment.apply(facts), plan.dims, job.entry.ranks, size=plan.bundle_size
+        )
         store = None
         # Rank 0 serves the store. An attempt ends when any of its ranks ends, and the
         # next attempt opens a new store. A single rank needs none.
@@ -136,7 +141,8 @@ class RankStarter:
         began = self._record_duration(timing, "store", began)
         # The map is journaled before any rank starts: a restarted driver must find
         # every process that may be training.
-        job.write(ranks=places, store=store)
+        copies = self._copies.confirm(places)
+        job.write(ranks=places, store=store, copies=copies)
         job.records.ranks(places)
         orders = start_orders(job.entry, plan.accelerator)
         self._group.start(job.fence, orders, _START_TIMEOUT_S, self._check_stop)
@@ -170,6 +176,8 @@ class RankStarter:
 
 def _describe_begin(job: JobContext) -> str:
     """Describes from which step the attempt starts; `megatron-ray show` prints it."""
+    if job.entry.copies is not None:
+        return f"from peer copies of step {job.entry.copies.step}"
     if job.entry.last_commit:
         return f"from checkpoint step {job.entry.last_commit}"
     return "from step 0"

@@ -11,7 +11,11 @@ from megatron_ray.reports import PhaseReport, StepReport
 from workers.decisions.failures import FailureKind
 from workers.decisions.faults import drains
 from workers.decisions.faults.drains import Drain
-from workers.decisions.observations import AttemptFailed, AttemptFinished
+from workers.decisions.observations import (
+    AttemptExited,
+    AttemptFailed,
+    AttemptFinished,
+)
 from workers.driver.attempt.autopsy import Autopsy
 from workers.driver.attempt.committer import CheckpointCommitter, Committed
 from workers.driver.attempt.outcome import (
@@ -35,7 +39,7 @@ it."""
 _TURN_S = 0.2
 _SHORT_TURN_S = 0.05
 
-AttemptEnd = AttemptFinished | RanksStopped | AttemptFailed
+AttemptEnd = AttemptFinished | AttemptExited | RanksStopped | AttemptFailed
 
 
 class Supervision:
@@ -52,6 +56,7 @@ class Supervision:
         self._has_stepped = False
         self._stop_deadline: float | None = None
         self._drain: Drain | None = None
+        self._resize_reason: str | None = None
         self._checkpoint_requests = plan.checkpoint_requests
         self._autopsy = Autopsy(plan, ports)
         self._diagnosis_requests = plan.diagnosis_requests
@@ -90,7 +95,7 @@ class Supervision:
         # Ranks that do not stop in time are killed.
         deadline = self._stop_deadline
         if deadline is not None and self._ports.clock() > deadline:
-            return self._stopped(RanksStopped(forced=True))
+            return self._stopped(forced=True)
         end = attempt_end(self._monitor.states)
         if end is None:
             return None
@@ -99,14 +104,14 @@ class Supervision:
         if self._monitor.failures:
             return self._await_root_cause()
         if isinstance(end, RanksStopped):
-            return self._stopped(end)
+            return self._stopped(forced=False)
         return end
 
-    def _stopped(self, end: RanksStopped) -> AttemptEnd:
+    def _stopped(self, *, forced: bool) -> AttemptEnd:
         """Returns why the ranks stopped."""
         if self._drain is None:
-            return end
-        return drains.stopped_for(self._drain, forced=end.forced)
+            return RanksStopped(forced=forced, resize_reason=self._resize_reason)
+        return drains.stopped_for(self._drain, forced=forced)
 
     # ---- observing
 
@@ -167,7 +172,9 @@ class Supervision:
         """Sends the ranks a stop or checkpoint command, once for each request."""
         stop = None
         if self._stop_deadline is None:
-            stop = decide_stop(self._plan, desired)
+            self._resize_reason = self._listener.resize_reason()
+            resizes = self._resize_reason is not None
+            stop = decide_stop(self._plan, desired, resizes=resizes)
         if stop is not None:
             # Journaled first, so that a driver that restarts while the service is down
             # does not start the job again.

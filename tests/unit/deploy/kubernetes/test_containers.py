@@ -25,6 +25,7 @@ from tests.support.manifests import (
     overlay,
 )
 from workers.agent.__main__ import app as agent_app
+from workers.agent.node_groups import read_node_groups
 from workers.rank.environment import AGENT_TOKEN, AGENT_TOKEN_FILE
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -61,6 +62,13 @@ def arguments(command: Any, words: list[str]) -> dict[str, Any]:
     return options
 
 
+def expanded(word: str, variables: dict[str, str]) -> str:
+    """Fills in variables as a shell does."""
+    for name, value in variables.items():
+        word = word.replace(f"${{{name}}}", value).replace(f"${name}", value)
+    return word
+
+
 # ---- what is started
 
 
@@ -77,8 +85,30 @@ def test_the_agent_starts_with_options_that_it_knows(name: str) -> None:
     )
     assert options["cluster"] in Settings().clusters
     assert str(options["token_file"]) == "/etc/megatron-ray/agent"
+    folder = mount_path(pod.container("agent"), "node-groups")
+    assert str(options["node_groups"]) == f"{folder}/groups.yaml"
     # The Service that KubeRay makes for the head of a RayCluster, and Ray's default port.
     assert options["address"] == "training-head-svc:6379"
+
+
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_the_agent_knows_what_the_autoscaler_may_make(name: str, tmp_path: Path) -> None:
+    stage = overlay(name)
+    volume = named(stage.pod("megatron-ray-agent").spec["volumes"], "node-groups")
+    data = stage.one("ConfigMap", volume["configMap"]["name"])["data"]
+    path = tmp_path / "groups.yaml"
+    path.write_text(data["groups.yaml"])
+    expected = []
+    if stage.ray_cluster.get("enableInTreeAutoscaling"):
+        for group in stage.ray_cluster["workerGroupSpecs"]:
+            requests = group["template"]["spec"]["containers"][0]["resources"]["requests"]
+            # Ray counts a node's limits, and what it requests where it has none.
+            size = (float(requests["cpu"]), float(requests.get("nvidia.com/gpu", 0)))
+            expected.append((group["groupName"], group["maxReplicas"], *size))
+    groups = read_node_groups(path)
+    assert expected == [
+        (group.name, group.max_nodes, group.cpus, group.gpus) for group in groups
+    ]
 
 
 @pytest.mark.parametrize("name", OVERLAYS)
@@ -200,6 +230,7 @@ def test_nodes_of_ray_get_the_environment_of_a_local_stack(name: str) -> None:
     for owner in ("ray-head", stage.ray_cluster["workerGroupSpecs"][0]["groupName"]):
         variables = stage.environment(stage.pod(owner).spec["containers"][0])
         variables.pop(RECONNECT, None)
+        variables.pop("DRAIN_S", None)
         assert variables == {**expected, "HOME": "/tmp"}
 
 
@@ -383,10 +414,20 @@ def test_one_service_and_one_agent_at_a_time(name: str) -> None:
 def test_a_pod_with_ranks_waits_for_them_before_it_ends(name: str) -> None:
     group = overlay(name).ray_cluster["workerGroupSpecs"][0]
     spec = group["template"]["spec"]
-    command = spec["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
+    (worker,) = spec["containers"]
+    variables = overlay(name).environment(worker) | {"RAY_ADDRESS": "head:6379"}
+    lines = script(worker["lifecycle"]["preStop"]["exec"]).splitlines()
+    assert lines[0].startswith("node=$(grep ")
+    words = shlex.split(lines[1])
+    assert words[:2] == ["ray", "drain-node"]
+    words = [expanded(word, {**variables, "node#*=": "ab" * 28}) for word in words[2:]]
+    options = arguments(ray_cli.commands["drain-node"], words)
+    assert options["node_id"] == "ab" * 28
     # Ray names the process of an actor after its class.
-    assert "[R]ankWorker" in script({"command": command})
-    assert spec["terminationGracePeriodSeconds"] >= 120
+    assert "[R]ankWorker" in lines[2]
+    drain_s = int(variables["DRAIN_S"])
+    assert options["deadline_remaining_seconds"] == drain_s
+    assert 100 <= drain_s < spec["terminationGracePeriodSeconds"]
 
 
 @pytest.mark.parametrize(

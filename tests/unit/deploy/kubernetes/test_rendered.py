@@ -11,60 +11,77 @@ from tests.support.manifests import (
     KUBERNETES,
     OVERLAYS,
     documents,
-    ingress_rules_schema,
     overlay,
-    pod_template_schema,
-    ray_cluster_schema,
+    schema_of,
 )
 
+RENDERED = [*OVERLAYS, "rayjob", "rayjob-template"]
 KUBECTL = shutil.which("kubectl")
 
 
 def test_every_overlay_is_rendered() -> None:
     folders = sorted(path.name for path in (KUBERNETES / "overlays").iterdir())
     files = sorted(path.stem for path in (KUBERNETES / "rendered").iterdir())
-    assert folders == files == sorted(OVERLAYS)
+    assert folders == sorted([*OVERLAYS, "rayjob"])
+    assert files == sorted(RENDERED)
 
 
 @pytest.mark.skipif(KUBECTL is None, reason="kubectl is not installed")
-@pytest.mark.parametrize("name", OVERLAYS)
+@pytest.mark.parametrize("name", RENDERED)
 def test_rendered_files_are_what_kustomize_makes(name: str) -> None:
-    command = ["kubectl", "kustomize", str(KUBERNETES / "overlays" / name)]
+    folder = KUBERNETES / "overlays" / name
+    if name == "rayjob-template":
+        folder = KUBERNETES / "rayjob"
+    command = ["kubectl", "kustomize", str(folder)]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     rendered = (KUBERNETES / f"rendered/{name}.yaml").read_text()
     assert result.stdout == rendered, "run `make manifests`"
 
 
-@pytest.mark.parametrize("name", OVERLAYS)
-def test_kuberay_accepts_the_cluster(name: str) -> None:
-    cluster = overlay(name).one("RayCluster", "training")
-    assert problems(ray_cluster_schema(), cluster) == []
+@pytest.mark.parametrize("name", RENDERED)
+def test_the_schema_of_its_kind_accepts_every_object(name: str) -> None:
+    for item in overlay(name).objects:
+        schema = schema_of(item["apiVersion"], item["kind"])
+        assert problems(schema, item) == [], item["metadata"]["name"]
+
+
+def test_the_schemas_accept_the_example_of_secrets() -> None:
+    for secret in documents(KUBERNETES / "secrets.example.yaml"):
+        assert problems(schema_of("v1", "Secret"), secret) == []
 
 
 @pytest.mark.parametrize("name", OVERLAYS)
-def test_kubernetes_accepts_the_pods(name: str) -> None:
+def test_selectors_of_workloads_match_their_pods(name: str) -> None:
     for kind in ("Deployment", "StatefulSet"):
         for item in overlay(name).of_kind(kind):
-            template = item["spec"]["template"]
-            assert problems(pod_template_schema(), template) == []
             # A selector cannot be changed later, and must match what the template makes.
-            labels = template["metadata"]["labels"].items()
+            labels = item["spec"]["template"]["metadata"]["labels"].items()
             assert item["spec"]["selector"]["matchLabels"].items() <= labels
 
 
-@pytest.mark.parametrize("name", OVERLAYS)
-def test_kubernetes_accepts_the_network_policies(name: str) -> None:
-    for policy in overlay(name).of_kind("NetworkPolicy"):
-        assert problems(ingress_rules_schema(), policy["spec"].get("ingress", [])) == []
+@pytest.mark.parametrize(
+    ("kind", "field"),
+    [
+        ("RayCluster", "rayVersions"),
+        ("Deployment", "replica"),
+        ("NetworkPolicy", "ingres"),
+        ("ServiceMonitor", "endpoint"),
+        ("PrometheusRule", "group"),
+        ("PodDisruptionBudget", "minAvailables"),
+    ],
+)
+def test_an_unknown_field_is_a_problem(kind: str, field: str) -> None:
+    item: dict[str, Any] = {**overlay("production").of_kind(kind)[0]}
+    item["spec"] = {**item["spec"], field: 1}
+    assert problems(schema_of(item["apiVersion"], kind), item) != []
 
 
-def test_an_unknown_field_is_a_problem() -> None:
-    cluster: dict[str, Any] = {**overlay("dev").one("RayCluster", "training")}
-    cluster["spec"] = {**cluster["spec"], "rayVersions": "2.60.0"}
-    assert problems(ray_cluster_schema(), cluster) != []
+def test_a_kind_of_another_version_has_no_schema() -> None:
+    with pytest.raises(KeyError, match="apps/v1beta1"):
+        schema_of("apps/v1beta1", "Deployment")
 
 
-@pytest.mark.parametrize("name", OVERLAYS)
+@pytest.mark.parametrize("name", RENDERED)
 def test_objects_have_names_of_their_own_in_one_namespace(name: str) -> None:
     keys = []
     for item in overlay(name).objects:
@@ -77,7 +94,7 @@ def test_objects_have_names_of_their_own_in_one_namespace(name: str) -> None:
     assert len(keys) == len(set(keys))
 
 
-@pytest.mark.parametrize("name", OVERLAYS)
+@pytest.mark.parametrize("name", RENDERED)
 def test_no_token_lies_in_the_manifests(name: str) -> None:
     assert overlay(name).of_kind("Secret") == []
 

@@ -1,10 +1,16 @@
 """Probes, monitors and alerts ask for what the service serves."""
 
 import re
+import shutil
+import subprocess
 from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
 
+import promql_parser
 import pytest
 import sqlalchemy as sa
+import yaml
 from fastapi.routing import APIRoute
 from prometheus_client.parser import text_string_to_metric_families
 from sqlalchemy.orm import Session
@@ -17,6 +23,7 @@ from tests.support.manifests import OVERLAYS, Json, overlay
 from workers.protocol.states import JobState
 
 METRIC = re.compile(r"\bmegatron_ray_\w+")
+PROMTOOL = shutil.which("promtool")
 MATCHER = re.compile(r'(megatron_ray_\w+)\{(\w+)="([^"]*)"\}')
 
 
@@ -83,8 +90,37 @@ def test_alerts_say_what_is_wrong() -> None:
         names.append(alert["alert"])
         assert alert["labels"]["severity"] in ("critical", "warning")
         assert alert["annotations"]["summary"]
-        assert alert["expr"].count("(") == alert["expr"].count(")")
     assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize("alert", list(alerts()), ids=lambda alert: str(alert["alert"]))
+def test_prometheus_accepts_the_expressions_and_times_of_alerts(alert: Json) -> None:
+    promql_parser.parse(alert["expr"])
+    if "for" in alert:
+        assert promql_parser.parse_duration(alert["for"]) > timedelta()
+
+
+@pytest.mark.parametrize(
+    ("expression", "reason"),
+    [
+        ("rate(a)", "expected type matrix"),
+        ("sum(a", "unclosed left parenthesis"),
+        ("a unless on() >", "invalid promql query"),
+    ],
+)
+def test_a_wrong_expression_is_found(expression: str, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        promql_parser.parse(expression)
+
+
+@pytest.mark.skipif(PROMTOOL is None, reason="promtool is not installed")
+def test_promtool_accepts_the_rules(tmp_path: Path) -> None:
+    (rule,) = overlay("production").of_kind("PrometheusRule")
+    path = tmp_path / "rules.yaml"
+    path.write_text(yaml.safe_dump(rule["spec"]))
+    command = ["promtool", "check", "rules", str(path)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
 
 
 def test_the_states_of_alerts_are_states_of_jobs() -> None:

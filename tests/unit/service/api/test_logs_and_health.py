@@ -204,6 +204,22 @@ def test_a_silent_agent_counts_as_gone(start: Any, settings: Any, make_node: Any
     assert service.submit()["status_reason"] == "waiting_agent"
 
 
+def test_a_rank_of_a_running_job_has_a_link_to_its_log_in_rays_dashboard(
+    service: Any, make_node: Any
+) -> None:
+    job_id, driver = service.running_job()
+    driver.send(("ranks", {"ranks": [{"rank": 3, "node_id": "n1"}]}), attempt=1)
+    path = f"/v1/jobs/{job_id}/ranks"
+    assert "log_url" not in service.user.get(path).json()["data"][0], "no dashboard"
+    service.agent.report(make_node(), dashboard_url="http://d:8265")
+    assert service.user.get(path).json()["data"][0]["log_url"] == (
+        "http://d:8265/#/logs/viewer?nodeId=n1&fileName=megatron-ray%2F"
+        f"{job_id}%2Fattempt-0001%2Frank-00003.log"
+    )
+    driver.states("failed", attempt=1)
+    assert "log_url" not in service.user.get(path).json()["data"][0], "files are deleted"
+
+
 def test_cluster_shows_the_last_report(service: Any, make_node: Any) -> None:
     assert service.user.get("/v1/cluster").json()["data"][0]["nodes"] == []
     service.agent.report(

@@ -53,11 +53,11 @@ def test_a_queued_job_starts_once_its_node_is_included(
     driver = service.driver(job_id)
     reply = driver.send(("prepared", {"manifest": {}, "unigram_nats": 5.5}))
     assert reply["desired"]["desired"] == "prepare"
-    assert reply["desired"]["excluded_nodes"][0]["node_id"] == "n1"
+    assert reply["desired"]["avoid_nodes"] == {"n1": "excluded by hand"}
     service.user.delete(f"{EXCLUSIONS}/n1")
     (desired,) = service.agent.desired().jobs
     assert desired.desired == "run"
-    assert desired.excluded_nodes == ()
+    assert desired.avoid_nodes == {}
 
 
 def test_a_jobs_failure_excludes_its_node_until_it_is_gone(
@@ -72,7 +72,7 @@ def test_a_jobs_failure_excludes_its_node_until_it_is_gone(
     assert excluded(service) == [("n1", reason, job_id)]
     reply = service.agent.desired(after=revision)
     assert reply.revision > revision, "the agent tells the other drivers"
-    assert reply.jobs[0].excluded_nodes[0].reason == reason
+    assert reply.jobs[0].avoid_nodes == {"n1": reason}
     # A second failure there keeps the first reason; a user's reason replaces it.
     again = {**event, "data": {**data, "reason": "another"}}
     lost = {**event, "data": {**data, "node_id": "n9"}}

@@ -16,8 +16,8 @@ import sqlalchemy as sa
 from service.settings import Settings
 from service.store.schema import JobRow
 from workers.agent.check_tasks import check_task
+from workers.job_file import read_spec
 from workers.rank.messages import UserError
-from workers.standalone import read_spec
 
 Json = dict[str, Any]
 SECRET = "wJalrXUtnFEMI/K7MDENG"

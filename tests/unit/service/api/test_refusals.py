@@ -173,6 +173,33 @@ FIELDS = [
         "= 8 ranks, but there is room for 4; lower a degree or add nodes",
     ),
     (
+        "/parallel",
+        {"tp": 4, "dp": 2},
+        "/parallel",
+        "add nodes; dp=1 would fit",
+    ),
+    (
+        "/resources",
+        {"nodes": {"only": ["pool="]}},
+        "/resources/nodes/only/0",
+        "must be a node's address, or a label such as pool=h100, got 'pool='",
+    ),
+    (
+        "/resources",
+        {"custom": {"GPU": 1}},
+        "/resources/custom/GPU",
+        "is counted by Ray itself; use cpus_per_rank, accelerator or gpu_type for it",
+    ),
+    ("/resources", {"custom": {"rdma": 0}}, "/resources/custom/rdma", "at least 0.0001"),
+    (
+        "/resources",
+        {"accelerator": "cpu", "gpu_type": "H100"},
+        "/resources",
+        "resources.gpu_type=H100 contradicts accelerator=cpu; remove one of them",
+    ),
+    ("/network", {"interface": "eth 0"}, "/network/interface", "must match the pattern"),
+    ("/network", {"env": {"NCCL_ALGO": "x"}}, "/network/env", "unknown field"),
+    (
         "/resources",
         {"cpus_per_rank": 3, "placement_timeout_s": 0},
         "/resources/placement_timeout_s",
@@ -230,7 +257,56 @@ def test_islands_must_fit_on_a_node(
         service.user.post("/v1/jobs", json=change(spec, "/parallel/tp", 4)), "spec_invalid"
     )
     assert body["errors"][0]["pointer"] == "/parallel/tp"
-    assert "4 ranks in the whole cluster" in body["errors"][0]["detail"]
+    detail = "tp=4 needs 4 CPUs on one node, the largest has 2; tp=2 would fit"
+    assert body["errors"][0]["detail"] == detail
+
+
+CHOICES = [
+    (
+        {"nodes": {"exclude": ["pool=a", "10.0.0.2"]}},
+        "/resources/nodes",
+        "no node of cluster 'default' is left for the job (node 10.0.0.1: "
+        "resources.nodes.exclude names it; node 10.0.0.2: resources.nodes.exclude names it); "
+        "change resources.nodes or add nodes",
+    ),
+    (
+        {"gpu_type": "H100"},
+        "/resources/gpu_type",
+        "no node of cluster 'default' is left for the job (node 10.0.0.1: it has A100, not "
+        "H100; node 10.0.0.2: it has no GPU, not H100); change resources.gpu_type or add nodes",
+    ),
+    (
+        {"custom": {"rdma": 3}},
+        "/resources",
+        "a rank needs 3 rdma on one node, the largest has 1",
+    ),
+]
+
+
+@pytest.mark.parametrize(("resources", "pointer", "detail"), CHOICES)
+def test_a_choice_that_leaves_no_node_says_why(
+    start: Any,
+    settings: Any,
+    spec: Json,
+    make_node: Any,
+    resources: Json,
+    pointer: str,
+    detail: str,
+) -> None:
+    service = start(settings)
+    first = make_node("n1", gpus=4) | {
+        "address": "10.0.0.1",
+        "accelerator_type": "A100",
+        "labels": {"pool": "a"},
+        "resources": {"rdma": 1},
+    }
+    service.agent.report(first, make_node("n2") | {"address": "10.0.0.2"})
+    wrong = change(spec, "/resources", resources)
+    body = assert_problem(service.user.post("/v1/jobs", json=wrong), "spec_invalid")
+    assert body["errors"][0]["pointer"] == pointer
+    assert body["errors"][0]["detail"] == detail
+    plan = service.user.post("/v1/plans", json=wrong).json()
+    assert (plan["fits"], plan["problems"][0]["detail"]) == (False, detail)
 
 
 BODIES = [

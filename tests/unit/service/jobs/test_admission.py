@@ -3,10 +3,16 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.jobs.admission import AdmissionDecision, AdmittedJob, QueuedJob, decide
+from service.jobs.admission import (
+    AdmissionDecision,
+    AdmittedJob,
+    QueuedJob,
+    awaited_nodes,
+    decide,
+)
 from service.jobs.capacity import ClusterCapacity, ResourceRequest
 from workers.protocol.states import StatusReason
-from workers.protocol.wire import NodeInfo
+from workers.protocol.wire import NodeGroup, NodeInfo
 
 
 def node(name: str, cpus: float = 8, gpus: float = 0, **more: object) -> NodeInfo:
@@ -155,3 +161,120 @@ def test_a_wait_names_the_ranks_that_must_share_a_node() -> None:
     assert decisions["wider"].message == (
         "needs 8 GPU ranks in groups of 8 on one node; the whole cluster has room for 0"
     )
+
+
+# ---- clusters that may grow
+
+HEAD = node("head", cpus=0)
+GPU_8 = NodeGroup(name="gpu-8", max_nodes=2, cpus=32, gpus=8)
+
+
+def test_a_job_is_admitted_for_nodes_that_are_not_there_yet() -> None:
+    waiting = [QueuedJob("job", 0, 1, gpu(16, island=8))]
+    assert not decide(waiting, [], [HEAD])[0].admit
+    (decision,) = decide(waiting, [], [HEAD], [GPU_8])
+    assert decision.admit
+    assert decision.message == "scheduled: 16 GPU ranks, on 2 new nodes of gpu-8"
+
+
+def test_nodes_that_are_there_are_used_first() -> None:
+    present = node("a", 32, 8, labels={"ray.io/node-group": "gpu-8"})
+    waiting = [QueuedJob("first", 0, 1, gpu(8)), QueuedJob("second", 0, 2, gpu(8))]
+    decisions = by_id(decide(waiting, [], [HEAD, present], [GPU_8]))
+    assert decisions["first"].message == "scheduled: 8 GPU ranks"
+    assert decisions["second"].message == "scheduled: 8 GPU ranks, on 1 new node of gpu-8"
+
+
+def test_no_two_jobs_are_admitted_for_the_same_new_node() -> None:
+    waiting = [QueuedJob(name, 0, i, gpu(8)) for i, name in enumerate("abc")]
+    decisions = by_id(decide(waiting, [], [HEAD], [GPU_8]))
+    assert [decisions[name].admit for name in "abc"] == [True, True, False]
+    # They wait for their nodes; a third one would exceed the bound.
+    admitted = [AdmittedJob(name, gpu(8)) for name in "ab"]
+    (decision,) = decide(waiting[2:], admitted, [HEAD], [GPU_8])
+    assert decision.message == "needs 8 GPU ranks; room for 0 now"
+
+
+def test_what_exceeds_the_bound_holds_back_nobody() -> None:
+    waiting = [QueuedJob("giant", 0, 1, gpu(24)), QueuedJob("small", 0, 2, gpu(1))]
+    decisions = by_id(decide(waiting, [], [HEAD], [GPU_8]))
+    assert decisions["giant"].message == (
+        "needs 24 GPU ranks; the whole cluster has room for 16"
+    )
+    assert decisions["small"].admit
+
+
+def test_after_nodes_did_not_come_other_jobs_go_first() -> None:
+    present = node("a", 32, 8, labels={"ray.io/node-group": "gpu-8"})
+    waiting = [
+        QueuedJob("large", 5, 1, gpu(16), retry_s=42.4),
+        QueuedJob("small", 0, 2, gpu(8)),
+    ]
+    decisions = by_id(decide(waiting, [], [HEAD, present], [GPU_8]))
+    assert decisions["large"].reason is StatusReason.WAITING_NODES
+    assert decisions["large"].message == (
+        "needs 16 GPU ranks, and new nodes did not come in time; they are requested again "
+        "in 42 s, until then other jobs go first"
+    )
+    assert decisions["small"].message == "scheduled: 8 GPU ranks"
+    # When they have come all the same, it runs.
+    more = [present, node("b", 32, 8, labels={"ray.io/node-group": "gpu-8"})]
+    assert by_id(decide(waiting, [], more, [GPU_8]))["large"].admit
+
+
+def test_an_admitted_job_waits_for_what_is_still_missing() -> None:
+    job = AdmittedJob("job", gpu(16, island=8))
+    assert awaited_nodes([job], [HEAD], [GPU_8]) == {"job": {"gpu-8": 2}}
+    present = [
+        node(name, 32, 8, labels={"ray.io/node-group": "gpu-8"}) for name in ("a", "b")
+    ]
+    assert awaited_nodes([job], [HEAD, present[0]], [GPU_8]) == {"job": {"gpu-8": 1}}
+    assert awaited_nodes([job], [HEAD, *present], [GPU_8]) == {"job": {}}
+    # One that has its ranks waits for nothing, and what it uses is not free for others.
+    placed = AdmittedJob("placed", gpu(8), {"a": 8})
+    assert awaited_nodes([job, placed], [HEAD, *present], [GPU_8]) == {}
+    assert awaited_nodes(
+        [job, placed], [HEAD, *present], [GPU_8.model_copy(update={"max_nodes": 3})]
+    ) == {"job": {"gpu-8": 1}}
+
+
+def test_as_few_new_nodes_as_possible_the_last_one_not_too_large() -> None:
+    small = NodeGroup(name="gpu-1", max_nodes=4, cpus=4, gpus=1)
+    capacity = ClusterCapacity([HEAD], [small, GPU_8])
+    assert capacity.new_nodes(gpu(1)) == {"gpu-1": 1}
+    assert capacity.new_nodes(gpu(8)) == {"gpu-8": 1}
+    assert capacity.new_nodes(gpu(9)) == {"gpu-8": 1, "gpu-1": 1}
+    assert capacity.new_nodes(gpu(20)) == {"gpu-8": 2, "gpu-1": 4}
+    assert capacity.max_ranks(gpu(1)) == 20
+    assert capacity.max_ranks(gpu(1), may_grow=False) == 0
+
+
+@given(
+    st.lists(st.tuples(needs, st.integers(-2, 2)), max_size=8),
+    nodes_strategy,
+    st.lists(
+        st.tuples(st.integers(1, 8), st.integers(0, 4), st.integers(0, 3)), max_size=2
+    ),
+)
+def test_all_that_is_admitted_fits_below_the_bound(
+    jobs: list[tuple[ResourceRequest, int]],
+    nodes: list[NodeInfo],
+    sizes: list[tuple[int, int, int]],
+) -> None:
+    groups = [
+        NodeGroup(name=f"g{i}", max_nodes=most, cpus=cpus, gpus=gpus)
+        for i, (cpus, gpus, most) in enumerate(sizes)
+    ]
+    waiting = [
+        QueuedJob(f"j{i}", priority, i, request)
+        for i, (request, priority) in enumerate(jobs)
+    ]
+    grown = ClusterCapacity(nodes, groups)
+    requests = {job.job_id: job.request for job in waiting}
+    for decision in decide(waiting, [], nodes, groups):
+        if decision.admit:
+            new = grown.new_nodes(requests[decision.job_id])
+            assert all(
+                new[group.name] <= group.max_nodes for group in groups if group.name in new
+            )
+            assert grown.reserve(requests[decision.job_id])

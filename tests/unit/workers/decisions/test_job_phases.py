@@ -25,6 +25,7 @@ from workers.decisions.journal_entry import (
 )
 from workers.decisions.observations import (
     AttemptAbandoned,
+    AttemptExited,
     AttemptFailed,
     AttemptFinished,
     AttemptStopped,
@@ -72,6 +73,7 @@ ROWS: list[tuple[Phase, Observation, Phase]] = [
     (Phase.STARTING, CANCEL, Phase.ENDING),
     (Phase.STARTING, PAUSE, Phase.READY),
     (Phase.RUNNING, AttemptFinished(), Phase.ENDING),
+    (Phase.RUNNING, AttemptExited(), Phase.ENDING),
     (Phase.RUNNING, AttemptStopped(DesiredState.CANCEL, 7), Phase.ENDING),
     (Phase.RUNNING, AttemptStopped(DesiredState.PAUSE, 7), Phase.READY),
     (Phase.RUNNING, AttemptStopped(DesiredState.RUN, 7), Phase.RECOVERING),

@@ -5,13 +5,8 @@ without.
 from typing import Literal
 
 from megatron_ray.parallel_dims import ParallelDims
-from workers.decisions.placement import (
-    Bundle,
-    PlacementPlan,
-    RankPlace,
-    SlotFacts,
-    assign_ranks,
-)
+from workers.decisions.placement import PlacementPlan, RankPlace, SlotFacts
+from workers.decisions.rank_map import assign_ranks
 from workers.decisions.slot_assignment import (
     Slot,
     WorkerToStart,
@@ -19,6 +14,7 @@ from workers.decisions.slot_assignment import (
     num_slots,
     spares_to_start,
 )
+from workers.decisions.topology.bundles import Bundle
 
 TP = 2
 DP = 2

@@ -58,7 +58,7 @@ def drain_at(cluster: FakeCluster, step: int, deadline_s: float | None) -> None:
 
     def on_step(process: FakeProcess) -> None:
         assert process.order is not None
-        if process.step == step and cluster.node is NODE:
+        if process.step == step and cluster.node_of(0) is NODE:
             deadline = None
             if deadline_s is not None:
                 deadline = cluster.clock() + deadline_s
@@ -85,7 +85,7 @@ def test_the_ranks_save_at_the_next_step_and_go_on_elsewhere(
     run(control_plane, cluster)
     # Not a failure of the job, whose budget of failures is 0.
     assert control_plane.state is JobState.SUCCEEDED
-    assert cluster.node is OTHER
+    assert cluster.node_of(0) is OTHER
     (event,) = control_plane.events("node.draining")
     when = "soon"
     if deadline_s is not None:

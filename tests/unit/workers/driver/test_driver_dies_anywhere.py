@@ -66,7 +66,7 @@ class FakeJob:
 
     def assert_nothing_left(self) -> None:
         assert self.cluster.workers == {}
-        assert not self.cluster.is_placed
+        assert not self.cluster.num_bundles
         assert self.control_plane.ignored == []
 
 

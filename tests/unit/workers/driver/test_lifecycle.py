@@ -20,7 +20,7 @@ from tests.support.fake_cluster import (
     fake_ports,
 )
 from workers.driver.lifecycle import JobLifecycle
-from workers.protocol.states import JobState
+from workers.protocol.states import DesiredState, JobState
 from workers.rank.messages import RankState
 from workers.ray.tasks import TaskFailedError
 
@@ -102,7 +102,7 @@ def test_data_that_cannot_be_prepared_end_the_job(
     state = final_state(control_plane)
     assert (state["state"], state["reason"]) == ("failed", "internal")
     assert state["message"] == "preparing the data failed: OSError: no memory"
-    assert not cluster.is_placed
+    assert not cluster.num_bundles
 
 
 def test_data_of_no_use_are_reported_as_problems_and_nothing_else(
@@ -126,6 +126,31 @@ def test_an_unharmed_job_goes_through_its_states_in_order(
     first = control_plane.of_kind("attempt")[0]
     assert first.data["message"] == "from step 0"
     assert control_plane.ignored == []
+
+
+def test_a_job_that_reaches_a_limit_of_its_spec_has_succeeded_and_goes_on_when_resumed(
+    control_plane: FakeControlPlane, cluster: FakeCluster
+) -> None:
+    cluster.exit_every = 3
+    assert control_plane.desired is not None
+    spec = dict(control_plane.desired.spec)
+    spec["training"] = {**spec["training"], "exit_every_steps": 3}
+    control_plane.change(spec)
+    control_plane.desire(DesiredState.PREPARE)
+    run(control_plane, cluster)
+    ending = final_state(control_plane)
+    assert (ending["state"], ending["reason"]) == ("succeeded", "planned_exit")
+    assert ending["message"] == (
+        "ended after step 3 by training.exit_every_steps; `megatron-ray resume job-f` goes on "
+        "from its checkpoint"
+    )
+    attempts = [record.data["state"] for record in control_plane.of_kind("attempt")]
+    assert attempts == ["starting", "running", "succeeded"]
+    assert max(committed(control_plane)) == 3
+    control_plane.resume()
+    run(control_plane, cluster)
+    assert final_state(control_plane)["reason"] is None
+    assert max(committed(control_plane)) == 4
 
 
 def committed(control_plane: FakeControlPlane) -> dict[int, Path]:

@@ -11,9 +11,11 @@ from service.local_stack.ray_head import may_raise_priority
 from workers.rank.environment import (
     AGENT_TOKEN,
     AGENT_TOKEN_FILE,
+    InterfaceError,
     ProcessEnvironmentError,
     RankEnv,
     agent_token,
+    choose_interface,
     interface_of,
     prepare_process,
     set_visible_gpu,
@@ -79,7 +81,26 @@ def test_token_from_file_before_environment(tmp_path: Path) -> None:
 
 def test_interface_of_an_address() -> None:
     assert interface_of("127.0.0.1") == "lo"
+    assert interface_of("127.0.0.2") == "lo", "another address of the same interface"
+    assert interface_of("::1") == "lo"
     assert interface_of("203.0.113.77") is None
+    assert interface_of("2001:db8::77") is None
+    assert interface_of("a-host-name") is None
+
+
+def test_a_chosen_interface_is_that_of_gloo_and_nccl(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth7")
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "eth7")
+    choose_interface(None)
+    assert os.environ["GLOO_SOCKET_IFNAME"] == "eth7"
+    choose_interface("lo")
+    assert os.environ["GLOO_SOCKET_IFNAME"] == "lo"
+    assert os.environ["NCCL_SOCKET_IFNAME"] == "=lo"
+    message = r"/network/interface: node \S+ has no network interface 'ib9'; it has .*lo"
+    with pytest.raises(InterfaceError, match=message):
+        choose_interface("ib9")
 
 
 def test_threads_are_set_before_torch(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,15 +5,11 @@ from typing import Any
 import pytest
 
 from workers.decisions.failures import Failure, FailureKind
-from workers.decisions.faults.exclusions import (
-    bad_nodes,
-    mark,
-    node_of_defects,
-    slow_nodes,
-)
+from workers.decisions.faults.exclusions import bad_nodes, node_of_defects, slow_nodes
 from workers.decisions.faults.gpu_errors import kernel_defects
-from workers.decisions.placement import RankPlace, is_usable
+from workers.decisions.placement import RankPlace
 from workers.decisions.ranks.stragglers import SlowRank
+from workers.decisions.topology.node_rules import is_usable
 from workers.protocol.wire import NodeInfo
 
 
@@ -60,13 +56,11 @@ def test_no_other_failure_speaks_against_a_node(kind: FailureKind) -> None:
     assert bad_nodes(Failure(kind, "m", 0), PLACES, (0,)) == ()
 
 
-def test_marked_nodes_are_not_usable() -> None:
-    nodes = [NodeInfo(node_id=name, address="a") for name in ("n1", "n2")]
-    first, second = mark(nodes, {"n1": "bad", "n9": "gone"})
-    assert first.excluded == "bad"
-    assert not is_usable(first)
-    assert is_usable(second)
-    assert not is_usable(second.model_copy(update={"draining": True}))
+def test_nodes_that_drain_or_are_excluded_are_not_usable() -> None:
+    node = NodeInfo(node_id="n1", address="a")
+    assert is_usable(node)
+    assert not is_usable(node.model_copy(update={"excluded": "bad"}))
+    assert not is_usable(node.model_copy(update={"draining": True}))
 
 
 KERNEL_LOG = [

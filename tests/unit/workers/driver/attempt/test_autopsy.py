@@ -167,8 +167,8 @@ def test_the_node_of_a_slow_rank_is_left_after_a_failure_if_the_spec_has_it(
     assert control_plane.state is JobState.SUCCEEDED
     excluded = control_plane.events("node.excluded")
     if is_excluded:
-        assert cluster.node.node_id == "other"
+        assert cluster.node_of(0).node_id == "other"
         assert "4.5 times as slow as its peers" in only(excluded)["message"]
     else:
-        assert cluster.node.node_id == "node"
+        assert cluster.node_of(0).node_id == "node"
         assert excluded == []

@@ -7,7 +7,11 @@ import pytest
 
 from megatron_ray.commands import Command
 from workers.decisions.failures import Failure, FailureKind
-from workers.decisions.observations import AttemptFailed, AttemptFinished
+from workers.decisions.observations import (
+    AttemptExited,
+    AttemptFailed,
+    AttemptFinished,
+)
 from workers.driver.attempt.outcome import (
     RanksStopped,
     StopDecision,
@@ -83,12 +87,13 @@ def test_ranks_of_another_version_always_save_before_they_stop() -> None:
         ({RankState.RUNNING, RankState.FINISHED}, None),
         ({RankState.IDLE}, None),
         ({RankState.FINISHED}, AttemptFinished()),
+        ({RankState.EXITED}, AttemptExited()),
         ({RankState.STOPPED}, RanksStopped()),
         ({RankState.STOPPED, RankState.FINISHED}, RanksStopped()),
     ],
 )
 def test_an_attempt_is_over_when_every_rank_is(
-    states: set[RankState], end: AttemptFinished | RanksStopped | None
+    states: set[RankState], end: AttemptFinished | AttemptExited | RanksStopped | None
 ) -> None:
     assert attempt_end(states) == end
 

@@ -1,28 +1,42 @@
 """Keeps the list of nodes on which no rank may start.
 
 Owns: the list of each cluster, and its marks on the agent's report, from which queue,
-plans and pages read them. Works inside the caller's transaction. Must not know: HTTP.
+plans and pages read them. Must not know: HTTP, jobs' states.
 
 An entry lasts until a user removes it or its node is gone: Ray never uses a node's id
-again. Ranks that run on the node stay there until their attempt ends.
+again. Ranks that run on the node stay there until their attempt ends. Callers lock the
+cluster's row, and announce a change to its agent.
 """
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
 from service.exceptions import NotFoundError, RequestInvalidError
-from service.jobs import lifecycle, queue
-from service.store.schema import ClusterRow, JobRow, NodeExclusionRow
-from workers.protocol.wire import AgentReport, NodeExclusion, NodeInfo
+from service.store.schema import ClusterRow, NodeExclusionRow
+from workers.protocol.wire import AgentReport, NodeInfo
 
 ADMIN = "admin"
 _MAX_REASON_CHARS = 1000
 _MIN_PREFIX_CHARS = 6
 """Characters of a node's id that are taken for it."""
+
+
+@dataclass(frozen=True)
+class NodeExclusion:
+    """An entry of a cluster's list."""
+
+    node_id: str
+    address: str
+    reason: str
+    since: float
+    """When it was excluded, in seconds since the epoch."""
+    by: str
+    """Id of the job whose failure excluded it, or `admin`."""
 
 
 def excluded_nodes(session: Session, cluster: str) -> tuple[NodeExclusion, ...]:
@@ -46,42 +60,42 @@ def excluded_nodes(session: Session, cluster: str) -> tuple[NodeExclusion, ...]:
     return tuple(entries)
 
 
-def exclude(session: Session, cluster: str, node: str, reason: str) -> None:
+def exclude(session: Session, row: ClusterRow, node: str, reason: str) -> None:
     """Adds a node, named by its id, the start of its id or its address.
 
     An entry for the same node gets the new reason. Raises RequestInvalidError.
     """
-    row = lifecycle.lock_cluster(session, cluster)
     _add(session, row, _find(_nodes(row), node), reason, ADMIN)
 
 
-def exclude_for_job(session: Session, job: JobRow, data: Mapping[str, Any]) -> None:
+def exclude_for_job(
+    session: Session, row: ClusterRow, job_id: str, data: Mapping[str, Any]
+) -> bool:
     """Adds a node on which a job has failed, unless it is listed or gone.
 
-    `data` are those of the driver's event.
+    `data` are those of the driver's event. Returns whether the node was added.
     """
-    row = lifecycle.lock_cluster(session, job.cluster)
     node_id = str(data.get("node_id"))
-    if session.get(NodeExclusionRow, (job.cluster, node_id)) is not None:
-        return
+    if session.get(NodeExclusionRow, (row.name, node_id)) is not None:
+        return False
     reason = str(data.get("reason", ""))[:_MAX_REASON_CHARS]
     for node in _nodes(row):
         if node.node_id == node_id and node.alive:
-            _add(session, row, node, reason, job.id)
+            _add(session, row, node, reason, job_id)
+            return True
+    return False
 
 
-def include(session: Session, cluster: str, node: str) -> None:
-    """Removes a node from the list, named as in `exclude`; queued jobs may then start.
+def include(session: Session, row: ClusterRow, node: str) -> None:
+    """Removes a node from the list, named as in `exclude`.
 
     Raises NotFoundError.
     """
-    row = lifecycle.lock_cluster(session, cluster)
-    for entry in excluded_nodes(session, cluster):
+    for entry in excluded_nodes(session, row.name):
         if _is_named(entry, node):
-            session.delete(session.get_one(NodeExclusionRow, (cluster, entry.node_id)))
+            session.delete(session.get_one(NodeExclusionRow, (row.name, entry.node_id)))
             session.flush()
             _mark(session, row)
-            queue.admit_jobs(session, row)
             return
     raise NotFoundError.of_field(
         "/path/node", "not_excluded", f"node {node[:80]!r} is not excluded"
@@ -121,12 +135,11 @@ def _add(session: Session, row: ClusterRow, node: NodeInfo, reason: str, by: str
 
 
 def _mark(session: Session, row: ClusterRow) -> None:
-    """Brings a stored report up to date, and has the agent tell the drivers."""
+    """Brings a stored report up to date."""
     assert row.report is not None
     report = marked(session, AgentReport.model_validate(row.report))
     row.report = report.model_dump(mode="json")
     session.flush()
-    lifecycle.raise_revision(session, row.name)
 
 
 def _nodes(row: ClusterRow) -> tuple[NodeInfo, ...]:
