@@ -1,6 +1,6 @@
 """Defines commands to a running training loop, and how all ranks agree on one.
 
-Owns: the commands, their precedence, the form of a vote. Torch-free. Must not know: the
+Owns: the commands, their precedence, the form of all votes. Torch-free. Must not know: the
 sender of a command.
 """
 
@@ -35,11 +35,16 @@ class Command(IntEnum):
 # The step's reduction is a sum, which cannot compute a maximum over ranks. So each command
 # but CONTINUE has a slot that counts the ranks that received it.
 _VOTED = (Command.CHECKPOINT, Command.STOP, Command.CHECKPOINT_AND_STOP, Command.EXIT)
+NUM_VOTES = len(_VOTED) + 1
+"""Numbers of one rank's vote in a step's reduction."""
 
 
-def votes_for(command: Command) -> list[float]:
-    """Returns one rank's votes: 1.0 in the slot of its command, 0.0 in the others."""
-    return [float(command is voted) for voted in _VOTED]
+def votes_for(command: Command, *, is_sending: bool = False) -> list[float]:
+    """Returns one rank's votes: 1.0 in the slot of its command, 0.0 in the others.
+
+    The last slot is 1.0 while the rank's last copy has not arrived at its partner.
+    """
+    return [*(float(command is voted) for voted in _VOTED), float(is_sending)]
 
 
 def strongest_voted(counts: Sequence[float]) -> Command:
@@ -49,7 +54,12 @@ def strongest_voted(counts: Sequence[float]) -> Command:
     """
     strongest = Command.CONTINUE
     # Slots are in ascending order of commands, so the last one with a vote wins.
-    for command, count in zip(_VOTED, counts, strict=True):
+    for command, count in zip(_VOTED, counts[:-1], strict=True):
         if count:
             strongest = command
     return strongest
+
+
+def all_sent(counts: Sequence[float]) -> bool:
+    """Whether the last copy of every rank has arrived; `counts` as in `strongest_voted`."""
+    return not counts[-1]

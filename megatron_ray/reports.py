@@ -86,6 +86,17 @@ class CheckpointReport:
 
 
 @dataclass(frozen=True)
+class PeerCopiesRefusedReport:
+    """A run does not continue from copies in the ranks' memory, as it was to."""
+
+    kind: ClassVar[str] = "peer_copies_refused"
+    step: int
+    """Step of the copies."""
+    cause: str
+    """Which rank has no usable copy, and why."""
+
+
+@dataclass(frozen=True)
 class PhaseReport:
     """A rank has finished a phase of its start-up: rendezvous, model, load, data ..."""
 
@@ -96,4 +107,11 @@ class PhaseReport:
     detail: dict[str, Any] = field(default_factory=dict)
 
 
-Report = StepReport | SkippedStepReport | EvalReport | CheckpointReport | PhaseReport
+Report = (
+    StepReport
+    | SkippedStepReport
+    | EvalReport
+    | CheckpointReport
+    | PeerCopiesRefusedReport
+    | PhaseReport
+)

@@ -261,6 +261,15 @@ class Client:
         """Returns the clusters with their nodes and agents."""
         return self._object("GET", "/v1/cluster")
 
+    def exclude(self, cluster: str, node: str, reason: str) -> Json:
+        """Keeps ranks from starting on a node; returns the cluster."""
+        body = {"node": node, "reason": reason}
+        return self._post(f"/v1/cluster/{cluster}/exclusions", body)
+
+    def include(self, cluster: str, node: str) -> Json:
+        """Lets ranks start on an excluded node again; returns the cluster."""
+        return self._object("DELETE", f"/v1/cluster/{cluster}/exclusions/{node}")
+
     def ready(self) -> tuple[bool, Json]:
         """Returns whether service, agents and Ray are all up, and the body of /readyz.
 

@@ -11,7 +11,7 @@ import shutil
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,8 @@ from workers.rank.spool import Line, SpoolReader
 _RETRY_S = 0.3
 _MAX_TRIES = 10
 _ALL_LINES = 1_000_000
+_KERNEL_LOG_S = 600.0
+_KERNEL_RECORD_BYTES = 8192
 
 
 def prepare_data(
@@ -238,22 +240,55 @@ def problem_rows(problems: list[Problem]) -> list[dict[str, str]]:
     return rows
 
 
+@dataclass(frozen=True)
+class DeadRankEvidence:
+    """What a dead rank has left on its node."""
+
+    reports: list[Line]
+    log: bytes
+    """End of its log."""
+    kernel_lines: list[str]
+    """Lines of the kernel's log about GPUs, where it can be read."""
+
+
 def read_dead_rank_files(
     report_file: str, after: int, log_file: str, log_offset: int, log_bytes: int
-) -> tuple[list[Line], bytes]:
+) -> DeadRankEvidence:
     """Returns a dead rank's reports after number `after`, and the end of its log.
 
     The log is read from `log_offset`, but at most its last `log_bytes` bytes.
     """
     # The reports come first, so that an unreadable log cannot lose them.
     lines = SpoolReader(Path(report_file)).read(after, limit=_ALL_LINES)
-    try:
-        with open(log_file, "rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(min(size, max(log_offset, size - log_bytes)))
-            return lines, file.read(log_bytes)
-    except OSError:
-        return lines, b""
+    log = b""
+    with suppress(OSError), open(log_file, "rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(min(size, max(log_offset, size - log_bytes)))
+        log = file.read(log_bytes)
+    return DeadRankEvidence(lines, log, read_kernel_log())
+
+
+def read_kernel_log(path: str = "/dev/kmsg") -> list[str]:
+    """Returns the lines of the last minutes in which the driver of GPUs reports an error.
+
+    None where the log cannot be read, which is usual in containers.
+    """
+    lines: list[str] = []
+    oldest_us = (time.monotonic() - _KERNEL_LOG_S) * 1e6
+    with suppress(OSError):
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        try:
+            # Each read returns one record, `priority,number,microseconds,flags;text`, and
+            # fails once there are no more.
+            while record := os.read(handle, _KERNEL_RECORD_BYTES):
+                header, _, text = record.decode(errors="replace").partition(";")
+                fields = header.split(",")
+                is_recent = len(fields) > 2 and float(fields[2]) > oldest_us
+                if is_recent and "NVRM: Xid" in text:
+                    lines.append(text.splitlines()[0])
+        finally:
+            os.close(handle)
+    return lines
 
 
 def delete_job_folder(folder: str) -> None:

@@ -72,18 +72,24 @@ class RankPlan:
     @property
     def num_bytes(self) -> int:
         """Size of the rank's file."""
-        return _file_bytes(self.slots)
-
-
-def _file_bytes(slots: Sequence[Slot]) -> int:
-    if not slots:
-        return 0
-    return slots[-1].start + slots[-1].num_bytes
+        return size_of(self.slots)
 
 
 def data_file(rank: int) -> str:
     """Returns the name of a rank's file inside a checkpoint."""
     return f"data/rank-{rank:05d}.bin"
+
+
+def plan_copy(state: ShardedState) -> tuple[Slot, ...]:
+    """Plans the bytes of all of a rank's boxes, those that other ranks have included."""
+    return _lay_out(_local_boxes(state))
+
+
+def size_of(slots: Sequence[Slot]) -> int:
+    """Returns the bytes that slots take up together."""
+    if not slots:
+        return 0
+    return slots[-1].start + slots[-1].num_bytes
 
 
 def plan_save(state: ShardedState, group: Group) -> RankPlan:
@@ -268,7 +274,7 @@ def _index_json(slots_by_rank: Sequence[Sequence[Slot]], shapes: dict[str, Shape
     files: dict[str, int] = {}
     tensors: dict[str, dict[str, Any]] = {}
     for rank, slots in enumerate(slots_by_rank):
-        files[data_file(rank)] = _file_bytes(slots)
+        files[data_file(rank)] = size_of(slots)
         for slot in slots:
             dtype = str(slot.dtype).removeprefix("torch.")
             # Boxes of a tensor may have been written by several ranks.

@@ -11,7 +11,7 @@ checkpoint is then never committed.
 import json
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Literal
 
@@ -19,7 +19,7 @@ import torch
 
 from megatron_ray.checkpoint.digests import DigestedFiles
 from megatron_ray.checkpoint.directory import INDEX
-from megatron_ray.checkpoint.index import RankPlan, data_file, plan_save
+from megatron_ray.checkpoint.index import RankPlan, Slot, data_file, plan_save
 from megatron_ray.checkpoint.train_state import TRAIN_STATE, rank_state_file
 from megatron_ray.distributed.mesh import ParallelMesh
 from megatron_ray.exceptions import MegatronRayError
@@ -81,7 +81,7 @@ class CheckpointWriter:
             self._plan = plan_save(state, self._mesh.world_group)
             self._layout = _layout(state)
             # Kept for the whole run, because page-locking it again would delay every save.
-            self._host = _allocate_host(self._plan.num_bytes, self._mesh.device)
+            self._host = allocate_host(self._plan.num_bytes, self._mesh.device)
 
     def save(
         self,
@@ -104,7 +104,7 @@ class CheckpointWriter:
         self.wait()
         start = time.monotonic()
         plan = self._plan_for(state)
-        copied = self._copy_to_host(plan, state)
+        copied = copy_to_host(plan.slots, state, self._host, self._mesh.device)
         # Serialized before `save` returns, because the caller may then change its state.
         small_files = self._small_files(plan, train_state, files or {})
         if self._executor is None:
@@ -143,7 +143,7 @@ class CheckpointWriter:
         if self._executor is not None:
             self._executor.shutdown(wait=wait)
         if self._mesh.device.type == "cuda" and self._plan is not None:
-            _unregister_host(self._host)
+            unregister_host(self._host.data_ptr())
         # The thread of an abandoned save still has a view of the memory, which keeps it
         # allocated.
         self._plan = None
@@ -157,22 +157,6 @@ class CheckpointWriter:
                 "a new CheckpointWriter"
             )
         return self._plan
-
-    def _copy_to_host(self, plan: RankPlan, state: ShardedState) -> torch.cuda.Event | None:
-        """Copies this rank's boxes; on CUDA returns an event that marks the end.
-
-        On CUDA the copies are queued on the current stream before later work that
-        changes the memory, so the host need not wait.
-        """
-        for slot in plan.slots:
-            raw = self._host[slot.start : slot.start + slot.num_bytes]
-            target = raw.view(slot.dtype).view(slot.box.size)
-            target.copy_(state[slot.fqn].memory(slot.box), non_blocking=True)
-        if self._mesh.device.type != "cuda":
-            return None
-        stream = torch.cuda.current_stream(self._mesh.device)
-        event: torch.cuda.Event = stream.record_event()
-        return event
 
     def _small_files(
         self, plan: RankPlan, train_state: Mapping[str, Any], files: Mapping[str, bytes]
@@ -234,8 +218,26 @@ def _layout(state: ShardedState) -> list[tuple[object, ...]]:
     return rows
 
 
-def _allocate_host(num_bytes: int, device: torch.device) -> torch.Tensor:
-    """Returns host memory for all saves, page-locked where copies come from CUDA.
+def copy_to_host(
+    slots: Sequence[Slot], state: ShardedState, host: torch.Tensor, device: torch.device
+) -> torch.cuda.Event | None:
+    """Copies boxes to their slots in host memory; on CUDA returns an event for the end.
+
+    On CUDA the copies are queued on the current stream before later work that changes
+    the memory, so the host need not wait.
+    """
+    for slot in slots:
+        raw = host[slot.start : slot.start + slot.num_bytes]
+        target = raw.view(slot.dtype).view(slot.box.size)
+        target.copy_(state[slot.fqn].memory(slot.box), non_blocking=True)
+    if device.type != "cuda":
+        return None
+    event: torch.cuda.Event = torch.cuda.current_stream(device).record_event()
+    return event
+
+
+def allocate_host(num_bytes: int, device: torch.device) -> torch.Tensor:
+    """Returns host memory for copies, page-locked where they come from CUDA.
 
     Raises MemoryError when it cannot be page-locked.
     """
@@ -252,6 +254,7 @@ def _allocate_host(num_bytes: int, device: torch.device) -> torch.Tensor:
     return memory
 
 
-def _unregister_host(memory: torch.Tensor) -> None:
-    if memory.numel():
-        torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())
+def unregister_host(address: int) -> None:
+    """Ends the page-locking of memory from `allocate_host`; 0 is the address of none."""
+    if address:
+        torch.cuda.cudart().cudaHostUnregister(address)

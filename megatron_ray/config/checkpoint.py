@@ -23,6 +23,16 @@ class CheckpointConfig(Config):
     keep_last: int = Field(default=2, ge=1, le=1 << 40)
     """Number of committed checkpoints to keep. Older ones are deleted when a newer one
     is committed."""
+    peer_every_steps: int | None = Field(default=None, ge=1, le=1 << 40)
+    """Steps between copies of each rank's state in host memory: one in its own process and
+    one in that of a partner, a rank on another node where there is one. After the loss
+    of ranks or of a node, a job of the service then continues from the newest step of
+    which all copies are left, and reads no checkpoint; after any other failure, or the
+    loss of a rank together with its partner, from the newest checkpoint. A copy begins
+    once the last one has arrived, so a slow network may lengthen the interval. Each rank
+    needs host memory for four times its parameters and optimizer state. Has no effect on
+    a single rank and under torchrun, which ends all processes with one. Default: no
+    copies."""
     mode: Literal["async", "sync"] = "async"
     """`async` copies each rank's shard to host memory and writes it in the background
     while training continues; `sync` blocks training until the files are written and

@@ -12,7 +12,7 @@ carried out.
 
 from collections.abc import Sequence
 
-from megatron_ray.commands import Command
+from megatron_ray.commands import NUM_VOTES
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.parallel_dims import ParallelDims
 from megatron_ray.pipeline_parallel.schedules.plan import PipelinePlan, plan_pipeline
@@ -87,8 +87,8 @@ def update_communication(
     _add_shared_gradients(tally, dims, buffers.buffers)
     _add_expert_biases(tally, config, dims, pipeline, buffers.pp_rank)
     # One all-reduce in fp64: loss, tokens and squared gradient norm, the auxiliary
-    # losses, and a flag for every command but "continue".
-    numbers = 3 + len(config.model.aux_losses) + len(Command) - 1
+    # losses, and the votes.
+    numbers = 3 + len(config.model.aux_losses) + NUM_VOTES
     tally.add("world", "all_reduce", _FP64 * numbers)
     return tally
 

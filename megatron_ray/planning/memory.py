@@ -27,6 +27,8 @@ from megatron_ray.planning.pipeline import kept_and_released
 from megatron_ray.sharding.parameter_types import LocalParameter
 
 _FP32 = 4
+NUM_PEER_COPIES = 4
+"""Copies of one rank's size in its process's memory."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,23 @@ def fullest_rank(config: TrainConfig, device: DeviceKind) -> RankMemory:
         state = state_memory(config, dims, buffers)
         ranks.append(with_activations(config, pipeline, state, buffers.pp_rank, device))
     return max(ranks, key=lambda memory: memory.total_bytes)
+
+
+def peer_copies_bytes(config: TrainConfig) -> int:
+    """Returns the host memory for `checkpoint.peer_every_steps` on the fullest rank.
+
+    Two copies of its own state, and two of the rank whose partner it is. Raises
+    ValueError while dp or the vocabulary are not known.
+    """
+    dims = ParallelDims.of(config.parallel)
+    largest = 0
+    for buffers in distinct_buffers(config, dims, plan_pipeline(config)):
+        updated = 0
+        for buffer in buffers.buffers:
+            updated += buffer.num_updated
+        largest = max(largest, updated)
+    # A copy has main parameters and two moments, in fp32 whatever the precision.
+    return NUM_PEER_COPIES * largest * 3 * _FP32
 
 
 def with_activations(

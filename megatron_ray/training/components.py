@@ -1,9 +1,10 @@
 """Defines the components of the training loop.
 
-Owns: the set of components, and the interface of savers.
+Owns: the set of components, and the interfaces of savers and copiers.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from megatron_ray.config.train_config import TrainConfig
@@ -13,6 +14,7 @@ from megatron_ray.optimizer.sharded import ShardedOptimizer
 from megatron_ray.parallelize.parallelize import ParallelModel
 from megatron_ray.training.evaluate import Evaluation
 from megatron_ray.training.progress import Progress
+from megatron_ray.training.step_numbers import StepNumbers
 
 
 class Saver(Protocol):
@@ -23,6 +25,39 @@ class Saver(Protocol):
 
     def wait(self) -> None:
         """Blocks until this rank's part of the last checkpoint is durable."""
+
+
+class Copier(Protocol):
+    """Copies the state to host memory; see training.state_copy."""
+
+    @property
+    def is_sending(self) -> bool:
+        """Whether this rank's last copy has not arrived yet."""
+
+    def observe(self, steps: Sequence[StepNumbers]) -> None:
+        """Takes the votes of steps."""
+
+    def is_due(self, progress: Progress) -> bool:
+        """Whether all ranks are to copy their state now."""
+
+    def copy(self, progress: Progress) -> None:
+        """Copies the state."""
+
+
+class NoCopies:
+    """Stands for the copier of a run that makes no copies."""
+
+    is_sending = False
+
+    def observe(self, steps: Sequence[StepNumbers]) -> None:
+        """Does nothing."""
+
+    def is_due(self, progress: Progress) -> bool:
+        """Returns False."""
+        return False
+
+    def copy(self, progress: Progress) -> None:
+        """Does nothing."""
 
 
 @dataclass(frozen=True)
@@ -37,3 +72,4 @@ class TrainingComponents:
     evaluation: Evaluation | None
     """The samples of the validation split; None without one."""
     saver: Saver
+    copier: Copier = field(default_factory=NoCopies)

@@ -38,9 +38,8 @@ def train(
     NonFiniteLossError.
     """
     config = components.config
-    mesh = components.mesh
-    reporter = StepReporter(config, mesh, report, progress.skipped)
-    in_flight = StepsInFlight(mesh.device, len(config.model.aux_losses))
+    reporter = StepReporter(config, components.mesh, report, progress.skipped)
+    in_flight = StepsInFlight(components.mesh.device, len(config.model.aux_losses))
     timer = StepTimer()
     # One iteration is one step and its boundary. All ranks perform an action at the same
     # boundary: due times are equal on all ranks, and commands are agreed on.
@@ -51,20 +50,23 @@ def train(
 
         is_last = progress.step == config.training.num_steps
         steps = in_flight.pop_all() if is_last else in_flight.pop_arrived()
-        reporter.steps(steps)
-        command = _agreed_command(steps)
+        command = _take(components, reporter, steps)
         if is_due(config.training.exit_every_steps, progress):
             command = Command.EXIT
 
         if is_last or is_due(config.training.eval_every_steps, progress):
             _evaluate(components, progress, report, timer)
-        if is_last or is_due(config.checkpoint.every_steps, progress) or command.saves:
+        saves = is_last or is_due(config.checkpoint.every_steps, progress)
+        copies = components.copier.is_due(progress) and not is_last
+        if saves or copies or command.saves:
             # Non-finite weights must never be saved, so the numbers of all previous steps
             # are read first, although the host waits for the device here.
-            steps = in_flight.pop_all()
-            reporter.steps(steps)
-            command = max(command, _agreed_command(steps))
-            components.saver.save(progress.with_skipped(reporter.skipped))
+            command = max(command, _take(components, reporter, in_flight.pop_all()))
+            progress = progress.with_skipped(reporter.skipped)
+            if saves or command.saves:
+                components.saver.save(progress)
+            if copies:
+                components.copier.copy(progress)
         # After the last step the run has finished, so a stop command has no effect.
         if command.stops and not is_last:
             reporter.steps(in_flight.pop_all())
@@ -94,7 +96,7 @@ def _train_step(
         components.mesh,
         loss_sum,
         _count_tokens(batches),
-        votes_for(poll()),
+        votes_for(poll(), is_sending=components.copier.is_sending),
         _skip_rule(config.training, progress.step + 1),
     )
     timer.mark("reduce")
@@ -138,7 +140,12 @@ def _evaluate(
     timer.restart()
 
 
-def _agreed_command(steps: Sequence[StepNumbers]) -> Command:
+def _take(
+    components: TrainingComponents, reporter: StepReporter, steps: list[StepNumbers]
+) -> Command:
+    """Reports steps; returns the command that all ranks agree on in them."""
+    reporter.steps(steps)
+    components.copier.observe(steps)
     return max((step.command for step in steps), default=Command.CONTINUE)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from megatron_ray.checkpoint.directory import FORMAT_VERSION, checkpoint_path
-from megatron_ray.checkpoint.hf.published.files import inside_checkpoint, read_published
+from megatron_ray.checkpoint.hf.published.files import read_published
 from megatron_ray.checkpoint.initial_weights import load_initial_weights
 from megatron_ray.checkpoint.load import load_into
 from megatron_ray.checkpoint.resume_config import CORPORA
@@ -38,9 +38,9 @@ from megatron_ray.training.progress import Progress, SkippedSteps
 class TrainingSaver:
     """Writes checkpoints of one rank: its optimizer shard and the run's progress.
 
-    `on_written` is called when this rank's part is durable. `weights` is the path of the
-    checkpoint or folder that the run begins with, whose published files its checkpoints
-    have too. Raises ConfigError without a storage path.
+    `on_written` is called when this rank's part is durable. `published` are the files of
+    a published model that its checkpoints have too, on rank 0. Raises ConfigError without
+    a storage path.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class TrainingSaver:
         *,
         attempt: int,
         on_written: Callable[[CheckpointReport], None],
-        weights: str | None = None,
+        published: Mapping[str, bytes] | None = None,
     ) -> None:
         if config.storage is None:
             raise ConfigError("storage.path is not set; checkpoints have nowhere to go")
@@ -65,18 +65,16 @@ class TrainingSaver:
         self._end_of_document = data.end_of_document
         self._begin_of_document = data.begin_of_document
         self._corpora = data.train_sizes
-        self._files: dict[str, bytes] = {}
+        # Make an export behave as the published model, after any number of runs.
+        self.published = dict(published or {})
+        self._files = dict(self.published)
         if mesh.rank == 0:
             # Makes a copied checkpoint sufficient for generation.
             self._files[TOKENIZER] = read_file(data.tokenizer_path)
-            # Makes an export behave as the published model, after any number of runs.
-            if weights is not None:
-                published = _published_files(weights, config.checkpoint.start_from)
-                self._files |= inside_checkpoint(published)
         self._writer = CheckpointWriter(mesh, config.checkpoint.mode, on_written)
         # Plans collectively which rank writes which box, so that a save needs no
         # collective.
-        self._writer.prepare(training_state(model, optimizer))
+        self._writer.prepare(self.state())
 
     def save(self, progress: Progress) -> None:
         """Copies the shard and starts writing it in the background.
@@ -87,8 +85,8 @@ class TrainingSaver:
         self._writer.save(
             progress.step,
             path,
-            training_state(self._model, self._optimizer),
-            self._train_state(progress),
+            self.state(),
+            self.train_state(progress),
             self._files,
         )
 
@@ -107,7 +105,12 @@ class TrainingSaver:
         """Ends the writer without finishing a running save."""
         self._writer.abandon()
 
-    def _train_state(self, progress: Progress) -> dict[str, Any]:
+    def state(self) -> ShardedState:
+        """Returns live views of all tensors in a checkpoint."""
+        return training_state(self._model, self._optimizer)
+
+    def train_state(self, progress: Progress) -> dict[str, Any]:
+        """Returns the state other than tensors."""
         return {
             "format_version": FORMAT_VERSION,
             "step": progress.step,
@@ -128,7 +131,7 @@ class TrainingSaver:
         }
 
 
-def _published_files(weights: str, start_from: str | None) -> dict[str, bytes]:
+def published_files(weights: str, start_from: str | None) -> dict[str, bytes]:
     """Returns the published files of the weights that a run begins with."""
     files = read_published(weights)
     # Checkpoints of earlier versions have none. What the run started from may have been
@@ -164,7 +167,14 @@ def resume(
     Returns the run's progress. Raises CheckpointError.
     """
     load_into(path, training_state(model, optimizer))
-    state = read_train_state(path, rank)
+    return apply_train_state(read_train_state(path, rank), optimizer)
+
+
+def apply_train_state(state: Mapping[str, Any], optimizer: ShardedOptimizer) -> Progress:
+    """Continues from a saved state other than tensors, which are loaded already.
+
+    Publishes the weights; returns the run's progress.
+    """
     # Checkpoints of earlier versions have no skipped steps.
     skipped = SkippedSteps(**state.get("skipped", {}))
     progress = Progress(

@@ -8,45 +8,32 @@ another in a process.
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 
-from megatron_ray.checkpoint.directory import DamagedCheckpointError
-from megatron_ray.checkpoint.initial_model import initial_model, resolve_initial_model
-from megatron_ray.checkpoint.initial_tokenizer import initial_tokenizer
-from megatron_ray.checkpoint.resume_config import compare_with_checkpoint
 from megatron_ray.commands import Command
-from megatron_ray.config.problem import ConfigError, Problem
+from megatron_ray.config.problem import ConfigError
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.data.datasets import build_dataset, evaluation_sources
 from megatron_ray.data.indexed import DamagedCorpusError
 from megatron_ray.data.loader import BatchMaker, StepLoader, evaluation_batches
 from megatron_ray.data.prepared import PreparedData
-from megatron_ray.data.tokenizer_match import find_difference
 from megatron_ray.distributed.mesh import ParallelMesh
 from megatron_ray.models.initialization import init_local
 from megatron_ray.optimizer.sharded import ShardedOptimizer
 from megatron_ray.parallelize.parallelize import ParallelModel, parallelize
 from megatron_ray.reports import PhaseReport, Report
 from megatron_ray.sharding.sequence_split import SequenceCut
-from megatron_ray.training.components import TrainingComponents
+from megatron_ray.training.components import Copier, NoCopies, TrainingComponents
 from megatron_ray.training.evaluate import Evaluation
 from megatron_ray.training.exits import with_time_limit
 from megatron_ray.training.loop import Outcome, train
-from megatron_ray.training.progress import Progress
-from megatron_ray.training.saving import (
-    TrainingSaver,
-    read_file,
-    resume,
-    start_from_weights,
-)
+from megatron_ray.training.origin import RunOrigin, raise_for
+from megatron_ray.training.saving import TrainingSaver
+from megatron_ray.training.state_copy import CopyStore, StateCopier, StateCopy
 from megatron_ray.validation import check, resolution
-from megatron_ray.validation.initial_weights import (
-    with_latent_eps_of,
-    with_vocabulary_of,
-)
 
 
 def discard_report(_: Report) -> None:
@@ -65,7 +52,9 @@ class TrainingSession:
     rank's part of a checkpoint is durable (from the writer's thread) and PhaseReports
     of the start-up. `poll` is called once a step on every rank and must return at once.
     `resume_from` is the path of a committed checkpoint, of any layout; without it the
-    run begins with checkpoint.start_from, or with weights drawn from the seed.
+    run begins with checkpoint.start_from, or with weights drawn from the seed. `copies`
+    gets copies of the state for checkpoint.peer_every_steps; a run continues from a copy
+    that it restores, not from `resume_from`.
 
     Raises ConfigError when the config contradicts the mesh, the data, the weights it
     begins with or the checkpoint that it resumes from.
@@ -81,15 +70,17 @@ class TrainingSession:
         poll: Callable[[], Command] = no_command,
         attempt: int = 1,
         resume_from: str | None = None,
+        copies: CopyStore | None = None,
     ) -> None:
         resolved = resolution.resolve(config, mesh.world_size)
         resolved = resolution.with_length(resolved, data.num_train_tokens)
         _check(resolved, mesh)
-        resolved = _with_initial_vocabulary(resolved, resume_from)
+        origin = RunOrigin(resolved.checkpoint.start_from, resume_from, _restored(copies))
+        resolved = origin.with_model(resolved)
         # Checked after preparation, because a BPE trained on little text may have fewer
         # tokens than requested.
         self.config = resolution.with_vocabulary(resolved, data.vocab_size, data.rows)
-        _check_tokenizer(resume_from or self.config.checkpoint.start_from, data)
+        origin.check_tokenizer(data)
         self.mesh = mesh
         self._report = report
         self._poll = with_time_limit(poll, resolved.training.max_duration_s, mesh.rank)
@@ -99,34 +90,22 @@ class TrainingSession:
             "error" if self.config.training.deterministic else "default"
         )
         torch.manual_seed(self.config.training.seed)
-        is_same_order = True
-        if resume_from is not None:
-            comparison = compare_with_checkpoint(resume_from, self.config, data.train_sizes)
-            _raise_for(comparison.problems)
-            is_same_order = not comparison.changes_order
-        start_from = None
-        if resume_from is None:
-            start_from = self.config.checkpoint.start_from
-        has_weights = resume_from is not None or start_from is not None
-        self.model, self.optimizer = build(self.config, mesh, initialise=not has_weights)
-        self._end_phase("model")
-        self._saver = TrainingSaver(
-            self.config,
-            mesh,
-            self.model,
-            self.optimizer,
-            data,
-            attempt=attempt,
-            on_written=report,
-            weights=resume_from or start_from,
+        is_same_order = origin.check_changes(self.config, data)
+        self.model, self.optimizer = build(
+            self.config, mesh, initialise=not origin.has_weights
         )
-        progress = self._load(resume_from, start_from)
+        self._end_phase("model")
+        self._saver = self._make_saver(data, attempt, origin)
+        progress = origin.load(
+            self.model, self.optimizer, mesh.rank, self.config.training.seed
+        )
         self.progress = progress.planned_for(
             self.config.training.num_steps,
             self.config.training.global_batch_size,
             is_same_order=is_same_order,
         )
-        self._end_phase("load" if has_weights else "saver")
+        copier = self._make_copier(copies)
+        self._end_phase("load" if origin.has_weights else "saver")
         with _readable_corpora(self.config):
             self._components = TrainingComponents(
                 self.config,
@@ -136,6 +115,7 @@ class TrainingSession:
                 self._loader(data),
                 self._evaluation(data),
                 self._saver,
+                copier,
             )
         self._end_phase("data")
 
@@ -154,18 +134,31 @@ class TrainingSession:
         self._saver.close()
         return outcome
 
-    def _load(self, resume_from: str | None, start_from: str | None) -> Progress:
-        """Loads a checkpoint or initial weights; returns the progress to continue from."""
-        if resume_from is not None:
-            return resume(resume_from, self.model, self.optimizer, self.mesh.rank)
-        if start_from is not None:
-            seed = self.config.training.seed
-            # Unlike a checkpoint of the run's own, it has no older one in its place.
-            try:
-                start_from_weights(start_from, self.model, self.optimizer, seed)
-            except DamagedCheckpointError as error:
-                raise ConfigError(f"/checkpoint/start_from: {error}") from error
-        return Progress()
+    def _make_saver(
+        self, data: PreparedData, attempt: int, origin: RunOrigin
+    ) -> TrainingSaver:
+        published: Mapping[str, bytes] = {}
+        if self.mesh.rank == 0:
+            published = origin.published()
+        return TrainingSaver(
+            self.config,
+            self.mesh,
+            self.model,
+            self.optimizer,
+            data,
+            attempt=attempt,
+            on_written=self._report,
+            published=published,
+        )
+
+    def _make_copier(self, copies: CopyStore | None) -> Copier:
+        """Returns what copies this rank's state; nothing does without a store."""
+        every_steps = self.config.checkpoint.peer_every_steps
+        if copies is None or every_steps is None:
+            return NoCopies()
+        return StateCopier(
+            every_steps, self._saver, copies, self.mesh.device, self.progress
+        )
 
     def _end_phase(self, name: str) -> None:
         now = time.monotonic()
@@ -226,6 +219,12 @@ class TrainingSession:
         )
 
 
+def _restored(copies: CopyStore | None) -> StateCopy | None:
+    if copies is None:
+        return None
+    return copies.restored
+
+
 def batch_maker(
     config: TrainConfig, mesh: ParallelMesh, end_of_document: int | None = None
 ) -> BatchMaker:
@@ -258,42 +257,6 @@ def build(
     return model, optimizer
 
 
-def _with_initial_vocabulary(config: TrainConfig, resume_from: str | None) -> TrainConfig:
-    """Returns the config with the vocabulary of the run's initial weights.
-
-    They may come from its own checkpoint, which also has the eps of the latents' norms.
-    Raises ConfigError when the config's model differs from theirs.
-    """
-    if resume_from is not None:
-        saved = initial_model(resume_from)
-        model = with_latent_eps_of(config.model, saved)
-        if config.checkpoint.start_from is not None:
-            model = with_vocabulary_of(model, saved)
-        return config.model_copy(update={"model": model})
-    if config.checkpoint.start_from is None:
-        return config
-    model, problems = resolve_initial_model(config.checkpoint, config.model)
-    _raise_for(problems)
-    return config.model_copy(update={"model": model})
-
-
-def _check_tokenizer(weights_path: str | None, data: PreparedData) -> None:
-    """Raises ConfigError when the data were made with another tokenizer than the weights."""
-    if weights_path is None:
-        return
-    weights = initial_tokenizer(weights_path)
-    # Published weights may come without one.
-    if weights.content is None:
-        return
-    content = read_file(data.tokenizer_path).decode()
-    difference = find_difference(weights.content, content)
-    if difference is not None:
-        raise ConfigError(
-            f"/data/tokenizer: the data were not made with the tokenizer of {weights_path}: "
-            f"{difference}; {weights.remedy}"
-        )
-
-
 @contextmanager
 def _readable_corpora(config: TrainConfig) -> Iterator[None]:
     """Raises ConfigError with the remedy for token files that cannot be read."""
@@ -308,17 +271,9 @@ def _readable_corpora(config: TrainConfig) -> Iterator[None]:
 
 def _check(config: TrainConfig, mesh: ParallelMesh) -> None:
     """Raises ConfigError when the config contradicts itself or the mesh."""
-    _raise_for(check.find_problems(config, mesh.world_size))
+    raise_for(check.find_problems(config, mesh.world_size))
     num_ranks = resolution.world_size(config)
     if num_ranks != mesh.world_size:
         raise ConfigError(
             f"the config needs {num_ranks} ranks, the mesh has {mesh.world_size}"
-        )
-
-
-def _raise_for(problems: Sequence[Problem]) -> None:
-    """Raises ConfigError with all problems, if there are any."""
-    if problems:
-        raise ConfigError(
-            "; ".join(f"{problem.pointer}: {problem.detail}" for problem in problems)
         )

@@ -78,9 +78,10 @@ def reduce_step(
             local_sum = loss.take()
             if local_sum is not None:
                 values[NUM_FIXED + index] += local_sum
-    # A copy from the host, so only if there are votes.
-    if any(votes):
-        values[votes_start:] = torch.tensor(votes, dtype=torch.float64)
+    # Filled one by one, because a copy from the host would wait for the device.
+    for index, vote in enumerate(votes):
+        if vote:
+            values[votes_start + index].fill_(vote)
     sums = StepSums(collectives.all_reduce(values, mesh.world_group), skip_rule)
     model.update_expert_biases(mesh, sums.skip)
     return sums

@@ -12,7 +12,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from megatron_ray.commands import Command, strongest_voted
+from megatron_ray.commands import Command, all_sent, strongest_voted
 from megatron_ray.distributed import device
 from megatron_ray.optimizer.step_sums import NUM_FIXED, StepSums
 from megatron_ray.training.progress import Progress
@@ -46,6 +46,8 @@ class StepNumbers:
     """The auxiliary losses, in the model's order."""
     command: Command
     """The strongest command that any rank had received at the end of the step."""
+    all_sent: bool = True
+    """Whether every rank's last copy had arrived at its partner by then."""
 
     @classmethod
     def from_sums(cls, host: HostNumbers, sums: Sequence[float], num_aux: int) -> Self:
@@ -61,6 +63,7 @@ class StepNumbers:
             sqrt(squared_norm) / divisor,
             tuple(aux_sum / divisor for aux_sum in sums[NUM_FIXED:votes_start]),
             strongest_voted(sums[votes_start:]),
+            all_sent(sums[votes_start:]),
         )
 
 

@@ -35,6 +35,36 @@ class Node(Body):
     """Ray's labels of the node."""
     storage_ok: bool | None
     """Whether the node can read the shared storage; null while it was not checked."""
+    draining: bool
+    """Whether the node is about to go; no rank starts there."""
+    drain_deadline: datetime | None
+    """When it goes; null if that is not known."""
+    excluded: str | None
+    """Why no rank may start there; null if the node is not excluded."""
+
+
+class NodeExclusion(Body):
+    """A node on which no rank may start."""
+
+    node_id: str
+    """Ray's id of the node."""
+    address: str
+    """IP address of the node."""
+    reason: str
+    """Why it was excluded."""
+    since: datetime
+    """When it was excluded."""
+    by: str
+    """Id of the job whose failure excluded it, or `admin`."""
+
+
+class ExcludeRequest(Body):
+    """A node to exclude."""
+
+    node: str = Field(min_length=1, max_length=200)
+    """Id of a living node, the first six or more characters of it, or its address."""
+    reason: str = Field(default="excluded by hand", min_length=1, max_length=500)
+    """Why, for other users."""
 
 
 # What an admin lists, as `workers.protocol.wire.NodeGroup` carries it.
@@ -91,6 +121,8 @@ class Cluster(Body):
     """URL of Ray's dashboard."""
     nodes: list[Node]
     """All nodes that the agent last reported."""
+    excluded_nodes: list[NodeExclusion]
+    """Nodes on which no rank may start, until they are removed from this list or gone."""
     node_groups: list[NodeGroup]
     """What the cluster may grow to; empty if it does not grow."""
     drivers: list[Driver]

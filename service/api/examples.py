@@ -124,6 +124,7 @@ def _page(*entries: Json, id_of: str = "id") -> Json:
 
 
 REQUESTS: dict[str, Any] = {
+    "exclude_node": {"node": "192.0.2.2", "reason": "a fan is broken"},
     "create_job": SPEC,
     "create_plan": SPEC,
     "suggest_layouts": SPEC,
@@ -134,6 +135,45 @@ REQUESTS: dict[str, Any] = {
     "cancel_jobs": {"status": ["queued"], "metadata": {"sweep": "lr"}},
 }
 """Example body of each request, by operation id."""
+_EXCLUSION: Json = {
+    "node_id": _NODE_ID,
+    "address": "192.0.2.2",
+    "reason": "rank 3: CUDA error: uncorrectable ECC error encountered",
+    "since": _AT,
+    "by": _JOB_ID,
+}
+_CLUSTER: Json = {
+    "object": "cluster",
+    "name": "default",
+    "live": True,
+    "agent_silence_s": 0.4,
+    "reported_at": _AT,
+    "agent_id": "agent-7f3a",
+    "code_version": "0.1.0",
+    "ray_version": "2.60.0",
+    "namespace": "megatron-ray-1f2e3d4c",
+    "dashboard_url": "http://127.0.0.1:8265",
+    "nodes": [
+        {
+            "node_id": _NODE_ID,
+            "address": "192.0.2.2",
+            "alive": True,
+            "cpus": 2.0,
+            "gpus": 0.0,
+            "accelerator_type": None,
+            "memory_bytes": 8_589_934_592,
+            "labels": {},
+            "storage_ok": True,
+            "draining": False,
+            "drain_deadline": None,
+            "excluded": _EXCLUSION["reason"],
+        }
+    ],
+    "excluded_nodes": [_EXCLUSION],
+    "node_groups": [],
+    "drivers": [{"job_id": _JOB_ID, "alive": True, "detail": ""}],
+    "orphans": [],
+}
 RESPONSES: dict[str, Any] = {
     "create_job": _JOB,
     "list_jobs": _page(_SUMMARY),
@@ -242,36 +282,8 @@ RESPONSES: dict[str, Any] = {
         ],
         "notes": [],
     },
-    "list_clusters": _page(
-        {
-            "object": "cluster",
-            "name": "default",
-            "live": True,
-            "agent_silence_s": 0.4,
-            "reported_at": _AT,
-            "agent_id": "agent-7f3a",
-            "code_version": "0.1.0",
-            "ray_version": "2.60.0",
-            "namespace": "megatron-ray-1f2e3d4c",
-            "dashboard_url": "http://127.0.0.1:8265",
-            "nodes": [
-                {
-                    "node_id": _NODE_ID,
-                    "address": "192.0.2.2",
-                    "alive": True,
-                    "cpus": 2.0,
-                    "gpus": 0.0,
-                    "accelerator_type": None,
-                    "memory_bytes": 8_589_934_592,
-                    "labels": {},
-                    "storage_ok": True,
-                }
-            ],
-            "node_groups": [],
-            "drivers": [{"job_id": _JOB_ID, "alive": True, "detail": ""}],
-            "orphans": [],
-        },
-        id_of="name",
-    ),
+    "list_clusters": _page(_CLUSTER, id_of="name"),
+    "exclude_node": _CLUSTER,
+    "include_node": {**_CLUSTER, "excluded_nodes": []},
 }
 """Example body of each answer, by operation id."""

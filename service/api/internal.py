@@ -22,6 +22,7 @@ from service.jobs import cluster_fit, ingest, lifecycle, queue
 from service.jobs.agents import CheckedPaths
 from service.jobs.capacity import ClusterCapacity
 from service.jobs.cluster_fit import Resolution
+from service.store import node_exclusions
 from service.store.schema import ClusterRow, JobRow
 from workers.protocol.states import DesiredState, JobState
 from workers.protocol.wire import (
@@ -167,13 +168,18 @@ async def desired_job(
 
 
 def _store_report(context: Context, agent_report: AgentReport) -> None:
-    resolutions = _resolve_waiting_jobs(context, agent_report)
+    with context.store.read() as session:
+        marked = node_exclusions.marked(session, agent_report)
+    resolutions = _resolve_waiting_jobs(context, marked)
     with context.store.write() as session:
         # In this order: first jobs are resolved, then queued jobs are admitted with the new
         # nodes; both are committed together.
         row = lifecycle.lock_cluster(session, agent_report.cluster)
         has_changed = _has_changed(row, agent_report)
-        row.report = agent_report.model_dump(mode="json")
+        node_exclusions.forget_lost(session, agent_report)
+        # Again, because the list may have changed before the lock was acquired.
+        marked = node_exclusions.marked(session, agent_report)
+        row.report = marked.model_dump(mode="json")
         row.reported_at = time.time()
         session.flush()
         cluster_fit.resolve_waiting_jobs(session, row, resolutions)

@@ -28,7 +28,7 @@ from service.jobs.capacity import ClusterCapacity, ResourceRequest, resource_req
 from service.jobs.cluster_fit import ResolvedSpec
 from service.jobs.submit import Submitter
 from service.settings import Settings
-from workers.decisions.growth import describe_nodes
+from workers.decisions.cluster_growth import describe_nodes
 from workers.decisions.topology.node_rules import NodeRules
 from workers.protocol.job import JobSpec
 from workers.protocol.spec_warnings import export_notes

@@ -6,6 +6,7 @@ Texts and paths are redacted: earlier versions have stored URIs with secrets.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any, TypeVar
 from urllib.parse import urlencode
@@ -14,7 +15,13 @@ import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
 from megatron_ray.exceptions import redacted
-from service.api.cluster_models import Cluster, Driver, Node, NodeGroup
+from service.api.cluster_models import (
+    Cluster,
+    Driver,
+    Node,
+    NodeExclusion,
+    NodeGroup,
+)
 from service.api.models import (
     Attempt,
     Cancellation,
@@ -31,6 +38,7 @@ from service.exceptions import NotFoundError
 from service.http.errors import problem_document
 from service.jobs.agents import Agents
 from service.jobs.queue import Cancelled
+from service.store import node_exclusions
 from service.store.schema import (
     AttemptRow,
     CheckpointRow,
@@ -41,7 +49,7 @@ from service.store.schema import (
 )
 from workers.protocol.events import EventLevel
 from workers.protocol.states import AttemptState, DesiredState, JobState, StatusReason
-from workers.protocol.wire import AgentReport
+from workers.protocol.wire import AgentReport, NodeInfo
 
 Item = TypeVar("Item")
 _DOCUMENT_MEMBERS = frozenset({"type", "title", "status", "detail", "code", "errors"})
@@ -199,12 +207,22 @@ def checkpoint(row: CheckpointRow) -> Checkpoint:
     )
 
 
-def cluster(name: str, row: ClusterRow | None, agents: Agents) -> Cluster:
+def cluster(
+    name: str,
+    row: ClusterRow | None,
+    agents: Agents,
+    excluded: Sequence[node_exclusions.NodeExclusion],
+) -> Cluster:
     """Returns a cluster; `row` is None, or without a report, before its agent's first."""
+    entries = []
+    for entry in excluded:
+        shown = {"since": utc(entry.since), "reason": redacted(entry.reason)}
+        entries.append(NodeExclusion(**{**asdict(entry), **shown}))
     return Cluster(
         name=name,
         live=agents.is_live(name),
         agent_silence_s=agents.silence_s(name),
+        excluded_nodes=entries,
         **_reported(row),
     )
 
@@ -221,13 +239,19 @@ def _reported(row: ClusterRow | None) -> dict[str, Any]:
     for name in names:
         fields[name] = getattr(report, name)
     fields["reported_at"] = utc_or_none(row.reported_at)
-    fields["nodes"] = [Node(**node.model_dump(exclude={"free"})) for node in report.nodes]
+    fields["nodes"] = [_node(node) for node in report.nodes]
     fields["node_groups"] = [
         NodeGroup(**group.model_dump()) for group in report.node_groups
     ]
     fields["drivers"] = [Driver(**driver.model_dump()) for driver in report.drivers]
     fields["orphans"] = list(report.orphans)
     return fields
+
+
+def _node(node: NodeInfo) -> Node:
+    deadline = utc_or_none(node.drain_deadline)
+    fields = node.model_dump(exclude={"free"})
+    return Node(**{**fields, "drain_deadline": deadline})
 
 
 def dashboard_url(session: Session, cluster: str) -> str | None:

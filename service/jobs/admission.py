@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from service.jobs.capacity import ClusterCapacity, ResourceRequest
-from workers.decisions.growth import describe_nodes
+from workers.decisions.cluster_growth import describe_nodes
 from workers.protocol.states import StatusReason
 from workers.protocol.wire import NodeGroup, NodeInfo
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from megatron_ray.planning.hardware import Hardware, hardware_named
-from workers.decisions.growth import group_of, nodes_to_come
+from workers.decisions.cluster_growth import group_of, nodes_to_come
 from workers.decisions.topology import room
 from workers.decisions.topology.node_rules import NodeRules, has_gpus, is_usable
 from workers.decisions.topology.room import Demand, FreeNode, Shape
@@ -66,7 +66,9 @@ class ClusterCapacity:
     def among(self, rules: NodeRules) -> "ClusterCapacity":
         """Returns the capacity of the nodes that a job may use."""
         chosen = ClusterCapacity(())
-        chosen._nodes = [node for node in self._nodes if rules.allows(node.node)]
+        for node in self._nodes:
+            if rules.allows(node.node):
+                chosen._nodes.append(node)
         chosen._new = self._new
         chosen.is_known = self.is_known
         return chosen

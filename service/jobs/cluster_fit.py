@@ -81,6 +81,9 @@ def avoided_nodes(session: Session, cluster: str) -> dict[str, str]:
     for node in row.report["nodes"]:
         if node["alive"] and node["storage_ok"] is False:
             avoided[node["node_id"]] = "it cannot read the job storage"
+        # Absent in reports that an earlier version has stored.
+        elif node["alive"] and node.get("excluded"):
+            avoided[node["node_id"]] = node["excluded"]
     return avoided
 
 

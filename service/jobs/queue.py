@@ -15,7 +15,7 @@ from service.jobs import admission, lifecycle
 from service.jobs.capacity import ClusterCapacity, ResourceRequest, resource_request
 from service.store.database import wake
 from service.store.schema import AttemptRow, ClusterRow, EventRow, JobRow
-from workers.decisions.growth import describe_nodes
+from workers.decisions.cluster_growth import describe_nodes
 from workers.protocol.events import EventType
 from workers.protocol.job import JobSpec
 from workers.protocol.states import DesiredState, JobState, StatusReason

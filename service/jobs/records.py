@@ -18,11 +18,12 @@ from megatron_ray.config.problem import Problem
 from service.exceptions import RequestInvalidError
 from service.jobs import lifecycle, queue
 from service.jobs.lifecycle import NewEvent
-from service.store import evaluations, metrics
+from service.store import evaluations, metrics, node_exclusions
 from service.store.database import Store, wake
-from service.store.evaluations import Evaluation, parse_evaluation
+from service.store.evaluations import parse_evaluation
 from service.store.metrics import Finite, StepRow
 from service.store.schema import AttemptRow, CheckpointRow, JobRow
+from workers.protocol.events import EventType
 from workers.protocol.states import AttemptState, JobState, StatusReason
 from workers.protocol.wire import Record
 
@@ -161,6 +162,15 @@ class RecordApplier:
         data = _EventData.model_validate(record.data)
         event = self._event(record, data.type, data.message, data.data)
         self._add(dataclasses.replace(event, level=data.level, ranks=data.ranks))
+        if data.type == EventType.NODE_EXCLUDED:
+            self._exclude_node(data.data)
+
+    def _exclude_node(self, data: dict[str, Any]) -> None:
+        """Keeps other jobs from a node on which this one has failed."""
+        cluster = lifecycle.lock_cluster(self._session, self._job.cluster)
+        if node_exclusions.exclude_for_job(self._session, cluster, self._job.id, data):
+            # The agent passes the list on to the drivers.
+            lifecycle.raise_revision(self._session, cluster.name)
 
     def _apply_attempt(self, record: Record) -> None:
         data = _AttemptData.model_validate(record.data)
@@ -298,7 +308,7 @@ class RecordApplier:
                 "source_val_losses": evaluation.source_losses,
             }
             self._job.progress = {**self._job.progress, **result}
-        self._add(self._event(record, "eval.completed", _evaluation_message(evaluation)))
+        self._add(self._event(record, "eval.completed", evaluation.sentence()))
 
     def _keep_unknown(self, record: Record) -> None:
         """Stores a record of an unknown kind, sent by a newer driver."""
@@ -410,24 +420,6 @@ def _prepared_message(manifest: dict[str, Any]) -> str:
         documents = _count(num_documents, "document")
         parts.append(f"{num_tokens:,} {split} tokens in {documents}")
     return f"data ready: {', '.join(parts)}, vocabulary {data.vocab_size:,}"
-
-
-def _evaluation_message(evaluation: Evaluation) -> str:
-    loss = _loss(evaluation.loss)
-    message = f"{evaluation.split} loss at step {evaluation.step}: {loss}"
-    # A single source has the loss of the blend.
-    if len(evaluation.source_losses) > 1:
-        parts = []
-        for name, source_loss in evaluation.source_losses.items():
-            parts.append(f"{name} {_loss(source_loss)}")
-        message += f" ({', '.join(parts)})"
-    return message
-
-
-def _loss(loss: float | None) -> str:
-    if loss is None:
-        return "not finite"
-    return f"{loss:.4f}"
 
 
 def _notes(manifest: dict[str, Any]) -> list[str]:

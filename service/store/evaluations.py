@@ -32,6 +32,17 @@ class Evaluation(BaseModel):
     source_losses: dict[str, Finite] = Field(default_factory=dict)
     """Empty from an older driver."""
 
+    def sentence(self) -> str:
+        """Returns the losses as a line of the history."""
+        message = f"{self.split} loss at step {self.step}: {_loss(self.loss)}"
+        # A single source has the loss of the blend.
+        if len(self.source_losses) > 1:
+            parts = []
+            for name, source_loss in self.source_losses.items():
+                parts.append(f"{name} {_loss(source_loss)}")
+            message += f" ({', '.join(parts)})"
+        return message
+
 
 @dataclass(frozen=True)
 class EvaluatedStep:
@@ -87,3 +98,9 @@ def read(
     for row in session.scalars(statement):
         newest[row.step] = EvaluatedStep(row.step, row.attempt, row.loss, row.source_losses)
     return list(newest.values())[:limit]
+
+
+def _loss(loss: float | None) -> str:
+    if loss is None:
+        return "not finite"
+    return f"{loss:.4f}"

@@ -21,7 +21,7 @@ from sqlalchemy import (
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 Json = dict[str, Any]
-REVISION = "0005"
+REVISION = "0006"
 """The newest migration, after which a database has exactly these tables."""
 BigKey = BigInteger().with_variant(Integer, "sqlite")
 """64 bits everywhere: SQLite gives rows a number only when the type is called INTEGER."""
@@ -72,6 +72,19 @@ class ClusterRow(Table):
     revision: Mapped[int] = mapped_column(default=0)
     report: Mapped[Json | None]
     reported_at: Mapped[float | None]
+
+
+class NodeExclusionRow(Table):
+    """A node of a cluster on which no rank may start."""
+
+    __tablename__ = "node_exclusions"
+    cluster: Mapped[str] = mapped_column(String(64), primary_key=True)
+    node_id: Mapped[str] = mapped_column(String(64), primary_key=True)
+    address: Mapped[str]
+    reason: Mapped[str]
+    since: Mapped[float]
+    by: Mapped[str] = mapped_column(String(64))
+    """Id of the job whose failure excluded it, or `admin`."""
 
 
 class JobRow(Table):

@@ -1,6 +1,7 @@
 """What a SIGKILL costs: of a rank, until there is a step beyond all done before; of the
 service, until it serves again; of the driver, the longest pause between two steps, in
-medians.
+medians. How long a silent node is unnoticed, and a job takes from SIGTERM to its node to
+a committed checkpoint.
 
 A rank's times are those of its own report file, by the clock of the machine. `rank`
 strikes at a random step between two checkpoints.
@@ -13,22 +14,31 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from datetime import datetime
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from service.local_stack.ray_head import ray_environment
 from tests.support.fault_injection import RankFile, busy_workers, history, until
+from tests.support.joined_node import DRAIN_S, JoinedNode, joined_node
 from tests.support.running_stack import Road, stack
 
 KILLS = 10
 EVERY_STEPS = 50
 """Steps between checkpoints of the job that loses ranks."""
+COPY_EVERY_STEPS = 10
 WARM_S = 8.0
 """From the birth of the process that stands by until it has surely imported
 everything."""
 PAUSE_S = 3.0
 """Between two kills of the service, which serves meanwhile."""
+LOST_NODES = 3
+NODE_CPUS = 4
+"""CPUs of a node that joins the stack: a job of two ranks fits on it and not on the
+stack's own."""
 WATCHED_S = 15.0
 """How long a job's steps are looked at after its driver is killed."""
 # The training thread and what it does are the library's reference shape: a step of 20
@@ -67,6 +77,13 @@ def run() -> Iterator[dict[str, Any]]:
             5.0,
             measured(road, spec, kill_rank),
         )
+        copied = {**spec["checkpoint"], "peer_every_steps": COPY_EVERY_STEPS}
+        yield line(
+            "rank-peer-copies",
+            f"the same with copies in memory every {COPY_EVERY_STEPS} steps",
+            None,
+            measured(road, {**spec, "checkpoint": copied}, kill_rank),
+        )
         cold = {**spec, "restart": {**spec["restart"], "standby": False}}
         yield line(
             "rank-cold",
@@ -91,6 +108,18 @@ def run() -> Iterator[dict[str, Any]]:
             "longest pause between two steps after SIGKILL, in medians, tp=2",
             3.0,
             measured(road, spec, kill_driver),
+        )
+        yield line(
+            "silent-node",
+            "seconds from SIGSTOP of a whole node until the job has noticed, tp=2",
+            15.0,
+            lost_nodes(road, spec, JoinedNode.freeze, "attempt.failed"),
+        )
+        yield line(
+            "drained-node",
+            "seconds from SIGTERM to a node to a committed checkpoint, tp=2",
+            float(DRAIN_S),
+            lost_nodes(road, spec, JoinedNode.terminate, "checkpoint.committed"),
         )
 
 
@@ -215,6 +244,71 @@ def kill_driver(road: Road, job_id: str, file: RankFile) -> Measured:
     gaps = [later - earlier for earlier, later in pairwise(rows)]
     median = statistics.median(gaps)
     return max(gaps) / median, {"median_step_s": median, "longest_s": max(gaps)}
+
+
+def lost_nodes(
+    road: Road, spec: dict[str, Any], lose: Callable[[JoinedNode], None], name: str
+) -> list[Measured]:
+    """One job on joined nodes, each of which is lost in turn.
+
+    The value is the time until the first event of a name; the job then goes on elsewhere.
+    """
+    record = road.record
+    environment = ray_environment(record.ray_token, Path(record.temp_dir))
+    losses: list[Measured] = []
+    with ExitStack() as stack_of_nodes:
+
+        def join() -> JoinedNode:
+            node = joined_node(record.ray_address, NODE_CPUS, environment)
+            return stack_of_nodes.enter_context(node)
+
+        nodes = [join(), join()]
+        until("both nodes", lambda: num_nodes(road) == 3, 180)
+        job_id = road.client.submit(
+            {
+                **spec,
+                "resources": {"cpus_per_rank": NODE_CPUS / 2, "placement_timeout_s": 600},
+                "restart": {"max_failures": 1000, "backoff_s": 0, "standby": False},
+            }
+        )["id"]
+        for _ in range(LOST_NODES):
+            attempt = road.wait(job_id, is_running, 300)["attempt"]
+            road.step(job_id, 20 * attempt)
+            pid = road.pids(job_id)[0]
+            (node,) = [node for node in nodes if node.has(pid)]
+            last_event = history(road, job_id)[-1]["id"]
+            lost = time.time()
+            lose(node)
+            event = until(name, partial(first_event, road, job_id, last_event, name), 60)
+            at = datetime.fromisoformat(event["created_at"]).timestamp()
+            losses.append((at - lost, {}))
+            road.wait(job_id, partial(is_later, attempt), 300)
+            node.kill()
+            nodes.remove(node)
+            nodes.append(join())
+        road.client.cancel(job_id)
+        road.finish(job_id)
+    return losses
+
+
+def num_nodes(road: Road) -> int:
+    """Living nodes, as the agent reports them."""
+    (cluster,) = road.client.cluster()["data"]
+    return len([node for node in cluster["nodes"] if node["alive"]])
+
+
+def is_running(job: dict[str, Any]) -> bool:
+    return bool(job["status"] == "running")
+
+
+def is_later(attempt: int, job: dict[str, Any]) -> bool:
+    return is_running(job) and bool(job["attempt"] > attempt)
+
+
+def first_event(road: Road, job_id: str, after: str, name: str) -> dict[str, Any] | None:
+    """The first event of a type after another event."""
+    events = road.client.events(job_id, limit=1000, after=after)["data"]
+    return next((event for event in events if event["type"] == name), None)
 
 
 def drivers(road: Road) -> list[int]:

@@ -1,5 +1,5 @@
 """How much a step slows down while a checkpoint is written in the background: one rank,
-a model of 30 million parameters.
+a model of 30 million parameters; and how much by copies in the ranks' memory, two ranks.
 """
 
 import statistics
@@ -9,18 +9,32 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.data.preparation.prepare import prepare
-from megatron_ray.distributed.mesh import ParallelMesh
+from megatron_ray.data.prepared import PreparedData
+from megatron_ray.distributed.mesh import ParallelMesh, World
+from megatron_ray.parallel_dims import ParallelDims
 from megatron_ray.reports import CheckpointReport, Report, StepReport
 from megatron_ray.training.session import TrainingSession
+from tests.support.ranks import run_ranks
+from workers.rank.environment import RankEnv
+from workers.rank.messages import StartRequest
+from workers.rank.peer_attempt import attempt_copies
+from workers.rank.process_copies import ProcessCopies
 
 STEPS = 60
 EVERY = 10
+TURNS = 3
 
 
 def run() -> Iterator[dict[str, Any]]:
+    yield from checkpoints()
+    yield from peer_copies()
+
+
+def checkpoints() -> Iterator[dict[str, Any]]:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="bench-save-") as folder:
         reports: list[Report] = []
@@ -57,7 +71,58 @@ def run() -> Iterator[dict[str, Any]]:
     }
 
 
-def _config(folder: str) -> TrainConfig:
+def peer_copies() -> Iterator[dict[str, Any]]:
+    """Runs with and without copies, turn by turn."""
+    with tempfile.TemporaryDirectory(prefix="bench-copies-") as folder:
+        (Path(folder) / "text.txt").write_text(
+            " ".join(str(number * number % 997) for number in range(20_000))
+        )
+        plain = _config(folder, parallel={"dp": 2}, checkpoint={})
+        training = plain.training.model_copy(update={"global_batch_size": 2})
+        plain = plain.model_copy(update={"training": training})
+        data = prepare(plain.data, f"{folder}/data", seq_length=training.seq_length)
+        with_copies = plain.checkpoint.model_copy(update={"peer_every_steps": EVERY})
+        copying = plain.model_copy(update={"checkpoint": with_copies})
+        ratios = []
+        for _ in range(TURNS):
+            without = run_ranks(step_seconds, 2, plain, data, timeout_s=300)[0]
+            seconds = run_ranks(step_seconds, 2, copying, data, timeout_s=300)[0]
+            ratios.append(sum(seconds) / sum(without))
+    yield {
+        "bench": "save",
+        "case": "peer-copies",
+        "value": round(statistics.median(ratios), 3),
+        "unit": f"times the steps without, a copy every {EVERY} steps, two ranks",
+        "baseline": None,
+        "goal": 1.1,
+        "worst": round(max(ratios), 3),
+    }
+
+
+def step_seconds(
+    rank: int, world_size: int, config: TrainConfig, data: PreparedData
+) -> list[float]:
+    """Seconds of each step but the first ones, which warm up; copies included."""
+    torch.set_num_threads(1)
+    reports: list[Report] = []
+    mesh = ParallelMesh.create(ParallelDims(dp=2), World(rank, world_size, rank, "cpu"))
+    request = StartRequest(
+        RankEnv(rank, world_size, rank, world_size),
+        config.model_dump(mode="json"),
+        data.model_dump(mode="json"),
+        attempt=1,
+        device="cpu",
+        partner=1 - rank,
+    )
+    peers = ProcessCopies("bench", "127.0.0.1", Path("/nowhere"))
+    store = dist.distributed_c10d._get_default_store()
+    with attempt_copies(peers, request, store, mesh, reports.append) as copies:
+        TrainingSession(config, mesh, data, report=reports.append, copies=copies).run()
+    steps = [report for report in reports if isinstance(report, StepReport)]
+    return [report.step_s for report in steps[3:]]
+
+
+def _config(folder: str, **changes: Any) -> TrainConfig:
     return TrainConfig.from_mapping(
         {
             "model": {
@@ -80,5 +145,6 @@ def _config(folder: str) -> TrainConfig:
             "optimizer": {"lr": 1e-4},
             "checkpoint": {"every_steps": EVERY},
             "storage": {"path": folder},
+            **changes,
         }
     )

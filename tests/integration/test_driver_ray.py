@@ -341,7 +341,7 @@ def test_native_crash_leaves_its_log_and_is_tried_again(
 def test_crash_loop_ends_with_no_progress(
     submit: Submit, fake_service: FakeService
 ) -> None:
-    body = spec(ranks=1, fail_rank="0", fail_step="3", fail_attempts="9")
+    body = spec(ranks=1, fail_rank="0", fail_step="3", fail_attempts="9", fail_kind="exit")
     body["restart"] = {"max_failures": 10, "backoff_s": 0.1}
     job_id = submit(body)
     fake_service.wait("failure", lambda: "failed" in fake_service.states(job_id))
@@ -459,3 +459,56 @@ def test_no_node_is_clean_while_a_worker_is_still_starting(ray_cluster: str) -> 
         assert not folder.exists()
     finally:
         group.remove_all(2)
+
+
+def num_living_nodes() -> int:
+    from workers.ray.nodes import read_nodes
+
+    return len([node for node in read_nodes() if node.alive])
+
+
+@pytest.mark.chaos
+def test_sigterm_to_a_node_saves_and_moves_the_job(
+    submit: Submit, fake_service: FakeService, ray_cluster: str
+) -> None:
+    """As when a pod is deleted: Ray drains its node, and the job leaves in time."""
+    from tests.support.joined_node import DRAIN_S, joined_node
+
+    body = spec(steps=2000)
+    # Only the joined nodes have room for both ranks.
+    body["resources"]["cpus_per_rank"] = 4
+    body["resources"]["placement_timeout_s"] = 60
+    body["checkpoint"] = {"every_steps": 1000}
+    with (
+        joined_node(ray_cluster, 8, {}) as first,
+        joined_node(ray_cluster, 8, {}) as second,
+    ):
+        fake_service.wait("three nodes", lambda: num_living_nodes() == 3, 120)
+        job_id = submit(body)
+        fake_service.wait("steps", lambda: len(fake_service.steps(job_id, 1)) > 5)
+        pids = rank_pids(fake_service, job_id)
+        victim, other = first, second
+        if second.has(pids[0]):
+            victim, other = second, first
+        victim.terminate()
+        fake_service.wait(
+            "a checkpoint within the grace",
+            lambda: committed(fake_service, job_id),
+            DRAIN_S,
+        )
+        fake_service.wait("the next attempt", lambda: fake_service.steps(job_id, 2))
+        ((_, saved),) = committed(fake_service, job_id)
+        # No step is done twice, and none is left out.
+        assert fake_service.steps(job_id, 1)[-1] == saved
+        assert fake_service.steps(job_id, 2)[0] == saved + 1
+        assert all(other.has(pid) for pid in rank_pids(fake_service, job_id))
+        (event,) = fake_service.events(job_id, "node.draining")
+        assert event["ranks"] == [0, 1]
+        (decision,) = fake_service.events(job_id, "policy.decision")
+        assert decision["data"]["reason"] == "preempted"
+        assert decision["data"]["failures"] == 0
+        fake_service.want(job_id, desired="cancel")
+        submit.reconcile()
+        fake_service.wait("the end", lambda: "cancelled" in fake_service.states(job_id))
+        # Nothing of the job keeps the node: Ray leaves it before the grace is over.
+        victim.await_end(DRAIN_S)

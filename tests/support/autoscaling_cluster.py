@@ -20,7 +20,7 @@ from typing import Any
 from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID
 
 from service.local_stack.ray_head import PORT_NAMES, free_ports, head_command
-from workers.decisions.growth import NODE_GROUP_LABEL
+from workers.decisions.cluster_growth import NODE_GROUP_LABEL
 from workers.protocol.wire import NodeGroup
 
 _PROVIDER = "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider"

@@ -15,7 +15,9 @@ from megatron_ray.checkpoint.directory import checkpoint_path
 from megatron_ray.commands import Command
 from megatron_ray.storage.storage import LocalStorage
 from workers.decisions.failures import FailureKind
+from workers.decisions.faults.exclusions import BadNode
 from workers.decisions.journal_entry import DeadRank
+from workers.decisions.peers.copies import CopyFacts, CopySet, layout_of
 from workers.decisions.placement import PlacementPlan, SlotFacts
 from workers.decisions.slot_assignment import WorkerToStart
 from workers.driver.logs import JobLogs
@@ -98,6 +100,8 @@ class FakeControlPlane:
         self.records: list[Record] = []
         self.steps: dict[int, int] = {}
         """Highest attempt that has reported each step."""
+        self.unstored: dict[str, list[Record]] = {}
+        """Ranks' records that have not come through, by source."""
         self.loses_reports = False
         """Ranks' reports do not come through."""
         self.state = JobState.PREPARING
@@ -217,6 +221,9 @@ class FakeOutbox:
             return 0
         return 1 << 30
 
+    def unstored(self, source: str) -> list[Record]:
+        return self._control_plane.unstored.get(source, [])
+
     def last(self, source: str) -> int:
         return 0
 
@@ -244,7 +251,10 @@ class FakeProcess:
         self.lines: list[Line] = []
         self.state = RankState.IDLE
         self.must_stop = False
+        self.late_turns = 0
+        """Polls during which it does no step."""
         self.error: dict[str, Any] | None = None
+        self.copies: list[CopyFacts] = []
 
     def report(self, kind: str, data: dict[str, Any]) -> None:
         assert self.order is not None
@@ -265,7 +275,9 @@ class FakeProcess:
         self.lines = []
         self.error = None
         self.step = 0
-        if order.resume_from:
+        if order.copy is not None:
+            self.step = order.copy.step
+        elif order.resume_from:
             self.step = int(order.resume_from.rpartition("step-")[2].split("-")[0])
         # Training was over; the driver died before it recorded that.
         if self.step == last_step:
@@ -290,6 +302,12 @@ class FakeCluster:
     nodes: tuple[NodeInfo, ...] = (NODE,)
     lost: dict[str, float] = field(default_factory=dict)
     """When nodes died, by id."""
+    drains: dict[str, float | None] = field(default_factory=dict)
+    """When nodes that are being drained go, by id."""
+    homes: tuple[NodeInfo, ...] = ()
+    """Nodes of the placement group; none: all."""
+    stops: bool = True
+    """Whether ranks follow a command to stop."""
     num_bundles: int = 0
     """Of the placement group; 0: there is none."""
     pids: int = 100
@@ -303,7 +321,15 @@ class FakeCluster:
 
     def node_of(self, bundle: int) -> NodeInfo:
         """The bundles lie on the nodes in turn, and stay there."""
-        return self.nodes[bundle % len(self.nodes)]
+        homes = self.homes or self.nodes
+        return homes[bundle % len(homes)]
+
+    def place(self, plan: PlacementPlan) -> None:
+        """Places the bundles on nodes that the plan does not avoid."""
+        self.num_bundles = len(plan.bundles)
+        self.homes = tuple(
+            node for node in self.nodes if node.node_id not in plan.avoid_nodes
+        )
 
     def lose(self, node_id: str) -> None:
         """A node dies; Ray goes on listing it for a while, and its bundles."""
@@ -318,7 +344,9 @@ class FakeCluster:
         for node in self.nodes:
             lost_at = self.lost.get(node.node_id, self.clock.now)
             alive = self.clock.now - lost_at < NOTICED_S
-            listed.append(node.model_copy(update={"alive": alive}))
+            draining = node.node_id in self.drains
+            update = {"alive": alive, "draining": draining}
+            listed.append(node.model_copy(update=update))
         return tuple(listed)
 
     def advance(self, process: FakeProcess) -> None:
@@ -326,6 +354,9 @@ class FakeCluster:
         assert process.order is not None
         rank = process.order.env.rank
         if process.state is not RankState.RUNNING:
+            return
+        if process.late_turns > 0:
+            process.late_turns -= 1
             return
         if self.dies == (rank, process.step + 1):
             self.dies = None
@@ -338,6 +369,7 @@ class FakeCluster:
             "step",
             {"step": process.step, "loss": 1.0 / process.step, "step_s": self.step_s},
         )
+        self._copy(process)
         is_last = process.step == self.steps
         is_exit = self.exit_every is not None and process.step % self.exit_every == 0
         must_end = process.must_stop or is_exit
@@ -350,6 +382,24 @@ class FakeCluster:
         elif process.must_stop:
             process.state = RankState.STOPPED
         self.on_step(process)
+
+    def _copy(self, process: FakeProcess) -> None:
+        """Keeps a copy here and at the partner, when one is due."""
+        order = process.order
+        assert order is not None
+        if order.partner is None:
+            return
+        if process.step % order.spec["checkpoint"]["peer_every_steps"] == 0:
+            copy = CopyFacts(
+                layout=layout_of(order.spec, order.data, order.env.world_size),
+                attempt=order.attempt,
+                step=process.step,
+                rank=order.env.rank,
+            )
+            for other in self.workers.values():
+                env = other.order and other.order.env
+                if other is process or (env and env.rank == order.partner):
+                    other.copies.append(copy)
 
     def _save(self, process: FakeProcess, rank: int) -> None:
         assert process.order is not None
@@ -395,7 +445,7 @@ class FakeGroup:
         self._faults.act()
         # Get or create.
         if not self._cluster.num_bundles:
-            self._cluster.num_bundles = len(plan.bundles)
+            self._cluster.place(plan)
         return ReadyPlacementGroup()
 
     def nodes(self, plan: PlacementPlan) -> dict[int, str]:
@@ -449,6 +499,15 @@ class FakeGroup:
             node_id=self._cluster.node_of(process.bundle).node_id,
             address=self._cluster.node_of(process.bundle).address,
         )
+
+    def copies(self, fence: Fence, timeout_s: float) -> dict[int, tuple[CopyFacts, ...]]:
+        living = self._slots & self._cluster.workers.keys()
+        return {slot: tuple(self._cluster.workers[slot].copies) for slot in living}
+
+    def copied_reports(
+        self, slot: int, fence: Fence, copies: CopySet, timeout_s: float
+    ) -> list[Line]:
+        return []
 
     def start(
         self,
@@ -511,7 +570,8 @@ class FakeGroup:
         self._faults.act()
         # The ranks agree among themselves.
         for process in self._cluster.workers.values():
-            process.must_stop = process.must_stop or command >= Command.STOP
+            asked = command >= Command.STOP and self._cluster.stops
+            process.must_stop = process.must_stop or asked
 
     def leave(self, fence: Fence, timeout_s: float) -> tuple[int, ...]:
         self._faults.act()
@@ -574,10 +634,27 @@ class FakeDeadRankFiles:
     def finish(self, dead: Iterable[DeadRank]) -> None:
         self.collect(dead)
 
+    def take_bad_nodes(self) -> list[BadNode]:
+        return []
+
     def start_sweep(self, job_id: str, nodes: Iterable[str]) -> None:
         pass
 
     def await_sweep(self, timeout_s: float) -> None:
+        pass
+
+
+class FakeDrainWatch:
+    """Knows of every drain at once."""
+
+    def __init__(self, cluster: FakeCluster) -> None:
+        self._cluster = cluster
+
+    @property
+    def deadlines(self) -> Mapping[str, float | None]:
+        return self._cluster.drains
+
+    def close(self) -> None:
         pass
 
 
@@ -619,6 +696,7 @@ def fake_ports(
         "group": FakeGroup(cluster, faults),
         "tasks": FakeTasks(),
         "read_nodes": cluster.listed_nodes,
+        "drains": FakeDrainWatch(cluster),
         "unreachable_nodes": lambda ids: tuple(sorted(cluster.lost.keys() & set(ids))),
         "dead_rank_files": FakeDeadRankFiles(set() if fetched is None else fetched),
         "logs": JobLogs(storage),

@@ -51,13 +51,6 @@ class RayScheduler:
                 return self._workers(plan, chosen)
         return None
 
-    def free_nodes(self) -> list[NodeInfo]:
-        """Returns the nodes with what is free on them."""
-        nodes = []
-        for node in self._nodes:
-            nodes.append(node.model_copy(update={"free": dict(self._free[node.node_id])}))
-        return nodes
-
     def _choose(self, plan: PlacementPlan, domain: str | None) -> list[NodeInfo] | None:
         before = {node_id: dict(free) for node_id, free in self._free.items()}
         nodes = list(self._nodes)

@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron_ray.storage.errors import StorageError
 from workers.agent.check_tasks import check_task, nonce_matches, write_nonce
-from workers.decisions.growth import group_of
+from workers.decisions.cluster_growth import group_of
 from workers.protocol.wire import CheckRequest, CheckResult, NodeInfo
 from workers.ray.tasks import TaskFailedError, anywhere, is_done, on_node, result
 from workers.service_client import (

@@ -13,7 +13,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
-from workers.decisions.growth import NODE_GROUP_LABEL
+from workers.decisions.cluster_growth import NODE_GROUP_LABEL
 from workers.driver.driver import JobDriver
 from workers.protocol.wire import DesiredJob, DesiredReply, DriverStatus
 from workers.ray.actors import driver_name, find_actor, kill

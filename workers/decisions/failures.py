@@ -10,6 +10,7 @@ from enum import StrEnum
 from typing import Any
 
 from megatron_ray.exceptions import ErrorKind
+from workers.decisions.faults import gpu_errors
 from workers.protocol.states import StatusReason
 
 
@@ -27,6 +28,8 @@ class FailureKind(StrEnum):
     from an older one."""
     PROCESS_DIED = "process_died"
     NODE_LOST = "node_lost"
+    GPU = "gpu"
+    """A GPU or its driver is defective; the next attempt avoids the node."""
     NODE_MEMORY = "node_memory"
     """The whole node ran out of memory, perhaps because of another job; retried, unlike
     a rank's own OOM."""
@@ -43,6 +46,7 @@ BY_PRECEDENCE = (
     FailureKind.USER,
     FailureKind.OOM,
     FailureKind.NAN_LOSS,
+    FailureKind.GPU,
     FailureKind.EXCEPTION,
     FailureKind.CHECKPOINT,
     FailureKind.DISK_FULL,
@@ -68,6 +72,7 @@ _REASONS = {
     FailureKind.PROCESS_DIED: StatusReason.WORKER_DIED,
     FailureKind.NODE_LOST: StatusReason.NODE_LOST,
     FailureKind.NODE_MEMORY: StatusReason.OOM,
+    FailureKind.GPU: StatusReason.GPU_ERROR,
     FailureKind.SILENT: StatusReason.NODE_LOST,
     FailureKind.PREEMPTED: StatusReason.PREEMPTED,
     FailureKind.HANG: StatusReason.HANG,
@@ -121,12 +126,35 @@ _PEER_LOST_TEXTS = (
     "socket timeout",
     "timed out waiting",
     "remote process exited or there was a network error",
+    "network error or a remote process exiting",
+    "unhandled system error",
+    "connection was likely closed",
+    "watchdog caught collective operation timeout",
     "nccl communicator was aborted",
     "read error",
     "write error",
 )
 _OOM_TEXTS = ("out of memory", "can't allocate memory")
 _DISK_FULL_TEXTS = ("no space left on device", "disk quota exceeded")
+_STORAGE_TEXTS = (
+    "input/output error",
+    "remote i/o error",
+    "stale file handle",
+    "transport endpoint is not connected",
+    "read-only file system",
+)
+"""Texts of the operating system about a file system that does not work."""
+_ADVICE = (
+    "CUDA kernel errors might be asynchronously",
+    "For debugging consider passing",
+    "Compile with `TORCH_USE_CUDA_DSA`",
+    "Device-side assertion tracking was not enabled",
+    "Search for `cuda",
+)
+"""Lines that torch adds to every error of CUDA."""
+_TRACE = ("Exception raised from ", "C++ CapturedTraceback:")
+"""Lines after which torch adds frames of C++."""
+_ASSERT_TEXT = "device-side assert triggered"
 
 
 @dataclass(frozen=True)
@@ -140,6 +168,8 @@ class Failure:
     """Index of the failure within its attempt, in order of arrival."""
     detail: str = ""
     """Traceback for the history; not shown for a user's error."""
+    step: int | None = None
+    """Last step that the rank had done; None where that is not known."""
 
     @property
     def reason(self) -> StatusReason:
@@ -165,7 +195,24 @@ def describe_error(error: Mapping[str, Any]) -> tuple[FailureKind, str]:
     # These messages are complete without the class name.
     if kind in (FailureKind.USER, FailureKind.DISK_FULL, FailureKind.CHECKPOINT):
         return kind, message
-    return kind, f"{type_name or 'error'}: {message}"
+    sentence = f"{type_name or 'error'}: {_without_advice(message)}"
+    if _ASSERT_TEXT in message:
+        sentence += (
+            " (a kernel refused its input, such as an index out of range: a bug, not a "
+            "defect of the GPU)"
+        )
+    return kind, sentence
+
+
+def _without_advice(message: str) -> str:
+    """Returns a message in one line, without torch's advice and C++ frames."""
+    lines = []
+    for line in message.splitlines():
+        if line.startswith(_TRACE):
+            break
+        if line.strip() and not line.startswith(_ADVICE):
+            lines.append(line.strip())
+    return " ".join(lines)
 
 
 def classify(type_name: str, message: str, failure_kind: str | None = None) -> FailureKind:
@@ -183,9 +230,13 @@ def classify(type_name: str, message: str, failure_kind: str | None = None) -> F
         return FailureKind.OOM
     if known is not None:
         return known
+    if gpu_errors.is_defect(text):
+        return FailureKind.GPU
     # An OSError of a file that is not the library's.
     if _contains_any(text, _DISK_FULL_TEXTS):
         return FailureKind.DISK_FULL
+    if _contains_any(text, _STORAGE_TEXTS):
+        return FailureKind.STORAGE
     # With another type, such a text does not mean that a peer is the cause.
     if type_name in GROUP_TYPES and _contains_any(text, _PEER_LOST_TEXTS):
         return FailureKind.COLLATERAL

@@ -37,7 +37,7 @@ sent are not sent twice.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from workers.decisions.failures import FailureKind
@@ -180,6 +180,7 @@ def _resume_requested(entry: JournalEntry, observed: ResumeRequested) -> Transit
         "failures": 0,
         "preemptions": 0,
         "commits_at_failure": (),
+        "last_error": "",
         "given_back": None,
     }
     if entry.prepared is None or observed.has_other_data:
@@ -202,9 +203,12 @@ def _placed(entry: JournalEntry, observed: Placed) -> Transition:
         "code_version": observed.code_version,
         "resumed_from": observed.checkpoint_path,
         "last_commit": observed.checkpoint_step,
+        "copies": observed.copies,
         "dp": observed.dp,
         "stopping": None,
         "failed": None,
+        # From now on only the cluster's list counts.
+        "avoid": {},
     }
     return Transition(Phase.STARTING, journal)
 
@@ -217,7 +221,9 @@ def _nothing_to_resume(entry: JournalEntry, observed: NothingToResume) -> Transi
 def _placement_timed_out(entry: JournalEntry, observed: PlacementTimedOut) -> Transition:
     # No budget is charged: a full cluster is not a failure of the job.
     status = JobStatus(JobState.QUEUED, StatusReason.WAITING_GANG, observed.message)
-    return _release(status, observed.revision, None)
+    released = _release(status, observed.revision, None)
+    # It may be what kept the job from being placed.
+    return replace(released, journal={**released.journal, "avoid": {}})
 
 
 def _ranks_started(entry: JournalEntry, observed: RanksStarted) -> Transition:
@@ -270,6 +276,7 @@ def _attempt_failed(entry: JournalEntry, observed: AttemptFailed) -> Transition:
         message=cause.message,
         rank=cause.rank,
         detail=cause.detail[-_MAX_DETAIL:],
+        step=cause.step,
         dead_ranks=observed.dead_ranks,
     )
     damaged = dict(entry.damaged)
@@ -294,6 +301,7 @@ def _restart_decided(entry: JournalEntry, observed: RestartDecided) -> Transitio
         "failures": decision.history.failures,
         "preemptions": decision.history.preemptions,
         "commits_at_failure": decision.history.commits_at_failure,
+        "last_error": decision.history.last_error,
         "failed": None,
     }
     # Budget and ending are written at once. A driver that died between two writes would

@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from workers.decisions.failures import FailureKind
+from workers.decisions.peers.copies import CopySet
 from workers.decisions.placement import RankPlace
 from workers.protocol.states import DesiredState
 
@@ -53,6 +54,7 @@ class FailedAttempt(BaseModel):
     message: str
     rank: int | None = None
     detail: str = ""
+    step: int | None = None
     dead_ranks: tuple[int, ...] = ()
 
 
@@ -111,9 +113,14 @@ class JournalEntry(BaseModel):
     preemptions: int = 0
     commits_at_failure: tuple[int, ...] = ()
     """Highest committed step when each failed attempt ended, oldest first."""
+    last_error: str = ""
+    """The last exception that ended an attempt, with its step; see `restart_policy`."""
     last_commit: int = 0
     """Step of the newest committed checkpoint; 0: none."""
     resumed_from: str | None = None
+    copies: CopySet | None = None
+    """Copies in the ranks' memory that the attempt continues from, not from the
+    checkpoint."""
     damaged: dict[str, str] = Field(default_factory=dict)
     """What is wrong with checkpoints in which ranks have read damaged bytes, by path."""
     checkpoint_requests: int = 0
@@ -123,6 +130,8 @@ class JournalEntry(BaseModel):
     failed: FailedAttempt | None = None
     dead: tuple[DeadRank, ...] = ()
     """Dead ranks whose files may not have been fetched yet."""
+    avoid: dict[str, str] = Field(default_factory=dict)
+    """Why the next attempt must not use nodes, by node id."""
     given_back: ResourcesReleased | None = None
     resumes: int = 0
     """Requests to resume the ended job that were carried out."""
@@ -134,3 +143,10 @@ class JournalEntry(BaseModel):
         if self.spec is None or self.dp is None:
             return self.spec
         return {**self.spec, "parallel": {**self.spec["parallel"], "dp": self.dp}}
+
+    @property
+    def first_step(self) -> int:
+        """Steps of the run that were done before the attempt."""
+        if self.copies is not None:
+            return self.copies.step
+        return self.last_commit

@@ -7,9 +7,9 @@ Must not know: Ray, torch, clocks.
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-SILENCE_S = 15.0
-"""A rank that has not answered for this long counts as dead. Ray itself needs a minute
-to detect a frozen node."""
+SILENCE_S = 14.5
+"""A rank that has not answered for this long counts as dead: it is noticed within 15 s,
+the driver's turn included. Ray itself needs a minute to detect a frozen node."""
 START_SILENCE_S = 90.0
 """Silence that is tolerated while processes start: importing torch on a busy machine
 blocks the interpreter for long."""
@@ -56,6 +56,26 @@ def silent_ranks(
         if now - at > limit_s:
             silent.append(rank)
     return tuple(silent)
+
+
+def silent_with_nodes(
+    now: float,
+    answered_at: Mapping[int, float],
+    node_of: Mapping[int, str],
+    limit_s: float,
+) -> tuple[int, ...]:
+    """Returns the silent ranks, and those of their nodes that fell silent with them.
+
+    Ranks answer at different times, so those of a frozen node reach the limit one by one.
+    `node_of` holds each rank's node.
+    """
+    silent = silent_ranks(now, answered_at, limit_s)
+    nodes = {node_of[rank] for rank in silent}
+    of_nodes = []
+    for rank in silent_ranks(now, answered_at, limit_s / 2):
+        if rank in silent or node_of[rank] in nodes:
+            of_nodes.append(rank)
+    return tuple(of_nodes)
 
 
 def hang(now: float, progress: Progress) -> str | None:

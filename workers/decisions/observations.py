@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from workers.decisions.failures import Failure
+from workers.decisions.peers.copies import CopySet
 from workers.decisions.restart_policy import RestartDecision
 from workers.protocol.states import DesiredState
 
@@ -67,6 +68,8 @@ class Placed:
     checkpoint_path: str | None
     """Newest committed checkpoint; None: from the beginning."""
     checkpoint_step: int = 0
+    copies: CopySet | None = None
+    """Copies in the ranks' memory that are as new as the checkpoint or newer."""
     dp: int | None = None
     """Data-parallel size of a shrunk attempt; None: that of the spec."""
 

@@ -172,9 +172,7 @@ def plan_placement(
     by node id.
     """
     rules = NodeRules.of(spec, avoid)
-    # Dead nodes are left out; living ones that cannot be used are explained to the user.
-    living = [node for node in nodes if node.alive]
-    usable = [node for node in living if rules.refusal(node) is None]
+    usable = rules.allowed(nodes)
     kind = resolve_accelerator(spec, usable, accelerator)
     dims = ParallelDims.of(spec.parallel)
     # From here on only usable nodes count, so that no node is judged again.
@@ -183,17 +181,19 @@ def plan_placement(
     if size is None:
         size = bundle_size(usable, demand, dims.world_size, near_sizes(dims))
     capacity, alternative = _capacity(spec, usable, demand, dims)
-    allowed = {node.node_id for node in usable}
-    selector = label_selector(living, rules)
+    reasons = _reasons(nodes, rules, demand, shape_of(usable, demand))
+    allowed = list(map(_id_of, usable))
     return PlacementPlan(
         accelerator=kind,
-        bundles=make_bundles(usable, demand, dims.world_size, size, selector),
+        bundles=make_bundles(
+            usable, demand, dims.world_size, size, label_selector(nodes, rules)
+        ),
         worker_resources=dict(demand.per_rank),
         dims=dims,
         capacity=capacity,
-        node_reasons=_reasons(living, rules, demand, shape_of(usable, demand)),
-        avoid_nodes=tuple(node.node_id for node in living if node.node_id not in allowed),
-        allowed_nodes=tuple(node.node_id for node in usable),
+        node_reasons=reasons,
+        avoid_nodes=tuple(sorted(reasons.keys() - allowed)),
+        allowed_nodes=tuple(allowed),
         domain_label=common_domain(usable, demand, dims.world_size, size),
         alternative=alternative,
     )
@@ -203,7 +203,7 @@ def _capacity(
     spec: JobSpec, usable: Sequence[NodeInfo], demand: Demand, dims: ParallelDims
 ) -> tuple[int, str | None]:
     """Returns how many islands fit, and the nearest layout when they are too few."""
-    empty = [FreeNode.empty(node) for node in usable]
+    empty = FreeNode.all_empty(usable)
     capacity = max_islands(empty, demand, shape_of(usable, demand))
     if capacity * dims.tp >= dims.world_size:
         return capacity, None
@@ -234,11 +234,19 @@ def resources_per_rank(spec: JobSpec, *, gpu: bool) -> dict[str, float]:
     return resources | spec.resources.custom
 
 
+def _id_of(node: NodeInfo) -> str:
+    return node.node_id
+
+
 def _reasons(
-    living: Iterable[NodeInfo], rules: NodeRules, demand: Demand, shape: Shape
+    nodes: Iterable[NodeInfo], rules: NodeRules, demand: Demand, shape: Shape
 ) -> dict[str, str]:
+    """Returns what each living node has room for, or why it is left out, by its id."""
     reasons = {}
-    for node in living:
+    for node in nodes:
+        # That a dead node is not used needs no explanation.
+        if not node.alive:
+            continue
         refusal = rules.refusal(node)
         if refusal is None:
             reasons[node.node_id] = _reason(node, demand, shape)

@@ -8,6 +8,7 @@ report of their nodes and devices.
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import filterfalse
 from typing import Any
 
 from megatron_ray.parallel_dims import ParallelDims
@@ -43,7 +44,7 @@ def assign_ranks(
     islands = _islands(reported, dims.tp, size or dims.tp)
     groups = dims.groups(["tp"])
     earlier = _EarlierRanks(previous, groups)
-    placed = [_placed(island) for island in islands]
+    placed = list(map(_placed, islands))
     order = _stable_order(islands, placed, dims, earlier)
     # The n-th island becomes the n-th tensor-parallel group, its devices in TP order.
     facts_of: dict[int, SlotFacts] = {}
@@ -119,7 +120,7 @@ def _stable_order(
         if group is not None:
             kept.setdefault(group, index)
     kept_islands = set(kept.values())
-    others = iter([index for index in fresh if index not in kept_islands])
+    others = filterfalse(kept_islands.__contains__, fresh)
     stable = []
     for group in range(len(fresh)):
         # Not the default of `get`, which would take one in every turn.

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-_LOADING = ("model", "load", "saver", "data")
+_LOADING = ("copies", "model", "load", "saver", "data")
 """Phases of a rank's start that count as loading; all others count as rebuilding."""
 
 

@@ -13,6 +13,7 @@ from workers.protocol.states import StatusReason
 PROGRESS_ATTEMPTS = 3
 """Failed attempts in a row without a higher committed step that end a job."""
 BACKOFF_CAP_S = 60.0
+_MAX_ERROR_CHARS = 500
 DETERMINISTIC = (
     FailureKind.USER,
     FailureKind.OOM,
@@ -30,6 +31,8 @@ class RestartHistory:
     preemptions: int = 0
     commits_at_failure: tuple[int, ...] = ()
     """Highest committed step when each failed attempt ended, oldest first."""
+    last_error: str = ""
+    """The last exception that ended an attempt, with its step."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ def decide_restart(
     """Returns what follows a failed attempt.
 
     `history` does not include this failure; `last_commit` is the step of the newest
-    committed checkpoint (0: none); `jitter` is uniform in [0, 1).
+    committed checkpoint or used copy (0: none); `jitter` is uniform in [0, 1).
     """
     message = cause.sentence()
     # Not counted in the budget: the job ends here whatever its budget is.
@@ -68,10 +71,12 @@ def decide_restart(
     # Preemptions are not failures of the job, so they have a separate budget.
     if cause.kind is FailureKind.PREEMPTED:
         return _after_preemption(policy, history, cause)
+    error = _error_of(cause)
     spent = RestartHistory(
         history.failures + 1,
         history.preemptions,
         (*history.commits_at_failure, last_commit),
+        error or history.last_error,
     )
     if spent.failures > policy.max_failures:
         message = (
@@ -84,6 +89,10 @@ def decide_restart(
         if spent.failures > 1:
             reason = StatusReason.BUDGET_SPENT
         return RestartDecision(False, 0.0, reason, message, spent)
+    # The same exception at the same step is a bug, which no attempt gets past.
+    if error and error == history.last_error:
+        message = f"{message} (the same error after step {cause.step} as before)"
+        return RestartDecision(False, 0.0, StatusReason.NO_PROGRESS, message, spent)
     # A job that always fails at the same step must not use up a large budget.
     if _is_crash_loop(spent.commits_at_failure):
         message = (
@@ -93,6 +102,13 @@ def decide_restart(
         return RestartDecision(False, 0.0, StatusReason.NO_PROGRESS, message, spent)
     delay_s = backoff_s(policy, spent.failures, jitter)
     return RestartDecision(True, delay_s, cause.reason, message, spent)
+
+
+def _error_of(cause: Failure) -> str:
+    """Returns what identifies an exception of a known step; empty for other failures."""
+    if cause.kind is not FailureKind.EXCEPTION or cause.step is None:
+        return ""
+    return f"step {cause.step}: {cause.message[:_MAX_ERROR_CHARS]}"
 
 
 def _after_preemption(

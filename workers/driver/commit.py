@@ -161,13 +161,15 @@ def contained_records(storage_path: str) -> dict[str, list[Line]]:
     # Later checkpoints repeat records that the service had not stored; keyed by number,
     # each is kept once.
     for info in list_checkpoints(storage_path):
-        lines = by_source.setdefault(source_of(info.attempt), {})
+        by_source.setdefault(source_of(info.attempt), {})
         if info.committed:
             for report in read_reports(info.path):
                 line = parse_line(report)
                 # Under torchrun records have no numbers; there is no service to send to.
                 if line is not None:
-                    lines[line.n] = line
+                    # An attempt that continues from copies has reports of an earlier one.
+                    attempt = line.value().get("attempt", info.attempt)
+                    by_source.setdefault(source_of(attempt), {})[line.n] = line
     ordered = {}
     for source, lines in by_source.items():
         ordered[source] = [lines[n] for n in sorted(lines)]

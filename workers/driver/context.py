@@ -111,6 +111,13 @@ class JobContext:
         return ParallelDims.of(spec.parallel).world_size
 
     @property
+    def keeps_copies(self) -> bool:
+        """Whether ranks keep copies of their states in memory."""
+        return (
+            self.spec.checkpoint.peer_every_steps is not None and len(self.entry.ranks) > 1
+        )
+
+    @property
     def num_slots(self) -> int:
         """Maximum number of worker processes of the job at one time."""
         return num_slots(ParallelDims.of(self.spec.parallel), self.entry.bundle_size)
@@ -156,6 +163,14 @@ class JobContext:
         if self.desired is not None:
             return self.desired.desired
         return self.entry.stopping or DesiredState.RUN
+
+    @property
+    def avoided_nodes(self) -> dict[str, str]:
+        """Why living nodes must not be used, by node id."""
+        avoided = dict(self.entry.avoid)
+        if self.desired is not None:
+            avoided.update(self.desired.avoid_nodes)
+        return avoided
 
     def check_replaced(self) -> None:
         """Raises DriverReplacedError when a newer incarnation is at work."""

@@ -6,11 +6,14 @@ recovery, since a node may be lost. Must not know: what follows a death.
 
 import threading
 import time
+from collections import deque
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from workers.data_tasks import delete_job_folder, read_dead_rank_files
+from workers.decisions.faults import exclusions, gpu_errors
+from workers.decisions.faults.exclusions import BadNode
 from workers.decisions.journal_entry import DeadRank
 from workers.decisions.placement import RankPlace
 from workers.driver.commit import source_of
@@ -37,6 +40,7 @@ class DeadRankFiles:
         self._threads: list[threading.Thread] = []
         self._fetched: set[tuple[int, int]] = set()
         self._sweeps: list[Any] = []
+        self._bad_nodes: deque[BadNode] = deque()
 
     def collect(self, dead: Iterable[DeadRank]) -> None:
         """Starts fetching reports (of rank 0) and the ends of logs, of each rank once.
@@ -60,6 +64,13 @@ class DeadRankFiles:
             )
             thread.start()
             self._threads.append(thread)
+
+    def take_bad_nodes(self) -> list[BadNode]:
+        """Returns nodes whose kernel reported a defective GPU, once."""
+        taken = []
+        while self._bad_nodes:
+            taken.append(self._bad_nodes.popleft())
+        return taken
 
     def finish(self, dead: Iterable[DeadRank]) -> None:
         """Waits until all files of dead ranks are fetched or have failed to be."""
@@ -105,7 +116,9 @@ class DeadRankFiles:
         # The node and its files may be lost together with the rank.
         if files is None:
             return
-        lines, log = files
         if place.rank == 0:
-            self._outbox.relay(source, [to_record(line) for line in lines])
-        self._logs.write(attempt, place.rank, log_offset, log)
+            self._outbox.relay(source, [to_record(line) for line in files.reports])
+        self._logs.write(attempt, place.rank, log_offset, files.log)
+        defects = gpu_errors.kernel_defects(files.kernel_lines)
+        if defects:
+            self._bad_nodes.append(exclusions.node_of_defects(place, defects))

@@ -37,6 +37,7 @@ from workers.rank.environment import lower_priority
 from workers.rank.messages import FencedError
 from workers.ray import tasks
 from workers.ray.actors import kill
+from workers.ray.drain_watch import DrainWatch
 from workers.ray.nodes import read_free_nodes, unreachable_nodes
 from workers.ray.rank_worker import RankWorker
 from workers.ray.worker_group import WorkerGroup
@@ -57,6 +58,7 @@ def open_ports(job_id: str, job_dir: str, namespace: str, worker_class: type) ->
         outbox=outbox,
         group=WorkerGroup(job_id, namespace, worker_class),
         tasks=tasks,
+        drains=DrainWatch(),
         read_nodes=read_free_nodes,
         unreachable_nodes=unreachable_nodes,
         dead_rank_files=DeadRankFiles(outbox, logs),

@@ -15,9 +15,10 @@ from pydantic import ValidationError
 
 from megatron_ray.storage.storage import Storage, open_storage
 from workers.decisions.journal_entry import FORMAT_VERSION, JournalEntry
+from workers.decisions.peers.partners import partners
 from workers.exceptions import WorkersError
 from workers.rank.environment import RankEnv
-from workers.rank.messages import StartRequest
+from workers.rank.messages import CopySource, StartRequest
 
 FOLDER = "attempts"
 
@@ -104,6 +105,8 @@ def start_orders(entry: JournalEntry, accelerator: str) -> dict[int, StartReques
     if spec is None or entry.prepared is None or (needs_store and not entry.store):
         raise ValueError(f"attempt {entry.attempt} has no spec, data or store yet")
     master_addr, master_port = entry.store or (None, None)
+    copies_by_rank = _copy_sources(entry)
+    partner_of = _partners(entry)
     # Ray makes only the worker's own GPU visible, so its index is always 0 there.
     device = "cpu"
     if accelerator == "gpu":
@@ -128,8 +131,35 @@ def start_orders(entry: JournalEntry, accelerator: str) -> dict[int, StartReques
             gpu=place.gpu,
             store=entry.store,
             resume_from=entry.resumed_from,
+            partner=partner_of.get(place.rank),
+            copy=copies_by_rank.get(place.rank),
         )
     return orders
+
+
+def _partners(entry: JournalEntry) -> dict[int, int]:
+    """Returns the rank that keeps each rank's copy; none for a job without copies."""
+    # Specs of earlier versions lack the field.
+    checkpoint = (entry.spec or {}).get("checkpoint") or {}
+    if checkpoint.get("peer_every_steps") is None or len(entry.ranks) == 1:
+        return {}
+    return dict(enumerate(partners([place.node_id for place in entry.ranks])))
+
+
+def _copy_sources(entry: JournalEntry) -> dict[int, CopySource]:
+    """Returns where each rank finds the copy that it continues from.
+
+    None where a process with a copy is no rank of the attempt.
+    """
+    if entry.copies is None:
+        return {}
+    rank_of = {place.slot: place.rank for place in entry.ranks}
+    sources = {}
+    for rank, slot in enumerate(entry.copies.holders):
+        if slot not in rank_of:
+            return {}
+        sources[rank] = CopySource(entry.copies.attempt, entry.copies.step, rank_of[slot])
+    return sources
 
 
 def _name(attempt: int) -> str:

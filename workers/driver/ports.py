@@ -15,6 +15,7 @@ from workers.driver.gauges import TrainingGauges
 from workers.driver.logs import JobLogs
 from workers.driver.records.outbox import Outbox
 from workers.protocol.wire import NodeInfo
+from workers.ray.drain_watch import DrainWatch
 from workers.ray.worker_group import WorkerGroup
 
 
@@ -44,6 +45,7 @@ class JobPorts:
     group: WorkerGroup
     tasks: TaskRunner
     read_nodes: Callable[[], tuple[NodeInfo, ...]]
+    drains: DrainWatch
     unreachable_nodes: Callable[[Iterable[str]], tuple[str, ...]]
     """Returns those of some nodes that have died, however Ray lists them."""
     dead_rank_files: DeadRankFiles
@@ -60,4 +62,5 @@ class JobPorts:
     def close(self) -> None:
         """Ends the threads without waiting for them."""
         self.outbox.close()
+        self.drains.close()
         self.executor.shutdown(wait=False)

@@ -8,6 +8,7 @@ from typing import Any
 
 from megatron_ray.checkpoint.directory import list_checkpoints
 from workers.decisions.failures import Failure, FailureKind
+from workers.decisions.faults import exclusions
 from workers.decisions.journal_entry import FailedAttempt, Phase
 from workers.decisions.observations import (
     AttemptAbandoned,
@@ -20,6 +21,7 @@ from workers.decisions.restart_policy import (
     RestartHistory,
     decide_restart,
 )
+from workers.driver.attempt.bad_nodes import avoid_nodes
 from workers.driver.attempt.progress import JobProgress
 from workers.driver.attempt.start import RankStarter
 from workers.driver.context import JobContext
@@ -130,21 +132,35 @@ class Recovery:
         job = self._job
         # The recovery is measured from here, before any waiting.
         self._progress.on_attempt_failed()
-        cause = Failure(failed.kind, failed.message, failed.rank, detail=failed.detail)
-        self._record_failure(cause, self._free_ranks())
+        cause = Failure(
+            failed.kind, failed.message, failed.rank, detail=failed.detail, step=failed.step
+        )
+        silent_ranks: tuple[int, ...] = ()
+        if failed.kind is FailureKind.SILENT:
+            silent_ranks = failed.dead_ranks
+        self._record_failure(cause, self._free_ranks(silent_ranks))
         self._journal_lost_nodes(failed)
+        bad = exclusions.bad_nodes(cause, job.entry.ranks, failed.dead_ranks)
+        avoid_nodes(job, bad)
         # The restart policy does not apply to a job that is being cancelled.
         stop = job.stop_requested()
         if stop is not None:
             return stop
         entry = job.entry
         history = RestartHistory(
-            entry.failures, entry.preemptions, entry.commits_at_failure
+            entry.failures,
+            entry.preemptions,
+            entry.commits_at_failure,
+            entry.last_error,
         )
+        # The attempt may have begun after the newest checkpoint, from copies.
+        saved_step = max(entry.last_commit, entry.first_step)
         decision = decide_restart(
-            job.spec.restart, history, cause, entry.last_commit, job.ports.jitter()
+            job.spec.restart, history, cause, saved_step, job.ports.jitter()
         )
         origin = f"step {entry.last_commit}"
+        if job.keeps_copies:
+            origin = f"the newest peer copies, else from step {entry.last_commit}"
         if cause.kind is FailureKind.CHECKPOINT:
             origin = "an older checkpoint"
         self._record_decision(decision, origin)
@@ -163,16 +179,18 @@ class Recovery:
             else:
                 with_survivors.add(place.node_id)
         nodes -= with_survivors
+        nodes_of_ranks = {place.node_id for place in job.entry.ranks}
+        draining = nodes_of_ranks.intersection(job.ports.drains.deadlines)
         # A frozen node still accepts connections, but none of its ranks has answered.
         if failed.kind is not FailureKind.SILENT:
             nodes = set(job.ports.unreachable_nodes(sorted(nodes)))
-        lost = tuple(sorted(nodes))
+        lost = tuple(sorted(nodes | draining))
         if lost != job.entry.lost_nodes:
             job.write(lost_nodes=lost)
 
-    def _free_ranks(self) -> tuple[int, ...]:
+    def _free_ranks(self, silent_ranks: tuple[int, ...] = ()) -> tuple[int, ...]:
         self._has_freed_ranks = True
-        return self._starter.free_ranks()
+        return self._starter.free_ranks(silent_ranks)
 
     def _record_failure(self, cause: Failure, kept_slots: tuple[int, ...]) -> None:
         job = self._job

@@ -9,6 +9,7 @@ from typing import Any
 from megatron_ray.reports import (
     CheckpointReport,
     EvalReport,
+    PeerCopiesRefusedReport,
     PhaseReport,
     SkippedStepReport,
     StepReport,
@@ -52,6 +53,11 @@ def _describe(kind: str, data: dict[str, Any]) -> tuple[str, str]:
         )
     if kind == SkippedStepReport.kind:
         return "warn", str(data["message"])
+    if kind == PeerCopiesRefusedReport.kind:
+        return "warn", (
+            f"the copies of step {data['step']} in the ranks' memory cannot be used, so the "
+            f"attempt starts from storage: {data['cause']}"
+        )
     if kind == "failed":
         return _describe_failure(data)
     if kind == "ended":

@@ -14,8 +14,8 @@ from megatron_ray.checkpoint.resume_point import (
 )
 from megatron_ray.parallel_dims import ParallelDims
 from workers.decisions import elasticity
+from workers.decisions.cluster_growth import nodes_to_come
 from workers.decisions.elasticity import Shortage
-from workers.decisions.growth import nodes_to_come
 from workers.decisions.journal_entry import Phase
 from workers.decisions.observations import (
     NothingToResume,
@@ -26,6 +26,7 @@ from workers.decisions.observations import (
 )
 from workers.decisions.placement import PlacementPlan, plan_placement
 from workers.decisions.topology.bundles import Bundle
+from workers.driver.attempt.copy_choice import CopyChoice
 from workers.driver.context import JobContext
 from workers.protocol.events import EventType
 from workers.protocol.states import DesiredState, JobState, StatusReason
@@ -41,10 +42,11 @@ class Scheduling:
     def __init__(self, job: JobContext) -> None:
         self._job = job
         self._group = job.ports.group
+        self._copies = CopyChoice(job)
         self._plan: PlacementPlan | None = None
         self._placement: Any = None
-        self._dp: int | None = None
         """Ray's handle of the placement group that was requested last."""
+        self._dp: int | None = None
 
     def release(self) -> None:
         """Carries out a journaled release, if any, and records the state."""
@@ -109,7 +111,7 @@ class Scheduling:
             return ended
         self._record_size()
         self._journal_nodes(self.full_plan())
-        return self._choose_checkpoint()
+        return self._choose_copies() or self._choose_checkpoint()
 
     def _await_resources(self) -> PlacementTimedOut | StopRequested | None:
         """Returns why the wait for the resources has ended without them, if it has."""
@@ -260,6 +262,25 @@ class Scheduling:
         if requested.keeps_from(latest.allowed_nodes):
             self._request_anew("nodes may be used now that it leaves out")
 
+    def _choose_copies(self) -> Placed | None:
+        """Chooses copies in the ranks' memory, with the checkpoint that they stand for.
+
+        None where there are none as new as the checkpoint. Storage is not read.
+        """
+        job = self._job
+        entry = job.entry
+        path = None
+        for kept, step in job.records.kept_checkpoints.items():
+            if step == entry.last_commit and kept not in entry.damaged:
+                path = kept
+        # Without it, copies that turn out to be unusable would cost all progress.
+        if entry.last_commit > 0 and path is None:
+            return None
+        copies = self._copies.find(self._dp)
+        if copies is None:
+            return None
+        return Placed(job.ports.code_version, path, entry.last_commit, copies, self._dp)
+
     def _choose_checkpoint(self) -> Placed | NothingToResume:
         """Chooses the checkpoint to resume from; records those that cannot be loaded."""
         job = self._job
@@ -282,7 +303,7 @@ class Scheduling:
             return NothingToResume(message)
         if newest is None:
             return Placed(job.ports.code_version, None, dp=self._dp)
-        return Placed(job.ports.code_version, newest.path, newest.step, self._dp)
+        return Placed(job.ports.code_version, newest.path, newest.step, dp=self._dp)
 
     def _find_damage(self, info: CheckpointInfo) -> str | None:
         """Returns what ranks of earlier attempts have read; the driver reads no tensors."""
@@ -301,13 +322,15 @@ class Scheduling:
             nodes = tuple(
                 node for node in nodes if node.node_id not in job.entry.lost_nodes
             )
-        avoid = {}
         if job.desired is not None:
-            avoid = job.desired.avoid_nodes
             # A pending placement group makes Ray's autoscaler start them.
             nodes = (*nodes, *nodes_to_come(nodes, job.desired.node_groups))
         return plan_placement(
-            job.spec, nodes, job.entry.accelerator, size=size, avoid=avoid
+            job.spec,
+            nodes,
+            job.entry.accelerator,
+            size=size,
+            avoid=job.avoided_nodes,
         )
 
     def _explain(self, plan: PlacementPlan, *, is_first: bool) -> None:

@@ -68,6 +68,7 @@ class StatusReason(StrEnum):
     PREPARING_DATA = "preparing_data"
     WORKER_DIED = "worker_died"
     NODE_LOST = "node_lost"
+    GPU_ERROR = "gpu_error"
     HANG = "hang"
     PREEMPTED = "preempted"
     OOM = "oom"

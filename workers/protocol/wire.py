@@ -50,6 +50,12 @@ class NodeInfo(Message):
     labels: dict[str, str] = Field(default_factory=dict)
     storage_ok: bool | None = None
     """Whether the node can read the shared storage; None: not checked yet."""
+    draining: bool = False
+    """Whether the node is about to go; Ray starts nothing there any more."""
+    drain_deadline: float | None = None
+    """When it goes, in seconds since the epoch; None: not known."""
+    excluded: str | None = None
+    """Why no rank may start there; None: the node is not excluded. Set by the service."""
 
 
 class NodeGroup(Message):

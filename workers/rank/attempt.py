@@ -22,6 +22,7 @@ from megatron_ray.commands import Command
 from megatron_ray.reports import (
     CheckpointReport,
     EvalReport,
+    PeerCopiesRefusedReport,
     PhaseReport,
     Report,
     SkippedStepReport,
@@ -30,6 +31,7 @@ from megatron_ray.reports import (
 from workers.rank.environment import raise_priority
 from workers.rank.log_file import LogFile
 from workers.rank.messages import NextReply, Poll, RankState, StartRequest
+from workers.rank.process_copies import ProcessCopies
 from workers.rank.spool import Line, Spool, SpoolReader, report_path
 
 LINGER_S = 0.5
@@ -41,12 +43,15 @@ Train = Callable[[StartRequest, Callable[[Report], None], Callable[[], Command]]
 
 
 def import_and_train(
-    request: StartRequest, report: Callable[[Report], None], poll: Callable[[], Command]
+    request: StartRequest,
+    report: Callable[[Report], None],
+    poll: Callable[[], Command],
+    copies: ProcessCopies | None = None,
 ) -> str:
     """Runs the library's training session; imports torch."""
     from workers.rank.session import train
 
-    return train(request, report, poll)
+    return train(request, report, poll, copies)
 
 
 class Inbox:
@@ -221,4 +226,6 @@ def _log_message(item: Report) -> str:
         return f"step {item.step}: {item.split} loss {item.loss:.4f} over {item.num_tokens} tokens"
     if isinstance(item, SkippedStepReport):
         return item.message
+    if isinstance(item, PeerCopiesRefusedReport):
+        return f"the copies of step {item.step} are not used: {item.cause}"
     return f"step {item.step}: loss {item.loss:.4f}"

@@ -57,6 +57,16 @@ class Fence:
 
 
 @dataclass(frozen=True)
+class CopySource:
+    """Where a rank finds the copy of its state that it is to continue from."""
+
+    attempt: int
+    step: int
+    holder: int
+    """Rank of this attempt in whose process it is."""
+
+
+@dataclass(frozen=True)
 class StartRequest:
     """All parameters of one attempt on one rank, as plain values."""
 
@@ -75,6 +85,10 @@ class StartRequest:
     """Host and port of the TCPStore; None: those in the environment."""
     resume_from: str | None = None
     """Path of the committed checkpoint to resume from; None: start at step 0."""
+    partner: int | None = None
+    """Rank that keeps copies of this rank's state too; None: no copies are made."""
+    copy: CopySource | None = None
+    """Copy to continue from; when any rank cannot load its own, `resume_from` counts."""
     timeout_s: float = 600.0
     """Timeout of the store, in seconds."""
 
@@ -92,6 +106,8 @@ class Poll:
     steps: bool = True
     """Whether to return step and eval reports, needed from rank 0 only; all others are
     always returned."""
+    stored: int = 0
+    """Reports up to this number are stored in the service."""
     log_offset: int = 0
     """Offset of the first log byte not received yet."""
     log_bytes: int = 0

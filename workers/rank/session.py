@@ -26,6 +26,8 @@ from workers.protocol.job import JobSpec
 from workers.protocol.network import NetworkConfig
 from workers.rank.environment import choose_interface, export_credentials
 from workers.rank.messages import StartRequest
+from workers.rank.peer_attempt import attempt_copies
+from workers.rank.process_copies import ProcessCopies
 from workers.rank.stores import HashStore, PrefixStore, Store, TCPStore, environment_store
 
 ReportSink = Callable[[Report], None]
@@ -33,12 +35,17 @@ CommandSource = Callable[[], Command]
 _TIMEOUT = timedelta(minutes=10)
 
 
-def train(request: StartRequest, report: ReportSink, poll: CommandSource) -> Outcome:
+def train(
+    request: StartRequest,
+    report: ReportSink,
+    poll: CommandSource,
+    peers: ProcessCopies | None = None,
+) -> Outcome:
     """Runs one attempt on this rank.
 
     `report` receives every report; `poll` returns the command to obey at a step
-    boundary. The process groups are destroyed also after an error, so that the other
-    ranks do not wait for this one.
+    boundary; `peers` has the process's copies of states. The process groups are destroyed
+    also after an error, so that the other ranks do not wait for this one.
     """
     spec = JobSpec.from_mapping(request.spec)
     choose_interface(spec.network.interface)
@@ -52,20 +59,22 @@ def train(request: StartRequest, report: ReportSink, poll: CommandSource) -> Out
     # Includes waiting for the slowest rank.
     started = time.monotonic()
     start_timeout = timedelta(seconds=spec.network.start_timeout_s)
-    with process_group(request, start_timeout):
+    with process_group(request, start_timeout) as store:
         mesh = _create_mesh(request, spec, start_timeout)
         poll = _with_timeout_after_start(mesh, spec.network, poll)
         report(PhaseReport("rendezvous", time.monotonic() - started))
-        session = TrainingSession(
-            spec,
-            mesh,
-            data,
-            report=report,
-            poll=poll,
-            attempt=request.attempt,
-            resume_from=request.resume_from,
-        )
-        return session.run()
+        with attempt_copies(peers, request, store, mesh, report) as copies:
+            session = TrainingSession(
+                spec,
+                mesh,
+                data,
+                report=report,
+                poll=poll,
+                attempt=request.attempt,
+                resume_from=request.resume_from,
+                copies=copies,
+            )
+            return session.run()
 
 
 def _create_mesh(request: StartRequest, spec: JobSpec, timeout: timedelta) -> ParallelMesh:
@@ -108,14 +117,15 @@ def _with_memory_bound(tuning: device.MallocTuning, poll: CommandSource) -> Comm
 
 
 @contextmanager
-def process_group(request: StartRequest, timeout: timedelta = _TIMEOUT) -> Iterator[None]:
-    """Initializes the attempt's default process group.
+def process_group(request: StartRequest, timeout: timedelta = _TIMEOUT) -> Iterator[Store]:
+    """Initializes the attempt's default process group; yields the attempt's store.
 
-    Does nothing for one rank, and where the launcher has initialized it (Ray Train).
+    Does nothing for one rank, and where the launcher has initialized it (Ray Train); the
+    store is one of this process then.
     """
     env = request.env
     if env.world_size == 1 or dist.is_initialized():
-        yield
+        yield HashStore()
         return
     # Libraries below torch read torchrun's variables.
     env.export()
@@ -130,7 +140,7 @@ def process_group(request: StartRequest, timeout: timedelta = _TIMEOUT) -> Itera
         timeout=timeout,
     )
     try:
-        yield
+        yield store
     finally:
         dist.destroy_process_group()
 

@@ -1,6 +1,6 @@
 """Reads Ray's nodes as plain values.
 
-Owns: reading `ray.nodes()`. Must not know: jobs' specs, HTTP, torch.
+Owns: reading `ray.nodes()` and drains. Must not know: jobs' specs, HTTP, torch.
 """
 
 import contextlib
@@ -26,7 +26,26 @@ def read_nodes(storage_ok: Mapping[str, bool] | None = None) -> tuple[NodeInfo, 
 
     `storage_ok` is the result of the storage check, by node id.
     """
-    return tuple(_node_info(node, storage_ok or {}) for node in _ray_nodes())
+    deadlines = drain_deadlines()
+    nodes = []
+    for node in _ray_nodes():
+        nodes.append(_node_info(node, storage_ok or {}, deadlines))
+    return tuple(nodes)
+
+
+def drain_deadlines() -> dict[str, float | None]:
+    """Returns when each node that is being drained goes, by node id.
+
+    In seconds since the epoch; None: not known. A node drains before the autoscaler, a
+    preStop hook or Ray's own handler of SIGTERM ends it.
+    """
+    # Ray has no public call for it; its own libraries use this one. 0: no deadline.
+    deadlines: dict[str, float | None] = {}
+    for node_id, deadline_ms in ray._private.state.state.get_draining_nodes().items():
+        deadlines[node_id] = None
+        if deadline_ms:
+            deadlines[node_id] = deadline_ms / 1000
+    return deadlines
 
 
 def read_free_nodes() -> tuple[NodeInfo, ...]:
@@ -97,12 +116,17 @@ def _ray_nodes() -> list[dict[str, Any]]:
     return list(ray.nodes())  # type: ignore[no-untyped-call]
 
 
-def _node_info(node: Mapping[str, Any], storage_ok: Mapping[str, bool]) -> NodeInfo:
+def _node_info(
+    node: Mapping[str, Any],
+    storage_ok: Mapping[str, bool],
+    deadlines: Mapping[str, float | None],
+) -> NodeInfo:
     """Returns one row of `ray.nodes()` as a value."""
+    node_id = str(node["NodeID"])
     resources = node.get("Resources", {})
     labels = {str(key): str(value) for key, value in (node.get("Labels") or {}).items()}
     return NodeInfo(
-        node_id=str(node["NodeID"]),
+        node_id=node_id,
         address=str(node["NodeManagerAddress"]),
         alive=bool(node["Alive"]),
         cpus=float(resources.get("CPU", 0)),
@@ -111,7 +135,9 @@ def _node_info(node: Mapping[str, Any], storage_ok: Mapping[str, bool]) -> NodeI
         resources=_other_resources(resources),
         memory_bytes=int(resources.get("memory", 0)),
         labels=labels,
-        storage_ok=storage_ok.get(str(node["NodeID"])),
+        storage_ok=storage_ok.get(node_id),
+        draining=node_id in deadlines,
+        drain_deadline=deadlines.get(node_id),
     )
 
 

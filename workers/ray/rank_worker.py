@@ -15,11 +15,14 @@ import shutil
 import sys
 import threading
 import time
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import ray
 
 from megatron_ray.commands import Command
+from workers.decisions.peers.copies import CopyFacts
 from workers.decisions.placement import SlotFacts
 from workers.rank.attempt import LINGER_S, RankAttempt, Train, import_and_train
 from workers.rank.environment import (
@@ -38,6 +41,8 @@ from workers.rank.messages import (
     RankState,
     StartRequest,
 )
+from workers.rank.process_copies import ProcessCopies
+from workers.rank.spool import Line
 from workers.ray.nodes import (
     job_folder,
     link_into_ray_logs,
@@ -114,6 +119,7 @@ class RankWorker:
         self._attempt: RankAttempt | None = None
         self._polled_at = time.monotonic()
         self._store: Any = None
+        self._copies = ProcessCopies(job_id, self._address, self._folder)
         self._preload_thread = threading.Thread(target=self._preload, daemon=True)
         self._preload_thread.start()
         threading.Thread(target=self._watch_lease, daemon=True).start()
@@ -175,7 +181,11 @@ class RankWorker:
         if request.gpu is not None and not ray.get_gpu_ids():
             set_visible_gpu(request.gpu)
         self._start_log(request)
-        self._attempt = RankAttempt(request, type(self).train, self._folder)
+        train: Callable[..., str] = type(self).train
+        if request.partner is not None:
+            self._copies.stored = 0
+            train = partial(train, copies=self._copies)
+        self._attempt = RankAttempt(request, train, self._folder)
         self._attempt.thread.start()
 
     @ray.method(concurrency_group="poll")
@@ -186,6 +196,7 @@ class RankWorker:
         """
         self._guard.admit(fence)
         self._polled_at = time.monotonic()
+        self._copies.stored = poll.stored
         attempt = self._attempt
         if attempt is None:
             time.sleep(min(poll.wait_s, LINGER_S))
@@ -214,6 +225,16 @@ class RankWorker:
         attempt.inbox.put(Command.STOP)
         attempt.thread.join(wait_s)
         return not attempt.thread.is_alive()
+
+    def copies(self, fence: Fence) -> tuple[CopyFacts, ...]:
+        """Returns which copies of ranks' states are in this process."""
+        self._guard.admit(fence)
+        return self._copies.facts()
+
+    def copied_reports(self, fence: Fence, attempt: int, step: int) -> Sequence[Line]:
+        """Returns the reports in rank 0's copy of a step, if it is in this process."""
+        self._guard.admit(fence)
+        return self._copies.reports_in_copy(attempt, step)
 
     def retire(self, fence: Fence) -> str:
         """Deletes the files of an ended job on this node; returns the node id."""

@@ -18,10 +18,12 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from megatron_ray.commands import Command
 from workers.decisions.failures import FailureKind
+from workers.decisions.peers.copies import CopyFacts, CopySet
 from workers.decisions.placement import PlacementPlan, SlotFacts
 from workers.decisions.slot_assignment import WorkerToStart
 from workers.exceptions import WorkersError
 from workers.rank.messages import Fence, NextReply, Poll, StartRequest
+from workers.rank.spool import Line
 from workers.ray.actors import find_actor, kill, worker_name
 from workers.ray.deaths import Death, death_of, raise_if_fenced
 
@@ -224,6 +226,29 @@ class WorkerGroup:
         calls = {slot: self._slots[slot].open_store.remote(fence)}
         ((host, port),) = _results(calls, timeout_s, stop)
         return host, port
+
+    def copies(self, fence: Fence, timeout_s: float) -> dict[int, tuple[CopyFacts, ...]]:
+        """Returns the copies of states in the workers that reply in time, by slot.
+
+        Raises FencedError.
+        """
+        calls = {}
+        for slot, actor in self._slots.items():
+            calls[actor.copies.remote(fence)] = slot
+        copies, _ = _results_in_time(calls, timeout_s)
+        return copies
+
+    def copied_reports(
+        self, slot: int, fence: Fence, copies: CopySet, timeout_s: float
+    ) -> Sequence[Line]:
+        """Returns the reports in rank 0's copy, which a worker has; none when it is late.
+
+        Raises FencedError.
+        """
+        call = self._slots[slot].copied_reports.remote(fence, copies.attempt, copies.step)
+        reports, _ = _results_in_time({call: slot}, timeout_s)
+        lines: Sequence[Line] = reports.get(slot, ())
+        return lines
 
     # ---- the one outstanding poll per rank
 

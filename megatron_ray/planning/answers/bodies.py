@@ -14,12 +14,14 @@ from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.planning.answers import estimates
 from megatron_ray.planning.answers.estimates import Estimates
 from megatron_ray.planning.hardware import Hardware
+from megatron_ray.planning.memory import peer_copies_bytes
 from megatron_ray.planning.suggest import Suggestion, suggest
 from megatron_ray.planning.tally import Tally
 from megatron_ray.validation import check, resolution
 from megatron_ray.validation.parameters.groups import group_notes
 from megatron_ray.validation.storage.disk_space import num_checkpoints
 
+_GIB = 2**30
 _PRECISIONS = ("bf16", "fp32")
 """Values of training.precision, the one to suggest first."""
 
@@ -55,6 +57,7 @@ def plan_body(
             *notes,
             *_spec_notes(config),
             *_estimate_notes(config, hardware, estimate),
+            *_copy_notes(config),
         ],
         **_estimated(estimate),
     }
@@ -171,6 +174,23 @@ def _estimate_notes(
             f"{hardware.name}; {_precision_remedy(hardware)}"
         )
     return [*notes, *_assumption_notes(config, hardware)]
+
+
+def _copy_notes(config: TrainConfig) -> list[str]:
+    """Returns what copies of the ranks' states cost."""
+    complete = estimates.with_vocabulary(config)
+    if config.checkpoint.peer_every_steps is None or complete is None:
+        return []
+    if resolution.world_size(config) == 1:
+        return [
+            "checkpoint.peer_every_steps has no effect: a single rank has no partner to keep "
+            "copies of its state"
+        ]
+    size = peer_copies_bytes(complete) / _GIB
+    return [
+        f"checkpoint.peer_every_steps: copies take up to {size:.2g} GiB of host memory per "
+        f"rank, outside of the memory estimate; a node needs it for each of its ranks"
+    ]
 
 
 def _precision_remedy(hardware: Hardware) -> str:

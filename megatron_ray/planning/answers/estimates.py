@@ -13,7 +13,7 @@ from megatron_ray.parallel_dims import ParallelDims
 from megatron_ray.pipeline_parallel.schedules.plan import plan_pipeline
 from megatron_ray.planning.communication import step_communication
 from megatron_ray.planning.hardware import GPU, Hardware
-from megatron_ray.planning.memory import RankMemory, fullest_rank
+from megatron_ray.planning.memory import RankMemory, fullest_rank, peer_copies_bytes
 from megatron_ray.planning.microbatch import num_microbatches
 from megatron_ray.planning.pipeline import bubble_share
 from megatron_ray.planning.step_time import StepTime, step_time
@@ -140,6 +140,28 @@ def check_memory(config: TrainConfig, hardware: Hardware) -> list[Problem]:
         f"{_remedy(complete, hardware)}"
     )
     return [Problem("/parallel", "memory_fits", detail)]
+
+
+def check_copies(
+    config: TrainConfig, num_ranks: int, node_memory_bytes: int
+) -> list[Problem]:
+    """Returns why copies of the ranks' states do not fit into the memory of a node.
+
+    `num_ranks` ranks of the resolved config must share a node, which has at most
+    `node_memory_bytes`; 0: unknown.
+    """
+    complete = with_vocabulary(config)
+    if config.checkpoint.peer_every_steps is None or complete is None:
+        return []
+    size = num_ranks * peer_copies_bytes(complete)
+    if resolution.world_size(complete) == 1 or not 0 < node_memory_bytes < size:
+        return []
+    detail = (
+        f"copies of the states of {num_ranks} ranks that share a node take "
+        f"{size / _GIB:.3g} GiB of its memory, and the largest node has "
+        f"{node_memory_bytes / _GIB:.3g} GiB; leave it out, raise dp or pp, or add larger nodes"
+    )
+    return [Problem("/checkpoint/peer_every_steps", "memory_fits", detail)]
 
 
 def _largest_terms(memory: RankMemory) -> str:

@@ -1,6 +1,7 @@
-"""Read-only commands; the last line of a shortened answer names what is missing.
+"""Commands that show jobs and clusters; also the list of excluded nodes.
 
-Must not know: how a job is created or changed.
+The last line of a shortened answer names what is missing. Must not know: how a job is
+created or changed.
 """
 
 from collections.abc import Mapping
@@ -50,14 +51,23 @@ _ENDED = [state.value for state in JobState if state.is_terminal]
 _WAITING = [state.value for state in JobState if state.value not in (*_HOLDING, *_ENDED)]
 _JOB_GROUPS = (_HOLDING, _WAITING, _ENDED)
 """States of jobs in the order in which `jobs` lists them."""
+NodeName = Annotated[
+    str, typer.Argument(metavar="NODE", help="Address of the node, or start of its id.")
+]
+ClusterName = Annotated[str, typer.Option("--cluster", help="Name of the cluster.")]
 
 
 def register(app: typer.Typer) -> None:
     """Adds these commands."""
     # The order in which `--help` lists them.
     reading = (jobs, show, watch, logs, events, metrics, checkpoints, attempts, ranks)
-    for command in (*reading, cluster):
+    for command in reading:
         app.command(command.__name__)(command)
+    clusters = typer.Typer(invoke_without_command=True)
+    clusters.callback()(cluster)
+    clusters.command("exclude")(exclude)
+    clusters.command("include")(include)
+    app.add_typer(clusters, name="cluster")
 
 
 def jobs(
@@ -82,7 +92,7 @@ def jobs(
         "status": lambda job: str(job["status"]),
         "step": step_of,
         "loss": lambda job: number(nested(job, "progress.loss")),
-        "age": _age,
+        "age": lambda job: _age(job.get("created_at")),
     }
     empty = "no jobs yet; submit one with `megatron-ray submit SPEC`"
     if status or name or metadata:
@@ -275,17 +285,62 @@ def attempts(
 
 
 def cluster(
+    context: typer.Context,
     url: Url = None,
     token: Token = None,
     data_dir: DataDir = None,
     as_json: AsJson = False,
 ) -> None:
     """List the clusters with their agents and nodes."""
+    # Called before every command of this group.
+    if context.invoked_subcommand is not None:
+        return
     with connect(url, token, data_dir) as client:
         page = client.cluster()
     if as_json:
         print_json(page)
         return
+    for entry in page["data"]:
+        _print_cluster(entry)
+
+
+def exclude(
+    node: NodeName,
+    reason: Annotated[str, typer.Option(help="Why, for others.")] = "excluded by hand",
+    cluster_name: ClusterName = "default",
+    url: Url = None,
+    token: Token = None,
+    data_dir: DataDir = None,
+    as_json: AsJson = False,
+) -> None:
+    """Exclude a node: no rank starts there any more. Running attempts are not touched."""
+    with connect(url, token, data_dir) as client:
+        entry = client.exclude(cluster_name, node, reason)
+    _show_cluster(entry, as_json=as_json)
+
+
+def include(
+    node: NodeName,
+    cluster_name: ClusterName = "default",
+    url: Url = None,
+    token: Token = None,
+    data_dir: DataDir = None,
+    as_json: AsJson = False,
+) -> None:
+    """Let ranks start on an excluded node again."""
+    with connect(url, token, data_dir) as client:
+        entry = client.include(cluster_name, node)
+    _show_cluster(entry, as_json=as_json)
+
+
+def _show_cluster(entry: Mapping[str, Any], *, as_json: bool) -> None:
+    if as_json:
+        print_json(entry)
+    else:
+        _print_cluster(entry)
+
+
+def _print_cluster(entry: Mapping[str, Any]) -> None:
     columns: dict[str, Column] = {
         "  node": lambda node: f"  {node['address']}",
         "state": _node_state,
@@ -294,12 +349,17 @@ def cluster(
         "accelerator": lambda node: str(node.get("accelerator_type") or "-"),
         "memory": lambda node: size(node.get("memory_bytes")),
     }
-    for entry in page["data"]:
-        console().print(_agent_line(entry))
-        print_page({"data": entry["nodes"]}, False, columns, empty="  no nodes")
-        # A service of an earlier version does not list them.
-        for group in entry.get("node_groups", ()):
-            console().print(f"  {escape(_group_line(group))}")
+    console().print(_agent_line(entry))
+    print_page({"data": entry["nodes"]}, False, columns, empty="  no nodes")
+    # A service of an earlier version lists neither.
+    for excluded in entry.get("excluded_nodes", ()):
+        line = (
+            f"  {excluded['address']} ({excluded['node_id'][:12]}) excluded for "
+            f"{_age(excluded['since'])} by {excluded['by']}: {excluded['reason']}"
+        )
+        console().print(escape(line))
+    for group in entry.get("node_groups", ()):
+        console().print(f"  {escape(_group_line(group))}")
 
 
 def _agent_line(entry: Mapping[str, Any]) -> str:
@@ -336,6 +396,10 @@ def _node_state(node: Mapping[str, Any]) -> str:
         return "dead"
     if node.get("storage_ok") is False:
         return "cannot read the storage"
+    if node.get("draining"):
+        return "draining"
+    if node.get("excluded"):
+        return "excluded"
     return "alive"
 
 
@@ -345,13 +409,14 @@ def _moment_or_dash(value: Any) -> str:
     return moment(value)
 
 
-def _age(job: Mapping[str, Any]) -> str:
+def _age(moment: Any) -> str:
+    """Returns the time since an ISO time; a dash when it is none."""
     # By this machine's clock, which may differ from the service's.
     try:
-        created = datetime.fromisoformat(str(job.get("created_at")))
+        then = datetime.fromisoformat(str(moment))
     except ValueError:
         return "-"
-    return duration((datetime.now(UTC) - created).total_seconds())
+    return duration((datetime.now(UTC) - then).total_seconds())
 
 
 def _gpu(entry: Mapping[str, Any]) -> str:

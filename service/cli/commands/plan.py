@@ -177,7 +177,11 @@ def _print_plan(answer: Json) -> None:
     _print_communication(answer.get("communication") or ())
     _print_time(answer)
     if answer.get("room") is not None:
-        out.print(f"the cluster fits {answer['room']} such ranks")
+        holder = "the cluster fits"
+        # A note says which nodes have to come.
+        if answer.get("new_nodes"):
+            holder = "today's nodes fit"
+        out.print(f"{holder} {answer['room']} such ranks")
     _print_notes(answer)
     _print_ranks(answer.get("ranks") or ())
 

@@ -8,11 +8,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from megatron_ray.checkpoint.directory import latest_committed
+from megatron_ray.checkpoint.directory import FOLDER, latest_committed
 from tests.support.fault_injection import (
     Observer,
     RankFile,
@@ -34,6 +35,8 @@ pytestmark = pytest.mark.ray
 
 STEPS = 150
 EVERY = 50
+COPY_EVERY = 5
+"""Steps between copies of the ranks' states."""
 MOMENT_STEPS = 120
 MOMENT_EVERY = 40
 """Of the jobs that are hit at random moments."""
@@ -233,6 +236,35 @@ def test_agent_driver_rank_and_service_die_at_once(
     assert session(road, "agent") != agent
     assert job["attempt"] == 2
     assert job["failures"] == 1
+    assert_as_undisturbed(road, job, undisturbed)
+    assert_nothing_left(road, observer, [job_id])
+
+
+def test_copies_in_memory_replace_checkpoints_that_cannot_be_read(
+    road: Road, observer: Observer, undisturbed: Rows
+) -> None:
+    """Rank 0 dies, whose reports only its own node has."""
+    spec = quick(road, checkpoint={"peer_every_steps": COPY_EVERY})
+    job_id = road.client.submit(spec)["id"]
+    folder = Path(road.client.show(job_id)["storage_path"], FOLDER)
+    hidden = folder.with_name("hidden")
+    with RankFile(road, job_id) as file:
+        file.reached(EVERY + COPY_EVERY)
+        until("a commit", lambda: latest_committed(str(folder.parent)), 30)
+        rank = living(observer, job_id, "w0")
+        folder.rename(hidden)
+        kill(rank)
+        file.reached(1, attempt=2)
+        hidden.rename(folder)
+        job = road.finish(job_id)
+    first = file.steps(2)[0]["step"]
+    assert file.steps(1)[-1]["step"] - (first - 1) <= COPY_EVERY
+    starts = [e for e in history(road, job_id) if e["type"] == "attempt.started"]
+    assert [start["message"] for start in starts] == [
+        "from step 0",
+        f"from peer copies of step {first - 1}",
+    ]
+    assert job["attempt"] == 2
     assert_as_undisturbed(road, job, undisturbed)
     assert_nothing_left(road, observer, [job_id])
 

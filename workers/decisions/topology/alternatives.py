@@ -61,7 +61,7 @@ def nearest_layout(
 
 def missing_room(nodes: Iterable[NodeInfo], demand: Demand) -> str:
     """Returns why no node can hold an island, such as `needs 8 GPUs on one node, ...`."""
-    usable = [resources_of(node) for node in nodes if demand.rules.allows(node)]
+    usable = list(map(resources_of, demand.rules.allowed(nodes)))
     amounts = []
     for name, amount in sorted(demand.per_rank.items(), reverse=True):
         needed = f"{amount * demand.island:g} {_UNITS.get(name, name)}"
@@ -80,8 +80,9 @@ def _layouts(spec: JobSpec, nodes: Sequence[NodeInfo], demand: Demand) -> Iterat
     asked = parallel.tp * parallel.pp * parallel.cp * dp
     for tp in _divisors(parallel.tp):
         smaller = Demand(demand.per_rank, tp, demand.rules)
-        free = [FreeNode.empty(node) for node in nodes]
-        room = max_islands(free, smaller, shape_of(nodes, smaller)) * tp
+        room = (
+            max_islands(FreeNode.all_empty(nodes), smaller, shape_of(nodes, smaller)) * tp
+        )
         # A pipeline that is longer by what tp loses keeps the weights of a rank.
         for pp in {parallel.pp * parallel.tp // tp, *_divisors(parallel.pp)}:
             replica = tp * pp * parallel.cp

@@ -6,7 +6,7 @@ not know: Ray, what the ranks are.
 Ray never spreads a bundle over nodes.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from workers.decisions.topology.node_rules import domain_label, type_resources
@@ -44,8 +44,8 @@ def bundle_size(
     shape = shape_of(usable, demand)
     if shape.domain_label is not None:
         return shape.part
-    # Unknown use counts as full, which leaves the choice of nodes to Ray.
-    free = [FreeNode(node, dict(node.free or {})) for node in usable]
+    # Where nothing is known to be free, the choice of nodes is Ray's.
+    free = _free(usable)
     for size in reversed(near):
         larger = replace(demand, island=size)
         if max_islands(free, larger, Shape(size)) * size >= world_size:
@@ -107,11 +107,11 @@ def _in_domains(
         return list(selectors)
     # What is free now is preferred; where that is unknown or too little, an empty cluster
     # is planned for, and the job waits.
-    free = [FreeNode(node, dict(node.free or {})) for node in usable]
+    free = _free(usable)
     islands = world_size // demand.island
     ranks = reserve(free, demand, shape, islands)
     if ranks is None:
-        empty = [FreeNode.empty(node) for node in usable]
+        empty = FreeNode.all_empty(usable)
         ranks = reserve(empty, demand, shape, islands)
     domains = []
     for node in usable:
@@ -123,6 +123,11 @@ def _in_domains(
         chosen.append({**selector, label: domain})
     # Without room for all of them, the others wait for any domain.
     return [*chosen, *selectors[len(chosen) :]]
+
+
+def _free(nodes: Iterable[NodeInfo]) -> list[FreeNode]:
+    # Unknown use counts as full.
+    return [FreeNode(node, dict(node.free or {})) for node in nodes]
 
 
 def _fits_one_domain(

@@ -1,4 +1,4 @@
-"""Decides which nodes a job may use, and how Ray is told.
+"""Decides which nodes a job may use, and the conditions that Ray gets.
 
 Owns: the reasons for which a node is left out, and the label selector of a bundle. Pure.
 Must not know: Ray, how much fits on a node.
@@ -42,11 +42,11 @@ class NodeRules:
 
     @cached_property
     def _chosen(self) -> frozenset[str]:
-        return frozenset(_canonical(pattern) for pattern in self.only)
+        return frozenset(map(_canonical, self.only))
 
     @cached_property
     def _excluded(self) -> frozenset[str]:
-        return frozenset(_canonical(pattern) for pattern in self.exclude)
+        return frozenset(map(_canonical, self.exclude))
 
     @classmethod
     def of(cls, spec: JobSpec, avoid: Mapping[str, str] | None = None) -> Self:
@@ -59,6 +59,10 @@ class NodeRules:
         """Returns why a living node must not be used; None if it may."""
         if node.storage_ok is False:
             return "it cannot read the job storage"
+        if node.draining:
+            return "it is being drained"
+        if node.excluded is not None:
+            return node.excluded
         if node.node_id in self.avoid:
             return self.avoid[node.node_id]
         if self.exclude and not _names_of(node).isdisjoint(self._excluded):
@@ -75,9 +79,13 @@ class NodeRules:
         """Whether ranks may run on a node: it is alive, and nothing speaks against it."""
         return node.alive and self.refusal(node) is None
 
+    def allowed(self, nodes: Iterable[NodeInfo]) -> list[NodeInfo]:
+        """Returns the nodes that ranks may run on."""
+        return [node for node in nodes if self.allows(node)]
+
 
 def is_usable(node: NodeInfo) -> bool:
-    """Whether a node may run any ranks: it is alive and has not failed its storage check."""
+    """Whether a node may run any ranks: it is alive, and nothing keeps them away."""
     return NodeRules().allows(node)
 
 
@@ -94,7 +102,7 @@ def label_selector(nodes: Sequence[NodeInfo], rules: NodeRules) -> dict[str, str
 
     Of GPU types only those that nodes carry as a label, see `type_resources`.
     """
-    usable = [node for node in nodes if rules.allows(node)]
+    usable = rules.allowed(nodes)
     selector = _chosen_nodes(usable, rules)
     # The ids of the usable nodes imply every other condition.
     if NODE_ID_LABEL not in selector:
@@ -165,7 +173,7 @@ def _without_excluded(
     labels = _excluded_labels(rules)
     for key, values in labels.items():
         combined.setdefault(key, _condition("!in", values))
-    # Nodes that no label tells from others are named.
+    # Nodes that have no label of their own are named.
     others = NodeRules(exclude=_addresses(rules), avoid=rules.avoid)
     excluded = []
     for node in nodes:

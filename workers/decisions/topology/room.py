@@ -52,6 +52,11 @@ class FreeNode:
         """Returns a node of which nothing is in use."""
         return cls(node, resources_of(node))
 
+    @classmethod
+    def all_empty(cls, nodes: Iterable[NodeInfo]) -> "list[FreeNode]":
+        """Returns nodes of which nothing is in use."""
+        return [cls.empty(node) for node in nodes]
+
     def take(self, per_rank: Mapping[str, float], ranks: int) -> None:
         """Counts the resources of some ranks as used."""
         for name, amount in per_rank.items():
@@ -83,10 +88,11 @@ def shape_of(nodes: Iterable[NodeInfo], demand: Demand) -> Shape:
 
     An island is taken apart only if no node holds a whole one.
     """
-    usable = [FreeNode.empty(node) for node in nodes if demand.rules.allows(node)]
+    usable = demand.rules.allowed(nodes)
+    empty = FreeNode.all_empty(usable)
     whole = Shape(demand.island)
-    label = domain_label(node.node for node in usable)
-    if label is None or max_islands(usable, demand, whole):
+    label = domain_label(usable)
+    if label is None or max_islands(empty, demand, whole):
         return whole
     best = whole
     most = 0
@@ -94,7 +100,7 @@ def shape_of(nodes: Iterable[NodeInfo], demand: Demand) -> Shape:
     for part in range(demand.island - 1, 0, -1):
         if demand.island % part == 0:
             shape = Shape(part, label)
-            islands = max_islands(usable, demand, shape)
+            islands = max_islands(empty, demand, shape)
             if islands > most:
                 best = shape
                 most = islands
@@ -147,12 +153,13 @@ def _places(
     nodes: Sequence[FreeNode], demand: Demand, shape: Shape
 ) -> list[list[FreeNode]]:
     """Returns the nodes in groups, each of which may hold a whole island."""
-    usable = [node for node in nodes if demand.rules.allows(node.node)]
-    if shape.domain_label is None:
-        return [[node] for node in usable]
-    domains: dict[str, list[FreeNode]] = {}
-    for node in usable:
-        name = node.node.labels.get(shape.domain_label)
+    places: dict[str, list[FreeNode]] = {}
+    for node in nodes:
+        if not demand.rules.allows(node.node):
+            continue
+        name: str | None = node.node.node_id
+        if shape.domain_label is not None:
+            name = node.node.labels.get(shape.domain_label)
         if name is not None:
-            domains.setdefault(name, []).append(node)
-    return list(domains.values())
+            places.setdefault(name, []).append(node)
+    return list(places.values())

@@ -4,14 +4,15 @@ Owns: the ledger, the running commit, which reports a commit makes superfluous. 
 know: Ray, the service, what follows a failed commit.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron_ray.reports import CheckpointReport
 from megatron_ray.storage.errors import DiskFullError, StorageError
 from workers.decisions.failures import FailureKind
+from workers.decisions.faults.slow_storage import OpenCheckpoint, slow_storage
 from workers.driver.attempt.plan import AttemptPlan
 from workers.driver.commit import CheckpointLedger, WholeCheckpoint, commit_whole
 from workers.driver.ports import JobPorts
@@ -65,6 +66,10 @@ class CheckpointCommitter:
         """Number of the CheckpointReport, by step and rank."""
         self._step_n: dict[int, int] = {}
         """Number of rank 0's step report, by step."""
+        self._first_part_at: dict[int, float] = {}
+        """When the first rank had written its part, by step."""
+        self._commit_began_at = 0.0
+        self._reported_slow: set[int] = set()
 
     def take_written(self, rank: int, lines: Sequence[Line]) -> None:
         """Adds a rank's reports that its part of a checkpoint is durable."""
@@ -76,6 +81,7 @@ class CheckpointCommitter:
             # The ranks of an adopted attempt repeat reports that were committed before.
             if step > self._plan.last_commit:
                 self._written_n.setdefault(step, {})[rank] = line.n
+                self._first_part_at.setdefault(step, self._ports.clock())
                 self._ledger.written(rank, step, data["path"], data["bytes_written"])
 
     def take_record(self, record: dict[str, Any]) -> None:
@@ -97,6 +103,7 @@ class CheckpointCommitter:
             result = self._take_result()
         whole = self._ledger.take_whole(self._ports.outbox.stored(self._plan.source))
         if whole is not None:
+            whole = replace(whole, reports=(*self._earlier(), *whole.reports))
             future = self._ports.executor.submit(
                 commit_whole,
                 whole,
@@ -106,7 +113,30 @@ class CheckpointCommitter:
                 self._ports.open_storage,
             )
             self._pending = (whole, future)
+            self._commit_began_at = self._ports.clock()
+            self._first_part_at.pop(whole.step, None)
         return result
+
+    def slow(self) -> str | None:
+        """Returns a sentence about a checkpoint that takes too long, once for each step."""
+        now = self._ports.clock()
+        for checkpoint in self._open_checkpoints():
+            sentence = slow_storage(checkpoint, now)
+            if sentence is not None and checkpoint.step not in self._reported_slow:
+                self._reported_slow.add(checkpoint.step)
+                return sentence
+        return None
+
+    def _open_checkpoints(self) -> Iterator[OpenCheckpoint]:
+        if self._pending is not None:
+            yield OpenCheckpoint(self._pending[0].step, self._commit_began_at)
+        for step, since in self._first_part_at.items():
+            written = self._written_n.get(step, {})
+            missing = [
+                rank for rank in range(len(self._plan.places)) if rank not in written
+            ]
+            if missing:
+                yield OpenCheckpoint(step, since, missing)
 
     def wait(self) -> bool:
         """Waits for the running commit; returns False when there is none."""
@@ -114,6 +144,13 @@ class CheckpointCommitter:
             return False
         self._pending[1].exception()
         return True
+
+    def _earlier(self) -> Iterator[dict[str, Any]]:
+        """Yields records that no checkpoint has and this attempt does not repeat."""
+        source = self._plan.earlier_source
+        if source is not None:
+            for record in self._ports.outbox.unstored(source):
+                yield record.model_dump(mode="json")
 
     def _take_result(self) -> Committed | CommitFailed:
         assert self._pending is not None

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from workers.decisions.faults.drains import Drain
 from workers.decisions.placement import RankPlace
 from workers.driver.commit import WholeCheckpoint, source_of
 from workers.protocol.states import DesiredState
@@ -26,6 +27,9 @@ class AttemptPlan:
     manifest: dict[str, Any]
     last_commit: int
     """Step from which the attempt started."""
+    earlier_source: str | None = None
+    """Source of rank 0's records in the attempt from whose copies this one continues, so
+    that it does not repeat the steps after the last commit."""
     checkpoint_requests: int = 0
     """Number of checkpoint requests that were passed on to the ranks before."""
     stopping: DesiredState | None = None
@@ -59,6 +63,12 @@ class AttemptListener(Protocol):
 
     def stop_requested(self, desired: DesiredState) -> None:
         """The ranks are about to get a stop command."""
+
+    def draining(self, drain: Drain) -> None:
+        """The ranks are about to get a stop command, because nodes of theirs go."""
+
+    def storage_slow(self, message: str) -> None:
+        """A checkpoint takes longer than it should."""
 
     def resize_reason(self) -> str | None:
         """Returns why the ranks are to stop and go on at another size, if they are."""

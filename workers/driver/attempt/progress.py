@@ -8,8 +8,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from workers.decisions import recovery
+from workers.decisions.faults.drains import Drain
 from workers.decisions.goodput import Goodput
 from workers.decisions.recovery import RecoveryWatch
+from workers.driver.attempt.bad_nodes import avoid_nodes
 from workers.driver.attempt.growth import Growth
 from workers.driver.attempt.spares import SparePool
 from workers.driver.commit import WholeCheckpoint
@@ -39,7 +41,7 @@ class JobProgress:
         """Stores the step from which the recovery resumes."""
         self._goodput.held(self._job.ports.clock())
         if self._recovery is not None:
-            self._recovery.from_step = self._job.entry.last_commit
+            self._recovery.from_step = self._job.entry.first_step
 
     def on_attempt_running(self, spares: SparePool, growth: Growth) -> None:
         """Sets spares and growth of the attempt that has started running."""
@@ -62,6 +64,8 @@ class JobProgress:
         self._record_running()
         if self._spares is not None:
             self._spares.maintain()
+        # What the nodes of dead ranks have reported since.
+        avoid_nodes(self._job, self._job.ports.dead_rank_files.take_bad_nodes())
         if self._growth is not None:
             self._growth.stepped(data)
         # A recovery ends with the first step that no earlier attempt had reached.
@@ -89,6 +93,20 @@ class JobProgress:
     def stop_requested(self, desired: DesiredState) -> None:
         """The ranks are about to get a stop command."""
         self._job.write(stopping=desired)
+
+    def draining(self, drain: Drain) -> None:
+        """The ranks are about to get a stop command, because nodes of theirs go."""
+        now = self._job.ports.clock()
+        remaining_s = None
+        if drain.deadline is not None:
+            remaining_s = round(drain.deadline - now, 1)
+        data = {"nodes": dict(drain.nodes), "deadline_s": remaining_s}
+        message = drain.sentence(now)
+        self._job.records.event("node.draining", message, "warn", data, drain.ranks)
+
+    def storage_slow(self, message: str) -> None:
+        """A checkpoint takes longer than it should."""
+        self._job.records.event("storage.slow", message, "warn")
 
     def resize_reason(self) -> str | None:
         """Returns why the ranks are to stop and go on at another size, if they are."""

@@ -105,12 +105,20 @@ class RankMonitor:
         now = self._clock()
         limit_s = liveness.silence_limit_s(has_stepped=has_stepped)
         answered_at = {}
+        node_of = {}
         for rank, view in self._views.items():
             if not view.state.is_over:
                 answered_at[rank] = view.answered_at
-        for rank in liveness.silent_ranks(now, answered_at, limit_s):
-            address = self._views[rank].place.address
-            message = f"node {address} has not answered for {limit_s:.0f} s"
+                node_of[rank] = view.place.node_id
+        silent = liveness.silent_with_nodes(now, answered_at, node_of, limit_s)
+        answering = {node_of[rank] for rank in answered_at if rank not in silent}
+        for rank in silent:
+            place = self._views[rank].place
+            # Of a node that still answers only this process is frozen.
+            subject = f"node {place.address}"
+            if place.node_id in answering:
+                subject = f"its process (pid {place.pid} on node {place.address})"
+            message = f"{subject} has not answered for {now - answered_at[rank]:.0f} s"
             self._add_dead_rank(rank, FailureKind.SILENT, message)
         # Ranks wait for each other in every step, so in a hang no rank makes progress.
         if answered_at:
@@ -130,15 +138,18 @@ class RankMonitor:
     def _poll(self, view: RankView) -> None:
         rank = view.place.rank
         released = view.released
+        stored = 0
         # Rank 0's reports are sent to the service too, and may only be deleted when
         # both the service and a checkpoint contain them.
         if rank == 0:
-            released = min(released, self._stored())
+            stored = self._stored()
+            released = min(released, stored)
         poll = Poll(
             view.cursor,
             released,
             _WAIT_S,
             steps=rank == 0,
+            stored=stored,
             log_offset=view.log_offset,
             log_bytes=min(_LOG_BYTES, _TOTAL_LOG_BYTES // len(self._views)),
         )
@@ -166,7 +177,8 @@ class RankMonitor:
         elif reply.state is RankState.FAILED and view.state is not RankState.FAILED:
             error = reply.error or {}
             kind, message = describe_error(error)
-            self._fail(kind, message, rank, str(error.get("traceback", "")))
+            detail = str(error.get("traceback", ""))
+            self._fail(kind, message, rank, detail, error.get("step"))
 
     def _handle_death(self, view: RankView, answer: PollResult) -> None:
         death = answer.death or Death(FailureKind.PROCESS_DIED, "its process died")
@@ -182,7 +194,12 @@ class RankMonitor:
         self._fail(kind, message, rank)
 
     def _fail(
-        self, kind: FailureKind, message: str, rank: int | None, detail: str = ""
+        self,
+        kind: FailureKind,
+        message: str,
+        rank: int | None,
+        detail: str = "",
+        step: int | None = None,
     ) -> None:
         order = len(self.failures)
-        self.failures.append(Failure(kind, message, rank, order, detail))
+        self.failures.append(Failure(kind, message, rank, order, detail, step))

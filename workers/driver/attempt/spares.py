@@ -3,7 +3,7 @@
 Owns: when a spare is started, whether it is alive, when to give up. Must not know:
 HTTP, torch, what follows a death.
 
-Each node of the job gets one spare once there is a checkpoint to resume from. A spare
+Each node of the job gets one spare once there is something to resume from. A spare
 has imported everything, so it replaces a dead rank in a fraction of a second. Called
 between a running attempt's turns, so no call may block for long.
 """
@@ -40,9 +40,10 @@ class SparePool:
         """Replaces dead spares when it is time for a check. Raises FencedError."""
         job = self._job
         now = self._clock()
-        # Without a checkpoint an attempt starts over, so a fast replacement saves
-        # little.
-        is_enabled = job.spec.restart.standby and job.entry.last_commit > 0
+        # Without a checkpoint or copies an attempt starts over, so a fast replacement
+        # saves little.
+        has_saved = job.entry.last_commit > 0 or job.keeps_copies
+        is_enabled = job.spec.restart.standby and has_saved
         if now < self._next_check or not is_enabled:
             return
         self._next_check = now + CHECK_INTERVAL_S

@@ -4,6 +4,7 @@ Owns: the order of workers, rank map, store and start orders. Must not know: wha
 a start that fails, HTTP, torch.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from workers.decisions.failures import Failure
@@ -11,6 +12,7 @@ from workers.decisions.observations import AttemptFailed, RanksStarted, StopRequ
 from workers.decisions.placement import PlacementPlan, RankPlace
 from workers.decisions.rank_map import assign_ranks
 from workers.decisions.slot_assignment import SlotAssignment, assign_slots
+from workers.driver.attempt.copy_choice import CopyChoice
 from workers.driver.context import JobContext
 from workers.driver.journal import start_orders
 from workers.protocol.states import AttemptState, JobState
@@ -45,6 +47,7 @@ class RankStarter:
         self._job = job
         self._group = job.ports.group
         self._clock = job.ports.clock
+        self._copies = CopyChoice(job)
         self._timing: StartTiming | None = None
 
     def start(self, plan: PlacementPlan) -> RanksStarted | AttemptFailed | StopRequested:
@@ -81,11 +84,17 @@ class RankStarter:
         data = {**timing.seconds, "promoted": ranks}
         self._job.records.event("ranks.started", message, data=data)
 
-    def free_ranks(self) -> tuple[int, ...]:
+    def free_ranks(self, silent_ranks: Collection[int] = ()) -> tuple[int, ...]:
         """Makes all living ranks leave their process groups and ends those that cannot.
 
-        Returns the slots whose process can be reused.
+        Silent ranks are ended at once. Returns the slots whose process can be reused.
         """
+        # Waiting for answers of a frozen node would only delay the recovery.
+        silent_slots = []
+        for place in self._job.entry.ranks:
+            if place.rank in silent_ranks:
+                silent_slots.append(place.slot)
+        self._group.kill_slots(silent_slots)
         # All at once: a rank blocked in a collective leaves it when its peers close
         # their connections. Otherwise it would wait for the collective's timeout.
         free = self._group.leave(self._job.fence, _LEAVE_TIMEOUT_S)
@@ -132,7 +141,8 @@ class RankStarter:
         began = self._record_duration(timing, "store", began)
         # The map is journaled before any rank starts: a restarted driver must find
         # every process that may be training.
-        job.write(ranks=places, store=store)
+        copies = self._copies.confirm(places)
+        job.write(ranks=places, store=store, copies=copies)
         job.records.ranks(places)
         orders = start_orders(job.entry, plan.accelerator)
         self._group.start(job.fence, orders, _START_TIMEOUT_S, self._check_stop)
@@ -166,6 +176,8 @@ class RankStarter:
 
 def _describe_begin(job: JobContext) -> str:
     """Describes from which step the attempt starts; `megatron-ray show` prints it."""
+    if job.entry.copies is not None:
+        return f"from peer copies of step {job.entry.copies.step}"
     if job.entry.last_commit:
         return f"from checkpoint step {job.entry.last_commit}"
     return "from step 0"

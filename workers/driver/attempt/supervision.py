@@ -5,10 +5,11 @@ ended. Must not know: HTTP, torch, how workers are started.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from megatron_ray.commands import Command
 from megatron_ray.reports import PhaseReport, StepReport
+from workers.decisions.faults import drains
+from workers.decisions.faults.drains import Drain
 from workers.decisions.observations import (
     AttemptExited,
     AttemptFailed,
@@ -51,6 +52,7 @@ class Supervision:
         self._committer = CheckpointCommitter(plan, ports)
         self._has_stepped = False
         self._stop_deadline: float | None = None
+        self._drain: Drain | None = None
         self._resize_reason: str | None = None
         self._checkpoint_requests = plan.checkpoint_requests
 
@@ -78,10 +80,11 @@ class Supervision:
         if self._monitor.failures:
             return self._await_root_cause()
         self._apply_desired_state(self._ports.outbox.desired)
+        self._apply_drains()
         # Ranks that do not stop in time are killed.
         deadline = self._stop_deadline
         if deadline is not None and self._ports.clock() > deadline:
-            return RanksStopped(forced=True, resize_reason=self._resize_reason)
+            return self._stopped(forced=True)
         end = attempt_end(self._monitor.states)
         if end is None:
             return None
@@ -90,8 +93,14 @@ class Supervision:
         if self._monitor.failures:
             return self._await_root_cause()
         if isinstance(end, RanksStopped):
-            return replace(end, resize_reason=self._resize_reason)
+            return self._stopped(forced=False)
         return end
+
+    def _stopped(self, *, forced: bool) -> AttemptEnd:
+        """Returns why the ranks stopped."""
+        if self._drain is None:
+            return RanksStopped(forced=forced, resize_reason=self._resize_reason)
+        return drains.stopped_for(self._drain, forced=forced)
 
     # ---- observing
 
@@ -146,6 +155,20 @@ class Supervision:
             self._checkpoint_requests = desired.checkpoint_requests
             self._listener.checkpoint_requested(self._checkpoint_requests)
 
+    def _apply_drains(self) -> None:
+        """Has the ranks save and stop when one of their nodes is about to go."""
+        if self._stop_deadline is not None:
+            return
+        plan = self._plan
+        now = self._ports.clock()
+        deadlines = self._ports.drains.deadlines
+        self._drain = drains.find_drain(deadlines, plan.places, now, plan.grace_s)
+        if self._drain is None:
+            return
+        self._listener.draining(self._drain)
+        self._command(Command.CHECKPOINT_AND_STOP)
+        self._stop_deadline = self._drain.stop_by
+
     def _command(self, command: Command) -> None:
         """Sends a command to rank 0 alone.
 
@@ -156,6 +179,9 @@ class Supervision:
         self._ports.group.command(slot, self._plan.fence, command)
 
     def _commit(self) -> None:
+        slow = self._committer.slow()
+        if slow is not None:
+            self._listener.storage_slow(slow)
         result = self._committer.advance()
         if result is None:
             return
@@ -178,6 +204,9 @@ class Supervision:
             self._observe(_SHORT_TURN_S)
         # A checkpoint that was completed meanwhile is committed for the next attempt.
         self._finish_commits()
-        return attempt_failure(
+        failed = attempt_failure(
             self._monitor.failures, self._monitor.dead, self._monitor.ranks
         )
+        if self._drain is None:
+            return failed
+        return drains.attribute(self._drain, failed)

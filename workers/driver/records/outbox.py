@@ -185,6 +185,11 @@ class Outbox:
         with self._changed:
             return self._source(source).stored
 
+    def unstored(self, source: str) -> list[Record]:
+        """Returns the records of a source that the service has not stored, in order."""
+        with self._changed:
+            return list(self._source(source).pending)
+
     def last(self, source: str) -> int:
         """Returns the highest number of a source that is stored or pending."""
         with self._changed:

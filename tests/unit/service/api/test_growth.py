@@ -1,6 +1,8 @@
 """A cluster that an autoscaler may give nodes to: plans, the queue, what is shown."""
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -39,7 +41,7 @@ def events(service: Any, job_id: str, kind: str) -> list[Json]:
 
 
 def test_a_plan_names_the_nodes_that_must_come(
-    service: Any, spec: Json, head: Json, make_node: Callable[..., Json]
+    service: Any, spec: Json, head: Json, make_node: Callable[..., Json], tmp_path: Path
 ) -> None:
     service.agent.report(head)
     refused = service.user.post("/v1/plans", json=four_ranks(spec)).json()
@@ -56,6 +58,12 @@ def test_a_plan_names_the_nodes_that_must_come(
     service.agent.report(head, gpu_node(make_node, "n1"), node_groups=[GROUP])
     plan = service.user.post("/v1/plans", json=four_ranks(spec)).json()
     assert plan["notes"][0].startswith("fits when 1 more node of group gpu-2 is there; ")
+    path = tmp_path / "job.json"
+    path.write_text(json.dumps(four_ranks(spec)))
+    options = ["plan", str(path), "--url", service.url, "--token", USER_TOKEN]
+    result = CliRunner().invoke(app, options)
+    assert result.exit_code == 0
+    assert "today's nodes fit 2 such ranks" in result.output
     eight = {**spec, "parallel": {"tp": 2, "dp": 4, "sequence_parallel": True}}
     (problem,) = service.user.post("/v1/plans", json=eight).json()["problems"]
     assert "8 ranks, but there is room for 6" in problem["detail"]

@@ -279,6 +279,8 @@ def test_openapi_describes_the_public_routes_only(service: Any) -> None:
             "/v1/plans",
             "/v1/plans/suggest",
             "/v1/cluster",
+            "/v1/cluster/{name}/exclusions",
+            "/v1/cluster/{name}/exclusions/{node}",
             "/healthz",
             "/readyz",
             "/metrics",

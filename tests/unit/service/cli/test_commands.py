@@ -637,8 +637,28 @@ def test_attempts_and_clusters_are_listed(run: Run, service: FakeService) -> Non
     assert code == 0
     lines = out.splitlines()
     assert lines[0] == "default  agent connected, Ray 2.60.0, jobs with a driver: 1"
-    assert lines[2].split() == ["192.0.2.2", "alive", "2", "0", "-", "8.0", "GiB"]
+    assert lines[2].split() == ["192.0.2.2", "excluded", "2", "0", "-", "8.0", "GiB"]
+    assert lines[3].startswith("  192.0.2.2 (2f1d6c0b8a7e) excluded for ")
+    assert lines[3].endswith(
+        "by job-4nkjx2s7qzta: rank 3: CUDA error: uncorrectable ECC error encountered"
+    )
     assert json.loads(run("cluster", "--json", "--url", service.url)[1]) == cluster
+
+
+def test_a_node_is_excluded_and_included(run: Run, service: FakeService) -> None:
+    path = "/v1/cluster/default/exclusions"
+    service.routes[f"POST {path}"] = (200, RESPONSES["exclude_node"])
+    service.routes[f"DELETE {path}/192.0.2.2"] = (200, RESPONSES["include_node"])
+    arguments = ("192.0.2.2", "--reason", "a fan is broken", "--url", service.url)
+    code, out, _ = run("cluster", "exclude", *arguments)
+    assert code == 0
+    assert service.requests[-1][1] == {"node": "192.0.2.2", "reason": "a fan is broken"}
+    assert "192.0.2.2 (2f1d6c0b8a7e) excluded for" in out
+    code, out, _ = run("cluster", "include", "192.0.2.2", "--url", service.url)
+    assert code == 0
+    assert "excluded for" not in out
+    answer = run("cluster", "include", "192.0.2.2", "--json", "--url", service.url)[1]
+    assert json.loads(answer) == RESPONSES["include_node"]
 
 
 ENDED = {**JOB, "status": "succeeded", "progress": {"step": 20, "steps": 20}}

@@ -7,7 +7,7 @@ import pytest
 
 from workers.agent import checks
 from workers.agent.checks import StorageChecks
-from workers.decisions.growth import NODE_GROUP_LABEL
+from workers.decisions.cluster_growth import NODE_GROUP_LABEL
 from workers.protocol.wire import NodeInfo
 
 

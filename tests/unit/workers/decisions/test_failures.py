@@ -124,6 +124,149 @@ def test_classes_of_exceptions_without_a_kind(
     assert classify(type_name, message) is kind
 
 
+ECC = """CUDA error: uncorrectable ECC error encountered
+CUDA kernel errors might be asynchronously reported at some other API call, so the \
+stacktrace below might be incorrect.
+For debugging consider passing CUDA_LAUNCH_BLOCKING=1.
+Compile with `TORCH_USE_CUDA_DSA` to enable device-side assertions.
+"""
+ASSERT = """CUDA error: device-side assert triggered
+Search for `cudaErrorAssert' in https://docs.nvidia.com/cuda/ for more information.
+CUDA kernel errors might be asynchronously reported at some other API call.
+Device-side assertion tracking was not enabled by user.
+"""
+NCCL_SYSTEM = """NCCL error in: ../torch/csrc/distributed/c10d/ProcessGroupNCCL.cpp:1333, \
+unhandled system error (run with NCCL_DEBUG=INFO for details), NCCL version 2.18.6
+ncclSystemError: System call (e.g. socket, malloc) or external library call failed.
+Last error:
+socketStartConnect: Connect to 192.0.2.14<52822> failed : No route to host
+"""
+NCCL_REMOTE = """NCCL error in: /pytorch/torch/csrc/distributed/c10d/NCCLUtils.cpp:77, \
+remote process exited or there was a network error, NCCL version 2.25.1
+ncclRemoteError: A call failed possibly due to a network error or a remote process exiting \
+prematurely.
+Exception raised from checkForNCCLErrorsInternal at ProcessGroupNCCL.cpp:2501:
+C++ CapturedTraceback:
+#4 std::_Function_handler
+"""
+WATCHDOG = (
+    "[Rank 3] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=1234, "
+    "OpType=ALLREDUCE, NumelIn=4096, NumelOut=4096, Timeout(ms)=600000) ran for 600030 "
+    "milliseconds before timing out."
+)
+RECV = "Failed to recv, got 0 bytes. Connection was likely closed. Did the server crash?"
+
+
+@pytest.mark.parametrize(
+    ("type_name", "message", "kind", "sentence"),
+    [
+        (
+            "AcceleratorError",
+            ECC,
+            FailureKind.GPU,
+            "AcceleratorError: CUDA error: uncorrectable ECC error encountered",
+        ),
+        (
+            "DistBackendError",
+            "NCCL error in: NCCLUtils.cpp:77, unhandled cuda error, NCCL version 2.21.5\n"
+            "Last error:\nCuda failure 214 'uncorrectable ECC error encountered'",
+            FailureKind.GPU,
+            "DistBackendError: NCCL error in: NCCLUtils.cpp:77, unhandled cuda error, NCCL "
+            "version 2.21.5 Last error: Cuda failure 214 'uncorrectable ECC error encountered'",
+        ),
+        (
+            "RuntimeError",
+            "No CUDA GPUs are available",
+            FailureKind.GPU,
+            "RuntimeError: No CUDA GPUs are available",
+        ),
+        (
+            "RuntimeError",
+            "CUDA error: uncorrectable NVLink error detected during the execution",
+            FailureKind.GPU,
+            "RuntimeError: CUDA error: uncorrectable NVLink error detected during the "
+            "execution",
+        ),
+        (
+            "RuntimeError",
+            "Unexpected error from cudaGetDeviceCount(). Error 802: system not yet "
+            "initialized",
+            FailureKind.GPU,
+            "RuntimeError: Unexpected error from cudaGetDeviceCount(). Error 802: system not "
+            "yet initialized",
+        ),
+        (
+            "AcceleratorError",
+            ASSERT,
+            FailureKind.EXCEPTION,
+            "AcceleratorError: CUDA error: device-side assert triggered (a kernel refused its "
+            "input, such as an index out of range: a bug, not a defect of the GPU)",
+        ),
+        (
+            "AcceleratorError",
+            "CUDA error: an illegal memory access was encountered",
+            FailureKind.EXCEPTION,
+            "AcceleratorError: CUDA error: an illegal memory access was encountered",
+        ),
+        (
+            "DistBackendError",
+            NCCL_SYSTEM,
+            FailureKind.COLLATERAL,
+            "DistBackendError: NCCL error in: "
+            "../torch/csrc/distributed/c10d/ProcessGroupNCCL.cpp:1333, unhandled system error "
+            "(run with NCCL_DEBUG=INFO for details), NCCL version 2.18.6 ncclSystemError: "
+            "System call (e.g. socket, malloc) or external library call failed. Last error: "
+            "socketStartConnect: Connect to 192.0.2.14<52822> failed : No route to host",
+        ),
+        (
+            "DistBackendError",
+            NCCL_REMOTE,
+            FailureKind.COLLATERAL,
+            "DistBackendError: NCCL error in: "
+            "/pytorch/torch/csrc/distributed/c10d/NCCLUtils.cpp:77, remote process exited or "
+            "there was a network error, NCCL version 2.25.1 ncclRemoteError: A call failed "
+            "possibly due to a network error or a remote process exiting prematurely.",
+        ),
+        (
+            "DistBackendError",
+            WATCHDOG,
+            FailureKind.COLLATERAL,
+            f"DistBackendError: {WATCHDOG}",
+        ),
+        (
+            "DistNetworkError",
+            RECV,
+            FailureKind.COLLATERAL,
+            f"DistNetworkError: {RECV}",
+        ),
+        (
+            "DistBackendError",
+            "NCCL error in: NCCLUtils.cpp:77, unhandled cuda error, NCCL version 2.21.5\n"
+            "Last error:\nCuda failure 2 'out of memory'",
+            FailureKind.OOM,
+            "DistBackendError: NCCL error in: NCCLUtils.cpp:77, unhandled cuda error, NCCL "
+            "version 2.21.5 Last error: Cuda failure 2 'out of memory'",
+        ),
+        (
+            "OSError",
+            "[Errno 5] Input/output error: '/data/train.bin'",
+            FailureKind.STORAGE,
+            "OSError: [Errno 5] Input/output error: '/data/train.bin'",
+        ),
+        (
+            "OSError",
+            "[Errno 116] Stale file handle: '/data/train.bin'",
+            FailureKind.STORAGE,
+            "OSError: [Errno 116] Stale file handle: '/data/train.bin'",
+        ),
+    ],
+)
+def test_real_texts_of_cuda_nccl_and_the_kernel_have_a_kind_and_one_line(
+    type_name: str, message: str, kind: FailureKind, sentence: str
+) -> None:
+    assert describe_error({"type": type_name, "message": message}) == (kind, sentence)
+
+
 def test_an_internal_error_is_classified_by_its_text() -> None:
     assert classify("RuntimeError", "broken pipe", "internal") is FailureKind.COLLATERAL
     assert classify("SomeError", "out of memory", "internal") is FailureKind.OOM

@@ -1,6 +1,14 @@
 """When ranks count as silent or hung."""
 
-from workers.decisions.liveness import Progress, hang, silence_limit_s, silent_ranks
+import pytest
+
+from workers.decisions.liveness import (
+    Progress,
+    hang,
+    silence_limit_s,
+    silent_ranks,
+    silent_with_nodes,
+)
 
 
 def test_silence() -> None:
@@ -9,7 +17,7 @@ def test_silence() -> None:
 
 
 def test_starting_processes_may_be_silent_for_longer() -> None:
-    assert silence_limit_s(has_stepped=True) == 15.0
+    assert silence_limit_s(has_stepped=True) == 14.5
     assert silence_limit_s(has_stepped=False) == 90.0
 
 
@@ -24,3 +32,24 @@ def test_hang_waits_for_ten_of_the_longest_gaps() -> None:
         hang(930.0 + 301, progress) == "no rank reported anything for 301 s (limit 300 s)"
     )
     assert hang(10.0 + 121, Progress(10.0, 0.1, 5)) is not None
+
+
+@pytest.mark.parametrize(
+    ("answered_at", "silent"),
+    [
+        # None has reached the limit of 15 s at 100 s.
+        ({0: 99.0, 1: 87.0, 2: 99.0, 3: 99.0}, ()),
+        # The process of rank 1 alone: its neighbour has answered.
+        ({0: 99.0, 1: 84.0, 2: 99.0, 3: 99.0}, (1,)),
+        # Its whole node, whose other rank answered a little later.
+        ({0: 85.5, 1: 84.0, 2: 99.0, 3: 99.0}, (0, 1)),
+        # Ranks of other nodes count on their own.
+        ({0: 85.5, 1: 84.0, 2: 86.0, 3: 99.0}, (0, 1)),
+        ({0: 85.5, 1: 84.0, 2: 86.0, 3: 84.0}, (0, 1, 2, 3)),
+    ],
+)
+def test_ranks_of_a_frozen_node_are_silent_together(
+    answered_at: dict[int, float], silent: tuple[int, ...]
+) -> None:
+    node_of = {0: "a", 1: "a", 2: "b", 3: "b"}
+    assert silent_with_nodes(100.0, answered_at, node_of, 15.0) == silent

@@ -166,10 +166,10 @@ def specs(draw: st.DrawFn) -> JobSpec:
     clusters(), specs(), st.dictionaries(st.sampled_from(["n0", "n4"]), st.just("noisy"))
 )
 def test_ray_can_only_do_what_the_plan_allows(
-    nodes: list[NodeInfo], wanted: JobSpec, avoid: dict[str, str]
+    nodes: list[NodeInfo], asked: JobSpec, avoid: dict[str, str]
 ) -> None:
-    rules = NodeRules.of(wanted, avoid)
-    plan = plan_placement(wanted, nodes, avoid=avoid)
+    rules = NodeRules.of(asked, avoid)
+    plan = plan_placement(asked, nodes, avoid=avoid)
     allowed = {node.node_id for node in nodes if rules.allows(node)}
     assert set(plan.allowed_nodes) == allowed
     living = {node.node_id for node in nodes if node.alive}
@@ -211,7 +211,7 @@ def test_two_jobs_that_do_not_fit_together_run_one_after_the_other(
     nodes: list[NodeInfo], first: JobSpec, second: JobSpec, seed: int
 ) -> None:
     nodes = [node.model_copy(update={"free": None}) for node in nodes]
-    plans = [plan_placement(wanted, nodes) for wanted in (first, second)]
+    plans = [plan_placement(asked, nodes) for asked in (first, second)]
     both = RayScheduler(nodes, seed)
     placed = [both.place(plan) is not None for plan in plans]
     # Nothing is held by a job that waits: alone, each that is feasible gets its place.
@@ -233,22 +233,22 @@ def full(
 
 
 def test_ranks_that_share_a_sequence_get_one_bundle_where_it_is_free_now() -> None:
-    wanted = spec(2, 1, parallel={"cp": 2, "pp": 2})
-    assert plan_placement(wanted, [full("1", 4), full("2", 4)]).bundle_size == 4
+    asked = spec(2, 1, parallel={"cp": 2, "pp": 2})
+    assert plan_placement(asked, [full("1", 4), full("2", 4)]).bundle_size == 4
     # Nearness never delays a job: three free GPUs a node hold single pairs.
-    assert plan_placement(wanted, [full("1", 4, 3), full("2", 4, 3)]).bundle_size == 2
+    assert plan_placement(asked, [full("1", 4, 3), full("2", 4, 3)]).bundle_size == 2
     # Not even those are free now, so Ray gets the choice of nodes.
-    assert plan_placement(wanted, [full("1", 4, 1), full("2", 4, 1)]).bundle_size == 2
+    assert plan_placement(asked, [full("1", 4, 1), full("2", 4, 1)]).bundle_size == 2
     # What is in use is unknown.
-    assert plan_placement(wanted, [node("1", gpus=8, cpus=64)]).bundle_size == 2
+    assert plan_placement(asked, [node("1", gpus=8, cpus=64)]).bundle_size == 2
     # The bundles of an existing placement group stay as they are.
-    assert plan_placement(wanted, [full("1", 4), full("2", 4)], size=2).bundle_size == 2
+    assert plan_placement(asked, [full("1", 4), full("2", 4)], size=2).bundle_size == 2
 
 
 def test_ranks_that_share_experts_get_one_bundle() -> None:
     moe = {"num_experts": 8}
-    wanted = spec(1, 8, parallel={"ep": 4}, model={"preset": "gpt-tiny", "moe": moe})
-    plan = plan_placement(wanted, [full("1", 8), full("2", 8)])
+    asked = spec(1, 8, parallel={"ep": 4}, model={"preset": "gpt-tiny", "moe": moe})
+    plan = plan_placement(asked, [full("1", 8), full("2", 8)])
     assert [bundle.slots for bundle in plan.bundles] == [(0, 1, 2, 3), (4, 5, 6, 7)]
 
 
@@ -295,9 +295,9 @@ def test_a_plan_of_16384_ranks_takes_less_than_a_second() -> None:
             "free": {"CPU": 64.0, "GPU": 8.0},
         }
         nodes.append(NodeInfo.model_validate(fields))
-    wanted = spec(4, 256, parallel={"cp": 2, "pp": 8}, nodes={"exclude": ["10.9.9.9"]})
+    asked = spec(4, 256, parallel={"cp": 2, "pp": 8}, nodes={"exclude": ["10.9.9.9"]})
     began = time.process_time()
-    plan = plan_placement(wanted, nodes)
+    plan = plan_placement(asked, nodes)
     planned_s = time.process_time() - began
     assert (len(plan.bundles), plan.bundle_size) == (2048, 8)
     assert planned_s < 1

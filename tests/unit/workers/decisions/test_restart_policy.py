@@ -104,3 +104,38 @@ def test_crash_loop_guard(before: tuple[int, ...], commit: int, retry: bool) -> 
             f"3 attempts failed without a checkpoint beyond step {commit}"
             in decision.message
         )
+
+
+def test_the_same_error_after_the_same_step_ends_the_job() -> None:
+    error = Failure(FailureKind.EXCEPTION, "IndexError: 300", 1, step=7)
+    first = decide(error, policy=RestartConfig(max_failures=100))
+    assert first.retry
+    second = decide(error, first.history, policy=RestartConfig(max_failures=100))
+    assert not second.retry
+    assert second.reason is StatusReason.NO_PROGRESS
+    assert second.message == (
+        "rank 1: IndexError: 300 (the same error after step 7 as before)"
+    )
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        Failure(FailureKind.EXCEPTION, "IndexError: 300", 1, step=8),
+        Failure(FailureKind.EXCEPTION, "IndexError: 301", 1, step=7),
+        Failure(FailureKind.EXCEPTION, "IndexError: 300", 1),
+        Failure(FailureKind.PROCESS_DIED, "IndexError: 300", 1, step=7),
+    ],
+)
+def test_other_errors_are_tried_again(other: Failure) -> None:
+    history = RestartHistory(failures=1, last_error="step 7: IndexError: 300")
+    decision = decide(other, history, commit=5, policy=RestartConfig(max_failures=100))
+    assert decision.retry
+
+
+def test_a_preemption_in_between_does_not_hide_a_repeated_error() -> None:
+    error = Failure(FailureKind.EXCEPTION, "IndexError: 300", 1, step=7)
+    preempted = decide(
+        Failure(FailureKind.PREEMPTED, "node drained"), decide(error).history
+    )
+    assert not decide(error, preempted.history).retry

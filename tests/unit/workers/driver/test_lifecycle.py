@@ -287,3 +287,27 @@ def test_a_full_disk_is_one_failure_with_its_remedy(
     ending = final_state(control_plane)
     assert (ending["state"], ending["reason"]) == ("failed", "storage_error")
     assert "free some space there, or lower checkpoint.keep_last" in ending["message"]
+
+
+def test_a_rank_that_does_not_write_its_part_is_an_event(
+    control_plane: FakeControlPlane, cluster: FakeCluster
+) -> None:
+    cluster.save_every = 3
+    cluster.steps = 8
+
+    def on_step(process: FakeProcess) -> None:
+        # Rank 1 writes its part of step 3 long after rank 0.
+        if process.step == 2 and process.slot == 1:
+            process.late_turns = 400
+
+    cluster.on_step = on_step
+    run(control_plane, cluster)
+    assert control_plane.state is JobState.SUCCEEDED
+    # The fake ranks do not wait for each other, so later steps are late too: once each.
+    event = control_plane.events("storage.slow")[0]
+    assert event.data["level"] == "warn"
+    assert event.data["message"] == (
+        "the storage is slow: 60 s after other ranks, these have not written their part of "
+        "the checkpoint of step 3: 1"
+    )
+    assert len(control_plane.events("storage.slow")) == 3

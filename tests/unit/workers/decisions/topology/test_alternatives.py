@@ -51,19 +51,19 @@ LAYOUTS = [
 def test_the_nearest_layout_is_named(
     parallel: dict[str, object], nodes: list[NodeInfo], layout: str | None
 ) -> None:
-    wanted = spec(parallel)
-    assert nearest_layout(wanted, nodes, demand(wanted.parallel.tp)) == layout
+    asked = spec(parallel)
+    assert nearest_layout(asked, nodes, demand(asked.parallel.tp)) == layout
 
 
 def test_what_is_refused_for_other_reasons_is_not_named() -> None:
-    wanted = spec({"tp": 8, "dp": 2})
+    asked = spec({"tp": 8, "dp": 2})
     nodes = cluster(4, 4, 4, 4)
 
     def is_allowed(candidate: JobSpec) -> bool:
         return candidate.parallel.pp > 1
 
     # A longer pipeline keeps the weights of a rank as many as they were.
-    assert nearest_layout(wanted, nodes, demand(8), is_allowed) == "tp=4, pp=2"
+    assert nearest_layout(asked, nodes, demand(8), is_allowed) == "tp=4, pp=2"
     # A batch that three replicas cannot share.
     assert nearest_layout(spec({"dp": 4}, batch=4), cluster(3), demand(1)) == "dp=2"
 

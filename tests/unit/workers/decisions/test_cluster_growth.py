@@ -1,6 +1,6 @@
 """Which nodes an autoscaler may still give to a cluster."""
 
-from workers.decisions.growth import (
+from workers.decisions.cluster_growth import (
     NODE_GROUP_LABEL,
     describe_nodes,
     group_of,

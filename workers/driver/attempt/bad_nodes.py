@@ -1,0 +1,50 @@
+"""Keeps a job's attempts away from nodes that failures speak against.
+
+Owns: the journal's list for the next attempt, and the event by which the service adds a
+node to the cluster's list. Must not know: which failures do so (`decisions.exclusions`).
+"""
+
+from collections.abc import Mapping, Sequence
+
+from workers.decisions.faults.exclusions import BadNode
+from workers.decisions.placement import plan_placement
+from workers.driver.context import JobContext
+
+
+def avoid_nodes(job: JobContext, bad: Sequence[BadNode]) -> None:
+    """Has the next attempt avoid nodes, unless the job fits on no others."""
+    # An elastic job goes on without a silent node, in the processes that are left.
+    if job.spec.elastic is not None:
+        bad = [node for node in bad if node.is_listed]
+    if not bad:
+        return
+    avoid = dict(job.entry.avoid)
+    for node in bad:
+        avoid[node.node_id] = node.reason
+    # A job that needs the node is better off with an attempt there than with none.
+    if not _fits_without(job, avoid):
+        return
+    job.write(avoid=avoid)
+    for node in bad:
+        if node.is_listed:
+            _record(job, node)
+
+
+def _fits_without(job: JobContext, avoid: Mapping[str, str]) -> bool:
+    plan = plan_placement(
+        job.spec,
+        job.ports.read_nodes(),
+        job.entry.accelerator,
+        size=job.entry.bundle_size,
+        avoid={**job.avoided_nodes, **avoid},
+    )
+    return plan.is_feasible
+
+
+def _record(job: JobContext, node: BadNode) -> None:
+    message = (
+        f"node {node.address} is excluded until `megatron-ray cluster include "
+        f"{node.node_id[:12]}`: {node.reason}"
+    )
+    data = {"node_id": node.node_id, "address": node.address, "reason": node.reason}
+    job.records.event("node.excluded", message, "warn", data)
