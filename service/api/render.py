@@ -256,9 +256,9 @@ def _reported(row: ClusterRow | None) -> dict[str, Any]:
         fields[name] = getattr(report, name)
     fields["reported_at"] = utc_or_none(row.reported_at)
     fields["nodes"] = [_node(node) for node in report.nodes]
-    fields["node_groups"] = [
-        NodeGroup(**group.model_dump()) for group in report.node_groups
-    ]
+    fields["node_groups"] = []
+    for group in report.node_groups:
+        fields["node_groups"].append(NodeGroup(**group.model_dump()))
     fields["drivers"] = [Driver(**driver.model_dump()) for driver in report.drivers]
     fields["orphans"] = list(report.orphans)
     return fields

@@ -51,6 +51,7 @@ class ClusterCapacity:
     """
 
     def __init__(self, nodes: Sequence[NodeInfo], groups: Sequence[NodeGroup] = ()) -> None:
+        # Those that are there come first.
         self._nodes: list[FreeNode] = []
         for node in nodes:
             if is_usable(node):
@@ -130,7 +131,8 @@ class ClusterCapacity:
         Empty for a job that does not fit at all.
         """
         trial = ClusterCapacity(())
-        trial._nodes = [FreeNode(node.node, dict(node.free)) for node in self._nodes]
+        for node in self._nodes:
+            trial._nodes.append(FreeNode(node.node, dict(node.free)))
         trial._new = self._new
         counts: Counter[str] = Counter()
         for node_id in trial._take(request) or ():
@@ -163,7 +165,7 @@ class ClusterCapacity:
         present = self._present()
         if not self._new:
             return room.reserve(present, demand, shape, islands)
-        to_come = [node for node in self._nodes if node.node.node_id in self._new]
+        to_come = self._nodes[len(present) :]
         # Nodes that are there first; of the others as few as possible.
         first = min(islands, room.max_islands(present, demand, shape))
         if first + room.max_islands(to_come, demand, shape) < islands:
@@ -175,7 +177,11 @@ class ClusterCapacity:
         return ranks
 
     def _present(self) -> list[FreeNode]:
-        return [node for node in self._nodes if node.node.node_id not in self._new]
+        present = []
+        for node in self._nodes:
+            if node.node.node_id not in self._new:
+                present.append(node)
+        return present
 
     def _shape(self, demand: Demand) -> Shape:
         # As on the empty cluster: what is in use changes nothing about how islands lie.
@@ -195,18 +201,21 @@ def _shares(
     # Islands of a domain lie on several nodes, which are taken together.
     if shape.domain_label is not None:
         return [(list(nodes), islands)]
-    rooms = [(room.max_islands([node], demand, shape), node) for node in nodes]
-    rooms.sort(key=lambda item: -item[0])
+    sizes = {}
+    for node in nodes:
+        sizes[node.node.node_id] = room.max_islands([node], demand, shape)
+    largest_first = sorted(nodes, key=lambda node: -sizes[node.node.node_id])
     shares = []
-    for index, (size, node) in enumerate(rooms):
+    for index, node in enumerate(largest_first):
         if islands == 0:
             break
-        if size > islands:
-            large_enough = [item for item in rooms[index:] if item[0] >= islands]
-            size = islands
-            node = large_enough[-1][1]
-        shares.append(([node], size))
-        islands -= size
+        if sizes[node.node.node_id] > islands:
+            for smaller in largest_first[index:]:
+                if sizes[smaller.node.node_id] >= islands:
+                    node = smaller
+        share = min(islands, sizes[node.node.node_id])
+        shares.append(([node], share))
+        islands -= share
     return shares
 
 

@@ -46,8 +46,9 @@ def read_node_groups(path: Path) -> tuple[NodeGroup, ...]:
         groups = _GROUPS.validate_python(values)
     except ValidationError as error:
         problems = problems_from_pydantic(error.errors(), values, model=_ListedGroup)
-        parts = [f"{problem.pointer} {problem.detail}" for problem in problems]
-        raise NodeGroupsError(f"the node groups in {path}: {'; '.join(parts)}") from error
+        first = problems[0]
+        message = f"the node groups in {path}: {first.pointer} {first.detail}"
+        raise NodeGroupsError(message) from error
     names = set()
     for group in groups:
         if group.name in names:

@@ -343,7 +343,9 @@ def credentials(names: Sequence[str]) -> Iterator[None]:
     Raises CredentialsError.
     """
     variables = _credential_variables(names)
-    before = {name: os.environ.get(name) for name in variables}
+    before = {}
+    for name in variables:
+        before[name] = os.environ.get(name)
     os.environ.update(variables)
     try:
         yield

@@ -178,7 +178,7 @@ def _print_plan(answer: Json) -> None:
     _print_time(answer)
     if answer.get("room") is not None:
         holder = "the cluster fits"
-        # A note says which nodes have to come.
+        # A note names the nodes that have to come.
         if answer.get("new_nodes"):
             holder = "today's nodes fit"
         out.print(f"{holder} {answer['room']} such ranks")

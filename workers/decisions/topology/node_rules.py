@@ -197,7 +197,7 @@ def _image_condition(nodes: Sequence[NodeInfo], rules: NodeRules) -> dict[str, s
         return {}
     if rules.image != DEFAULT_IMAGE:
         return {IMAGE_LABEL: rules.image}
-    others = {_image_of(node) for node in nodes} - {DEFAULT_IMAGE}
+    others = set(map(_image_of, nodes)) - {DEFAULT_IMAGE}
     if not others:
         return {}
     # Most nodes carry no such label at all, which this condition allows.
