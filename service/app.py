@@ -27,6 +27,7 @@ from service.api import (
     metrics,
     plans,
 )
+from service.api.diagnoses import routes as diagnoses
 from service.api.models import ProblemDocument, StreamEnd, StreamMetrics
 from service.http import errors, idempotency, openapi
 from service.http.auth import Authenticator
@@ -49,6 +50,7 @@ _ROUTERS = (
     metrics.router,
     logs.router,
     checkpoints.router,
+    diagnoses.router,
     cluster.router,
     health.router,
     internal.router,
@@ -56,7 +58,7 @@ _ROUTERS = (
 _TAGS = {
     "jobs": "Create, list, cancel, pause, resume and delete jobs.",
     "plans": "How a job would run, and which layouts fit. Nothing is started.",
-    "history": "What a job has done: events, metrics, logs, attempts, checkpoints.",
+    "history": "What a job has done: events, metrics, logs, attempts, checkpoints, diagnoses.",
     "clusters": "The Ray clusters that jobs run on.",
     "health": "The service itself.",
 }

@@ -167,6 +167,14 @@ class Client:
         """Requests a checkpoint of a running job now, and returns the job."""
         return self._post(f"/v1/jobs/{job_id}/checkpoint")
 
+    def request_diagnosis(self, job_id: str) -> Json:
+        """Requests that all ranks are examined now, and returns the job."""
+        return self._post(f"/v1/jobs/{job_id}/diagnosis")
+
+    def diagnosis(self, job_id: str) -> Json:
+        """Returns the newest diagnosis of a job."""
+        return self._object("GET", f"/v1/jobs/{job_id}/diagnosis")
+
     def delete(self, job_id: str) -> None:
         """Deletes an ended job and its history; its files stay."""
         request = self._http.build_request("DELETE", f"/v1/jobs/{job_id}")

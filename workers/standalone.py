@@ -29,6 +29,7 @@ from workers.announcements import Announcements
 from workers.data_tasks import prepare_data
 from workers.decisions.planned_exit import reached_limit
 from workers.exceptions import WorkersError
+from workers.hang_watch import HangWatch
 from workers.job_file import read_spec
 from workers.protocol.job import JobSpec
 from workers.protocol.spec_warnings import spec_warnings
@@ -280,7 +281,12 @@ class RankRun:
     def _train_and_commit(
         self, request: StartRequest, committer: StoreCommitter, signals: StopSignals
     ) -> str:
+        watch = HangWatch(
+            self._env.rank, self._spec.restart.hang_timeout_s, sys.stderr.write
+        )
+
         def report(item: Report) -> None:
+            watch.advanced(item)
             self._write_report(item)
             if isinstance(item, SkippedStepReport):
                 self._notify(f"warning: {item.message}")
@@ -288,7 +294,8 @@ class RankRun:
             self._listener(item)
 
         try:
-            outcome = train(request, report, signals.command)
+            with watch:
+                outcome = train(request, report, signals.command)
         except BaseException:
             committer.rank_failed()
             raise

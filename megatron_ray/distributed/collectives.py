@@ -1,6 +1,7 @@
 """Wraps the collectives of torch.distributed with types.
 
-Owns: names of collectives in torch's versions. Must not know: axes, layers, buckets.
+Owns: names of collectives in torch's versions, and that each is in the process's record
+(`recording`). Must not know: axes, layers, buckets.
 
 The group is always an argument; `None` is a group of one rank, for which every
 collective is the identity. The handle of `start_...` must be waited for before the
@@ -14,6 +15,8 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from megatron_ray.distributed.recording import enter, enter_message
 
 Group = dist.ProcessGroup | None
 _set_timeout = dist.distributed_c10d._set_pg_timeout
@@ -185,9 +188,12 @@ def start_all_reduce(
     """Starts a sum (or maximum) of a contiguous tensor, in place."""
     if group is None:
         return DONE
+    entry = enter("all_reduce", group)
     if tensor.device.type == "cpu" and group.size() == 2:
-        return _start_pair_reduction(tensor, group, op)
-    return dist.all_reduce(tensor, op=op, group=group, async_op=True)  # type: ignore[no-any-return]
+        entry.work = _start_pair_reduction(tensor, group, op)
+    else:
+        entry.work = dist.all_reduce(tensor, op=op, group=group, async_op=True)
+    return entry
 
 
 def reduce_scatter_rows(tensor: Tensor, group: Group) -> Tensor:
@@ -212,9 +218,12 @@ def start_reduce_scatter_into(shard: Tensor, tensor: Tensor, group: Group) -> Pe
     """
     if group is None:
         return DONE
+    entry = enter("reduce_scatter", group)
     if tensor.device.type == "cpu":
-        return _start_direct_reduce_scatter(shard, tensor, group)
-    return _reduce_scatter(shard, tensor, group=group, async_op=True)  # type: ignore[no-any-return]
+        entry.work = _start_direct_reduce_scatter(shard, tensor, group)
+    else:
+        entry.work = _reduce_scatter(shard, tensor, group=group, async_op=True)
+    return entry
 
 
 def reduce_scatter_uneven_rows(tensor: Tensor, rows: Sequence[int], group: Group) -> Tensor:
@@ -255,12 +264,15 @@ def start_all_gather_into(output: Tensor, shard: Tensor, group: Group) -> Pendin
     """
     if group is None:
         return DONE
+    entry = enter("all_gather", group)
     if shard.device.type == "cpu":
         parts = output.view(group.size(), *shard.shape)
         if parts[group.rank()].data_ptr() != shard.data_ptr():
             parts[group.rank()].copy_(shard)
-        return _start_messages([shard] * group.size(), list(parts), group)
-    return _all_gather(output, shard, group=group, async_op=True)  # type: ignore[no-any-return]
+        entry.work = _start_messages([shard] * group.size(), list(parts), group)
+    else:
+        entry.work = _all_gather(output, shard, group=group, async_op=True)
+    return entry
 
 
 def all_gather_uneven_rows(tensor: Tensor, rows: Sequence[int], group: Group) -> Tensor:
@@ -301,14 +313,18 @@ def start_send(tensor: Tensor, to: int, group: Group) -> Pending:
     """
     if group is None:
         raise ValueError("a group of one rank has no receiver")
-    return dist.isend(tensor, group=group, group_dst=to)  # type: ignore[return-value]
+    entry = enter_message("send", group, to, is_send=True)
+    entry.work = dist.isend(tensor, group=group, group_dst=to)
+    return entry
 
 
 def start_receive(tensor: Tensor, sender: int, group: Group) -> Pending:
     """Starts receiving from a rank of the group into `tensor`."""
     if group is None:
         raise ValueError("a group of one rank has no sender")
-    return dist.irecv(tensor, group=group, group_src=sender)  # type: ignore[return-value]
+    entry = enter_message("receive", group, sender, is_send=False)
+    entry.work = dist.irecv(tensor, group=group, group_src=sender)
+    return entry
 
 
 def start_exchange(
@@ -321,14 +337,19 @@ def start_exchange(
     if group is None:
         incoming.copy_(outgoing)
         return DONE
+    # All ranks of a ring exchange, so it counts as a collective.
+    entry = enter("exchange", group)
     if outgoing.device.type != "cuda":
         # gloo buffers sends, so two separate operations cannot deadlock.
         sent = dist.isend(outgoing, group=group, group_dst=to)
-        return _JointPending([sent, dist.irecv(incoming, group=group, group_src=sender)])  # type: ignore[list-item]
+        received = dist.irecv(incoming, group=group, group_src=sender)
+        entry.work = _JointPending([sent, received])  # type: ignore[list-item]
+        return entry
     # Without a batch, two sends that wait for each other would deadlock in NCCL.
     sending = dist.P2POp(dist.isend, outgoing, group=group, group_peer=to)
     receiving = dist.P2POp(dist.irecv, incoming, group=group, group_peer=sender)
-    return _JointPending(dist.batch_isend_irecv([sending, receiving]))
+    entry.work = _JointPending(dist.batch_isend_irecv([sending, receiving]))
+    return entry
 
 
 def all_to_all_rows(
@@ -349,14 +370,17 @@ def all_to_all_rows(
     received = torch.empty(
         (num_rows, *tensor.shape[1:]), dtype=tensor.dtype, device=tensor.device
     )
+    entry = enter("all_to_all", group)
     # torch takes lists, or None for equal parts.
-    dist.all_to_all_single(
+    entry.work = dist.all_to_all_single(
         received,
         tensor.contiguous(),
         None if receive is None else list(receive),
         None if send is None else list(send),
         group=group,
+        async_op=True,
     )
+    entry.wait()
     return received
 
 

@@ -6,7 +6,7 @@ The mesh is always passed as an argument, because a wrong global group would sil
 produce wrong numbers.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from datetime import timedelta
 from typing import Any
@@ -17,6 +17,7 @@ import torch.distributed as dist
 from megatron_ray.distributed import collectives, device
 from megatron_ray.distributed.collectives import Group
 from megatron_ray.distributed.device_kind import DeviceKind
+from megatron_ray.distributed.recording import name_groups
 from megatron_ray.parallel_dims import ParallelDims
 
 
@@ -124,6 +125,7 @@ class ParallelMesh:
                 dims.experts.group_of(rank, ("edp",)), "edp"
             ),
         }
+        name_groups(_axis_names(groups, cp_levels))
         # Each group once, as axes may share a group, in the same order on all ranks.
         for group in dict.fromkeys((*groups.values(), *cp_levels)):
             collectives.barrier(group, torch_device)
@@ -169,6 +171,19 @@ class ParallelMesh:
     def cp_rank(self) -> int:
         """Index along cp."""
         return collectives.rank(self.cp_group)
+
+
+def _axis_names(
+    groups: Mapping[str, Group], cp_levels: Sequence[Group]
+) -> dict[str, Group]:
+    """Returns the groups by the names that messages use, the plainest first."""
+    names: dict[str, Group] = {}
+    # A group of several axes is best known by one of the first.
+    for field in ("tp_group", "pp_group", "cp_group", "dp_group", "ep_group", *groups):
+        names[field.removesuffix("_group")] = groups[field]
+    for level, group in enumerate(cp_levels):
+        names[f"cp level {level}"] = group
+    return names
 
 
 _AXES = {

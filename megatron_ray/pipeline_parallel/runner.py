@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron_ray.distributed import collectives
+from megatron_ray.distributed.activity import PROCESS
 from megatron_ray.distributed.collectives import Group, Pending
 from megatron_ray.ops.backward import Backward
 from megatron_ray.pipeline_parallel.schedules.actions import Action, Op, Order, StageMap
@@ -133,6 +134,7 @@ class PipelineRunner:
         """
         self._state = _StepState()
         for action in self._actions:
+            PROCESS.microbatch = action.microbatch
             self._handlers[action.op](action)
             if self._on_action is not None:
                 self._on_action(action)

@@ -9,6 +9,7 @@ from typing import Literal
 
 from megatron_ray.commands import Command, votes_for
 from megatron_ray.config.training import TrainingConfig
+from megatron_ray.distributed.activity import PROCESS
 from megatron_ray.models.batch import Batch
 from megatron_ray.optimizer.finalize_grads import scale_and_clip
 from megatron_ray.optimizer.lr_schedule import learning_rate
@@ -61,6 +62,7 @@ def train(
         if saves or copies or command.saves:
             # Non-finite weights must never be saved, so the numbers of all previous steps
             # are read first, although the host waits for the device here.
+            PROCESS.phase = "checkpoint"
             command = max(command, _take(components, reporter, in_flight.pop_all()))
             progress = progress.with_skipped(reporter.skipped)
             if saves or command.saves:
@@ -84,10 +86,13 @@ def _train_step(
 ) -> tuple[StepSums, float]:
     """Launches one step; returns its sums, still on the device, and its learning rate."""
     config = components.config
+    PROCESS.phase = "data"
     batches = components.loader.step(progress.consumed_samples)
     timer.mark("data")
+    PROCESS.phase = "forward_backward"
     loss_sum = forward_backward(components.model, components.mesh, batches)
     timer.mark("forward_backward")
+    PROCESS.phase = "reduce"
     # Every rank votes for its received command. The votes are reduced with the step's
     # numbers, so all ranks act on the same command at the same boundary.
     sums = reduce_step(
@@ -100,12 +105,14 @@ def _train_step(
         _skip_rule(config.training, progress.step + 1),
     )
     timer.mark("reduce")
+    PROCESS.phase = "optimizer"
     lr = learning_rate(
         progress.step + 1, config.optimizer, config.schedule, config.training.num_steps
     )
     scale_and_clip(components.optimizer, sums, config.optimizer.clip_grad_norm)
     components.optimizer.step(lr, sums.skip)
     timer.mark("optimizer")
+    PROCESS.phase = "reports"
     return sums, lr
 
 
@@ -127,6 +134,7 @@ def _evaluate(
     """Reports the loss on the validation split, if any."""
     if components.evaluation is None:
         return
+    PROCESS.phase = "evaluation"
     report(
         evaluate(
             components.model,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_ray.distributed import collectives
+from megatron_ray.distributed.activity import PROCESS
 from megatron_ray.distributed.mesh import ParallelMesh
 from megatron_ray.models.batch import Batch
 from megatron_ray.models.forward_context import ForwardMode
@@ -36,6 +37,7 @@ def forward_backward(
         )
     total: Tensor | None = None
     for index, batch in enumerate(batches):
+        PROCESS.microbatch = index
         # A parameter's reduction starts as soon as its last gradient is complete, so the
         # sink must know which microbatch is the last.
         model.sink.begin_microbatch(last=index == len(batches) - 1)

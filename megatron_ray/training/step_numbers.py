@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megatron_ray.commands import Command, all_sent, strongest_voted
 from megatron_ray.distributed import device
+from megatron_ray.distributed.activity import DEVICE, PROCESS, Operation
 from megatron_ray.optimizer.step_sums import NUM_FIXED, StepSums
 from megatron_ray.training.progress import Progress
 from megatron_ray.training.step_timer import StepTimes
@@ -120,7 +121,10 @@ def start_copy_to_host(values: Tensor) -> Callable[[], list[float]]:
     copied.record()
 
     def read() -> list[float]:
+        # A hung collective of NCCL stops the host here.
+        started = PROCESS.begin_wait(Operation.of(DEVICE))
         copied.synchronize()
+        PROCESS.end_wait(started)
         numbers: list[float] = host.tolist()
         return numbers
 

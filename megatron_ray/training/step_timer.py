@@ -1,10 +1,12 @@
 """Measures the wall time of a step and of its parts.
 
-Owns: the loop's clock.
+Owns: the loop's clock; it also adds this rank's own time to the process's record.
 """
 
 import time
 from dataclasses import dataclass
+
+from megatron_ray.distributed.activity import PROCESS
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,7 @@ class StepTimer:
         self._step_start = now
         self._part_start = now
         self._parts_s: dict[str, float] = {}
+        self._waited_s = PROCESS.waited_s
 
     def mark(self, part: str) -> None:
         """Ends a part of the step."""
@@ -38,7 +41,9 @@ class StepTimer:
     def finish(self) -> StepTimes:
         """Ends the step and starts the next one; returns the times since the last end."""
         now = time.perf_counter()
-        times = StepTimes(now - self._step_start, self._parts_s)
+        total_s = now - self._step_start
+        times = StepTimes(total_s, self._parts_s)
+        PROCESS.add_step(total_s, total_s - (PROCESS.waited_s - self._waited_s))
         self._start(now)
         return times
 
@@ -50,3 +55,4 @@ class StepTimer:
         self._step_start = now
         self._part_start = now
         self._parts_s = {}
+        self._waited_s = PROCESS.waited_s

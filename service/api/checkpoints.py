@@ -12,6 +12,8 @@ from service.api.models import Attempt, Checkpoint, JobId, Page, RankPlacement
 from service.http.dependencies import ContextDep
 from service.http.parameters import WRITTEN_NUMBER, check_query
 from service.jobs import lifecycle
+from service.jobs.reports import slow_ranks
+from service.jobs.reports.slow_ranks import SlowRank
 from service.store.schema import AttemptRow, CheckpointRow
 from workers.protocol.states import JobState
 
@@ -60,7 +62,7 @@ def list_ranks(
         Query(description="Attempt. Default: newest."),
     ] = None,
 ) -> Response:
-    """Lists where each rank runs.
+    """Lists where each rank runs, and which are slower than their peers.
 
     The list is empty before the ranks are placed.
     """
@@ -68,13 +70,16 @@ def list_ranks(
         job = lifecycle.find(session, job_id)
         # Attempt 0 does not exist: before the first one the row is None.
         row = session.get(AttemptRow, (job.number, attempt or job.attempt))
+        slow: dict[int, SlowRank] = {}
+        if row is not None:
+            slow = slow_ranks.of_attempt(session, job, row.attempt)
         dashboard_url = None
         # The files are deleted at the job's end.
         if not JobState(job.status).is_terminal:
             dashboard_url = render.dashboard_url(session, job.cluster)
     ranks: list[dict[str, Any]] = []
     if row is not None:
-        ranks = row.ranks
+        ranks = render.ranks(row.ranks, slow)
         if dashboard_url is not None:
             ranks = render.with_log_urls(ranks, dashboard_url, job_id, row.attempt)
     elif attempt is not None:

@@ -242,6 +242,29 @@ RESPONSES: dict[str, Any] = {
         },
         id_of="rank",
     ),
+    "diagnose_job": _JOB,
+    "get_diagnosis": {
+        "object": "job.diagnosis",
+        "id": f"{_JOB_ID}.14",
+        "job_id": _JOB_ID,
+        "attempt": 1,
+        "created_at": _AT,
+        "trigger": "hang",
+        "reason": "rank 1 has not entered all_reduce 812 of tp, in which rank 0 has waited for "
+        "12 s; it reads data in IndexedCorpus.read (megatron_ray/data/indexed.py:88)",
+        "confidence": "high",
+        "quiet_s": 12.1,
+        "culprits": [{"rank": 1, "address": "192.0.2.2", "pid": 23685}],
+        "num_ranks": 2,
+        "num_silent": 0,
+        "ranks": [],
+        "stacks": [
+            {
+                "ranks": [1],
+                "lines": ["IndexedCorpus.read (megatron_ray/data/indexed.py:88)"],
+            }
+        ],
+    },
     "create_plan": {
         "object": "plan",
         "resolved_spec": SPEC,

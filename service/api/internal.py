@@ -296,6 +296,7 @@ def _desired(
         token=context.auth.job_token(job.id),
         final_checkpoint=job.final_checkpoint,
         checkpoint_requests=job.checkpoint_requests,
+        diagnosis_requests=job.diagnosis_requests,
         resumes=job.resumes,
         **(about_cluster or {}),
     )

@@ -196,7 +196,7 @@ def cancel_job(
     def cancel(session: Session, job: JobRow) -> None:
         queue.cancel_all(session, [job.id], final_checkpoint=options.checkpoint)
 
-    return _change(context, job_id, repeatable, cancel)
+    return change_job(context, job_id, repeatable, cancel)
 
 
 @router.post(
@@ -218,7 +218,7 @@ def pause_job(
     path = f"/v1/jobs/{job_id}/pause"
     repeatable = IdempotentRequest.of(key, caller.token_id, path, options.model_dump())
     pause = partial(pausing.pause, reason=StatusReason(options.reason))
-    return _change(context, job_id, repeatable, pause)
+    return change_job(context, job_id, repeatable, pause)
 
 
 @router.post(
@@ -257,7 +257,7 @@ async def resume_job(
         session.flush()
         queue.admit_jobs(session, lifecycle.lock_cluster(session, job.cluster))
 
-    return await run_in_threadpool(_change, context, job_id, repeatable, resume)
+    return await run_in_threadpool(change_job, context, job_id, repeatable, resume)
 
 
 @router.post(
@@ -277,7 +277,7 @@ def resize_job(
     """
     path = f"/v1/jobs/{job_id}/resize"
     repeatable = IdempotentRequest.of(key, caller.token_id, path, body.model_dump())
-    return _change(context, job_id, repeatable, partial(resizing.resize, dp=body.dp))
+    return change_job(context, job_id, repeatable, partial(resizing.resize, dp=body.dp))
 
 
 @router.post(
@@ -292,7 +292,7 @@ def checkpoint_job(
     """
     path = f"/v1/jobs/{job_id}/checkpoint"
     repeatable = IdempotentRequest.of(key, caller.token_id, path, None)
-    return _change(context, job_id, repeatable, lifecycle.request_checkpoint)
+    return change_job(context, job_id, repeatable, lifecycle.request_checkpoint)
 
 
 @router.delete("/jobs/{job_id}", status_code=204, responses={409: {}})
@@ -376,7 +376,7 @@ def _answer(
     return JSONResponse(response.body, status_code=response.status, headers=sent)
 
 
-def _change(
+def change_job(
     context: Context,
     job_id: str,
     repeatable: IdempotentRequest,

@@ -289,6 +289,15 @@ class MetricsRow(Body):
     """Validation loss after the step, in nats per token; null where nothing was evaluated."""
 
 
+class RankSlowness(Body):
+    """How much slower a rank is than its peers."""
+
+    ratio: float | None
+    """Its own seconds per step, without waits, over the median of its pipeline stage."""
+    since: datetime
+    """When this was first reported."""
+
+
 class RankPlacement(Body):
     """Where one rank runs."""
 
@@ -309,6 +318,8 @@ class RankPlacement(Body):
     """Id of the process on its node."""
     coordinates: dict[str, int] = {}
     """Index of the rank along each parallel axis."""
+    slow: RankSlowness | None = None
+    """Set while the rank is slower than its peers, which wait for it."""
     log_url: str | None = None
     """Page of Ray's dashboard with the rank's log on its node, while the job runs and its
     cluster has a dashboard."""

@@ -38,6 +38,7 @@ from service.exceptions import NotFoundError
 from service.http.errors import problem_document
 from service.jobs.agents import Agents
 from service.jobs.queue import Cancelled
+from service.jobs.reports.slow_ranks import SlowRank
 from service.store import node_exclusions
 from service.store.schema import (
     AttemptRow,
@@ -127,19 +128,19 @@ def _shown_spec(spec: dict[str, Any]) -> dict[str, Any]:
     for name, value in spec.items():
         # Labels are the user's own texts, and no paths.
         if name != "metadata":
-            value = _redacted(value)
+            value = redacted_json(value)
         shown[name] = value
     return shown
 
 
-def _redacted(value: Any) -> Any:
+def redacted_json(value: Any) -> Any:
     """Returns nested values whose texts have no secret of a URI in them."""
     if isinstance(value, str):
         return redacted(value)
     if isinstance(value, dict):
-        return {key: _redacted(item) for key, item in value.items()}
+        return {key: redacted_json(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_redacted(item) for item in value]
+        return [redacted_json(item) for item in value]
     return value
 
 
@@ -176,7 +177,7 @@ def _event(job_id: str, row: EventRow) -> Event:
         level=EventLevel(row.level),
         type=row.type,
         message=redacted(row.message),
-        data=_redacted(row.data),
+        data=redacted_json(row.data),
         ranks=row.ranks,
         actor=row.actor,
     )
@@ -205,6 +206,21 @@ def checkpoint(row: CheckpointRow) -> Checkpoint:
         bytes=row.bytes,
         loss=row.loss,
     )
+
+
+def ranks(rows: Sequence[Mapping[str, Any]], slow: Mapping[int, SlowRank]) -> list[Any]:
+    """Returns a rank map as the driver reported it, with the ranks that are slow now."""
+    if not slow:
+        return list(rows)
+    shown = []
+    for row in rows:
+        rank = slow.get(row.get("rank", -1))
+        if rank is None:
+            shown.append(row)
+        else:
+            state = {"ratio": rank.ratio, "since": utc(rank.since).isoformat()}
+            shown.append({**row, "slow": state})
+    return shown
 
 
 def cluster(
@@ -332,7 +348,7 @@ def _problem(row: JobRow) -> dict[str, Any] | None:
         return None
     # Rows of earlier versions contain complete documents with old titles.
     extra = {name: stored[name] for name in stored if name not in _DOCUMENT_MEMBERS}
-    errors = _redacted(stored.get("errors", []))
+    errors = redacted_json(stored.get("errors", []))
     return problem_document(stored["code"], redacted(stored["detail"]), errors, **extra)
 
 

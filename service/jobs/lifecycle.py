@@ -25,6 +25,7 @@ from service.store.schema import (
     AttemptRow,
     CheckpointRow,
     ClusterRow,
+    DiagnosisRow,
     EventRow,
     JobRow,
     LabelRow,
@@ -316,6 +317,24 @@ def request_checkpoint(session: Session, job: JobRow) -> None:
     desired_changed(session, job)
 
 
+def request_diagnosis(session: Session, job: JobRow) -> None:
+    """Requests that all ranks are examined now.
+
+    Raises JobEndedError, and JobNotRunningError while no rank exists.
+    """
+    state = JobState(job.status)
+    if state.is_terminal:
+        raise JobEndedError(
+            f"the job has ended ({state.value}); only the ranks of a running job can be examined"
+        )
+    if not state.holds_resources:
+        raise JobNotRunningError(f"the job is {state.value}; it has no ranks now")
+    job.diagnosis_requests += 1
+    event = NewEvent("diagnosis.requested", "diagnosis requested", actor="user")
+    add_event(session, job, event)
+    desired_changed(session, job)
+
+
 def delete(session: Session, job: JobRow) -> None:
     """Deletes an ended job and its history.
 
@@ -331,7 +350,8 @@ def delete(session: Session, job: JobRow) -> None:
             "and wait until it has ended"
         )
     # The job's own row is kept, so no foreign key deletes these rows.
-    for table in (EventRow, MetricRow, AttemptRow, CheckpointRow, SourceRow, LabelRow):
+    tables = (EventRow, MetricRow, AttemptRow, CheckpointRow, DiagnosisRow)
+    for table in (*tables, SourceRow, LabelRow):
         session.execute(sa.delete(table).where(table.job == job.number))
     job.deleted_at = time.time()
     job.spec = {}

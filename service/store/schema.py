@@ -21,7 +21,7 @@ from sqlalchemy import (
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 Json = dict[str, Any]
-REVISION = "0006"
+REVISION = "0007"
 """The newest migration, after which a database has exactly these tables."""
 BigKey = BigInteger().with_variant(Integer, "sqlite")
 """64 bits everywhere: SQLite gives rows a number only when the type is called INTEGER."""
@@ -115,6 +115,7 @@ class JobRow(Table):
     desired_revision: Mapped[int] = mapped_column(default=0)
     final_checkpoint: Mapped[bool] = mapped_column(default=True)
     checkpoint_requests: Mapped[int] = mapped_column(default=0)
+    diagnosis_requests: Mapped[int] = mapped_column(default=0)
     pause_reason: Mapped[str | None] = mapped_column(String(32))
     """Why the job is paused or being paused; None: it is not."""
     resumes: Mapped[int] = mapped_column(default=0)
@@ -242,6 +243,17 @@ class AttemptRow(Table):
     started_at: Mapped[float | None]
     ended_at: Mapped[float | None]
     ranks: Mapped[list[Any]] = mapped_column(default=list)
+
+
+class DiagnosisRow(Table):
+    """What all ranks of a job did at one moment; `seq` is that of its event."""
+
+    __tablename__ = "diagnoses"
+    job: Mapped[int] = _job_key()
+    seq: Mapped[int] = mapped_column(primary_key=True)
+    attempt: Mapped[int]
+    created_at: Mapped[float]
+    report: Mapped[Json]
 
 
 class CheckpointRow(Table):

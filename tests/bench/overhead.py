@@ -21,13 +21,16 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import torch.distributed as dist
 
+from megatron_ray.distributed import recording
 from megatron_ray.reports import StepReport
 from tests.support.running_stack import Road, stack
 from workers.protocol.wire import AgentReport, NodeInfo
 from workers.rank.attempt import RankAttempt
 from workers.rank.environment import RankEnv
 from workers.rank.messages import StartRequest
+from workers.rank.stores import HashStore
 
 ROUNDS = 7
 STEPS = 200
@@ -41,6 +44,8 @@ MODEL = {
     "ffn_hidden_size": 384,
 }
 REPORTS = 20_000
+RECORDS = 20_000
+RECORD_ROUNDS = 15
 ROOT = Path(__file__).parents[2]
 _READER = """
 import sys
@@ -54,6 +59,7 @@ for number, _ in enumerate(Client(url, sys.stdin.readline().strip()).stream(job_
 
 def run() -> Iterator[dict[str, Any]]:
     yield report_cost()
+    yield record_cost()
     with (
         tempfile.TemporaryDirectory(prefix="bench-road-") as folder,
         stack(Path(folder)) as road,
@@ -255,6 +261,45 @@ def report_cost() -> dict[str, Any]:
         "goal": 20.0,
         "quartiles": [round(quantiles[24], 2), round(quantiles[74], 2)],
         "p99": round(quantiles[98], 2),
+    }
+
+
+class Arrived:
+    """A collective that is done at once."""
+
+    def wait(self) -> None:
+        return None
+
+
+def record_cost() -> dict[str, Any]:
+    """Nanoseconds that the process's record of collectives adds to one of them."""
+    dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    group = dist.new_group([0])
+    assert group is not None
+    recording.name_groups({"dp": group})
+    work = Arrived()
+    costs = []
+    for _ in range(RECORD_ROUNDS):
+        started = time.thread_time_ns()
+        for _ in range(RECORDS):
+            entry = recording.enter("all_reduce", group)
+            entry.work = work
+            entry.wait()
+        between = time.thread_time_ns()
+        for _ in range(RECORDS):
+            work.wait()
+        bare = time.thread_time_ns() - between
+        costs.append((between - started - bare) / RECORDS)
+    dist.destroy_process_group()
+    low, middle, high = statistics.quantiles(costs, n=4)
+    return {
+        "bench": "overhead",
+        "case": "collective-record",
+        "value": round(middle),
+        "unit": "nanoseconds of the training thread per collective, for its record",
+        "baseline": None,
+        "goal": 1000,
+        "quartiles": [round(low), round(high)],
     }
 
 

@@ -1,7 +1,8 @@
 """What a SIGKILL costs: of a rank, until there is a step beyond all done before; of the
 service, until it serves again; of the driver, the longest pause between two steps, in
 medians. How long a silent node is unnoticed, and a job takes from SIGTERM to its node to
-a committed checkpoint.
+a committed checkpoint. And how long a hang takes, here a rank that is stopped, to be named
+beyond its limit.
 
 A rank's times are those of its own report file, by the clock of the machine. `rank`
 strikes at a random step between two checkpoints.
@@ -35,6 +36,9 @@ WARM_S = 8.0
 everything."""
 PAUSE_S = 3.0
 """Between two kills of the service, which serves meanwhile."""
+HANGS = 3
+HANG_LIMIT_S = 10.0
+"""Time without a report after which an attempt counts as hung."""
 LOST_NODES = 3
 NODE_CPUS = 4
 """CPUs of a node that joins the stack: a job of two ranks fits on it and not on the
@@ -91,6 +95,13 @@ def run() -> Iterator[dict[str, Any]]:
             None,
             measured(road, cold, kill_rank),
         )
+        hanging = {**spec["restart"], "hang_timeout_s": HANG_LIMIT_S}
+        yield line(
+            "hang",
+            f"seconds beyond the limit of {HANG_LIMIT_S:g} s until the rank is named, tp=2",
+            10.0,
+            measured(road, {**spec, "restart": hanging}, hang_rank, HANGS),
+        )
         yield line(
             "service",
             "seconds from SIGKILL to serving again",
@@ -124,13 +135,16 @@ def run() -> Iterator[dict[str, Any]]:
 
 
 def measured(
-    road: Road, spec: dict[str, Any], kill: Callable[[Road, str, RankFile], Measured]
+    road: Road,
+    spec: dict[str, Any],
+    kill: Callable[[Road, str, RankFile], Measured],
+    times: int = KILLS,
 ) -> list[Measured]:
     """One job for all kills; ended at last."""
     job_id = road.client.submit(spec)["id"]
     with RankFile(road, job_id) as file:
         file.reached(EVERY_STEPS + 10)
-        kills = [kill(road, job_id, file) for _ in range(KILLS)]
+        kills = [kill(road, job_id, file) for _ in range(times)]
         road.client.cancel(job_id)
         road.finish(job_id)
     return kills
@@ -201,6 +215,29 @@ def kill_rank(road: Road, job_id: str, file: RankFile) -> Measured:
         **parts,
         "steps_again": split["step"] - 1 - split["from_step"],
     }
+
+
+def hang_rank(road: Road, job_id: str, file: RankFile) -> Measured:
+    """The last rank is stopped; the driver's account names it, and the job goes on."""
+    commits = (road.client.show(job_id)["last_checkpoint"] or {"step": 0})["step"]
+    road.wait(job_id, lambda job: job["last_checkpoint"]["step"] > commits)
+    pid = road.pids(job_id)[-1]
+    last_event = history(road, job_id)[-1]["id"]
+    stopped = time.time()
+    os.kill(pid, signal.SIGSTOP)
+    hang = until(
+        "the rank to be named", lambda: event_after(road, job_id, last_event, "hang"), 60
+    )
+    assert hang["ranks"] == [1], hang
+    named = datetime.fromisoformat(hang["created_at"]).timestamp() - stopped
+    until("the recovery", lambda: account(road, job_id, last_event), 120)
+    return max(0.0, named - HANG_LIMIT_S), {"named_s": named}
+
+
+def event_after(road: Road, job_id: str, after: str, name: str) -> dict[str, Any] | None:
+    """The first event `attempt.<name>` after another one."""
+    events = road.client.events(job_id, limit=1000, after=after)["data"]
+    return next((event for event in events if event["type"] == f"attempt.{name}"), None)
 
 
 def account(road: Road, job_id: str, after: str) -> dict[str, Any] | None:

@@ -14,7 +14,6 @@ from tests.support.autoscaling_cluster import autoscaling_cluster
 from tests.support.fake_service import NAMESPACE
 from tests.support.service_tokens import AGENT_TOKEN, tokens_file
 from tests.unit.service.conftest import Running
-from workers.agent.agent import probe_port
 from workers.decisions.cluster_growth import NODE_GROUP_LABEL, group_of, nodes_to_come
 from workers.decisions.placement import plan_placement
 from workers.protocol.job import JobSpec
@@ -41,25 +40,10 @@ SPEC: dict[str, Any] = {
 @pytest.fixture(scope="module")
 def ray_address() -> Iterator[str]:
     """A cluster that has a head only, and may grow by three nodes with two CPUs."""
-    import ray
-
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_AUTH_MODE", "disabled")
-        with autoscaling_cluster(GROUP) as address:
-            await_that(lambda: accepts_connections(address), 90)
-            ray.init(address=address, namespace=NAMESPACE, log_to_driver=False)
-            try:
-                yield address
-            finally:
-                ray.shutdown()
-
-
-def accepts_connections(address: str) -> bool:
-    try:
-        probe_port(address)
-    except OSError:
-        return False
-    return True
+        with autoscaling_cluster(GROUP, NAMESPACE) as address:
+            yield address
 
 
 def await_that(condition: Callable[[], Any], timeout_s: float = 40.0) -> Any:

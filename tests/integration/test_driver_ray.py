@@ -202,6 +202,44 @@ def test_killed_rank_goes_on_from_the_last_commit(
     assert_nothing_left(fake_service, job_id, before + after)
 
 
+def test_a_rank_that_hangs_in_its_own_code_is_named_before_anything_is_killed(
+    submit: Submit, fake_service: FakeService
+) -> None:
+    body = spec(steps=40, step_s="0.05", fail_rank="1", fail_step="30", fail_kind="block")
+    body["restart"] = {**body["restart"], "hang_timeout_s": 10}
+    job_id = submit(body)
+    fake_service.wait("steps", lambda: len(fake_service.steps(job_id, 1)) > 5)
+    before = rank_pids(fake_service, job_id)
+    # Asked while it is healthy; training goes on.
+    fake_service.want(job_id, desired="run", diagnosis_requests=1)
+    (asked,) = fake_service.wait(
+        "the answer", lambda: fake_service.stored(job_id, kind="diagnosis")
+    )
+    assert asked["data"]["trigger"] == "request"
+    assert asked["data"]["culprits"] == []
+    assert [row["answered"] for row in asked["data"]["ranks"]] == [True, True]
+    fake_service.wait("the hang", lambda: len(fake_service.steps(job_id, 1)) >= 29)
+    stopped = time.monotonic()
+    fake_service.wait(
+        "its diagnosis", lambda: len(fake_service.stored(job_id, kind="diagnosis")) == 2, 30
+    )
+    assert time.monotonic() - stopped < 20, "within 10 s of its limit"
+    report = fake_service.stored(job_id, kind="diagnosis")[1]["data"]
+    assert [culprit["pid"] for culprit in report["culprits"]] == [before[1]]
+    assert report["confidence"] == "high"
+    assert "rank 1 has not entered all_reduce 30 of default_pg" in report["reason"]
+    assert "read_block (support/fake_job.py" in report["reason"]
+    failed = fake_service.wait(
+        "the failure", lambda: fake_service.events(job_id, "attempt.failed")
+    )[0]
+    assert failed["ranks"] == [1]
+    assert failed["data"]["kind"] == "hang"
+    fake_service.wait("success", lambda: "succeeded" in fake_service.states(job_id))
+    after = rank_pids(fake_service, job_id)
+    assert_gap_free(fake_service, job_id)
+    assert_nothing_left(fake_service, job_id, before + after)
+
+
 def test_killed_driver_adopts_the_same_processes(
     submit: Submit, fake_service: FakeService
 ) -> None:

@@ -1,27 +1,40 @@
 """Plans on a Ray cluster of four nodes with eight GPUs each, which Ray only counts.
 
-Placement groups, nodes and the choice of both are Ray's own. The short form asks one task
-per rank where it is; the long form runs ranks that meet over gloo.
+Placement groups, nodes and the choice of both are Ray's own; the long form also runs
+ranks that meet over gloo.
 """
 
 import random
 import shutil
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.support.fake_service import NAMESPACE
-from workers.decisions.placement import PlacementPlan, SlotFacts, plan_placement
+from workers.decisions.journal_entry import JournalEntry
+from workers.decisions.placement import (
+    PlacementPlan,
+    RankPlace,
+    SlotFacts,
+    plan_placement,
+)
 from workers.decisions.rank_map import assign_ranks
+from workers.decisions.slot_assignment import assign_slots
 from workers.decisions.topology.node_rules import NodeRules
+from workers.driver.journal import start_orders
 from workers.protocol.job import JobSpec
 from workers.protocol.wire import NodeInfo
+from workers.rank.messages import Fence, Poll, RankState
 
 pytestmark = pytest.mark.ray
 NUM_STATES = 10
+PLACED_S = 60
+"""A starved machine takes long to show Ray what the state before has given back."""
 NODES = (
     ("H100", {"pool": "a", "ray.io/gpu-domain": "d0"}),
     ("H100", {"pool": "b", "ray.io/gpu-domain": "d0"}),
@@ -68,6 +81,10 @@ def four_nodes() -> Iterator[str]:
             ray.shutdown()
             cluster.shutdown()  # type: ignore[no-untyped-call]
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def no_stop() -> None:
+    """The wait for the workers is never ended early."""
 
 
 def spec(parallel: dict[str, int], **resources: object) -> JobSpec:
@@ -163,35 +180,44 @@ def as_if_empty(nodes: Sequence[NodeInfo]) -> list[NodeInfo]:
     return rest
 
 
-def where_ranks_are(plan: PlacementPlan, group: Any) -> list[SlotFacts]:
-    """Runs one task in the place of every worker, all at once."""
-    import ray
-    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
-
-    from workers.ray.nodes import own_address
-
-    @ray.remote(num_gpus=1, num_cpus=1)
-    def tell(slot: int, bundle: int) -> dict[str, Any]:
-        context = ray.get_runtime_context()
-        # All of them hold their GPU until the last one has one.
-        time.sleep(0.3)
-        return {
-            "slot": slot,
-            "bundle": bundle,
-            "node_id": context.get_node_id(),
-            "address": own_address(),
-            "pid": 1,
-            "gpu": int(ray.get_gpu_ids()[0]),
-        }
-
-    calls = []
+def where_ranks_are(
+    plan: PlacementPlan, nodes: Sequence[NodeInfo], node_of: dict[int, str]
+) -> list[SlotFacts]:
+    """Returns what the workers in the placed bundles would report."""
+    addresses = {node.node_id: node.address for node in nodes}
+    next_gpu = Counter[str]()
+    facts = []
     for bundle in plan.bundles:
-        place = PlacementGroupSchedulingStrategy(
-            group, placement_group_bundle_index=bundle.index
-        )
+        node_id = node_of[bundle.index]
         for slot in bundle.slots:
-            calls.append(tell.options(scheduling_strategy=place).remote(slot, bundle.index))
-    return [SlotFacts.model_validate(item) for item in ray.get(calls, timeout=60)]
+            facts.append(
+                SlotFacts(
+                    slot=slot,
+                    bundle=bundle.index,
+                    node_id=node_id,
+                    address=addresses[node_id],
+                    pid=1,
+                    gpu=next_gpu[node_id],
+                )
+            )
+            next_gpu[node_id] += 1
+    return facts
+
+
+def check_places(
+    asked: JobSpec,
+    nodes: Sequence[NodeInfo],
+    plan: PlacementPlan,
+    places: Sequence[RankPlace],
+) -> None:
+    """Checks what must hold of every rank map."""
+    rules = NodeRules.of(asked)
+    allowed = {node.node_id for node in nodes if rules.allows(node)}
+    assert {place.node_id for place in places} <= allowed
+    for tensor_group in plan.dims.groups(["tp"]):
+        assert len({places[rank].node_id for rank in tensor_group}) == 1
+    devices = {(place.node_id, place.gpu) for place in places}
+    assert len(devices) == len(places) == plan.dims.world_size
 
 
 def test_no_tensor_parallel_group_straddles_nodes_in_any_state(four_nodes: str) -> None:
@@ -206,25 +232,79 @@ def test_no_tensor_parallel_group_straddles_nodes_in_any_state(four_nodes: str) 
         try:
             nodes = cluster.occupy()
             plan = plan_placement(asked, nodes)
+            # What Ray grants is what the planner counts, in use as well as empty.
             fits_now = plan_placement(asked, as_if_empty(nodes)).is_feasible
-            handle = group.placement_group(plan)
-            assert handle.wait(10 if fits_now else 0.5) == fits_now, (state, plan)
+            wait_s = PLACED_S if fits_now else 0.5
+            assert group.placement_group(plan).wait(wait_s) == fits_now, (state, plan)
             if not fits_now:
                 continue
             num_placed += 1
-            facts = where_ranks_are(plan, handle)
+            facts = where_ranks_are(plan, nodes, group.nodes(plan))
             places = assign_ranks(facts, plan.dims, size=plan.bundle_size)
-            rules = NodeRules.of(asked)
-            allowed = {node.node_id for node in nodes if rules.allows(node)}
-            assert {place.node_id for place in places} <= allowed
-            for tensor_group in plan.dims.groups(["tp"]):
-                assert len({places[rank].node_id for rank in tensor_group}) == 1
-            devices = {(place.node_id, place.gpu) for place in places}
-            assert len(devices) == len(places)
+            check_places(asked, nodes, plan, places)
         finally:
             group.remove_placement_group()
             cluster.release()
     assert num_placed >= NUM_STATES // 2, "most of the states have room"
+
+
+@pytest.mark.chaos
+@pytest.mark.parametrize("state", range(NUM_STATES))
+def test_ranks_of_any_state_meet_over_gloo(
+    four_nodes: str, state: int, tmp_path: Path
+) -> None:
+    from tests.support.fake_job import FakeWorker
+    from workers.ray.worker_group import WorkerGroup
+
+    draw = random.Random(200 + state)
+    cluster = Cluster(state)
+    asked = spec(draw.choice(LAYOUTS))
+    group = WorkerGroup(f"job-ranks-{state}", NAMESPACE, FakeWorker)
+    fence = Fence(1, 1)
+    num_slots = 0
+    try:
+        nodes = cluster.occupy()
+        plan = plan_placement(asked, nodes)
+        if not plan_placement(asked, as_if_empty(nodes)).is_feasible:
+            pytest.skip("this state has no room")
+        assert group.placement_group(plan).wait(PLACED_S)
+        num_slots = plan.dims.world_size
+        assignment = assign_slots(plan, (), (), (), group.nodes(plan))
+        group.create(plan, assignment.workers_to_start, 1)
+        facts = group.probe(assignment.slots, fence, 180, no_stop)
+        places = assign_ranks(facts, plan.dims, size=plan.bundle_size)
+        check_places(asked, nodes, plan, places)
+        store = None
+        if num_slots > 1:
+            store = group.open_store(places[0].slot, fence, 180, no_stop)
+        entry = JournalEntry(
+            job_id=f"job-ranks-{state}",
+            attempt=1,
+            spec={
+                **asked.model_dump(mode="json"),
+                "storage": {"path": str(tmp_path)},
+            },
+            prepared={},
+            ranks=places,
+            store=store,
+        )
+        # On CPU: the GPUs are in Ray's books only.
+        group.start(fence, start_orders(entry, "cpu"), 60, no_stop)
+        states: dict[int, RankState] = {}
+        deadline = time.monotonic() + 180
+        while len(states) < num_slots and time.monotonic() < deadline:
+            for place in places:
+                if place.rank not in states:
+                    group.poll(place.slot, place.rank, fence, Poll(None, wait_s=1.0))
+            for answer in group.collect(5.0):
+                assert answer.reply is not None, answer.death
+                assert answer.reply.error is None, answer.reply.error
+                if answer.reply.state.is_over:
+                    states[answer.rank] = answer.reply.state
+        assert set(states.values()) == {RankState.FINISHED}
+    finally:
+        group.remove_all(num_slots)
+        cluster.release()
 
 
 def test_two_jobs_that_do_not_fit_together_never_deadlock(four_nodes: str) -> None:
@@ -244,7 +324,7 @@ def test_two_jobs_that_do_not_fit_together_never_deadlock(four_nodes: str) -> No
         ready = [handle.wait(2) for handle in handles]
         assert sorted(ready) == [False, True], "one has everything, the other nothing"
         groups[ready.index(True)].remove_placement_group()
-        assert handles[ready.index(False)].wait(10)
+        assert handles[ready.index(False)].wait(PLACED_S)
         groups[ready.index(False)].remove_placement_group()
         cluster.release()
 
@@ -261,7 +341,7 @@ def test_an_island_larger_than_a_node_lies_in_a_domain(four_nodes: str) -> None:
     for layout, num_domains in (({"tp": 16, "dp": 1}, 1), ({"tp": 16, "dp": 2}, 2)):
         plan = plan_placement(spec(layout), cluster.nodes())
         try:
-            assert group.placement_group(plan).wait(10)
+            assert group.placement_group(plan).wait(PLACED_S)
             node_ids = group.nodes(plan).values()
             assert len({domain_of[node_id] for node_id in node_ids}) == num_domains
         finally:

@@ -17,9 +17,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import ray
 from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID
+from ray.exceptions import RayError
 
 from service.local_stack.ray_head import PORT_NAMES, free_ports, head_command
+from workers.agent.agent import probe_port
 from workers.decisions.cluster_growth import NODE_GROUP_LABEL
 from workers.protocol.wire import NodeGroup
 
@@ -36,39 +39,78 @@ _EMPTY_LISTS = (
     "rsync_exclude",
 )
 _END_S = 10.0
+_TRIES = 3
 _OBJECT_STORE_BYTES = 80_000_000
 
 
 @contextlib.contextmanager
-def autoscaling_cluster(group: NodeGroup, idle_s: float = 3.0) -> Iterator[str]:
-    """Yields the address of a head without CPUs, whose autoscaler makes a group's nodes.
+def autoscaling_cluster(
+    group: NodeGroup, namespace: str, idle_s: float = 3.0
+) -> Iterator[str]:
+    """Connects to a head without CPUs, whose autoscaler makes a group's nodes.
 
-    Nodes that are idle for `idle_s` are removed.
+    Yields its address. Nodes that are idle for `idle_s` are removed.
     """
-    folder = Path(tempfile.mkdtemp(prefix="mr-", dir="/tmp"))
-    ports = free_ports(PORT_NAMES)
-    # Not the address on which the head listens, else nodes would not find it.
-    address = f"127.0.0.1:{ports['ray_gcs']}"
-    config = folder / "autoscaler.json"
-    config.write_text(json.dumps(_autoscaler_config(address, group, idle_s)))
-    command = [
-        *head_command(ports, folder, 0),
-        "--num-gpus=0",
-        f"--autoscaling-config={config}",
-    ]
-    with open(folder / "head.log", "wb") as log:
-        head = subprocess.Popen(
-            command,
-            env=_environment(folder),
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
+    for _ in range(_TRIES):
+        head = _Head(group, idle_s)
+        if head.connect(namespace):
+            break
+        head.end()
     try:
-        yield address
+        yield head.address
     finally:
-        _end(head, folder)
-        shutil.rmtree(folder, ignore_errors=True)
+        ray.shutdown()
+        head.end()
+
+
+class _Head:
+    """The head's process, in a session and a folder of its own."""
+
+    def __init__(self, group: NodeGroup, idle_s: float) -> None:
+        self._folder = Path(tempfile.mkdtemp(prefix="mr-", dir="/tmp"))
+        ports = free_ports(PORT_NAMES)
+        self.address = f"127.0.0.1:{ports['ray_gcs']}"
+        config = self._folder / "autoscaler.json"
+        config.write_text(json.dumps(_autoscaler_config(self.address, group, idle_s)))
+        command = [
+            *head_command(ports, self._folder, 0),
+            "--num-gpus=0",
+            f"--autoscaling-config={config}",
+        ]
+        with open(self._folder / "head.log", "wb") as log:
+            self._process = subprocess.Popen(
+                command,
+                env=_environment(self._folder),
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+
+    def connect(self, namespace: str) -> bool:
+        """Connects this process; false when the head has ended.
+
+        On a busy machine Ray gives its start up after 30 s.
+        """
+        while self._process.poll() is None:
+            try:
+                probe_port(self.address)
+                ray.init(address=self.address, namespace=namespace, log_to_driver=False)
+            except (OSError, RuntimeError, RayError):
+                ray.shutdown()
+                time.sleep(0.2)
+            else:
+                return True
+        return False
+
+    def end(self) -> None:
+        """Ends the head, and the nodes, which survive the autoscaler that made them."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        deadline = time.monotonic() + _END_S
+        while time.monotonic() < deadline and _kill_below(self._folder):
+            time.sleep(0.1)
+        shutil.rmtree(self._folder, ignore_errors=True)
 
 
 def _environment(folder: Path) -> dict[str, str]:
@@ -129,16 +171,6 @@ def _autoscaler_config(address: str, group: NodeGroup, idle_s: float) -> dict[st
         **{name: [] for name in _EMPTY_LISTS},
         "file_mounts_sync_continuously": False,
     }
-
-
-def _end(head: "subprocess.Popen[bytes]", folder: Path) -> None:
-    """Ends the head, and the nodes, which survive the autoscaler that made them."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(head.pid, signal.SIGKILL)
-    deadline = time.monotonic() + _END_S
-    while time.monotonic() < deadline and _kill_below(folder):
-        time.sleep(0.1)
-    head.wait()
 
 
 def _kill_below(folder: Path) -> bool:

@@ -19,6 +19,8 @@ from workers.decisions.faults.exclusions import BadNode
 from workers.decisions.journal_entry import DeadRank
 from workers.decisions.peers.copies import CopyFacts, CopySet, layout_of
 from workers.decisions.placement import PlacementPlan, SlotFacts
+from workers.decisions.ranks.diagnosis import Frame, GroupCounts, RankEvidence, Wait
+from workers.decisions.ranks.stragglers import Pace
 from workers.decisions.slot_assignment import WorkerToStart
 from workers.driver.logs import JobLogs
 from workers.driver.ports import JobPorts
@@ -108,6 +110,7 @@ class FakeControlPlane:
         self.ignored: list[str] = []
         """State records that the table of transitions does not allow."""
         self.resumes = 0
+        self.diagnosis_requests = 0
         self._revision = 1
         self._fields: dict[str, Any] = {
             "job_id": JOB_ID,
@@ -119,7 +122,11 @@ class FakeControlPlane:
 
     def _desired(self, state: DesiredState) -> DesiredJob:
         return DesiredJob(
-            desired=state, revision=self._revision, resumes=self.resumes, **self._fields
+            desired=state,
+            revision=self._revision,
+            resumes=self.resumes,
+            diagnosis_requests=self.diagnosis_requests,
+            **self._fields,
         )
 
     def resize(self, dp: int) -> None:
@@ -131,6 +138,11 @@ class FakeControlPlane:
     def desire(self, state: DesiredState) -> None:
         self._revision += 1
         self.desired = self._desired(state)
+
+    def request_diagnosis(self) -> None:
+        """Requests a diagnosis of the job, which is to run."""
+        self.diagnosis_requests += 1
+        self.desire(DesiredState.RUN)
 
     def _is_admitted(self) -> bool:
         return self.desired is None or self.desired.desired is not DesiredState.PAUSE
@@ -293,6 +305,12 @@ class FakeCluster:
     save_every: int
     dies: tuple[int, int] | None = None
     """Rank that dies before a step, and the step; once."""
+    hangs: tuple[int, int] | None = None
+    """Rank that stops in its own code before a step, and the step; ends with its process."""
+    answers: bool = True
+    """Whether that rank still answers when it is examined."""
+    paces: dict[int, float] = field(default_factory=dict)
+    """Own seconds of a step, by rank; other ranks take half of `step_s`."""
     exit_every: int | None = None
     """Steps after which the ranks end at a limit of the spec."""
     step_s: float = 0.0
@@ -362,6 +380,9 @@ class FakeCluster:
             self.dies = None
             del self.workers[process.slot]
             return
+        # The others wait for the one that hangs.
+        if self.hangs is not None and process.step + 1 >= self.hangs[1]:
+            return
         process.step += 1
         if rank == 0:
             self.clock.advance(self.step_s)
@@ -382,6 +403,28 @@ class FakeCluster:
         elif process.must_stop:
             process.state = RankState.STOPPED
         self.on_step(process)
+
+    def is_hung(self, process: FakeProcess | None) -> bool:
+        if process is None or process.order is None or self.hangs is None:
+            return False
+        return process.order.env.rank == self.hangs[0]
+
+    def pace(self, process: FakeProcess, rank: int) -> Pace:
+        own_s = self.paces.get(rank, self.step_s / 2)
+        return Pace(process.step, process.step * own_s, process.step * self.step_s)
+
+    def evidence(self, process: FakeProcess) -> RankEvidence | None:
+        """What the process would answer; None when it does not."""
+        assert process.order is not None
+        rank = process.order.env.rank
+        frames = (Frame("megatron_ray/data/indexed.py", 88, "IndexedCorpus.read"),)
+        if self.is_hung(process):
+            row = RankEvidence(
+                rank, "data", groups={"tp": GroupCounts(0, 7)}, frames=frames
+            )
+            return row if self.answers else None
+        wait = Wait("all_reduce", "tp", 8, 0, 11.0)
+        return RankEvidence(rank, "reduce", wait=wait, groups={"tp": GroupCounts(0, 8)})
 
     def _copy(self, process: FakeProcess) -> None:
         """Keeps a copy here and at the partner, when one is due."""
@@ -559,9 +602,25 @@ class FakeGroup:
             lines=lines,
             step=process.step,
             reports=process.step,
+            pace=self._cluster.pace(process, rank),
             error=process.error,
         )
         return PollResult(rank, reply)
+
+    def inspect(self, fence: Fence, timeout_s: float) -> dict[int, RankEvidence]:
+        self._cluster.clock.advance(0.1)
+        evidence = {}
+        for slot, process in self._cluster.workers.items():
+            if process.order is not None:
+                row = self._cluster.evidence(process)
+                if row is not None:
+                    evidence[slot] = row
+        return evidence
+
+    def stacks_from_outside(
+        self, pids: Mapping[int, int], fence: Fence, timeout_s: float
+    ) -> dict[int, str]:
+        return dict.fromkeys(pids.values(), "Thread 1 (idle)\n    sleep")
 
     def drop_calls(self) -> None:
         self._calls.clear()
@@ -575,16 +634,21 @@ class FakeGroup:
 
     def leave(self, fence: Fence, timeout_s: float) -> tuple[int, ...]:
         self._faults.act()
-        free = sorted(self._slots & self._cluster.workers.keys())
-        for slot in free:
-            self._cluster.workers[slot].state = RankState.IDLE
+        free = []
+        for slot in sorted(self._slots & self._cluster.workers.keys()):
+            process = self._cluster.workers[slot]
+            if not self._cluster.is_hung(process):
+                process.state = RankState.IDLE
+                free.append(slot)
         return tuple(free)
 
     def kill_slots(self, slots: Sequence[int]) -> None:
         for slot in slots:
             self._faults.act()
-            self._cluster.workers.pop(slot, None)
+            process = self._cluster.workers.pop(slot, None)
             self._slots.discard(slot)
+            if self._cluster.is_hung(process):
+                self._cluster.hangs = None
 
     @property
     def slots(self) -> tuple[int, ...]:

@@ -26,6 +26,7 @@ def fake_train(
     import torch
     import torch.distributed as dist
 
+    from megatron_ray.distributed import collectives
     from workers.rank.session import process_group
 
     spec = JobSpec.from_mapping(order.spec)
@@ -43,7 +44,7 @@ def fake_train(
             accident(plan, order, rank, step)
             values = torch.tensor([float(poll()), float(rank + step)])
             if order.env.world_size > 1:
-                dist.all_reduce(values, dist.ReduceOp.MAX)
+                collectives.all_reduce(values, dist.group.WORLD, dist.ReduceOp.MAX)
             command = Command(int(values[0]))
             report(StepReport(step, 10.0 / step, 1.0, 0.1, 64, step, 0.02, 100.0, 0.0, 0))
             every = spec.checkpoint.every_steps
@@ -62,7 +63,14 @@ def accident(plan: dict[str, str], order: StartRequest, rank: int, step: int) ->
     ) and order.attempt <= int(plan.get("fail_attempts", "1")):
         if plan.get("fail_kind") == "exit":
             os.abort()
+        if plan.get("fail_kind") == "block":
+            read_block()
         raise LookupError(f"planned accident at step {step}")
+
+
+def read_block() -> None:
+    """Stands for code that does not return, such as a read of a storage that is gone."""
+    time.sleep(600)
 
 
 def save(

@@ -33,6 +33,8 @@ def add_finished_job(
     }
     place |= {"pid": 7, "coordinates": {"dp": 0}}
     checkpoint = {"step": 3, "path": "/checkpoints/3", "bytes": 9, "loss": 8.9}
+    diagnosis: Json = {"trigger": "request", "reason": "the job makes progress"}
+    diagnosis |= {"confidence": "high", "culprits": [], "ranks": [], "stacks": []}
     batches: list[tuple[str, int, list[tuple[str, Json]]]] = [
         ("driver", 0, [("prepared", {"manifest": {}, "unigram_nats": 5.5})]),
         ("driver", 0, [("state", {"state": "scheduling"})]),
@@ -42,6 +44,7 @@ def add_finished_job(
         ("driver", 1, [("state", {"state": "running"})]),
         ("a1/r0", 1, [step_row(1), step_row(2), step_row(3)]),
         ("driver", 1, [("checkpoint", checkpoint)]),
+        ("driver", 1, [("diagnosis", diagnosis)]),
         ("driver", 1, [("attempt", {"state": "succeeded"})]),
         ("driver", 1, [("state", {"state": "succeeded"})]),
     ]

@@ -46,10 +46,10 @@ def describe_nodes(counts: Mapping[str, int], noun: str = "node", of: str = "of"
 
 
 def _node_of(group: NodeGroup, index: int) -> NodeInfo:
-    name = f"{group.name}/new-{index + 1}"
     return NodeInfo(
-        node_id=name,
-        address=name,
+        # As Ray requires of ids in conditions, where it matches no node.
+        node_id=f"{group.name}.new-{index + 1}",
+        address=f"{group.name}/new-{index + 1}",
         cpus=group.cpus,
         gpus=group.gpus,
         accelerator_type=group.accelerator_type,

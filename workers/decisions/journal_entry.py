@@ -125,6 +125,8 @@ class JournalEntry(BaseModel):
     """What is wrong with checkpoints in which ranks have read damaged bytes, by path."""
     checkpoint_requests: int = 0
     """Requests for a checkpoint that were passed on to the ranks."""
+    diagnosis_requests: int = 0
+    """Requests for a diagnosis that were carried out."""
     stopping: DesiredState | None = None
     """Reason of the stop command sent to this attempt's ranks."""
     failed: FailedAttempt | None = None

@@ -15,9 +15,11 @@ START_SILENCE_S = 90.0
 blocks the interpreter for long."""
 HANG_FLOOR_S = 120.0
 """An attempt is hung when no rank reports anything for max(this, 10 x the longest gap so
-far)."""
+far), unless the spec has a limit of its own."""
+_SET_LIMIT_GAPS = 3
+"""Longest gaps between steps below which a limit of the spec is not taken at its word."""
 FIRST_STEP_S = 1800.0
-"""The first report of an attempt may wait for loading and compiling."""
+"""The first step of an attempt may wait for loading and compiling."""
 
 
 @dataclass(frozen=True)
@@ -27,14 +29,27 @@ class Progress:
     last_at: float
     longest_gap_s: float = 0.0
     reports: int = 0
+    is_starting: bool = False
+    """Whether the first step is still to come."""
+    longest_step_gap_s: float = 0.0
+    """The longest gap after the first step."""
 
-    def advanced(self, now: float) -> "Progress":
-        """Returns the progress after a new report."""
+    def advanced(self, now: float, *, has_stepped: bool = True) -> "Progress":
+        """Returns the progress after a new report of a rank that has done a step or not."""
         gap = 0.0
         # The first report waits for loading and compiling, so its gap is not a pace.
         if self.reports:
             gap = now - self.last_at
-        return Progress(now, max(self.longest_gap_s, gap), self.reports + 1)
+        step_gap = self.longest_step_gap_s
+        if not self.is_starting:
+            step_gap = max(step_gap, gap)
+        return Progress(
+            now,
+            max(self.longest_gap_s, gap),
+            self.reports + 1,
+            self.is_starting and not has_stepped,
+            step_gap,
+        )
 
 
 def silence_limit_s(*, has_stepped: bool) -> float:
@@ -78,12 +93,19 @@ def silent_with_nodes(
     return tuple(of_nodes)
 
 
-def hang(now: float, progress: Progress) -> str | None:
-    """Returns a sentence when nothing has advanced for too long, else None."""
+def hang_limit_s(progress: Progress, timeout_s: float | None = None) -> float:
+    """Returns how long nothing may advance; `timeout_s` is the limit of the spec, if any."""
+    if not progress.reports or progress.is_starting:
+        return max(FIRST_STEP_S, timeout_s or 0.0)
     # The limit follows the job's own pace: a report may be minutes apart, or milliseconds.
-    limit = FIRST_STEP_S
-    if progress.reports:
-        limit = max(HANG_FLOOR_S, 10 * progress.longest_gap_s)
+    if timeout_s is not None:
+        return max(timeout_s, _SET_LIMIT_GAPS * progress.longest_step_gap_s)
+    return max(HANG_FLOOR_S, 10 * progress.longest_gap_s)
+
+
+def hang(now: float, progress: Progress, timeout_s: float | None = None) -> str | None:
+    """Returns a sentence when nothing has advanced for too long, else None."""
+    limit = hang_limit_s(progress, timeout_s)
     silence_s = now - progress.last_at
     if silence_s <= limit:
         return None

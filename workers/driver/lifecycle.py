@@ -195,6 +195,9 @@ class JobLifecycle:
             last_commit=entry.last_commit,
             earlier_source=earlier_source,
             checkpoint_requests=entry.checkpoint_requests,
+            diagnosis_requests=entry.diagnosis_requests,
+            slow_ranks=job.records.slow_ranks(entry.attempt),
+            hang_timeout_s=job.spec.restart.hang_timeout_s,
             stopping=entry.stopping,
             renew=entry.code_version != self._ports.code_version,
         )

@@ -141,6 +141,9 @@ class Recovery:
         self._record_failure(cause, self._free_ranks(silent_ranks))
         self._journal_lost_nodes(failed)
         bad = exclusions.bad_nodes(cause, job.entry.ranks, failed.dead_ranks)
+        if job.spec.restart.exclude_slow:
+            slow = job.records.slow_ranks(job.entry.attempt)
+            bad += exclusions.slow_nodes(slow, job.entry.ranks)
         avoid_nodes(job, bad)
         # The restart policy does not apply to a job that is being cancelled.
         stop = job.stop_requested()

@@ -156,6 +156,8 @@ class DesiredJob(Message):
     """Whether cancel and pause write a final checkpoint."""
     checkpoint_requests: int = 0
     """Counter: each increase requests one checkpoint now."""
+    diagnosis_requests: int = 0
+    """Counter: each increase requests one diagnosis now."""
     resumes: int = 0
     """Counter: each increase resumes the job after its end, with the spec above."""
     avoid_nodes: dict[str, str] = Field(default_factory=dict)
@@ -197,6 +199,8 @@ class Record(Message):
         prepared    {manifest, num_train_tokens, steps, ...}: data ready, the job may be queued
         checkpoint  {action: committed|deleted, step, path, bytes, loss}
         problem     {problems: [{pointer, code, detail}]}: user error found in preparation
+        diagnosis   {trigger, reason, confidence, culprits, ranks, stacks, ...}: see
+                    `decisions.ranks.diagnosis_report`
         step, eval  the fields of StepReport, EvalReport
     """
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ray.commands import Command
+from megatron_ray.distributed.activity import PROCESS
 from megatron_ray.reports import (
     CheckpointReport,
     EvalReport,
@@ -28,7 +29,10 @@ from megatron_ray.reports import (
     SkippedStepReport,
     StepReport,
 )
+from workers.decisions.ranks.diagnosis import RankEvidence
+from workers.decisions.ranks.stragglers import Pace
 from workers.rank.environment import raise_priority
+from workers.rank.evidence import gather_evidence
 from workers.rank.log_file import LogFile
 from workers.rank.messages import NextReply, Poll, RankState, StartRequest
 from workers.rank.process_copies import ProcessCopies
@@ -146,10 +150,23 @@ class RankAttempt:
             lines=lines,
             step=self.step,
             reports=self.spool.last_n - self._first_n,
+            pace=self._pace(),
             error=self.error,
             log_offset=log_offset,
             log=log_bytes,
         )
+
+    def evidence(self) -> RankEvidence:
+        """Returns what the training thread does now, for a diagnosis."""
+        return gather_evidence(
+            self.request.env.rank, self.step, self.thread, has_ended=self.state.is_over
+        )
+
+    def _pace(self) -> Pace:
+        # Before the first step the process's record may be that of an earlier attempt.
+        if not self.step:
+            return Pace()
+        return Pace(PROCESS.steps, PROCESS.own_s, PROCESS.step_s)
 
     def _release(self, n: int) -> None:
         """Deletes the spool's files up to report `n`, which is stored elsewhere."""

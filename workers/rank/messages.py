@@ -8,6 +8,7 @@ from enum import StrEnum
 from typing import Any
 
 from megatron_ray.exceptions import InputError
+from workers.decisions.ranks.stragglers import Pace
 from workers.exceptions import WorkersError
 from workers.rank.environment import RankEnv
 from workers.rank.spool import Line
@@ -127,6 +128,8 @@ class NextReply:
     reports: int = 0
     """Number of reports written in this attempt, including those not returned; a rank
     makes progress while it grows."""
+    pace: Pace = field(default_factory=Pace)
+    """Steps of this attempt and their seconds, its own ones apart."""
     error: dict[str, Any] | None = None
     """{type, message, failure_kind, traceback, step} of a failed rank."""
     log_offset: int = 0

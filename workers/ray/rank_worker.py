@@ -24,6 +24,7 @@ import ray
 from megatron_ray.commands import Command
 from workers.decisions.peers.copies import CopyFacts
 from workers.decisions.placement import SlotFacts
+from workers.decisions.ranks.diagnosis import RankEvidence
 from workers.rank.attempt import LINGER_S, RankAttempt, Train, import_and_train
 from workers.rank.environment import (
     lower_priority,
@@ -31,6 +32,7 @@ from workers.rank.environment import (
     raise_priority,
     set_visible_gpu,
 )
+from workers.rank.evidence import stacks_from_outside
 from workers.rank.log_file import LogFile, log_path
 from workers.rank.messages import (
     BusyError,
@@ -202,6 +204,21 @@ class RankWorker:
             time.sleep(min(poll.wait_s, LINGER_S))
             return NextReply(RankState.IDLE, 0, poll.after or 0)
         return attempt.next(poll, self._log)
+
+    @ray.method(concurrency_group="inspect")
+    def inspect(self, fence: Fence) -> RankEvidence | None:
+        """Returns what the attempt's training thread does now; None without an attempt."""
+        self._guard.admit(fence)
+        attempt = self._attempt
+        if attempt is None:
+            return None
+        return attempt.evidence()
+
+    @ray.method(concurrency_group="inspect")
+    def stacks_from_outside(self, fence: Fence, pid: int) -> str:
+        """Returns the stacks of another worker on this node, which does not answer."""
+        self._guard.admit(fence)
+        return stacks_from_outside(pid)
 
     def command(self, fence: Fence, command: Command) -> None:
         """Puts a command into the inbox of the caller's attempt, if it is running here."""

@@ -20,11 +20,13 @@ from megatron_ray.commands import Command
 from workers.decisions.failures import FailureKind
 from workers.decisions.peers.copies import CopyFacts, CopySet
 from workers.decisions.placement import PlacementPlan, SlotFacts
+from workers.decisions.ranks.diagnosis import RankEvidence
 from workers.decisions.slot_assignment import WorkerToStart
 from workers.exceptions import WorkersError
 from workers.rank.messages import Fence, NextReply, Poll, StartRequest
 from workers.rank.spool import Line
 from workers.ray.actors import find_actor, kill, worker_name
+from workers.ray.answers import results_in_time
 from workers.ray.deaths import Death, death_of, raise_if_fenced
 
 GONE_S = 10.0
@@ -76,7 +78,8 @@ class WorkerGroup:
         # Two threads for polls, because that of a replaced driver may still wait in the
         # worker when its successor polls.
         as_actor: Any = ray.remote
-        self._worker_class: Any = as_actor(concurrency_groups={"poll": 2})(worker_class)
+        groups = {"poll": 2, "inspect": 1}
+        self._worker_class: Any = as_actor(concurrency_groups=groups)(worker_class)
         self._slots: dict[int, Any] = {}
         self._polls: dict[Any, _OutstandingPoll] = {}
 
@@ -200,7 +203,7 @@ class WorkerGroup:
         calls = {}
         for slot in slots:
             calls[self._slots[slot].probe.remote(fence)] = slot
-        facts, dead = _results_in_time(calls, timeout_s)
+        facts, dead = results_in_time(calls, timeout_s)
         return list(facts.values()), dead
 
     def start(
@@ -235,7 +238,7 @@ class WorkerGroup:
         calls = {}
         for slot, actor in self._slots.items():
             calls[actor.copies.remote(fence)] = slot
-        copies, _ = _results_in_time(calls, timeout_s)
+        copies, _ = results_in_time(calls, timeout_s)
         return copies
 
     def copied_reports(
@@ -246,7 +249,7 @@ class WorkerGroup:
         Raises FencedError.
         """
         call = self._slots[slot].copied_reports.remote(fence, copies.attempt, copies.step)
-        reports, _ = _results_in_time({call: slot}, timeout_s)
+        reports, _ = results_in_time({call: slot}, timeout_s)
         lines: Sequence[Line] = reports.get(slot, ())
         return lines
 
@@ -296,6 +299,33 @@ class WorkerGroup:
         """Sends a command without waiting; the rank's reports show its effect."""
         self._slots[slot].command.remote(fence, command)
 
+    # ---- examining
+
+    def inspect(self, fence: Fence, timeout_s: float) -> dict[int, RankEvidence]:
+        """Returns what the ranks of the workers that reply in time do, by slot.
+
+        Raises FencedError.
+        """
+        calls = {}
+        for slot, actor in self._slots.items():
+            calls[actor.inspect.remote(fence)] = slot
+        evidence, _ = results_in_time(calls, timeout_s)
+        return evidence
+
+    def stacks_from_outside(
+        self, pids: Mapping[int, int], fence: Fence, timeout_s: float
+    ) -> dict[int, str]:
+        """Returns the stacks of processes that do not answer, by pid.
+
+        `pids` maps the slot of a worker on the same node, which takes them, to the pid.
+        Raises FencedError.
+        """
+        calls = {}
+        for slot, pid in pids.items():
+            calls[self._slots[slot].stacks_from_outside.remote(fence, pid)] = pid
+        stacks, _ = results_in_time(calls, timeout_s)
+        return stacks
+
     # ---- removal
 
     def leave(self, fence: Fence, timeout_s: float) -> tuple[int, ...]:
@@ -306,7 +336,7 @@ class WorkerGroup:
         calls = {}
         for slot, actor in self._slots.items():
             calls[actor.leave.remote(fence)] = slot
-        has_left, _ = _results_in_time(calls, timeout_s)
+        has_left, _ = results_in_time(calls, timeout_s)
         return tuple(sorted(slot for slot in has_left if has_left[slot]))
 
     def kill_slots(self, slots: Sequence[int]) -> None:
@@ -332,7 +362,7 @@ class WorkerGroup:
         calls = {}
         for slot, actor in self._slots.items():
             calls[actor.retire.remote(fence)] = slot
-        node_ids, _ = _results_in_time(calls, timeout_s)
+        node_ids, _ = results_in_time(calls, timeout_s)
         if len(node_ids) < len(self._slots):
             return ()
         return tuple(sorted(set(node_ids.values())))
@@ -407,28 +437,3 @@ def _await_all(
     late = [slot for slot, call in calls.items() if call in waiting]
     if late:
         raise WorkerGroupError(f"slots {late} did not reply within {timeout_s:g} s", late)
-
-
-def _results_in_time(
-    calls: Mapping[Any, int], timeout_s: float
-) -> tuple[dict[int, Any], tuple[int, ...]]:
-    """Returns the results that arrive in time, by slot, and slots of failed calls.
-
-    `calls` maps references to slots. The processes of failed calls are most likely
-    dead. Raises FencedError.
-    """
-    if not calls:
-        return {}, ()
-    done, _ = ray.wait(list(calls), num_returns=len(calls), timeout=timeout_s)
-    results = {}
-    failed = []
-    for call in done:
-        slot = calls[call]
-        try:
-            results[slot] = ray.get(call)
-        except RayTaskError as error:
-            raise_if_fenced(error)
-            failed.append(slot)
-        except RayError:
-            failed.append(slot)
-    return results, tuple(failed)

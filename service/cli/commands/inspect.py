@@ -23,11 +23,11 @@ from service.cli.choice import (
     read_pages,
     statuses,
 )
-from service.cli.commands.log_reader import print_log
 from service.cli.commands.metrics import metrics
 from service.cli.commands.show import EVENT_COLUMNS, absence, event_style, show, step_of
 from service.cli.commands.watch import watch_jobs
 from service.cli.connection import DataDir, Token, Url, connect
+from service.cli.log_reader import print_log
 from service.cli.numbers import at_least
 from service.cli.output import (
     AsJson,
@@ -258,7 +258,17 @@ def ranks(
         "pid": lambda entry: str(entry.get("pid")),
         "coordinates": coordinates,
     }
+    # A column of its own only when there is something in it.
+    if any(entry.get("slow") for entry in page["data"]):
+        columns["slow"] = _slow
     print_page(page, as_json, columns, empty=empty)
+
+
+def _slow(entry: Mapping[str, Any]) -> str:
+    slow = entry.get("slow")
+    if not slow:
+        return ""
+    return f"{number(slow['ratio'], 1)} times its peers, since {moment(slow['since'])}"
 
 
 def attempts(

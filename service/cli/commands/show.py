@@ -25,6 +25,7 @@ from service.client import Client
 from workers.protocol.states import JobState
 
 _NUM_PROBLEM_EVENTS = 6
+_NUM_SLOW_RANKS = 4
 Json = Mapping[str, Any]
 EVENT_COLUMNS: dict[str, Column] = {
     "seq": lambda event: str(event["seq"]),
@@ -58,6 +59,7 @@ def _print_job(client: Client, job: Json) -> None:
     attempts = client.attempts(job_id)["data"]
     started = _newest_event(client, job_id, "attempt.started")
     recovered = _newest_event(client, job_id, "job.recovered")
+    slow = [row for row in client.ranks(job_id)["data"] if row.get("slow")]
     problems = client.events(
         job_id, levels="warn,error", newest_first=True, limit=_NUM_PROBLEM_EVENTS
     )
@@ -68,6 +70,7 @@ def _print_job(client: Client, job: Json) -> None:
     fields = {
         **_state(job),
         **_history(job, attempts, started, recovered),
+        "slow ranks": _slow_ranks(job, slow),
         **_storage(job),
     }
     for label, value in fields.items():
@@ -170,6 +173,21 @@ def _history(
         "last failure": last_failure,
         "last recovery": last_recovery,
     }
+
+
+def _slow_ranks(job: Json, slow: Sequence[Json]) -> str:
+    """Returns the ranks that the others wait for; nothing for a job that has ended."""
+    if JobState(job["status"]).is_terminal:
+        return ""
+    parts = []
+    for row in slow[:_NUM_SLOW_RANKS]:
+        ratio = number(row["slow"]["ratio"], 1)
+        parts.append(
+            f"rank {row['rank']} on {row.get('address')} ({ratio} times its peers)"
+        )
+    if len(slow) > _NUM_SLOW_RANKS:
+        parts.append(f"{len(slow) - _NUM_SLOW_RANKS} more")
+    return ", ".join(parts)
 
 
 def _attempt(attempt: Json, started: Json | None) -> str:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from workers.decisions.failures import Failure, FailureKind
 from workers.decisions.placement import RankPlace
+from workers.decisions.ranks.stragglers import SlowRank
 
 _MAX_LINE_CHARS = 200
 
@@ -38,6 +39,19 @@ def bad_nodes(
         gone = [place for place in silent if place.node_id not in answering]
         return _unique(gone, "it does not answer", is_listed=False)
     return ()
+
+
+def slow_nodes(
+    slow: Iterable[SlowRank], places: Sequence[RankPlace]
+) -> tuple[BadNode, ...]:
+    """Returns the nodes of ranks that are slower than their peers."""
+    place_of = {place.rank: place for place in places}
+    nodes: tuple[BadNode, ...] = ()
+    for rank in slow:
+        place = place_of[rank.rank]
+        reason = f"rank {rank.rank} there was {rank.ratio:.1f} times as slow as its peers"
+        nodes += _unique([place], reason, is_listed=True)
+    return tuple({node.node_id: node for node in nodes}.values())
 
 
 def node_of_defects(place: RankPlace, lines: Sequence[str]) -> BadNode:

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from workers.decisions.faults.drains import Drain
 from workers.decisions.placement import RankPlace
+from workers.decisions.ranks.stragglers import SlowRank
 from workers.driver.commit import WholeCheckpoint, source_of
 from workers.protocol.states import DesiredState
 from workers.rank.messages import Fence
@@ -32,6 +33,12 @@ class AttemptPlan:
     that it does not repeat the steps after the last commit."""
     checkpoint_requests: int = 0
     """Number of checkpoint requests that were passed on to the ranks before."""
+    diagnosis_requests: int = 0
+    """Number of diagnosis requests that were carried out before."""
+    hang_timeout_s: float | None = None
+    """Limit of the spec for a time without any report."""
+    slow_ranks: tuple[SlowRank, ...] = ()
+    """Ranks that an earlier incarnation has reported as slow."""
     stopping: DesiredState | None = None
     """Why an earlier incarnation sent the ranks a stop command."""
     renew: bool = False
@@ -75,3 +82,12 @@ class AttemptListener(Protocol):
 
     def checkpoint_requested(self, checkpoint_requests: int) -> None:
         """The ranks got checkpoint commands, `checkpoint_requests` in all."""
+
+    def slow(self, slow: SlowRank, place: RankPlace) -> None:
+        """A rank's own work has become slow."""
+
+    def recovered(self, slow: SlowRank, place: RankPlace) -> None:
+        """A slow rank is as fast as its peers again."""
+
+    def diagnosed(self, report: dict[str, Any], diagnosis_requests: int) -> None:
+        """The ranks were examined; `diagnosis_requests` are carried out in all."""

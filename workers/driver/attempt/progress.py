@@ -10,6 +10,8 @@ from typing import Any
 from workers.decisions import recovery
 from workers.decisions.faults.drains import Drain
 from workers.decisions.goodput import Goodput
+from workers.decisions.placement import RankPlace
+from workers.decisions.ranks.stragglers import SlowRank
 from workers.decisions.recovery import RecoveryWatch
 from workers.driver.attempt.bad_nodes import avoid_nodes
 from workers.driver.attempt.growth import Growth
@@ -121,6 +123,20 @@ class JobProgress:
     def checkpoint_requested(self, checkpoint_requests: int) -> None:
         """The ranks got checkpoint commands, `checkpoint_requests` in all."""
         self._job.write(checkpoint_requests=checkpoint_requests)
+
+    def slow(self, slow: SlowRank, place: RankPlace) -> None:
+        """A rank's own work has become slow."""
+        self._job.records.slow(slow, place)
+
+    def recovered(self, slow: SlowRank, place: RankPlace) -> None:
+        """A slow rank is as fast as its peers again."""
+        self._job.records.recovered(place)
+
+    def diagnosed(self, report: dict[str, Any], diagnosis_requests: int) -> None:
+        """The ranks were examined; `diagnosis_requests` are carried out in all."""
+        self._job.records.diagnosis(report)
+        if diagnosis_requests > self._job.entry.diagnosis_requests:
+            self._job.write(diagnosis_requests=diagnosis_requests)
 
     def record_commit(self, step: int, path: str, size: int, loss: float | None) -> None:
         """Records a committed checkpoint, and journals its step when it is the newest."""

@@ -5,12 +5,13 @@ know: what follows from a failure, checkpoints, the service.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from workers.decisions import liveness
 from workers.decisions.failures import Failure, FailureKind, describe_error
 from workers.decisions.liveness import Progress
 from workers.decisions.placement import RankPlace
+from workers.decisions.ranks.stragglers import Pace
 from workers.driver.attempt.plan import AttemptPlan
 from workers.driver.logs import JobLogs
 from workers.driver.ports import JobPorts
@@ -39,6 +40,7 @@ class RankView:
     """Reports up to here are in a committed checkpoint."""
     state: RankState = RankState.RUNNING
     num_reports: int = 0
+    pace: Pace = field(default_factory=Pace)
 
 
 class RankMonitor:
@@ -56,7 +58,7 @@ class RankMonitor:
         self._clock = ports.clock
         self._stored = stored
         now = self._clock()
-        self._progress = Progress(now)
+        self._progress = Progress(now, is_starting=True)
         self._views: dict[int, RankView] = {}
         for place in plan.places:
             # Logs continue where an earlier incarnation stopped writing.
@@ -75,6 +77,11 @@ class RankMonitor:
     def states(self) -> set[RankState]:
         """The states that ranks are in."""
         return {view.state for view in self._views.values()}
+
+    @property
+    def paces(self) -> dict[int, Pace]:
+        """The newest pace of each rank."""
+        return {rank: view.pace for rank, view in self._views.items()}
 
     def start(self) -> None:
         """Starts the first poll of every rank."""
@@ -100,8 +107,20 @@ class RankMonitor:
                 reports.append((answer.rank, answer.reply.lines))
         return reports
 
+    @property
+    def quiet_s(self) -> float:
+        """Seconds since a rank has last reported anything."""
+        return self._clock() - self._progress.last_at
+
+    def hang(self) -> str | None:
+        """Returns a sentence when no rank has reported anything for too long."""
+        # Ranks wait for each other in every step, so in a hang no rank makes progress.
+        if all(view.state.is_over for view in self._views.values()):
+            return None
+        return liveness.hang(self._clock(), self._progress, self._plan.hang_timeout_s)
+
     def check_clock(self, *, has_stepped: bool) -> None:
-        """Adds failures for ranks that are silent too long, and for a hang."""
+        """Adds failures for ranks that are silent too long."""
         now = self._clock()
         limit_s = liveness.silence_limit_s(has_stepped=has_stepped)
         answered_at = {}
@@ -120,20 +139,15 @@ class RankMonitor:
                 subject = f"its process (pid {place.pid} on node {place.address})"
             message = f"{subject} has not answered for {now - answered_at[rank]:.0f} s"
             self._add_dead_rank(rank, FailureKind.SILENT, message)
-        # Ranks wait for each other in every step, so in a hang no rank makes progress.
-        if answered_at:
-            message_of_hang = liveness.hang(now, self._progress)
-            if message_of_hang:
-                self._fail(FailureKind.HANG, message_of_hang, None)
 
     def release(self, released: dict[int, int]) -> None:
         """Lets ranks delete reports up to a number; a committed checkpoint has them."""
         for rank, n in released.items():
             self._views[rank].released = n
 
-    def fail(self, kind: FailureKind, message: str) -> None:
-        """Adds a failure that belongs to no rank."""
-        self._fail(kind, message, None)
+    def fail(self, kind: FailureKind, message: str, rank: int | None = None) -> None:
+        """Adds a failure; `rank` is None for one that belongs to no rank."""
+        self._fail(kind, message, rank)
 
     def _poll(self, view: RankView) -> None:
         rank = view.place.rank
@@ -162,7 +176,10 @@ class RankMonitor:
         view.log_offset = reply.log_offset + len(reply.log)
         if reply.reports > view.num_reports:
             view.num_reports = reply.reports
-            self._progress = self._progress.advanced(view.answered_at)
+            view.pace = reply.pace
+            self._progress = self._progress.advanced(
+                view.answered_at, has_stepped=reply.step > 0
+            )
         self._check_reply(view, reply)
         view.state = reply.state
         # A rank that has ended is polled until its whole log has been received.

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from megatron_ray.commands import Command
 from megatron_ray.reports import PhaseReport, StepReport
+from workers.decisions.failures import FailureKind
 from workers.decisions.faults import drains
 from workers.decisions.faults.drains import Drain
 from workers.decisions.observations import (
@@ -15,6 +16,7 @@ from workers.decisions.observations import (
     AttemptFailed,
     AttemptFinished,
 )
+from workers.driver.attempt.autopsy import Autopsy
 from workers.driver.attempt.committer import CheckpointCommitter, Committed
 from workers.driver.attempt.outcome import (
     RanksStopped,
@@ -25,6 +27,7 @@ from workers.driver.attempt.outcome import (
 )
 from workers.driver.attempt.plan import AttemptListener, AttemptPlan
 from workers.driver.attempt.rank_monitor import RankMonitor
+from workers.driver.attempt.stragglers import StragglerMonitor
 from workers.driver.ports import JobPorts
 from workers.driver.relay import to_record
 from workers.protocol.wire import DesiredJob
@@ -55,6 +58,9 @@ class Supervision:
         self._drain: Drain | None = None
         self._resize_reason: str | None = None
         self._checkpoint_requests = plan.checkpoint_requests
+        self._autopsy = Autopsy(plan, ports)
+        self._diagnosis_requests = plan.diagnosis_requests
+        self._stragglers = StragglerMonitor(plan, listener, ports.clock)
 
     def run(self) -> AttemptEnd:
         """Returns how the attempt ended.
@@ -76,10 +82,15 @@ class Supervision:
         # Checked after replies are processed: a driver that was itself frozen must not
         # count its ranks as silent.
         self._monitor.check_clock(has_stepped=self._has_stepped)
+        if not self._monitor.failures and self._monitor.hang():
+            self._examine_hang()
+        if self._has_stepped:
+            self._stragglers.observe(lambda: self._monitor.paces)
         self._commit()
         if self._monitor.failures:
             return self._await_root_cause()
         self._apply_desired_state(self._ports.outbox.desired)
+        self._answer_diagnosis_request(self._ports.outbox.desired)
         self._apply_drains()
         # Ranks that do not stop in time are killed.
         deadline = self._stop_deadline
@@ -131,6 +142,29 @@ class Supervision:
                     self._listener.stepped(data)
             elif data.get("type") == f"rank.{PhaseReport.kind}":
                 self._listener.phase(data["data"])
+
+    # ---- examining
+
+    def _examine_hang(self) -> None:
+        """Examines all ranks before any is ended, and adds the failure."""
+        examined = self._autopsy.examine(self._monitor.quiet_s, is_hang=True)
+        # They may have gone on meanwhile, such as after a stall of the storage.
+        self._observe(0)
+        message = self._monitor.hang()
+        if message is None or self._monitor.failures:
+            return
+        self._listener.diagnosed(examined.report, self._diagnosis_requests)
+        self._monitor.fail(
+            FailureKind.HANG, examined.describe_hang(message), examined.culprit
+        )
+
+    def _answer_diagnosis_request(self, desired: DesiredJob | None) -> None:
+        """Examines the ranks once for all requests so far."""
+        if desired is None or desired.diagnosis_requests <= self._diagnosis_requests:
+            return
+        self._diagnosis_requests = desired.diagnosis_requests
+        examined = self._autopsy.examine(self._monitor.quiet_s, is_hang=False)
+        self._listener.diagnosed(examined.report, self._diagnosis_requests)
 
     # ---- acting
 

@@ -13,7 +13,9 @@ from typing import Any
 
 from megatron_ray.data.prepared import PreparedData
 from workers.decisions.placement import RankPlace
+from workers.decisions.ranks.stragglers import SlowRank, describe_slow
 from workers.driver.records.outbox import Outbox
+from workers.protocol.events import EventType
 from workers.protocol.states import AttemptState, JobState, StatusReason
 from workers.protocol.wire import Record
 
@@ -37,6 +39,8 @@ class JobRecords:
         self._attempts_with_map: set[int] = set()
         self._has_prepared = False
         self._kept: dict[str, int] = {}
+        self._slow: dict[tuple[int, int], dict[str, Any]] = {}
+        """Data of the event, by attempt and rank."""
         for record in logged:
             self._remember(record.kind, record.data, record.attempt)
 
@@ -105,6 +109,30 @@ class JobRecords:
             },
         )
 
+    def slow(self, slow: SlowRank, place: RankPlace) -> None:
+        """Records that a rank has become slow, and where it runs."""
+        data = {
+            "own_s": round(slow.own_s, 6),
+            "median_s": round(slow.median_s, 6),
+            "ratio": round(slow.ratio, 3),
+            **_where(place),
+        }
+        message = describe_slow(slow, place.address)
+        self.event("rank.slow", message, "warn", data, (place.rank,))
+
+    def recovered(self, place: RankPlace) -> None:
+        """Records that a slow rank is as fast as its peers again."""
+        message = f"rank {place.rank} on {place.address} is as fast as its peers again"
+        self.event("rank.recovered", message, data=_where(place), ranks=(place.rank,))
+
+    def slow_ranks(self, attempt: int) -> tuple[SlowRank, ...]:
+        """Returns the ranks of an attempt that are recorded as slow."""
+        slow = []
+        for (slow_attempt, rank), data in self._slow.items():
+            if slow_attempt == attempt:
+                slow.append(SlowRank(rank, data["own_s"], data["median_s"]))
+        return tuple(slow)
+
     def ranks(self, places: Sequence[RankPlace]) -> None:
         """Records the attempt's rank map."""
         if self._attempt() in self._attempts_with_map:
@@ -124,6 +152,10 @@ class JobRecords:
             "steps": num_steps,
         }
         self._append("prepared", record)
+
+    def diagnosis(self, report: dict[str, Any]) -> None:
+        """Records what all ranks did at one moment, and which one the others wait for."""
+        self._append("diagnosis", report)
 
     def problems(self, problems: list[dict[str, str]]) -> None:
         """Records problems in the user's input, with which the service fails the job."""
@@ -160,9 +192,17 @@ class JobRecords:
                 self._attempts[attempt] = AttemptState(data["state"])
             case "ranks":
                 self._attempts_with_map.add(attempt)
+            case "event" if data["type"] == EventType.RANK_SLOW:
+                self._slow[attempt, data["ranks"][0]] = data["data"]
+            case "event" if data["type"] == EventType.RANK_RECOVERED:
+                self._slow.pop((attempt, data["ranks"][0]), None)
             case "prepared":
                 self._has_prepared = True
             case "checkpoint" if data["action"] == "committed":
                 self._kept[data["path"]] = data["step"]
             case "checkpoint":
                 self._kept.pop(data["path"], None)
+
+
+def _where(place: RankPlace) -> dict[str, Any]:
+    return {"node_id": place.node_id, "address": place.address, "gpu": place.gpu}

@@ -10,7 +10,7 @@ from tests.support.fake_rest_service import JOB, FakeService, Run, stream
 def test_logs_follow_until_the_job_ends(
     run: Run, service: FakeService, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("service.cli.commands.log_reader.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("service.cli.log_reader.time.sleep", lambda seconds: None)
     pieces = [
         {"data": "one\n", "next_offset": 4},
         {"data": "", "next_offset": 4},
@@ -31,7 +31,7 @@ def test_logs_follow_until_the_job_ends(
 def test_logs_go_on_with_the_next_attempt(
     run: Run, service: FakeService, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("service.cli.commands.log_reader.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("service.cli.log_reader.time.sleep", lambda seconds: None)
     pieces = [{"data": "one\n", "next_offset": 4}, {"data": "", "next_offset": 4}] * 2
     service.routes["GET /v1/jobs/job-abc/logs"] = (
         200,

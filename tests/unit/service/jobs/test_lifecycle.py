@@ -454,6 +454,94 @@ def test_checkpoint_now_raises_the_counter(service: Any) -> None:
     assert desired["revision"] > revision
 
 
+CULPRIT = {"rank": 1, "node_id": "n1", "address": "10.0.0.1", "gpu": 3, "pid": 77}
+DIAGNOSIS: dict[str, Any] = {
+    "trigger": "hang",
+    "reason": "rank 1 has not entered all_reduce 8 of tp, in which rank 0 has waited for 11 s",
+    "confidence": "high",
+    "quiet_s": 10.2,
+    "culprits": [CULPRIT],
+    "num_ranks": 2,
+    "num_silent": 0,
+    "ranks": [
+        {**CULPRIT, "answered": True, "phase": "data", "step": 4, "threads": []},
+        {
+            "rank": 0,
+            "answered": True,
+            "waits_in": {"operation": "all_reduce", "axis": "tp", "number": 8}
+            | {"peer": None, "seconds": 11.0},
+        },
+    ],
+    "stacks": [{"ranks": [1], "lines": ["read (megatron_ray/data/indexed.py:88)"]}],
+}
+
+
+def test_a_diagnosis_is_requested_stored_and_served(service: Any) -> None:
+    job_id, driver = service.running_job()
+    path = f"/v1/jobs/{job_id}/diagnosis"
+    missing = service.user.get(path)
+    assert missing.status_code == 404
+    assert [error["code"] for error in missing.json()["errors"]] == ["no_diagnosis"]
+    assert service.user.post(path).status_code == 202
+    assert driver.desired()["diagnosis_requests"] == 1
+    driver.send(("diagnosis", DIAGNOSIS | {"trigger": "request"}), attempt=1)
+    driver.send(("diagnosis", DIAGNOSIS | {"a_later_field": 1}), attempt=1)
+    served = service.user.get(path).json()
+    assert served["trigger"] == "hang"
+    assert served["reason"] == DIAGNOSIS["reason"]
+    assert served["culprits"] == [CULPRIT]
+    assert served["ranks"][1]["waits_in"]["number"] == 8
+    assert served["stacks"] == DIAGNOSIS["stacks"]
+    *_, requested, answered, hung = service.events(job_id)
+    assert types([requested, answered, hung]) == [
+        "diagnosis.requested",
+        "job.diagnosed",
+        "attempt.hang",
+    ]
+    assert (hung["level"], hung["ranks"], hung["message"]) == (
+        "warn",
+        [1],
+        DIAGNOSIS["reason"],
+    )
+    assert hung["id"] == served["id"]
+    assert hung["data"]["culprits"][0]["node_id"] == "n1"
+
+
+def test_a_job_keeps_its_newest_diagnoses_and_none_once_deleted(service: Any) -> None:
+    job_id, driver = service.running_job()
+    for number in range(25):
+        driver.send(("diagnosis", DIAGNOSIS | {"quiet_s": number}), attempt=1)
+    path = f"/v1/jobs/{job_id}/diagnosis"
+    assert service.user.get(path).json()["quiet_s"] == 24
+    driver.states("succeeded", attempt=1)
+    refused = service.user.post(path)
+    assert (refused.status_code, refused.json()["code"]) == (409, "job_ended")
+    assert service.user.get(path).status_code == 200
+    assert service.user.delete(f"/v1/jobs/{job_id}").status_code == 204
+    assert service.user.get(path).status_code == 404
+
+
+def test_a_job_without_ranks_cannot_be_diagnosed(service: Any) -> None:
+    job_id = service.submit()["id"]
+    refused = service.user.post(f"/v1/jobs/{job_id}/diagnosis")
+    assert (refused.status_code, refused.json()["code"]) == (409, "job_not_running")
+
+
+def test_ranks_that_are_slow_now_are_marked(service: Any) -> None:
+    job_id, driver = service.running_job()
+    driver.send(("ranks", {"ranks": ranks(2)}), attempt=1)
+
+    def event(event_type: str, rank: int) -> tuple[str, dict[str, Any]]:
+        return "event", {"type": event_type, "ranks": [rank], "data": {"ratio": 1.8}}
+
+    driver.send(event("rank.slow", 0), event("rank.slow", 1), attempt=1)
+    driver.send(event("rank.recovered", 0), attempt=1)
+    first, second = service.user.get(f"/v1/jobs/{job_id}/ranks").json()["data"]
+    assert first.get("slow") is None
+    assert second["slow"]["ratio"] == 1.8
+    assert second["slow"]["since"]
+
+
 def test_deleted_checkpoints_are_not_listed(service: Any) -> None:
     job_id, driver = service.running_job()
     for step in (5, 10):

@@ -5,9 +5,10 @@ from typing import Any
 import pytest
 
 from workers.decisions.failures import Failure, FailureKind
-from workers.decisions.faults.exclusions import bad_nodes, node_of_defects
+from workers.decisions.faults.exclusions import bad_nodes, node_of_defects, slow_nodes
 from workers.decisions.faults.gpu_errors import kernel_defects
 from workers.decisions.placement import RankPlace
+from workers.decisions.ranks.stragglers import SlowRank
 from workers.decisions.topology.node_rules import is_usable
 from workers.protocol.wire import NodeInfo
 
@@ -86,3 +87,11 @@ def test_the_kernel_tells_defects_from_faults_of_processes() -> None:
     bad = node_of_defects(place(5, "n3"), DEFECTS)
     assert bad.reason == f"its kernel reported: {DEFECTS[0]} and 3 more"
     assert (bad.node_id, bad.is_listed) == ("n3", True)
+
+
+def test_slow_ranks_speak_against_their_node_once() -> None:
+    slow = [SlowRank(2, 0.18, 0.1), SlowRank(3, 0.2, 0.1)]
+    (bad,) = slow_nodes(slow, PLACES)
+    assert (bad.node_id, bad.is_listed) == ("n2", True)
+    assert bad.reason == "rank 3 there was 2.0 times as slow as its peers"
+    assert slow_nodes([], PLACES) == ()

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import typer
 
-from service.cli.commands.watch import TERMINAL
 from service.cli.failure import CommandError
 from service.cli.output import print_json_line
 from service.client import Client
+from workers.protocol.states import JobState
 
 _LOG_POLL_S = 0.5
 
@@ -76,7 +76,7 @@ class _LogReader:
             self.offset = 0
         if self.attempt:
             self._print_rest()
-        return job["status"] in TERMINAL
+        return JobState(job["status"]).is_terminal
 
     def _print_rest(self) -> None:
         while True:
