@@ -199,7 +199,7 @@ class Client:
         return self._change(job_id, "resize", {"dp": dp})
 
     def _change(self, job_id: str, verb: str, body: Json) -> Json:
-        headers = {"Idempotency-Key": _new_key()}
+        headers = {"Idempotency-Key": str(uuid.uuid4())}
         path = f"/v1/jobs/{job_id}/{verb}"
         return self._object("POST", path, json=body, headers=headers, repeat=True)
 
@@ -355,7 +355,7 @@ class Client:
         key: str | None = None,
     ) -> Json:
         """Sends a POST, which its key makes safe to repeat, and returns the body."""
-        headers = {"Idempotency-Key": key or _new_key()}
+        headers = {"Idempotency-Key": key or str(uuid.uuid4())}
         return self._object(
             "POST", path, params=params, json=body, headers=headers, repeat=True
         )
@@ -403,10 +403,6 @@ class Client:
                 if wait_s is None or response.status_code not in _BUSY:
                     return response
             time.sleep(wait_s)
-
-
-def _new_key() -> str:
-    return str(uuid.uuid4())
 
 
 def _without_none(**params: Any) -> dict[str, Any]:

@@ -131,7 +131,11 @@ class Settings(BaseModel):
     @property
     def lasting_clusters(self) -> tuple[str, ...]:
         """The clusters that are expected to be there: all that are named one by one."""
-        return tuple(name for name in self.clusters if not name.endswith("*"))
+        names = []
+        for name in self.clusters:
+            if not name.endswith("*"):
+                names.append(name)
+        return tuple(names)
 
     @property
     def jobs_dir(self) -> Path:

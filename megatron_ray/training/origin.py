@@ -53,8 +53,7 @@ class RunOrigin:
     @property
     def has_weights(self) -> bool:
         """Whether weights are loaded, and need not be drawn from the seed."""
-        paths = (self._resume_from, self._start_from)
-        return self._copy is not None or any(path is not None for path in paths)
+        return (self._copy, self._resume_from, self._start_from) != (None, None, None)
 
     def with_model(self, config: TrainConfig) -> TrainConfig:
         """Returns the config with the vocabulary of the run's weights.

@@ -49,7 +49,7 @@ class Agents:
 
     def live_clusters(self) -> list[str]:
         """Returns the clusters whose agents are live, by name."""
-        return [name for name in sorted(self._last_contact) if self.is_live(name)]
+        return list(filter(self.is_live, sorted(self._last_contact)))
 
     def is_live(self, cluster: str) -> bool:
         """Whether the agent has been in contact recently."""

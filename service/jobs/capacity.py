@@ -110,6 +110,14 @@ class ClusterCapacity:
             largest = max(largest, node.node.cpus)
         return largest
 
+    @property
+    def largest_node_memory_bytes(self) -> int:
+        """Memory of the node that has most; 0 while that of a node is not known."""
+        sizes = [node.memory_bytes for node in self.nodes]
+        if not all(sizes):
+            return 0
+        return max(sizes, default=0)
+
     def max_ranks(self, request: ResourceRequest, *, may_grow: bool = True) -> int:
         """Returns how many ranks of this kind fit, in whole islands.
 

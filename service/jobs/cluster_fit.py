@@ -108,7 +108,12 @@ def check_fit(spec: JobSpec, capacity: ClusterCapacity) -> list[Problem]:
         if problem.code == "world_fits":
             detail = problem.detail + _nearest_layout(spec, request, capacity)
             problems.append(replace(problem, detail=detail))
-    return problems or _check_memory(spec, request, capacity)
+    if problems:
+        return problems
+    return [
+        *_check_memory(spec, request, capacity),
+        *_check_copies(spec, request, capacity),
+    ]
 
 
 def resolve(
@@ -333,6 +338,17 @@ def _fits_memory(spec: JobSpec, hardware: Hardware | None) -> bool:
         return True
     memory = fullest_rank(complete, hardware.device)
     return memory.total_bytes <= hardware.memory_bytes
+
+
+def _check_copies(
+    spec: JobSpec, request: ResourceRequest, capacity: ClusterCapacity
+) -> list[Problem]:
+    """Returns why copies of the ranks' states do not fit into any node."""
+    if spec.checkpoint.peer_every_steps is None:
+        return []
+    resolved = resolution.resolve(spec, _ranks_for_auto(request, capacity))
+    memory_bytes = capacity.largest_node_memory_bytes
+    return estimates.check_copies(resolved, request.island, memory_bytes)
 
 
 def _check_memory(

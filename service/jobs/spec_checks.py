@@ -13,7 +13,6 @@ from sqlalchemy.orm import Session
 from megatron_ray.config.errors.messages import suggestion
 from megatron_ray.config.errors.spec_problems import pointer_to
 from megatron_ray.config.problem import Problem
-from megatron_ray.storage.location import is_local_path
 from megatron_ray.validation import check
 from megatron_ray.validation.storage.path_rules import PathRules, is_below, place_of
 from service.jobs import lifecycle
@@ -99,7 +98,8 @@ def _check_credentials_use(spec: JobSpec) -> list[Problem]:
     """
     if not spec.credentials or spec.storage is None:
         return []
-    if is_local_path(spec.storage.path):
+    # Local folders have no scheme.
+    if "://" not in place_of(spec.storage.path):
         return []
     detail = (
         "credentials are for data and weights that the job reads, and storage.path is an object "

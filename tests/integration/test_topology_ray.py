@@ -60,27 +60,31 @@ def four_nodes() -> Iterator[str]:
             "object_store_memory": 80 << 20,
         }
         cluster = Cluster(initialize_head=True, head_node_args=head)
-        for index, (gpu_type, labels) in enumerate(NODES):
-            options: dict[str, Any] = {}
-            if index == 1:
-                options["node_ip_address"] = "127.0.0.2"
-            cluster.add_node(
-                wait=False,
-                num_cpus=16,
-                num_gpus=8,
-                labels=labels,
-                resources={f"accelerator_type:{gpu_type}": 1, "rdma": 8},
-                object_store_memory=80 << 20,
-                **options,
-            )
-        ray.init(address=cluster.address, namespace=NAMESPACE, log_to_driver=False)
-        cluster.wait_for_nodes()
         try:
+            _add_nodes(cluster)
+            ray.init(address=cluster.address, namespace=NAMESPACE, log_to_driver=False)
+            cluster.wait_for_nodes()
             yield cluster.address
         finally:
             ray.shutdown()
             cluster.shutdown()  # type: ignore[no-untyped-call]
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _add_nodes(cluster: Any) -> None:
+    for index, (gpu_type, labels) in enumerate(NODES):
+        options: dict[str, Any] = {}
+        if index == 1:
+            options["node_ip_address"] = "127.0.0.2"
+        cluster.add_node(
+            wait=False,
+            num_cpus=16,
+            num_gpus=8,
+            labels=labels,
+            resources={f"accelerator_type:{gpu_type}": 1, "rdma": 8},
+            object_store_memory=80 << 20,
+            **options,
+        )
 
 
 def no_stop() -> None:

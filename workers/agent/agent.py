@@ -185,7 +185,10 @@ class Agent:
         """
         if not self._options.until_idle or time.monotonic() - began > _FIRST_CHECKS_S:
             return False
-        return any(node.alive and node.storage_ok is None for node in nodes)
+        for node in nodes:
+            if node.alive and node.storage_ok is None:
+                return True
+        return False
 
     def _next_reply(self, timeout_s: float) -> DesiredReply | None:
         try:

@@ -28,7 +28,9 @@ class Idleness:
     def set_states(self, states: Mapping[str, JobState]) -> None:
         """Stores the state of the cluster's jobs: all that are active, and ended ones."""
         self._states = states
-        self._served |= {job_id for job_id in states if not states[job_id].is_terminal}
+        for job_id, state in states.items():
+            if not state.is_terminal:
+                self._served.add(job_id)
 
     def exit_code(self, now: float, *, has_actors: bool) -> int | None:
         """Returns the code to exit with, or None while there is something to do.
@@ -47,7 +49,7 @@ class Idleness:
         if has_actors and idle_s < LEFTOVERS_S:
             return None
         # A deleted job is not listed any more.
-        ends = {self._states.get(job_id) for job_id in self._served}
+        ends = set(map(self._states.get, self._served))
         if ends == {JobState.SUCCEEDED}:
             return EXIT_SERVED
         return EXIT_NOT_SUCCEEDED

@@ -26,6 +26,7 @@ from workers.decisions.topology.node_rules import (
     NODE_ID_LABEL,
     NodeRules,
     has_gpus,
+    id_of,
     label_selector,
 )
 from workers.decisions.topology.room import (
@@ -182,7 +183,7 @@ def plan_placement(
         size = bundle_size(usable, demand, dims.world_size, near_sizes(dims))
     capacity, alternative = _capacity(spec, usable, demand, dims)
     reasons = _reasons(nodes, rules, demand, shape_of(usable, demand))
-    allowed = list(map(_id_of, usable))
+    allowed = list(map(id_of, usable))
     return PlacementPlan(
         accelerator=kind,
         bundles=make_bundles(
@@ -232,10 +233,6 @@ def resources_per_rank(spec: JobSpec, *, gpu: bool) -> dict[str, float]:
     if gpu:
         resources["GPU"] = 1.0
     return resources | spec.resources.custom
-
-
-def _id_of(node: NodeInfo) -> str:
-    return node.node_id
 
 
 def _reasons(

@@ -9,6 +9,7 @@ report of their nodes and devices.
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import filterfalse
+from operator import attrgetter
 from typing import Any
 
 from megatron_ray.parallel_dims import ParallelDims
@@ -53,7 +54,7 @@ def assign_ranks(
         facts_of.update(zip(group, members, strict=True))
     places = _with_local_ranks(facts_of, dims)
     # True by construction, but checked: NCCL would hang silently with a wrong map.
-    domains = {facts.node_id: facts.domain for facts in reported}
+    domains = dict(map(attrgetter("node_id", "domain"), reported))
     assert_groups_local(places, dims, domains)
     return places
 
@@ -95,8 +96,10 @@ class _EarlierRanks:
                 members[rank] = facts
             else:
                 others.append(facts)
-        rest = iter(others)
-        return [members.get(rank) or next(rest) for rank in group]
+        ordered = []
+        for rank in group:
+            ordered.append(members.get(rank) or others.pop(0))
+        return ordered
 
 
 def _device(item: SlotFacts | RankPlace) -> tuple[object, ...]:
@@ -199,9 +202,9 @@ def _check_bundle(bundle: int, members: list[SlotFacts], size: int) -> None:
 
 
 def _placed(island: Sequence[SlotFacts]) -> PlacedIsland:
-    nodes = {facts.node_id for facts in island}
     place = island[0].node_id
-    if len(nodes) > 1:
+    # Parts of an island are sorted by node.
+    if island[-1].node_id != place:
         place = f"domain {island[0].domain}"
     return PlacedIsland(_island_key(island), place)
 
@@ -259,9 +262,12 @@ def assert_groups_local(
     """
     node_of = {place.rank: place.node_id for place in places}
     for group in dims.groups(["tp"]):
-        nodes = {node_of[rank] for rank in group}
-        shared = {(domains or {}).get(node, "") for node in nodes}
-        if len(nodes) > 1 and (len(shared) > 1 or "" in shared):
-            raise PlacementError(
-                f"tensor-parallel group {list(group)} lies on several nodes"
-            )
+        first = node_of[group[0]]
+        domain = (domains or {}).get(first, "")
+        for rank in group:
+            node = node_of[rank]
+            is_shared = domain != "" and (domains or {}).get(node) == domain
+            if node != first and not is_shared:
+                raise PlacementError(
+                    f"tensor-parallel group {list(group)} lies on several nodes"
+                )

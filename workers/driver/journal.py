@@ -143,7 +143,10 @@ def _partners(entry: JournalEntry) -> dict[int, int]:
     checkpoint = (entry.spec or {}).get("checkpoint") or {}
     if checkpoint.get("peer_every_steps") is None or len(entry.ranks) == 1:
         return {}
-    return dict(enumerate(partners([place.node_id for place in entry.ranks])))
+    nodes = []
+    for place in entry.ranks:
+        nodes.append(place.node_id)
+    return dict(enumerate(partners(nodes)))
 
 
 def _copy_sources(entry: JournalEntry) -> dict[int, CopySource]:
@@ -153,7 +156,9 @@ def _copy_sources(entry: JournalEntry) -> dict[int, CopySource]:
     """
     if entry.copies is None:
         return {}
-    rank_of = {place.slot: place.rank for place in entry.ranks}
+    rank_of = {}
+    for place in entry.ranks:
+        rank_of[place.slot] = place.rank
     sources = {}
     for rank, slot in enumerate(entry.copies.holders):
         if slot not in rank_of:

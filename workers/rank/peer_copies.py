@@ -60,7 +60,7 @@ class KeptCopy:
     @property
     def num_bytes(self) -> int:
         """Bytes of all parts."""
-        return sum(len(part) for part in self.parts)
+        return sum(map(len, self.parts))
 
     def verify(self) -> None:
         """Raises PeerCopyError when the bytes are not those that were sent."""
@@ -103,7 +103,10 @@ class PeerCopies:
             copies = list(self._own)
             for received in self._received.values():
                 copies += received
-        return tuple(copy.key.facts for copy in copies)
+        facts = []
+        for copy in copies:
+            facts.append(copy.key.facts)
+        return tuple(facts)
 
     def find(self, attempt: int, step: int, rank: int) -> KeptCopy | None:
         """Returns the copy of a rank after a step of an attempt, if it is here."""
@@ -123,17 +126,20 @@ class PeerCopies:
             self._layout = layout
             self._attempt = attempt
             self._resumed = resumed
-            self._drop_own([copy for copy in self._own if not self._is_resumed(copy.key)])
-            for rank, received in self._received.items():
-                kept = [copy for copy in received if self._is_resumed(copy.key)]
-                self._received[rank] = kept
+            for copy in list(self._own):
+                if not self._is_resumed(copy.key):
+                    self._drop_own(copy)
+            for received in self._received.values():
+                received[:] = filter(lambda copy: self._is_resumed(copy.key), received)
 
     # ---- this rank's own copies
 
     def adopt(self, copy: KeptCopy) -> None:
         """Makes a copy, wherever it was kept, this rank's own and only one."""
         with self._lock:
-            self._drop_own([other for other in self._own if other is not copy])
+            for other in list(self._own):
+                if other is not copy:
+                    self._drop_own(other)
             self._own = [copy]
 
     def reserve(self, num_bytes: int, allocate: Callable[[int], Any]) -> None:
@@ -141,14 +147,17 @@ class PeerCopies:
         with self._lock:
             # Memory of another size is left from another layout.
             self._free = [memory for memory in self._free if memory.nbytes == num_bytes]
-            in_use = sum(copy.memory is not None for copy in self._own)
+            in_use = 0
+            for copy in self._own:
+                in_use += copy.memory is not None
             while len(self._free) + in_use < NUM_COPIES:
                 self._free.append(allocate(num_bytes))
 
     def next_memory(self) -> Any:
         """Returns memory for the next own copy; drops all older ones but the last."""
         with self._lock:
-            self._drop_own(self._own[:-1])
+            for copy in self._own[:-1]:
+                self._drop_own(copy)
             return self._free.pop()
 
     def keep_own(self, copy: KeptCopy) -> None:
@@ -156,7 +165,7 @@ class PeerCopies:
         with self._lock:
             self._own.append(copy)
             if copy.key.attempt != self._attempt:
-                self._drop_own([copy])
+                self._drop_own(copy)
 
     # ---- copies of other ranks
 
@@ -174,7 +183,10 @@ class PeerCopies:
     def has(self, key: CopyKey) -> bool:
         """Whether a received copy is here and whole."""
         with self._lock:
-            return any(copy.key == key for copy in self._received.get(key.rank, ()))
+            for copy in self._received.get(key.rank, []):
+                if copy.key == key:
+                    return True
+        return False
 
     def memory_for(self, key: CopyKey, num_bytes: int) -> memoryview:
         """Returns memory to receive a rank's copy into.
@@ -207,9 +219,8 @@ class PeerCopies:
     def _is_resumed(self, key: CopyKey) -> bool:
         return key.layout == self._layout and (key.attempt, key.step) == self._resumed
 
-    def _drop_own(self, dropped: Sequence[KeptCopy]) -> None:
-        """Drops own copies; their memory is used again."""
-        for copy in dropped:
-            if copy.memory is not None:
-                self._free.append(copy.memory)
-        self._own = [copy for copy in self._own if copy not in dropped]
+    def _drop_own(self, copy: KeptCopy) -> None:
+        """Drops an own copy; its memory is used again."""
+        if copy.memory is not None:
+            self._free.append(copy.memory)
+        self._own.remove(copy)

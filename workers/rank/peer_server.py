@@ -248,5 +248,5 @@ def _describe(copy: KeptCopy) -> dict[str, Any]:
     return {
         "header": copy.header.decode(),
         "checksum": copy.checksum,
-        "sizes": [len(part) for part in copy.parts],
+        "sizes": list(map(len, copy.parts)),
     }

@@ -43,7 +43,9 @@ def layout_of(spec: Mapping[str, Any], data: Mapping[str, Any], world_size: int)
     A copy fits no run with another config, other data or another number of ranks. `spec`
     and `data` are JobSpec and PreparedData as JSON.
     """
-    config = {name: spec.get(name) for name in sorted(TrainConfig.model_fields)}
+    config = {}
+    for name in TrainConfig.model_fields:
+        config[name] = spec.get(name)
     text = json.dumps([config, data, world_size], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -64,6 +66,6 @@ def choose_copies(
     for step, attempt in sorted(sets, reverse=True):
         holders = sets[step, attempt]
         if len(holders) == world_size:
-            slots = tuple(holders[rank] for rank in range(world_size))
+            slots = tuple(map(holders.__getitem__, range(world_size)))
             return CopySet(attempt=attempt, step=step, holders=slots)
     return None

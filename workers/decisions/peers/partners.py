@@ -22,7 +22,7 @@ def partners(nodes: Sequence[str]) -> tuple[int, ...]:
     shift = max(map(len, ranks_by_node.values()))
     if shift == len(ring):
         shift = 1
-    partner_of = {}
+    partner_of = [0] * len(ring)
     for position, rank in enumerate(ring):
         partner_of[rank] = ring[(position + shift) % len(ring)]
-    return tuple(partner_of[rank] for rank in range(len(ring)))
+    return tuple(partner_of)

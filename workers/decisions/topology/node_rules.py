@@ -136,6 +136,11 @@ def domain_label(nodes: Iterable[NodeInfo]) -> str | None:
     return None
 
 
+def id_of(node: NodeInfo) -> str:
+    """Returns a node's id."""
+    return node.node_id
+
+
 def address_key(address: str) -> tuple[object, ...]:
     """Returns a key that sorts addresses by number: 10.0.0.9 comes before 10.0.0.10."""
     try:
@@ -158,11 +163,13 @@ def _chosen_nodes(usable: Sequence[NodeInfo], rules: NodeRules) -> dict[str, str
     # A selector has one condition per label, and all must hold; so nodes with either of
     # two labels, or with an address, can only be named one by one.
     if others or "" in values[key]:
-        return {NODE_ID_LABEL: _condition("in", [node.node_id for node in usable])}
-    excluded = _excluded_labels(rules).get(key, [])
-    return {
-        key: _condition("in", [value for value in values[key] if value not in excluded])
-    }
+        return {NODE_ID_LABEL: _condition("in", list(map(id_of, usable)))}
+    chosen = []
+    excluded = _excluded_labels(rules).get(key, ())
+    for value in values[key]:
+        if value not in excluded:
+            chosen.append(value)
+    return {key: _condition("in", chosen)}
 
 
 def _without_excluded(
@@ -211,7 +218,11 @@ def _excluded_labels(rules: NodeRules) -> dict[str, list[str]]:
 
 
 def _addresses(rules: NodeRules) -> tuple[str, ...]:
-    return tuple(pattern for pattern in rules.exclude if "=" not in pattern)
+    addresses = []
+    for pattern in rules.exclude:
+        if "=" not in pattern:
+            addresses.append(pattern)
+    return tuple(addresses)
 
 
 def _condition(operator: str, values: Sequence[str]) -> str:

@@ -13,8 +13,9 @@ from workers.driver.context import JobContext
 
 def avoid_nodes(job: JobContext, bad: Sequence[BadNode]) -> None:
     """Has the next attempt avoid nodes, unless the job fits on no others."""
-    # An elastic job goes on without a silent node, in the processes that are left.
-    if job.spec.elastic is not None:
+    # These go on in the processes that are left, which a move to other nodes would end: an
+    # elastic job without the silent node, others from the copies in their memory.
+    if job.spec.elastic is not None or job.keeps_copies:
         bad = [node for node in bad if node.is_listed]
     if not bad:
         return

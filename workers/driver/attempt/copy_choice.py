@@ -57,7 +57,10 @@ class CopyChoice:
     def confirm(self, places: Sequence[RankPlace]) -> CopySet | None:
         """Returns the chosen copies if all processes that have them are ranks."""
         copies = self._job.entry.copies
-        if copies is None or {place.slot for place in places}.issuperset(copies.holders):
+        slots = set()
+        for place in places:
+            slots.add(place.slot)
+        if copies is None or slots.issuperset(copies.holders):
             return copies
         message = (
             f"a process with copies of step {copies.step} is no rank of this attempt, which "
@@ -71,7 +74,7 @@ class CopyChoice:
         lines = self._group.copied_reports(slot, self._job.fence, copies, _ANSWER_S)
         source = source_of(copies.attempt)
         following = lines_after(lines, self._job.ports.outbox.last(source))
-        self._job.ports.outbox.relay(source, [to_record(line) for line in following])
+        self._job.ports.outbox.relay(source, map(to_record, following))
 
 
 def lines_after(lines: Sequence[Line], last_n: int) -> Sequence[Line]:
@@ -86,7 +89,8 @@ def _are_missing(
     kept: Mapping[int, Sequence[CopyFacts]], layout: str, world_size: int
 ) -> bool:
     """Whether there are copies, and none of a step is complete, new or old."""
-    of_layout = False
+    layouts = set()
     for copies in kept.values():
-        of_layout = of_layout or any(copy.layout == layout for copy in copies)
-    return of_layout and choose_copies(kept, layout, world_size, 0) is None
+        for copy in copies:
+            layouts.add(copy.layout)
+    return layout in layouts and choose_copies(kept, layout, world_size, 0) is None

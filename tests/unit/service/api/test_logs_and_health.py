@@ -264,6 +264,7 @@ def test_openapi_describes_the_public_routes_only(service: Any) -> None:
         "/pause",
         "/resume",
         "/checkpoint",
+        "/resize",
         "/events",
         "/metrics",
         "/logs",

@@ -373,7 +373,7 @@ QUERIES = [
     ("GET", "/v1/nothing", None, "not_found"),
     ("GET", "/docs", None, "not_found"),
     ("PUT", "/v1/jobs", None, "method_not_allowed"),
-    ("POST", "/v1/jobs/{id}/resize", None, "not_found"),
+    ("POST", "/v1/jobs/{id}/fork", None, "not_found"),
 ]
 
 

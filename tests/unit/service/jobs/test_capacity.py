@@ -4,6 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from service.jobs.capacity import ClusterCapacity, resource_request
+from service.jobs.cluster_fit import check_fit
 from workers.decisions.placement import plan_placement
 from workers.protocol.job import JobSpec
 from workers.protocol.wire import NodeInfo
@@ -58,3 +59,24 @@ def test_what_is_admitted_can_be_placed_and_nothing_else(
     assert request.gpu == (plan.accelerator == "gpu")
     assert capacity.max_ranks(request) == plan.capacity * plan.dims.tp
     assert capacity.reserve(request) == plan.is_feasible
+
+
+def test_copies_of_states_that_no_node_can_hold_are_refused() -> None:
+    spec = JobSpec.from_mapping(
+        {
+            "model": {"preset": "gpt2-124m"},
+            "parallel": {"tp": 2, "dp": 1},
+            "data": {"train": [{"path": "x"}], "tokenizer": {"kind": "bytes"}},
+            "training": {"seq_length": 8, "global_batch_size": 8, "steps": 1},
+            "optimizer": {"lr": 0.1},
+            "checkpoint": {"peer_every_steps": 5},
+        }
+    )
+    small = NodeInfo(node_id="a", address="", cpus=8, memory_bytes=1 << 30)
+    (problem,) = check_fit(spec, ClusterCapacity([small]))
+    assert problem.pointer == "/checkpoint/peer_every_steps"
+    assert "the largest node has 1 GiB" in problem.detail
+    large = small.model_copy(update={"node_id": "b", "memory_bytes": 1 << 36})
+    assert check_fit(spec, ClusterCapacity([small, large])) == []
+    unknown = small.model_copy(update={"node_id": "c", "memory_bytes": 0})
+    assert check_fit(spec, ClusterCapacity([small, unknown])) == []

@@ -194,7 +194,7 @@ def test_job_before_any_agent_that_the_cluster_cannot_hold_fails_with_its_field(
     job = service.job(job["id"])
     assert (job["status"], job["status_reason"]) == ("failed", "spec_invalid")
     assert job["problem"]["errors"][0]["pointer"] == "/parallel/tp"
-    assert "4 ranks" in job["problem"]["detail"].replace("tp=4", "4")
+    assert "tp=4 needs 4 CPUs on one node" in job["problem"]["detail"]
 
 
 def test_gpus_are_taken_where_there_are_any(
