@@ -186,6 +186,7 @@ def test_an_agent_of_one_job_ends_with_it(
 ) -> None:
     options = ("--storage", str(tmp_path), "--until-idle")
     fake_service.job_states = {"job-old": "failed", "job-own": "running"}
+    fake_service.revision += 1
     with start_agent(fake_service, ray_cluster, tmp_path, *options) as process:
         try:
             # Its first report is that of a complete cluster.
