@@ -46,7 +46,7 @@ def ray_address() -> Iterator[str]:
             yield address
 
 
-def await_that(condition: Callable[[], Any], timeout_s: float = 40.0) -> Any:
+def await_that(condition: Callable[[], Any], timeout_s: float = 120.0) -> Any:
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         value = condition()

@@ -265,6 +265,7 @@ def test_openapi_describes_the_public_routes_only(service: Any) -> None:
         "/resume",
         "/checkpoint",
         "/resize",
+        "/diagnosis",
         "/events",
         "/metrics",
         "/logs",
