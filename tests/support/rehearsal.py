@@ -245,7 +245,7 @@ class Rehearsal:
         assert seconds < grace_s
         self._goes_on(before, what, new_nodes=1)
         first, second = (
-            self._get(f"/v1/jobs/{self.job_id}/metrics?limit=1000&attempt={number}")["data"]
+            self._get(f"/v1/jobs/{self.job_id}/metrics?attempt={number}")["data"]
             for number in (before.attempt, before.attempt + 1)
         )
         assert second[0]["step"] == first[-1]["step"] + 1
@@ -258,8 +258,8 @@ class Rehearsal:
         self._cli("resume", self.job_id, "--set", f"training.steps={steps}")
         self._until(self._has_status("succeeded"), _STEP_S, f"the job ends after {steps}")
         assert self._step() == steps
-        rows = self._get(f"/v1/jobs/{self.job_id}/metrics?limit=1000")["data"]
-        assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
+        rows = self._get(f"/v1/jobs/{self.job_id}/metrics")["data"]
+        assert [row["step"] for row in rows] == list(range(1, steps + 1))
         assert rows[-1]["loss"] < rows[0]["loss"]
         assert self.cluster.errors() == []
 

@@ -308,11 +308,14 @@ class Pod:
         return container
 
     def _run_to_success(self, container: Container) -> None:
-        while container.run_once(self._stopping.is_set) not in (0, None):
+        while not self._stopping.is_set():
+            if container.run_once(self._stopping.is_set) == 0:
+                return
             self._back_off(container)
 
     def _keep_running(self, container: Container) -> None:
-        while container.run_once(self._stopping.is_set) is not None:
+        while not self._stopping.is_set():
+            container.run_once(self._stopping.is_set)
             self._back_off(container)
 
     def _back_off(self, container: Container) -> None:
