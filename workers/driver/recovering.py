@@ -4,6 +4,7 @@ Owns: the phase RECOVERING, and adopting a running attempt after a restart. Must
 know: the policy, how ranks are started or supervised, HTTP, torch.
 """
 
+from collections.abc import Collection
 from typing import Any
 
 from megatron_ray.checkpoint.directory import list_checkpoints
@@ -138,8 +139,9 @@ class Recovery:
         silent_ranks: tuple[int, ...] = ()
         if failed.kind is FailureKind.SILENT:
             silent_ranks = failed.dead_ranks
-        self._record_failure(cause, self._free_ranks(silent_ranks))
-        self._journal_lost_nodes(failed)
+        kept_slots = self._free_ranks(silent_ranks)
+        self._record_failure(cause, kept_slots)
+        self._journal_lost_nodes(failed, kept_slots)
         bad = exclusions.bad_nodes(cause, job.entry.ranks, failed.dead_ranks)
         if job.spec.restart.exclude_slow:
             slow = job.records.slow_ranks(job.entry.attempt)
@@ -169,25 +171,27 @@ class Recovery:
         self._record_decision(decision, origin)
         return RestartDecided(decision)
 
-    def _journal_lost_nodes(self, failed: FailedAttempt) -> None:
+    def _journal_lost_nodes(
+        self, failed: FailedAttempt, kept_slots: Collection[int]
+    ) -> None:
         """Adds the nodes that the failure took away; Ray notices most of them later."""
         job = self._job
         if job.spec.elastic is None:
             return
-        with_survivors = set()
-        nodes = set()
+        # Not only those of ranks that are known to have died: a peer's error may come
+        # before the death of its cause is noticed.
+        gone = {place.node_id for place in job.entry.ranks}
+        draining = gone.intersection(job.ports.drains.deadlines)
+        silent = set()
         for place in job.entry.ranks:
-            if place.rank in failed.dead_ranks:
-                nodes.add(place.node_id)
-            else:
-                with_survivors.add(place.node_id)
-        nodes -= with_survivors
-        nodes_of_ranks = {place.node_id for place in job.entry.ranks}
-        draining = nodes_of_ranks.intersection(job.ports.drains.deadlines)
-        # A frozen node still accepts connections, but none of its ranks has answered.
-        if failed.kind is not FailureKind.SILENT:
-            nodes = set(job.ports.unreachable_nodes(sorted(nodes)))
-        lost = tuple(sorted(nodes | draining))
+            if place.slot in kept_slots:
+                gone.discard(place.node_id)
+            elif failed.kind is FailureKind.SILENT and place.rank in failed.dead_ranks:
+                silent.add(place.node_id)
+        # A frozen node still accepts connections.
+        silent &= gone
+        unreachable = job.ports.unreachable_nodes(sorted(gone - silent))
+        lost = tuple(sorted({*silent, *unreachable, *draining}))
         if lost != job.entry.lost_nodes:
             job.write(lost_nodes=lost)
 
