@@ -51,7 +51,9 @@ def test_a_node_is_silent_when_all_of_its_ranks_are(
     assert not any(node.is_listed for node in bad)
 
 
-@pytest.mark.parametrize("kind", set(FailureKind) - {FailureKind.GPU, FailureKind.SILENT})
+@pytest.mark.parametrize(
+    "kind", sorted(set(FailureKind) - {FailureKind.GPU, FailureKind.SILENT})
+)
 def test_no_other_failure_speaks_against_a_node(kind: FailureKind) -> None:
     assert bad_nodes(Failure(kind, "m", 0), PLACES, (0,)) == ()
 
