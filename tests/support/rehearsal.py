@@ -244,11 +244,14 @@ class Rehearsal:
         what = f"the worker's pod, which ended in {seconds:.0f} s of {grace_s} s,"
         assert seconds < grace_s
         self._goes_on(before, what, new_nodes=1)
-        first, second = (
-            self._get(f"/v1/jobs/{self.job_id}/metrics?attempt={number}")["data"]
-            for number in (before.attempt, before.attempt + 1)
-        )
-        assert second[0]["step"] == first[-1]["step"] + 1
+
+        def steps(attempt: int) -> list[int]:
+            rows = self._get(f"/v1/jobs/{self.job_id}/metrics?attempt={attempt}")
+            return [row["step"] for row in rows.get("data", ())]
+
+        following = before.attempt + 1
+        self._until(lambda: bool(steps(following)), _STEP_S, "the next attempt makes steps")
+        assert steps(following)[0] == steps(before.attempt)[-1] + 1
 
     def finish(self) -> None:
         """Shortens the job, waits for its end, and looks at its steps."""

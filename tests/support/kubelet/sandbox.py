@@ -163,7 +163,9 @@ class Process:
         return self._process.poll()
 
     def signal(self, number: signal.Signals) -> None:
-        """Sends a signal to the container's first process."""
+        """Sends a signal to the container's first process, if it runs."""
+        if self.exit_code is not None:
+            return
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.pid, number)
 
