@@ -196,7 +196,7 @@ _AXES = {
     "dp": "dp",
     "replica": "dp",
     "shard level": "dp",
-    "expert replica": "dp",
+    "edp": "dp",
     "ep": "ep",
     "etp": "ep",
 }

@@ -14,7 +14,7 @@ import pytest
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from megatron_ray.commands import Command
+from megatron_ray.commands import NUM_VOTES
 from megatron_ray.config.presets.presets import PRESETS
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.data.loader import StepLoader
@@ -122,7 +122,7 @@ def step(
             make_batch,
         )
         batches = loader.step(0)
-        nothing = [0.0] * (len(Command) - 1)
+        nothing = [0.0] * NUM_VOTES
         with around(mesh):
             loss = forward_backward(model, mesh, batches)
             stats = reduce_step(
