@@ -43,13 +43,13 @@ def test_each_axis_has_its_own_options(made: dict[str, Any]) -> None:
         "dp": NcclOptions(high_priority_stream=True),
     }
     factory = mesh._GroupFactory(TIMEOUT, nccl, torch.device("cuda"))
-    for index, name in enumerate(("tp", "replica", "expert replica", "pp")):
+    for index, name in enumerate(("tp", "replica", "edp", "pp")):
         factory.get((index, index + 1), name)
     assert vars(made["tp"].config) == {"min_ctas": 8, "max_ctas": 16}
     assert (made["tp"].is_high_priority_stream, made["tp"]._timeout) == (False, TIMEOUT)
     assert made["replica"].is_high_priority_stream
     # torch writes a group's ranks into its options.
-    assert made["replica"] is not made["expert replica"]
+    assert made["replica"] is not made["edp"]
     assert made["pp"] is None, "what is not chosen is left to torch"
 
 
