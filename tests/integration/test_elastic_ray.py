@@ -100,7 +100,7 @@ def driver_node(job_id: str) -> str:
     from ray._private.state import actors
 
     driver: Any = ray.get_actor(f"{job_id}/driver")
-    row: dict[str, Any] = actors(driver._actor_id.hex())  # type: ignore[no-untyped-call]
+    row: dict[str, Any] = actors(driver._actor_id.hex())
     node_id: str = row["Address"]["NodeID"]
     return node_id
 
