@@ -21,7 +21,7 @@ from megatron_ray.validation import check, resolution
 from service.jobs import lifecycle
 from service.jobs.capacity import ClusterCapacity, ResourceRequest, resource_request
 from service.store.schema import ClusterRow, JobRow
-from workers.decisions.elasticity import legal_dps
+from workers.decisions.elasticity import legal_dps, with_dp
 from workers.decisions.topology.alternatives import missing_room, nearest_layout
 from workers.decisions.topology.node_rules import NodeRules
 from workers.protocol.job import JobSpec
@@ -244,8 +244,7 @@ def _bounded(spec: JobSpec, ranks: int) -> int:
     """Returns how many of some ranks a spec may use."""
     if spec.elastic is None:
         return ranks
-    parallel = spec.parallel
-    return min(ranks, parallel.tp * parallel.pp * parallel.cp * spec.elastic.max_dp)
+    return min(ranks, resolution.world_size(with_dp(spec, spec.elastic.max_dp)))
 
 
 def _ranks_for_auto(request: ResourceRequest, capacity: ClusterCapacity) -> int:

@@ -11,7 +11,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from megatron_ray.config.problem import Problem
-from megatron_ray.validation import check
+from megatron_ray.validation import check, resolution
 from workers.decisions.placement import PlacementPlan
 from workers.decisions.topology.bundles import Bundle
 from workers.protocol.job import JobSpec
@@ -45,14 +45,7 @@ def resized_dp(spec: JobSpec, desired: DesiredJob) -> int | None:
 
 def dp_problems(spec: JobSpec, dp: int) -> list[Problem]:
     """Returns why a job cannot run at a data-parallel size; nothing if it can."""
-    elastic = spec.elastic
-    if elastic is not None and not elastic.min_dp <= dp <= elastic.max_dp:
-        detail = (
-            f"dp={dp} is outside elastic.min_dp={elastic.min_dp} to elastic.max_dp="
-            f"{elastic.max_dp}"
-        )
-        return [Problem("/parallel/dp", "elastic_bounds", detail)]
-    return check.find_problems(with_dp(spec, dp))
+    return _bound_problems(spec, dp) or check.find_problems(with_dp(spec, dp))
 
 
 def legal_dps(spec: JobSpec) -> tuple[int, ...]:
@@ -69,18 +62,28 @@ def legal_dps(spec: JobSpec) -> tuple[int, ...]:
     return tuple(sizes)
 
 
+def _bound_problems(spec: JobSpec, dp: int, remedy: str = "") -> list[Problem]:
+    """Returns a problem for a size outside of the bounds that a spec sets."""
+    elastic = spec.elastic
+    if elastic is None or elastic.min_dp <= dp <= elastic.max_dp:
+        return []
+    detail = (
+        f"dp={dp} is outside elastic.min_dp={elastic.min_dp} to elastic.max_dp="
+        f"{elastic.max_dp}{remedy}"
+    )
+    return [Problem("/parallel/dp", "elastic_bounds", detail)]
+
+
 def elastic_problems(spec: JobSpec) -> list[Problem]:
     """Returns what is wrong with `elastic`, given the rest of the spec."""
     elastic = spec.elastic
     if elastic is None:
         return []
     dp = spec.parallel.dp
-    if dp != "auto" and not elastic.min_dp <= dp <= elastic.max_dp:
-        detail = (
-            f"dp={dp} is outside elastic.min_dp={elastic.min_dp} to elastic.max_dp="
-            f"{elastic.max_dp}; set a dp between them, or auto"
-        )
-        return [Problem("/parallel/dp", "elastic_bounds", detail)]
+    if dp != "auto":
+        problems = _bound_problems(spec, dp, "; set a dp between them, or auto")
+        if problems:
+            return problems
     if legal_dps(spec):
         return []
     training = spec.training
@@ -117,12 +120,10 @@ def shrunk_dp(spec: JobSpec, shortage: Shortage) -> int | None:
     # With room elsewhere, Ray replaces a lost bundle within seconds.
     if shortage.has_room and shortage.waited_s < REPLACE_S:
         return None
-    parallel = spec.parallel
-    replica = parallel.tp * parallel.pp * parallel.cp
     sizes = []
     for dp in legal_dps(spec):
-        ranks = dp * replica
-        is_smaller = dp != parallel.dp and ranks <= shortage.ranks
+        ranks = resolution.world_size(with_dp(spec, dp))
+        is_smaller = dp != spec.parallel.dp and ranks <= shortage.ranks
         # A bundle is used whole or not at all.
         if is_smaller and ranks % shortage.bundle_size == 0:
             sizes.append(dp)

@@ -119,10 +119,10 @@ class WorkerGroup:
 
     def num_bundles(self) -> int | None:
         """Returns the size of the job's placement group; None if there is none."""
-        try:
-            return int(ray.util.get_placement_group(self._job_id).bundle_count)
-        except ValueError:
+        group = self._existing_group()
+        if group is None:
             return None
+        return int(group.bundle_count)
 
     def nodes(self, plan: PlacementPlan) -> dict[int, str]:
         """Returns the node id of each bundle of the ready placement group."""
