@@ -16,7 +16,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 BENCH  ?=
 JOBS   ?= 2
-# tests/conftest.py sends a file's tests to one process; files come in their order, long ones first.
+# tests/conftest.py sends a file's tests to one process; files come in its order, long ones first.
 # Tests start many processes: what was compiled once is kept, whatever the shell's setting.
 export PYTHONDONTWRITEBYTECODE :=
 SHARED := -n $(JOBS) --dist loadscope --no-loadscope-reorder

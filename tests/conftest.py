@@ -17,6 +17,15 @@ from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
 
 SHARED_STACK = "tests/integration/stack/"
+FIRST = (
+    "tests/integration/test_rehearsal.py",
+    # Each is one process, most of the time: three nodes of Ray start beside them.
+    "tests/unit/workers/",
+    "tests/unit/service/",
+    SHARED_STACK,
+)
+"""What takes long, so that no process is left with it at the end; the rest comes as it
+lies in the folders, and ends with short files."""
 MEMORY_FILES = Path("/dev/shm")
 MIN_FREE_BYTES = 8 << 30
 """A whole run writes some hundred MB; Ray's object stores are in memory files too."""
@@ -46,6 +55,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="URL",
         help="run the service's tests on databases made on this server, postgresql+psycopg://user@host:port/postgres",
     )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: place_in_order(item.nodeid))
+
+
+def place_in_order(nodeid: str) -> int:
+    """Returns the place of a test's file in FIRST, or the place behind it."""
+    for place, path in enumerate(FIRST):
+        if nodeid.startswith(path):
+            return place
+    return len(FIRST)
 
 
 @pytest.fixture(scope="session")

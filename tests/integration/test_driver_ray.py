@@ -327,6 +327,25 @@ def test_cancel_while_waiting_for_room(submit: Submit, fake_service: FakeService
     assert_nothing_left(fake_service, job_id, [])
 
 
+def test_the_wait_for_a_placement_group_takes_its_time(ray_cluster: str) -> None:
+    """Also for a part of a second: Ray's own wait would return at once."""
+    from workers.decisions.placement import plan_placement
+    from workers.ray.nodes import read_nodes
+    from workers.ray.worker_group import WorkerGroup
+
+    body = spec()
+    body["resources"] = {"accelerator": "cpu", "cpus_per_rank": 64}
+    group = WorkerGroup("job-wait", NAMESPACE, object)
+    pending = group.placement_group(
+        plan_placement(JobSpec.from_mapping(body), read_nodes())
+    )
+    began = time.monotonic()
+    assert not pending.wait(0.3)
+    assert not pending.wait(0.3)
+    assert time.monotonic() - began >= 0.6
+    group.remove_placement_group()
+
+
 def test_no_room_in_time_goes_back_to_the_queue(
     submit: Submit, fake_service: FakeService
 ) -> None:
@@ -469,7 +488,6 @@ def test_a_wish_for_a_checkpoint_is_granted_once(
 
 
 def test_no_node_is_clean_while_a_worker_is_still_starting(ray_cluster: str) -> None:
-    import ray
 
     from tests.support.fake_job import LateWorker
     from workers.decisions.placement import plan_placement
@@ -483,7 +501,7 @@ def test_no_node_is_clean_while_a_worker_is_still_starting(ray_cluster: str) -> 
     (node,) = read_nodes()
     folder = job_folder(node.node_id, "job-late")
     plan = plan_placement(JobSpec.from_mapping(spec()), [node], "cpu")
-    assert ray.get(group.placement_group(plan).ready(), timeout=30)
+    assert group.placement_group(plan).wait(30)
     try:
         group.create(
             plan, assign_slots(plan, (), (), (), group.nodes(plan)).workers_to_start, 1

@@ -39,6 +39,11 @@ def test_a_job_is_trained_while_every_pod_dies_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.chaos
+def test_a_job_is_trained_while_one_pod_after_the_other_dies(tmp_path: Path) -> None:
+    assert "all probes have passed" in rehearse("one_by_one", tmp_path)
+
+
+@pytest.mark.chaos
 def test_a_worker_whose_pod_is_deleted_loses_no_step(tmp_path: Path) -> None:
     assert "the job has gone on" in rehearse("deletion", tmp_path)
 

@@ -38,7 +38,12 @@ _PRELOAD = [
     "pyarrow.fs",
     "torch._dynamo",
     "megatron_ray.training.session",
-    "tests.support.parity",
+    "megatron_ray.data.preparation.prepare",
+    "megatron_ray.inference.generate",
+    # The matrix of layouts is drawn once, and not by every rank.
+    "tests.parallel.test_matrix",
+    "tests.support.hf_folders",
+    "tests.support.model_families",
 ]
 _GRACE_S = 1.5
 

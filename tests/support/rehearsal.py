@@ -1,6 +1,6 @@
 """Rehearses an overlay: its pods run as local processes.
 
-    python -m tests.support.rehearsal deaths|deletion|rayjob FOLDER
+    python -m tests.support.rehearsal deaths|one_by_one|deletion|rayjob FOLDER
 
 Runs inside the namespaces of `tests.support.kubelet.sandbox.command_inside`, which end
 whatever it leaves. Everything that is started comes from the rendered manifests and from
@@ -29,6 +29,12 @@ from tests.support.manifests import KUBERNETES, ROOT, Json, overlay
 DOCKERFILE = ROOT / "deploy/images/cpu/Dockerfile"
 SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 SPEC = ROOT / "deploy/jobs/stdlib-tp2.yaml"
+SERVICE = "megatron-ray-service"
+AGENT = "megatron-ray-agent"
+WORKER = "training-workers-0"
+HEAD = "training-headgroup-0"
+NUM_NODES = 3
+"""Nodes of Ray: the head, the agent's pod and the worker."""
 STEPS = 20_000
 """More than the job makes until its end is asked for, however fast the machine is."""
 EVERY = 20
@@ -43,6 +49,8 @@ CHANGES = {
     # A rate that does not depend on the number of steps, which is changed at the end.
     "schedule": {"kind": "constant"},
     "checkpoint.every_steps": EVERY,
+    # A process that stands by would take its time to start from those that are needed.
+    "restart.standby": False,
 }
 _READY_S = 240.0
 _STEP_S = 240.0
@@ -52,6 +60,7 @@ def main(name: str, folder: Path) -> None:
     """Runs a rehearsal; an AssertionError names what did not happen."""
     rehearsals = {
         "deaths": ("dev", deaths),
+        "one_by_one": ("dev", one_by_one),
         "deletion": ("dev", deletion),
         "rayjob": ("rayjob", ray_job),
     }
@@ -61,14 +70,24 @@ def main(name: str, folder: Path) -> None:
 
 
 def deaths(rehearsal: "Rehearsal") -> None:
-    """Every pod is killed once while a job trains."""
+    """Every pod is killed once while a job trains: first the service's, then all of Ray."""
     rehearsal.wait_until_ready()
     rehearsal.submit()
     rehearsal.reach_step(EVERY)
-    rehearsal.kill("megatron-ray-service", "the service's pod")
-    rehearsal.kill("megatron-ray-agent", "the agent's pod, a node of Ray with it")
-    rehearsal.kill("training-workers-0", "the worker's pod, with all ranks")
-    rehearsal.kill_head()
+    rehearsal.kill(SERVICE)
+    # At a time: what the head's death takes alone, the start of every node, it takes once.
+    rehearsal.kill(HEAD, AGENT, WORKER)
+    rehearsal.finish()
+    rehearsal.require_passed_probes()
+
+
+def one_by_one(rehearsal: "Rehearsal") -> None:
+    """Every pod is killed once while a job trains, which goes on after each death."""
+    rehearsal.wait_until_ready()
+    rehearsal.submit()
+    rehearsal.reach_step(EVERY)
+    for owner in (SERVICE, AGENT, WORKER, HEAD):
+        rehearsal.kill(owner)
     rehearsal.finish()
     rehearsal.require_passed_probes()
 
@@ -221,26 +240,30 @@ class Rehearsal:
         """Waits until the job has made that step."""
         self._until(lambda: self._step() >= step, _STEP_S, f"step {step} is made")
 
-    def kill(self, owner: str, what: str) -> None:
-        """Kills a pod; its controller makes another one, and the job goes on."""
-        before = self._now()
-        self.cluster.replace(owner)
-        is_ray_node = "ray-cluster" in self.cluster.pods[owner].setup.facts.labels
-        self._goes_on(before, what, new_nodes=int(is_ray_node))
+    def kill(self, *owners: str) -> None:
+        """Kills pods; their controllers make other ones, and the job goes on.
 
-    def kill_head(self) -> None:
-        """Kills the head's container, which the kubelet starts again; the job goes on."""
+        Of the head's pod it kills the container, which the kubelet starts again.
+        """
         before = self._now()
-        self.cluster.pods["training-headgroup-0"].kill_container("ray-head")
-        # Without its head a node of Ray ends, and starts again as a new one.
-        self._goes_on(before, "the head's container", new_nodes=3)
+        new_nodes = 0
+        for owner in owners:
+            if owner == HEAD:
+                self.cluster.pods[owner].kill_container("ray-head")
+            else:
+                pod = self.cluster.replace(owner)
+                new_nodes += int("ray-cluster" in pod.setup.facts.labels)
+        if HEAD in owners:
+            # Without its head a node of Ray ends, and starts again as a new one.
+            new_nodes = NUM_NODES
+        self._goes_on(before, ", ".join(owners), new_nodes=new_nodes)
 
     def delete_worker(self) -> None:
         """Deletes the worker's pod as Kubernetes does; the job goes on without loss."""
         before = self._now()
-        pod = self.cluster.pods["training-workers-0"]
+        pod = self.cluster.pods[WORKER]
         grace_s = pod.setup.spec["terminationGracePeriodSeconds"]
-        seconds = self.cluster.delete("training-workers-0")
+        seconds = self.cluster.delete(WORKER)
         what = f"the worker's pod, which ended in {seconds:.0f} s of {grace_s} s,"
         assert seconds < grace_s
         self._goes_on(before, what, new_nodes=1)
@@ -292,7 +315,9 @@ class Rehearsal:
 
     def _is_ready(self) -> bool:
         """Whether service and agent work, and all nodes of Ray are there."""
-        return self._get("/readyz").get("status") == "ok" and len(self._nodes()) == 3
+        return (
+            self._get("/readyz").get("status") == "ok" and len(self._nodes()) == NUM_NODES
+        )
 
     def _now(self) -> "Moment":
         job = self._job()

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,14 @@ SPEC: dict[str, Any] = {
     "optimizer": {"lr": 3e-3},
     "checkpoint": {"every_steps": 20},
 }
+
+
+@dataclass(frozen=True)
+class WholeJob:
+    """A job as it was at its end, with loss and norm of every step."""
+
+    job: dict[str, Any]
+    rows: list[dict[str, Any]]
 
 
 class Road:

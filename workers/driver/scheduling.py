@@ -45,7 +45,7 @@ class Scheduling:
         self._copies = CopyChoice(job)
         self._plan: PlacementPlan | None = None
         self._placement: Any = None
-        """Ray's handle of the placement group that was requested last."""
+        """The placement group that was requested last."""
         self._dp: int | None = None
 
     def release(self) -> None:

@@ -28,6 +28,7 @@ from workers.rank.spool import Line
 from workers.ray.actors import find_actor, kill, worker_name
 from workers.ray.answers import results_in_time
 from workers.ray.deaths import Death, death_of, raise_if_fenced
+from workers.ray.pending_placement import PendingPlacement
 
 GONE_S = 10.0
 """Seconds to wait for a killed actor's name to become free."""
@@ -90,8 +91,11 @@ class WorkerGroup:
         """Whether the job has a placement group, ready or not."""
         return self._existing_group() is not None
 
-    def placement_group(self, plan: PlacementPlan) -> Any:
-        """Returns the job's placement group (Ray's handle), created if missing."""
+    def placement_group(self, plan: PlacementPlan) -> PendingPlacement:
+        """Returns the job's placement group, created if missing."""
+        return PendingPlacement(self._get_or_create_group(plan))
+
+    def _get_or_create_group(self, plan: PlacementPlan) -> Any:
         group = self._existing_group()
         if group is not None:
             return group
@@ -126,7 +130,9 @@ class WorkerGroup:
 
     def nodes(self, plan: PlacementPlan) -> dict[int, str]:
         """Returns the node id of each bundle of the ready placement group."""
-        table: dict[str, Any] = ray.util.placement_group_table(self.placement_group(plan))
+        table: dict[str, Any] = ray.util.placement_group_table(
+            self._get_or_create_group(plan)
+        )
         return dict(table["bundles_to_node_id"])
 
     def remove_placement_group(self) -> None:
@@ -146,7 +152,7 @@ class WorkerGroup:
         self, plan: PlacementPlan, workers: Iterable[WorkerToStart], num_threads: int
     ) -> None:
         """Creates workers, each in its bundle, without waiting for their start."""
-        group = self.placement_group(plan)
+        group = self._get_or_create_group(plan)
         for worker in workers:
             others = dict(worker.resources)
             options = {

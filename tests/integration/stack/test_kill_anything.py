@@ -29,12 +29,13 @@ from tests.support.fault_injection import (
     until,
     values,
 )
-from tests.support.running_stack import ENDS, Road
+from tests.support.running_stack import ENDS, Road, WholeJob
 
 pytestmark = pytest.mark.ray
 
 STEPS = 150
 EVERY = 50
+OFTEN = 10
 COPY_EVERY = 5
 """Steps between copies of the ranks' states."""
 MOMENT_STEPS = 120
@@ -65,6 +66,11 @@ VICTIMS = ("service", "driver", "agent", "rank", "ray")
 def observer(road: Road) -> Iterator[Observer]:
     with observed(road) as observing:
         yield observing
+
+
+def often_saved(road: Road, **checkpoint: Any) -> dict[str, Any]:
+    """The usual job, which is hit early in its short life."""
+    return road.spec(checkpoint={"every_steps": OFTEN, **checkpoint})
 
 
 def quick(road: Road, **groups: Any) -> dict[str, Any]:
@@ -212,16 +218,16 @@ def away_once(
 
 
 def test_agent_driver_rank_and_service_die_at_once(
-    road: Road, observer: Observer, undisturbed: Rows
+    road: Road, observer: Observer, whole_job: WholeJob
 ) -> None:
-    job_id = road.client.submit(quick(road))["id"]
+    job_id = road.client.submit(often_saved(road))["id"]
     folder = road.client.show(job_id)["storage_path"]
     with RankFile(road, job_id) as file:
         file.reached(5)
         agent = session(road, "agent")
         driver = living(observer, job_id, "driver")
         rank = living(observer, job_id, "w0")
-        file.reached(EVERY)
+        file.reached(OFTEN)
         until("a commit", lambda: latest_committed(folder), 30)
         # The rank serves the store. Without a driver none notices its death.
         kill_session(agent)
@@ -236,20 +242,20 @@ def test_agent_driver_rank_and_service_die_at_once(
     assert session(road, "agent") != agent
     assert job["attempt"] == 2
     assert job["failures"] == 1
-    assert_as_undisturbed(road, job, undisturbed)
+    assert_as_undisturbed(road, job, whole_job.rows)
     assert_nothing_left(road, observer, [job_id])
 
 
 def test_copies_in_memory_replace_checkpoints_that_cannot_be_read(
-    road: Road, observer: Observer, undisturbed: Rows
+    road: Road, observer: Observer, whole_job: WholeJob
 ) -> None:
     """Rank 0 dies, whose reports only its own node has."""
-    spec = quick(road, checkpoint={"peer_every_steps": COPY_EVERY})
+    spec = often_saved(road, peer_every_steps=COPY_EVERY)
     job_id = road.client.submit(spec)["id"]
     folder = Path(road.client.show(job_id)["storage_path"], FOLDER)
     hidden = folder.with_name("hidden")
     with RankFile(road, job_id) as file:
-        file.reached(EVERY + COPY_EVERY)
+        file.reached(OFTEN + COPY_EVERY)
         until("a commit", lambda: latest_committed(str(folder.parent)), 30)
         rank = living(observer, job_id, "w0")
         folder.rename(hidden)
@@ -265,7 +271,7 @@ def test_copies_in_memory_replace_checkpoints_that_cannot_be_read(
         f"from peer copies of step {first - 1}",
     ]
     assert job["attempt"] == 2
-    assert_as_undisturbed(road, job, undisturbed)
+    assert_as_undisturbed(road, job, whole_job.rows)
     assert_nothing_left(road, observer, [job_id])
 
 

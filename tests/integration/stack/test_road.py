@@ -15,24 +15,24 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.support.running_stack import CLI, Road
+from tests.support.running_stack import CLI, Road, WholeJob
 
 pytestmark = pytest.mark.ray
 
 
-@pytest.fixture(scope="module")
-def undisturbed(road: Road) -> list[dict[str, Any]]:
+@pytest.fixture
+def undisturbed(whole_job: WholeJob) -> list[dict[str, Any]]:
     """Loss and norm of every step of the spec when nothing disturbs it."""
-    job = road.finish(road.client.submit(road.spec())["id"])
-    assert job["status"] == "succeeded", job
-    return road.rows(job["id"])
+    return whole_job.rows
 
 
-def test_a_job_goes_the_whole_road(road: Road, undisturbed: list[dict[str, Any]]) -> None:
+def test_a_job_goes_the_whole_road(road: Road, whole_job: WholeJob) -> None:
+    undisturbed = whole_job.rows
     assert [row["step"] for row in undisturbed] == list(range(1, 61))
     assert undisturbed[-1]["loss"] < undisturbed[0]["loss"] - 1
-    job = road.client.jobs(limit=1)["data"][0]
-    assert job["status"] == "succeeded"
+    job = whole_job.job
+    (listed,) = [row for row in road.client.jobs()["data"] if row["id"] == job["id"]]
+    assert listed["status"] == "succeeded"
     assert job["progress"]["val_loss"] < undisturbed[0]["loss"] - 1
     assert [entry["step"] for entry in road.client.checkpoints(job["id"])["data"]] in (
         [60, 40],
@@ -104,25 +104,28 @@ def test_torchrun_and_ray_train_give_the_drivers_losses(
     }
     token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": road.record.ray_token}
     expected = [(row["step"], row["loss"], row["grad_norm"]) for row in undisturbed[:6]]
+    running = {}
     for name, command in commands.items():
-        reports = tmp_path / f"{name}.jsonl"
         storage = f"storage.path={tmp_path / name}"
-        options = ["job.json", "--set", storage, "--reports", str(reports)]
-        done = subprocess.run(
-            [sys.executable, "-m", *command, *options],
-            cwd=tmp_path,
-            env={**os.environ, **token},
-            capture_output=True,
-            text=True,
-            timeout=400,
-            check=False,
-        )
-        assert "ended after step 6 by training.exit_every_steps" in done.stdout, done.stderr
+        options = ["job.json", "--set", storage, "--reports", f"{name}.jsonl"]
+        # Both at a time: each is one process for long before its ranks start.
+        with (tmp_path / f"{name}.log").open("w") as log:
+            running[name] = subprocess.Popen(
+                [sys.executable, "-m", *command, *options],
+                cwd=tmp_path,
+                env={**os.environ, **token},
+                stdout=log,
+                stderr=log,
+            )
+    for name, process in running.items():
+        process.wait(timeout=400)
+        output = (tmp_path / f"{name}.log").read_text()
+        assert "ended after step 6 by training.exit_every_steps" in output, output
         # The schedule is that of all 60 steps.
-        assert step_rows(reports) == expected, "bit for bit"
+        assert step_rows(tmp_path / f"{name}.jsonl") == expected, "bit for bit"
         (checkpoint,) = (tmp_path / name / "checkpoints").iterdir()
         assert (checkpoint / "COMMITTED").exists()
-    assert done.returncode == 75
+    assert running["train"].returncode == 75
 
 
 def step_rows(reports: Path) -> list[tuple[int, float, float]]:

@@ -37,6 +37,7 @@ def main(description: Path) -> None:
     enter_root(container)
     if not container["allow_privilege_escalation"]:
         _check(_LIBC.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
+    os.nice(container["niceness"])
     # The pod's user, who owns here what the caller owns outside, and has no capability.
     user = container["user"]
     words = [unshare, "--user", f"--map-user={user}", f"--map-group={user}", "--"]

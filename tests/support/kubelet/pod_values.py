@@ -20,11 +20,12 @@ _LABEL = re.compile(r"metadata\.labels\['(.+)'\]")
 
 @dataclass(frozen=True)
 class Objects:
-    """The applied ConfigMaps and Secrets, and the folders of claims, all by name."""
+    """The applied ConfigMaps, Secrets and priorities, and the folders of claims, by name."""
 
     config_maps: Mapping[str, Mapping[str, str]]
     secrets: Mapping[str, Mapping[str, str]]
     claims: Mapping[str, Path]
+    priorities: Mapping[str, int]
 
     @classmethod
     def of(cls, manifests: Sequence[Json], claims_folder: Path) -> "Objects":
@@ -32,6 +33,7 @@ class Objects:
         config_maps: dict[str, Mapping[str, str]] = {}
         secrets: dict[str, Mapping[str, str]] = {}
         claims: dict[str, Path] = {}
+        priorities: dict[str, int] = {}
         for item in manifests:
             name = item["metadata"]["name"]
             if item["kind"] == "ConfigMap":
@@ -41,7 +43,9 @@ class Objects:
             elif item["kind"] == "PersistentVolumeClaim":
                 claims[name] = claims_folder / name
                 claims[name].mkdir(parents=True)
-        return cls(config_maps, secrets, claims)
+            elif item["kind"] == "PriorityClass":
+                priorities[name] = item["value"]
+        return cls(config_maps, secrets, claims, priorities)
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ Json = dict[str, Any]
 _TICK_S = 0.1
 _FIRST_BACK_OFF_S = 10.0
 _LONGEST_BACK_OFF_S = 300.0
+_LOWER_PRIORITY_NICENESS = 10
 PROBES = ("startupProbe", "livenessProbe", "readinessProbe")
 
 
@@ -77,7 +78,20 @@ class PodSetup:
             user=self.spec["securityContext"]["runAsUser"],
             read_only_root=security.get("readOnlyRootFilesystem", False),
             allow_privilege_escalation=security.get("allowPrivilegeEscalation", True),
+            niceness=self.niceness(),
         )
+
+    def niceness(self) -> int:
+        """Returns by how much the pod gives way to others.
+
+        Pods of all machines of the cluster share this one: while ranks compute, those of
+        a higher priority must be able to start within Ray's own time limits.
+        """
+        priorities = self.objects.priorities
+        priority = priorities[self.spec["priorityClassName"]]
+        if priority < max(priorities.values()):
+            return _LOWER_PRIORITY_NICENESS
+        return 0
 
 
 @dataclass

@@ -124,6 +124,7 @@ class ContainerProcess:
     user: int
     read_only_root: bool
     allow_privilege_escalation: bool
+    niceness: int
 
 
 class Process:
