@@ -342,9 +342,11 @@ def assert_as_undisturbed(
     ), log
 
 
-def left_of(road: Road, observer: Observer, job_ids: Sequence[str]) -> dict[str, Any]:
+def left_of(
+    road: Road, observer: Observer, job_ids: Sequence[str], sessions: Sequence[Session] = ()
+) -> dict[str, Any]:
     """Actors, placement groups, processes and folders of these jobs; {} when nothing is
-    left.
+    left. `sessions` are those of joined nodes.
     """
     seen = observer.look()
     ours = [row for row in seen["actors"] if row["name"].partition("/")[0] in job_ids]
@@ -360,17 +362,17 @@ def left_of(road: Road, observer: Observer, job_ids: Sequence[str]) -> dict[str,
         "actors": ours,
         "groups": [row for row in seen["groups"] if row["name"] in job_ids],
         "processes": [
-            (pid, title) for pid, title in busy_workers(road) if pid not in others
+            (pid, title) for pid, title in busy_workers(road, sessions) if pid not in others
         ],
         "folders": folders,
     }
     return {name: rows for name, rows in left.items() if rows}
 
 
-def busy_workers(road: Road) -> list[tuple[int, str]]:
+def busy_workers(road: Road, sessions: Sequence[Session] = ()) -> list[tuple[int, str]]:
     """Ray's worker processes that do something: (pid, title)."""
     busy = []
-    for process in members([session(road, "ray")]):
+    for process in members([session(road, "ray"), *sessions]):
         try:
             title = (
                 Path(f"/proc/{process.pid}/cmdline")
@@ -387,13 +389,19 @@ def busy_workers(road: Road) -> list[tuple[int, str]]:
 
 
 def assert_nothing_left(
-    road: Road, observer: Observer, job_ids: Sequence[str], timeout_s: float = 20
+    road: Road,
+    observer: Observer,
+    job_ids: Sequence[str],
+    timeout_s: float = 20,
+    sessions: Sequence[Session] = (),
 ) -> None:
     """Waits until nothing of ended jobs is left in Ray, in its processes and in its
     folder.
     """
     deadline = time.monotonic() + timeout_s
-    while (left := left_of(road, observer, job_ids)) and time.monotonic() < deadline:
+    while (
+        left := left_of(road, observer, job_ids, sessions)
+    ) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not left, f"left after {timeout_s:g} s: {json.dumps(left, indent=1)}"
 

@@ -1,11 +1,13 @@
 """A further node of a Ray cluster on this machine: it ends as a pod does, or falls silent."""
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 
 from service.local_stack.sessions import (
     Session,
@@ -53,6 +55,15 @@ class JoinedNode:
         """Whether a process runs on this node."""
         return pid in [process.pid for process in members([self._session])]
 
+    def has_joined(self) -> bool:
+        """Whether its raylet runs; nodes that start at once would take the same socket."""
+        for process in members([self._session]):
+            with contextlib.suppress(OSError):
+                title = Path(f"/proc/{process.pid}/cmdline").read_bytes()
+                if title.partition(b"\0")[0].endswith(b"/raylet"):
+                    return True
+        return False
+
     def terminate(self) -> None:
         """Sends SIGTERM to `ray start`, as the kubelet does to a container's process 1."""
         self._process.terminate()
@@ -65,6 +76,16 @@ class JoinedNode:
         """Stops every process of the node."""
         for process in members([self._session]):
             send_signal(process.pid, process.start_ticks, signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """Lets a frozen node go on."""
+        for process in members([self._session]):
+            send_signal(process.pid, process.start_ticks, signal.SIGCONT)
+
+    @property
+    def session(self) -> Session:
+        """The session that all of its processes are in."""
+        return self._session
 
     def kill(self) -> None:
         """Ends whatever is left of the node."""
