@@ -5,6 +5,7 @@ cannot be read, and nothing dies of it.
 import random
 from collections.abc import Iterator
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from megatron_ray.storage.storage import open_storage
 from tests.support.chaos.schedule import OF_STORAGE, FaultKind, make_schedule
 from tests.support.checkpoint_folders import write_checkpoint
 from tests.support.faulty_storage.mounted import FaultyStorage, faulty_storage, why_not
+from tests.support.service_process import SPEC, ServiceProcess
 from workers.driver.logs import JobLogs
 
 
@@ -108,6 +110,28 @@ def test_a_stall_ends_by_itself_and_loses_nothing(storage: FaultyStorage) -> Non
     path = storage.path / "late"
     path.write_text("written")
     assert (storage.backing / "late").read_text() == "written"
+
+
+def test_the_service_answers_when_its_own_disk_is_full_and_loses_nothing(
+    storage: FaultyStorage, tmp_path: Path
+) -> None:
+    service = ServiceProcess(storage.path)
+    service.log = tmp_path / "service.log"
+    service.start()
+    try:
+        with service.client(service.user_token) as client:
+            assert client.post("/v1/jobs", json=SPEC).status_code == 201
+            for make in (storage.fill, storage.fail_writes):
+                make(60.0)
+                refused = client.post("/v1/jobs", json=SPEC)
+                assert refused.status_code == 503
+                assert refused.headers["Retry-After"] == "2"
+                assert len(client.get("/v1/jobs").json()["data"]) == 1
+            storage.heal()
+            assert client.post("/v1/jobs", json=SPEC).status_code == 201
+            assert len(client.get("/v1/jobs").json()["data"]) == 2
+    finally:
+        service.kill()
 
 
 def test_the_schedule_of_a_seed_is_always_the_same() -> None:

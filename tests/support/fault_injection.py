@@ -43,12 +43,18 @@ def until(what: str, condition: Callable[[], Any], timeout_s: float) -> Any:
 
     Raises AssertionError when there is none in time.
     """
+    answer = wait_until(condition, timeout_s)
+    assert answer, f"not in {timeout_s:g} s: {what}"
+    return answer
+
+
+def wait_until(condition: Callable[[], Any], timeout_s: float) -> Any:
+    """The first answer that is not false, or the last one when there is none in time."""
     deadline = time.monotonic() + timeout_s
     while True:
         answer = condition()
-        if answer:
+        if answer or time.monotonic() > deadline:
             return answer
-        assert time.monotonic() < deadline, f"not in {timeout_s:g} s: {what}"
         time.sleep(0.05)
 
 
@@ -61,6 +67,7 @@ class Observer:
         self._road = road
         self._process: subprocess.Popen[str] | None = None
         self._address = ""
+        self._lock = threading.Lock()
 
     def look(self) -> dict[str, Any]:
         """{actors, groups, objects}; asks again while Ray cannot tell."""
@@ -101,6 +108,11 @@ class Observer:
 
     def _ask(self, word: str) -> dict[str, Any] | None:
         """None: Ray is away, or went away meanwhile."""
+        # Faults that strike at once ask from several threads.
+        with self._lock:
+            return self._ask_alone(word)
+
+    def _ask_alone(self, word: str) -> dict[str, Any] | None:
         record = self._road.record
         if (
             self._process is None

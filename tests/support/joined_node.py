@@ -1,13 +1,11 @@
 """A further node of a Ray cluster on this machine: it ends as a pod does, or falls silent."""
 
-import contextlib
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 
 from service.local_stack.sessions import (
     Session,
@@ -54,15 +52,6 @@ class JoinedNode:
     def has(self, pid: int) -> bool:
         """Whether a process runs on this node."""
         return pid in [process.pid for process in members([self._session])]
-
-    def has_joined(self) -> bool:
-        """Whether its raylet runs; nodes that start at once would take the same socket."""
-        for process in members([self._session]):
-            with contextlib.suppress(OSError):
-                title = Path(f"/proc/{process.pid}/cmdline").read_bytes()
-                if title.partition(b"\0")[0].endswith(b"/raylet"):
-                    return True
-        return False
 
     def terminate(self) -> None:
         """Sends SIGTERM to `ray start`, as the kubelet does to a container's process 1."""

@@ -11,12 +11,13 @@ from pathlib import Path
 from service.local_stack.ray_head import ray_environment
 from service.local_stack.sessions import Session
 from tests.support.chaos.schedule import OF_NODES, Fault, FaultKind, Strike
-from tests.support.fault_injection import Observer, kill, service_away, until
+from tests.support.fault_injection import Observer, kill, service_away, until, wait_until
 from tests.support.faulty_storage.mounted import FaultyStorage
 from tests.support.joined_node import JoinedNode
 from tests.support.running_stack import Road
 
-_JOINED_S = 120.0
+_JOINED_S = 60.0
+_TRIES = 10
 _ALIVE_S = 180.0
 """A driver on a frozen node starts elsewhere only after Ray has noticed, a minute later."""
 
@@ -25,19 +26,37 @@ class Nodes:
     """Further nodes of the stack's Ray, always as many as at first."""
 
     def __init__(self, road: Road, num_nodes: int, num_cpus: int) -> None:
-        self._record = road.record
+        self._road = road
         self._num_nodes = num_nodes
         self._num_cpus = num_cpus
         self.living: list[JoinedNode] = []
 
     def refill(self) -> None:
-        """Joins nodes in place of those that were lost."""
-        record = self._record
+        """Joins nodes in place of those that were lost, one after the other."""
+        for _ in range(_TRIES):
+            if len(self.living) == self._num_nodes:
+                return
+            known = self._alive()
+            node = self._join()
+            # On a busy machine a raylet may end while it starts.
+            if wait_until(partial(self._has_more_than, known), _JOINED_S):
+                self.living.append(node)
+            else:
+                node.kill()
+        raise AssertionError(f"nodes do not join in {_TRIES} tries")
+
+    def _join(self) -> JoinedNode:
+        record = self._road.record
         environment = ray_environment(record.ray_token, Path(record.temp_dir))
-        while len(self.living) < self._num_nodes:
-            node = JoinedNode(record.ray_address, self._num_cpus, environment)
-            self.living.append(node)
-            until("a raylet", node.has_joined, _JOINED_S)
+        return JoinedNode(record.ray_address, self._num_cpus, environment)
+
+    def _alive(self) -> set[str]:
+        """Returns the nodes that the agent reports as alive."""
+        (cluster,) = self._road.client.cluster()["data"]
+        return {node["node_id"] for node in cluster["nodes"] if node["alive"]}
+
+    def _has_more_than(self, known: set[str]) -> bool:
+        return bool(self._alive() - known)
 
     def of(self, pid: int) -> JoinedNode | None:
         """Returns the node of a process."""
