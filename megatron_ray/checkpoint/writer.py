@@ -21,7 +21,6 @@ import torch
 
 from megatron_ray.checkpoint.digests import DigestedFiles
 from megatron_ray.checkpoint.directory import INDEX
-from megatron_ray.checkpoint.failed_saves import RETRY_S, FailedSaves
 from megatron_ray.checkpoint.index import RankPlan, Slot, data_file, plan_save
 from megatron_ray.checkpoint.train_state import TRAIN_STATE, rank_state_file
 from megatron_ray.distributed.mesh import ParallelMesh
@@ -29,6 +28,7 @@ from megatron_ray.exceptions import MegatronRayError
 from megatron_ray.reports import CheckpointFailedReport, CheckpointReport
 from megatron_ray.sharding.sharded_state import ShardedState
 from megatron_ray.storage.errors import StorageError
+from megatron_ray.storage.outages import RETRY_S, FailedSaves
 from megatron_ray.storage.storage import open_storage
 
 BLOCK_BYTES = 16 * 1024 * 1024
@@ -63,7 +63,7 @@ class CheckpointWriter:
 
     With `on_failed`, which is called likewise, an error of the storage ends no run: the
     next save is the next try, and `wait` tries the last one again. Errors are raised
-    only as `failed_saves` decides.
+    only as `storage.outages` decides.
     """
 
     def __init__(

@@ -35,6 +35,8 @@ STRIKES = (
     Strike(0, 130, 0.0, (Fault(FaultKind.DRIVER, 0.0, 0),)),
 )
 
+STORAGE_EVENTS = ("rank.checkpoint_failed", "checkpoint.delayed")
+
 
 @pytest.fixture
 def storage(tmp_path: Path) -> Iterator[FaultyStorage]:
@@ -72,9 +74,6 @@ def test_a_job_survives_a_failing_and_a_full_storage_with_a_rank_and_a_driver_dy
     # Training went on while the storage refused its checkpoints.
     assert job["attempt"] == 2
     assert job["failures"] == 1
-    told = [row for row in history(road, job_id) if row["type"] in TOLD]
-    assert told
-    assert all(str(storage.path) in row["message"] for row in told)
-
-
-TOLD = ("rank.checkpoint_failed", "checkpoint.delayed")
+    rows = [row for row in history(road, job_id) if row["type"] in STORAGE_EVENTS]
+    assert rows
+    assert all(str(storage.path) in row["message"] for row in rows)

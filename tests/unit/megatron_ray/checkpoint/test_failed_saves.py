@@ -5,13 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_ray.checkpoint import failed_saves
-from megatron_ray.checkpoint.failed_saves import FailedSaves
 from megatron_ray.checkpoint.writer import CheckpointWriter
 from megatron_ray.distributed.mesh import ParallelMesh
 from megatron_ray.reports import CheckpointFailedReport, CheckpointReport
 from megatron_ray.sharding.sharded_state import ShardedState, whole_tensor
+from megatron_ray.storage import outages
 from megatron_ray.storage.errors import DiskFullError, StorageError
+from megatron_ray.storage.outages import FailedSaves
 from megatron_ray.storage.storage import LocalStorage
 
 Reports = list[CheckpointReport | CheckpointFailedReport]
@@ -95,7 +95,7 @@ def test_a_last_save_that_is_never_written_raises_its_error(
 def test_a_run_does_not_train_on_for_ever_without_checkpoints(
     tmp_path: Path, outage: Outage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(failed_saves, "MAX_FAILING_S", -1.0)
+    monkeypatch.setattr(outages, "MAX_FAILING_S", -1.0)
     reports: Reports = []
     writer = writer_to(reports)
     outage.num_left = 100
@@ -111,5 +111,5 @@ def test_both_the_number_and_the_time_of_failed_saves_count() -> None:
     assert not failed.ends_run(1e6)
     failed = failed.with_another(101.0).with_another(102.0)
     assert failed == FailedSaves(3, 100.0)
-    assert not failed.ends_run(100.0 + failed_saves.MAX_FAILING_S)
-    assert failed.ends_run(101.0 + failed_saves.MAX_FAILING_S)
+    assert not failed.ends_run(100.0 + outages.MAX_FAILING_S)
+    assert failed.ends_run(101.0 + outages.MAX_FAILING_S)

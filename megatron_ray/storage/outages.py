@@ -1,6 +1,6 @@
 """Decides how long a run goes on without checkpoints while its storage fails.
 
-Owns: the limits. Pure: times come in as values. Must not know: storage, threads, torch.
+Owns: the limits. Pure: times come in as values. Must not know: threads, torch.
 """
 
 from dataclasses import dataclass
