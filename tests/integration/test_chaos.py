@@ -26,15 +26,15 @@ from tests.support.running_stack import ENDS, Road, stack
 
 pytestmark = [pytest.mark.ray, pytest.mark.chaos]
 
-NUM_JOBS = 10
-PER_JOB = 3
+NUM_JOBS = 5
+PER_JOB = 6
 NUM_DOUBLE = 7
 NUM_NODES = 2
 NODE_CPUS = 8
-STEPS = 300
-EVERY_STEPS = 25
+STEPS = 140
+EVERY_STEPS = 10
 JOB_S = 900.0
-"""Enough for the slowest of three strikes on a busy machine."""
+"""Enough for the slowest of its strikes on a busy machine."""
 
 
 @pytest.fixture
