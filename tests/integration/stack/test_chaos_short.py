@@ -22,15 +22,15 @@ from tests.support.running_stack import Road
 
 pytestmark = pytest.mark.ray
 
-STEPS = 160
-EVERY_STEPS = 20
+STEPS = 200
+EVERY_STEPS = 10
 STRIKES = (
-    Strike(0, 30, 0.0, (Fault(FaultKind.WRITES_FAIL, 0.0, 0, 4.0),)),
+    Strike(0, 30, 0.0, (Fault(FaultKind.WRITES_FAIL, 0.0, 0, 6.0),)),
     Strike(
         0,
         100,
         0.0,
-        (Fault(FaultKind.DISK_FULL, 0.0, 0, 3.0), Fault(FaultKind.RANK, 0.5, 1)),
+        (Fault(FaultKind.DISK_FULL, 0.0, 0, 3.0), Fault(FaultKind.RANK, 0.2, 1)),
     ),
     Strike(0, 130, 0.0, (Fault(FaultKind.DRIVER, 0.0, 0),)),
 )
@@ -72,7 +72,7 @@ def test_a_job_survives_a_failing_and_a_full_storage_with_a_rank_and_a_driver_dy
         assert_as_undisturbed(road, job, road.rows(undisturbed))
         assert_nothing_left(road, observer, [undisturbed, job_id], 40)
     # Training went on while the storage refused its checkpoints.
-    assert job["attempt"] == 2
+    assert job["attempt"] >= 2
     assert job["failures"] == 1
     rows = [row for row in history(road, job_id) if row["type"] in STORAGE_EVENTS]
     assert rows
