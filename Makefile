@@ -6,7 +6,7 @@
 #   make docs      the documentation as HTML under build/docs
 #   make coverage  branch coverage of the tests
 #   make parity    every layout against one rank (an hour)
-#   make chaos     kills everything at random moments (hours)
+#   make chaos     kills everything at random moments (15 minutes); CHAOS=tests: all long forms (hours)
 #   make fuzz      sends what /openapi.json allows, and what it does not (minutes)
 #   make bench     figures as JSON, one object a line
 #   make manifests renders the overlays for Kubernetes (needs kubectl)
@@ -15,6 +15,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 BENCH  ?=
+CHAOS  ?= tests/integration/test_chaos.py
 JOBS   ?= 2
 # tests/conftest.py sends a file's tests to one process; files come in its order, long ones first.
 # Tests start many processes: what was compiled once is kept, whatever the shell's setting.
@@ -56,7 +57,7 @@ parity: setup
 	$(BIN)/pytest -m "parity or parallel" --steps 20
 
 chaos: setup
-	$(BIN)/pytest -m chaos
+	$(BIN)/pytest -s -m chaos $(CHAOS)
 
 fuzz: setup
 	$(BIN)/python -m tests.fuzz

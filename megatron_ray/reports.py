@@ -86,6 +86,18 @@ class CheckpointReport:
 
 
 @dataclass(frozen=True)
+class CheckpointFailedReport:
+    """A rank could not write its part of a checkpoint, and trains on without it."""
+
+    kind: ClassVar[str] = "checkpoint_failed"
+    step: int
+    path: str
+    """Folder of the checkpoint."""
+    cause: str
+    """What the storage has refused, where, and the remedy if there is only one."""
+
+
+@dataclass(frozen=True)
 class PeerCopiesRefusedReport:
     """A run does not continue from copies in the ranks' memory, as it was to."""
 
@@ -112,6 +124,7 @@ Report = (
     | SkippedStepReport
     | EvalReport
     | CheckpointReport
+    | CheckpointFailedReport
     | PeerCopiesRefusedReport
     | PhaseReport
 )

@@ -34,13 +34,20 @@ from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.data.preparation.errors import UnusableDataError
 from megatron_ray.data.preparation.prepare import no_progress, prepare
 from megatron_ray.data.prepared import PreparedData
+from megatron_ray.storage.errors import (
+    AccessDeniedError,
+    InvalidLocationError,
+    MissingFileError,
+)
 from megatron_ray.validation.check import find_problems, find_warnings
 from megatron_ray.validation.resolution import with_length, with_vocabulary
 from megatron_ray.validation.training import sample_problems
+from workers.decisions.failures import FailureKind, classify
 from workers.protocol.job import JobSpec
 from workers.rank.environment import CredentialsError, credentials
 from workers.rank.spool import Line, SpoolReader
 
+_PERMANENT = (CheckpointError, MissingFileError, AccessDeniedError, InvalidLocationError)
 _RETRY_S = 0.3
 _MAX_TRIES = 10
 _ALL_LINES = 1_000_000
@@ -209,8 +216,8 @@ def resolve_initial_weights(
 def prepare_task(spec: dict[str, Any]) -> dict[str, Any]:
     """Prepares the data of a spec given as JSON.
 
-    Returns `{"prepared": PreparedData}` or `{"problems": [...]}`; raises every other
-    error.
+    Returns `{"prepared": PreparedData}`, `{"problems": [...]}` or, where the storage
+    fails and another try may succeed, `{"storage": message}`; raises every other error.
     """
     job = JobSpec.from_mapping(spec)
     try:
@@ -221,7 +228,20 @@ def prepare_task(spec: dict[str, Any]) -> dict[str, Any]:
         return {"problems": problem_rows(error.problems)}
     except CredentialsError as error:
         return {"problems": problem_rows([credentials_problem(error)])}
+    except OSError as error:
+        if not _is_outage(error):
+            raise
+        return {"storage": str(error)}
     return {"prepared": prepared.model_dump(mode="json")}
+
+
+def _is_outage(error: OSError) -> bool:
+    """Whether another try may succeed: not for a path that is wrong."""
+    if isinstance(error, _PERMANENT):
+        return False
+    own_kind = getattr(error, "failure_kind", None)
+    kind = classify(type(error).__name__, str(error), own_kind)
+    return kind in (FailureKind.STORAGE, FailureKind.DISK_FULL)
 
 
 def credentials_problem(error: CredentialsError) -> Problem:

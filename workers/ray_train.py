@@ -26,7 +26,12 @@ from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
 from megatron_ray.distributed import device
 from megatron_ray.exceptions import ErrorKind, MegatronRayError
-from megatron_ray.reports import CheckpointReport, Report, StepReport
+from megatron_ray.reports import (
+    CheckpointFailedReport,
+    CheckpointReport,
+    Report,
+    StepReport,
+)
 from megatron_ray.validation import resolution
 from workers.announcements import RefusedError
 from workers.decisions.placement import resolve_accelerator, resources_per_rank
@@ -300,6 +305,8 @@ class _CheckpointReports:
 
     def __init__(self) -> None:
         self._metrics: dict[str, float] = {}
+        self._last_step = 0
+        """Of the last checkpoint that was reported, written or not."""
         self._items: queue.SimpleQueue[dict[str, float] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="ray-train", daemon=True)
 
@@ -317,8 +324,12 @@ class _CheckpointReports:
         """Takes a report of this rank; never blocks."""
         if isinstance(item, StepReport):
             self._metrics = {"step": item.step, "loss": item.loss}
-        elif isinstance(item, CheckpointReport):
-            self._items.put({**self._metrics, "checkpoint_step": item.step})
+        # Once each, also when a part that has failed is written after all: every rank has
+        # to report it.
+        elif isinstance(item, CheckpointReport | CheckpointFailedReport):
+            if item.step > self._last_step:
+                self._last_step = item.step
+                self._items.put({**self._metrics, "checkpoint_step": item.step})
 
     def _run(self) -> None:
         while True:

@@ -23,11 +23,17 @@ from megatron_ray.checkpoint.claim import Claim
 from megatron_ray.checkpoint.directory import latest_committed
 from megatron_ray.data.prepared import PreparedData
 from megatron_ray.exceptions import ErrorKind, MegatronRayError
-from megatron_ray.reports import PhaseReport, Report, SkippedStepReport
+from megatron_ray.reports import (
+    CheckpointFailedReport,
+    PhaseReport,
+    Report,
+    SkippedStepReport,
+)
 from megatron_ray.training.session import discard_report
 from workers.announcements import Announcements
 from workers.data_tasks import prepare_data
 from workers.decisions.planned_exit import reached_limit
+from workers.driver.relay import describe_failed_save
 from workers.exceptions import WorkersError
 from workers.hang_watch import HangWatch
 from workers.job_file import read_spec
@@ -290,6 +296,10 @@ class RankRun:
             self._write_report(item)
             if isinstance(item, SkippedStepReport):
                 self._notify(f"warning: {item.message}")
+            # The other ranks know nothing of it.
+            if isinstance(item, CheckpointFailedReport):
+                message = describe_failed_save(self._env.rank, vars(item))
+                sys.stderr.write(f"warning: {message}\n")
             committer.report(item)
             self._listener(item)
 

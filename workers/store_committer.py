@@ -10,6 +10,7 @@ import time
 from contextlib import suppress
 
 from megatron_ray.reports import (
+    CheckpointFailedReport,
     CheckpointReport,
     EvalReport,
     PhaseReport,
@@ -48,6 +49,8 @@ class StoreCommitter:
         """Path of the newest checkpoint committed here."""
         self.last_step = 0
         """Last step that this rank has reported."""
+        self._newest_save = 0
+        """Step of the last checkpoint that this rank has written or given up."""
         self._error: Exception | None = None
         self._thread = threading.Thread(target=self._run, name="committer", daemon=True)
         self._thread.start()
@@ -60,6 +63,8 @@ class StoreCommitter:
         self.raise_error()
         if isinstance(item, StepReport):
             self.last_step = item.step
+        if isinstance(item, CheckpointReport | CheckpointFailedReport):
+            self._newest_save = item.step
         # Phases are neither counted nor stored in a checkpoint.
         if not isinstance(item, PhaseReport):
             self._items.put(item)
@@ -97,6 +102,8 @@ class StoreCommitter:
     def _handle(self, item: Report) -> None:
         if isinstance(item, CheckpointReport):
             self._count(item)
+        elif isinstance(item, CheckpointFailedReport):
+            self._store.add(self._unwritten_key(item.step), 1)
         elif self._is_first and isinstance(item, StepReport | EvalReport):
             self._ledger.reported(
                 {
@@ -119,12 +126,18 @@ class StoreCommitter:
         # Bytes before the count: rank 0 reads the sum once the count is complete.
         self._store.add(f"{key}/bytes", item.bytes_written)
         self._store.add(key, 1)
-        if self._is_first:
-            self._await_all(key)
+        if self._is_first and self._await_all(key, item.step):
             num_bytes = self._store.add(f"{key}/bytes", 0)
             self._ledger.written(0, item.step, item.path, num_bytes)
 
-    def _await_all(self, key: str) -> None:
+    def _unwritten_key(self, step: int) -> str:
+        return f"unwritten/{self._request.attempt}/{step}"
+
+    def _await_all(self, key: str, step: int) -> bool:
+        """Returns whether all ranks have written their parts, once that is certain.
+
+        Raises TimeoutError.
+        """
         timeout_s = self._request.timeout_s
         deadline = time.monotonic() + timeout_s
         # Adding 0 reads the counter; `get` would block while it does not exist.
@@ -134,12 +147,16 @@ class StoreCommitter:
                     "a rank failed before it had written its part of the checkpoint, which "
                     "stays uncommitted"
                 )
+            # A rank tries its last part again, but never one that a later save replaces.
+            if self._newest_save > step and self._store.add(self._unwritten_key(step), 0):
+                return False
             if time.monotonic() > deadline:
                 raise TimeoutError(
                     f"not every rank wrote its part of the checkpoint within {timeout_s:g} s; "
                     "it stays uncommitted"
                 )
             time.sleep(_COMMIT_CHECK_S)
+        return True
 
     def _commit(self, whole: WholeCheckpoint) -> None:
         # Another run may have been started in the same folder meanwhile.

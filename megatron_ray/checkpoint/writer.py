@@ -13,6 +13,8 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -23,8 +25,10 @@ from megatron_ray.checkpoint.index import RankPlan, Slot, data_file, plan_save
 from megatron_ray.checkpoint.train_state import TRAIN_STATE, rank_state_file
 from megatron_ray.distributed.mesh import ParallelMesh
 from megatron_ray.exceptions import MegatronRayError
-from megatron_ray.reports import CheckpointReport
+from megatron_ray.reports import CheckpointFailedReport, CheckpointReport
 from megatron_ray.sharding.sharded_state import ShardedState
+from megatron_ray.storage.errors import StorageError
+from megatron_ray.storage.outages import RETRY_S, FailedSaves
 from megatron_ray.storage.storage import open_storage
 
 BLOCK_BYTES = 16 * 1024 * 1024
@@ -39,12 +43,27 @@ class WriteAbandonedError(MegatronRayError):
     """The save was abandoned; its files never become part of a committed checkpoint."""
 
 
+@dataclass(frozen=True)
+class _Save:
+    """One save, whose tensors are in the host memory."""
+
+    step: int
+    path: str
+    small_files: SmallFiles
+    start: float
+    copied: torch.cuda.Event | None
+
+
 class CheckpointWriter:
     """Writes this rank's part of every checkpoint of a run.
 
     `on_written` is called when the rank's part is durable, in `async` mode from the
     writing thread. `prepare`, a collective, fixes the layout of the state (names,
     boxes, dtypes).
+
+    With `on_failed`, which is called likewise, an error of the storage ends no run: the
+    next save is the next try, and `wait` tries the last one again. Errors are raised
+    only as `storage.outages` decides.
     """
 
     def __init__(
@@ -52,9 +71,14 @@ class CheckpointWriter:
         mesh: ParallelMesh,
         mode: Literal["async", "sync"],
         on_written: Callable[[CheckpointReport], None],
+        on_failed: Callable[[CheckpointFailedReport], None] | None = None,
     ) -> None:
         self._mesh = mesh
         self._on_written = on_written
+        self._on_failed = on_failed
+        self._failed = FailedSaves()
+        self._unwritten: _Save | None = None
+        """The last save, if the storage has refused it."""
         self._executor: ThreadPoolExecutor | None = None
         if mode == "async":
             # One thread: there is one host copy, so one save at a time.
@@ -101,26 +125,46 @@ class CheckpointWriter:
         state's layout changed or its boxes do not cover the tensors.
         """
         # The host memory can be reused only after the previous save has been written.
-        self.wait()
+        self._finish_pending()
+        # This save replaces one that has failed.
+        self._unwritten = None
         start = time.monotonic()
         plan = self._plan_for(state)
         copied = copy_to_host(plan.slots, state, self._host, self._mesh.device)
         # Serialized before `save` returns, because the caller may then change its state.
         small_files = self._small_files(plan, train_state, files or {})
+        save = _Save(step, path, small_files, start, copied)
         if self._executor is None:
-            self._write(step, path, small_files, copied, start)
+            self._try_to_write(save)
         else:
-            self._pending = self._executor.submit(
-                self._write, step, path, small_files, copied, start
-            )
+            self._pending = self._executor.submit(self._try_to_write, save)
 
     def wait(self) -> None:
         """Blocks until the last save is durable. Raises the error that ended it, once."""
+        self._finish_pending()
+        # No other save follows, so a failed one is tried again.
+        save = self._unwritten
+        self._unwritten = None
+        if save is not None:
+            self._write_at_last(save)
+
+    def _finish_pending(self) -> None:
         # Cleared before reading the result, so that an error is raised only once.
         pending = self._pending
         self._pending = None
         if pending is not None:
             pending.result()
+
+    def _write_at_last(self, save: _Save) -> None:
+        """Writes a save that has failed, after some pauses. Raises the last error."""
+        *pauses, last_pause = RETRY_S
+        for pause_s in pauses:
+            self._abandoned.wait(pause_s)
+            with suppress(StorageError):
+                self._write(save)
+                return
+        self._abandoned.wait(last_pause)
+        self._write(save)
 
     def close(self) -> None:
         """Waits for the last save and ends the thread. Raises as `wait` does."""
@@ -178,19 +222,27 @@ class CheckpointWriter:
             small_files.append((INDEX, plan.index))
         return small_files
 
-    def _write(
-        self,
-        step: int,
-        path: str,
-        small_files: SmallFiles,
-        copied: torch.cuda.Event | None,
-        start: float,
-    ) -> None:
+    def _try_to_write(self, save: _Save) -> None:
+        """Writes a save, or reports why it failed. Raises the error that ends the run."""
+        try:
+            self._write(save)
+        except StorageError as error:
+            now = time.monotonic()
+            self._failed = self._failed.with_another(now)
+            if self._on_failed is None or self._failed.ends_run(now):
+                raise
+            self._unwritten = save
+            # Now and not at the next save, which may be an hour away.
+            self._on_failed(CheckpointFailedReport(save.step, save.path, str(error)))
+        else:
+            self._failed = FailedSaves()
+
+    def _write(self, save: _Save) -> None:
         # Waits in this thread, so that the training thread continues while the copies
         # finish.
-        if copied is not None:
-            copied.synchronize()
-        files = DigestedFiles(open_storage(path))
+        if save.copied is not None:
+            save.copied.synchronize()
+        files = DigestedFiles(open_storage(save.path))
         memory = self._host.numpy().data
         with files.open_output(data_file(self._mesh.rank)) as file:
             for position in range(0, len(memory), BLOCK_BYTES):
@@ -199,14 +251,15 @@ class CheckpointWriter:
                     raise WriteAbandonedError
                 file.write(memory[position : position + BLOCK_BYTES])
         num_bytes = len(memory)
-        for name, content in small_files:
+        for name, content in save.small_files:
             files.write_bytes_atomic(name, content)
             num_bytes += len(content)
         num_bytes += files.write_digests(self._mesh.rank)
         # Checked again, because an abandoned save must not be reported as durable.
         if self._abandoned.is_set():
             raise WriteAbandonedError
-        self._on_written(CheckpointReport(step, path, num_bytes, time.monotonic() - start))
+        seconds = time.monotonic() - save.start
+        self._on_written(CheckpointReport(save.step, save.path, num_bytes, seconds))
 
 
 def _layout(state: ShardedState) -> list[tuple[object, ...]]:

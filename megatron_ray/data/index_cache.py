@@ -27,8 +27,9 @@ def load_or_build(cache_dir: str | None, key: str, build: Callable[[], Arrays]) 
     """Returns the arrays under `key`, built when missing and then memory-mapped.
 
     The folder appears atomically. Ranks that build at the same time do the same work,
-    and all use the first result. Without a local cache, or with damaged files in it, the
-    arrays stay in memory. Raises OSError.
+    and all use the first result. Without a local cache, with damaged files in it, or
+    where it cannot be written, the arrays stay in memory. Raises OSError when files of
+    the cache cannot be read.
     """
     # Files in an object store cannot be memory-mapped, so each rank builds its own arrays.
     if cache_dir is None or not is_local_path(cache_dir):
@@ -36,9 +37,13 @@ def load_or_build(cache_dir: str | None, key: str, build: Callable[[], Arrays]) 
     folder = Path(parse_location(cache_dir).path) / key
     if not folder.is_dir():
         arrays = build()
-        with atomic_folder(folder) as work:
-            for name, array in arrays.items():
-                np.save(work / f"{name}.npy", array)
+        # A full disk, say, is no reason to end a run.
+        try:
+            with atomic_folder(folder) as work:
+                for name, array in arrays.items():
+                    np.save(work / f"{name}.npy", array)
+        except OSError:
+            return arrays
     # The rank that built them maps them too, so that ranks of a node share the page cache.
     files = sorted(folder.glob("*.npy"))
     try:

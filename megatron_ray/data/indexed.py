@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_ray.exceptions import InputError
-from megatron_ray.storage.errors import MissingFileError
+from megatron_ray.storage.errors import MissingFileError, storage_errors
 from megatron_ray.storage.files import file_stat, open_random_access, read_bytes
 from megatron_ray.storage.location import Location, parse_location
 
@@ -235,8 +235,15 @@ class IndexedDataset:
 def _open_index(location: Location) -> IndexTable:
     # For a missing index the second branch raises an error with the path.
     if location.is_local and file_stat(location) is not None:
+        _require_readable(location.path)
         return read_index(np.memmap(location.path, np.uint8, "r"), location.path)
     return read_index(read_bytes(location), location.path)
+
+
+def _require_readable(path: str) -> None:
+    """Raises StorageError when a file cannot be read; a map of it would end the process."""
+    with storage_errors("read", path), open(path, "rb", buffering=0) as file:
+        file.read(_HEADER.size)
 
 
 class IndexedDatasetBuilder:

@@ -167,7 +167,10 @@ class LocalStorage(Storage):
 
     def exists(self, name: str) -> bool:
         """Returns whether a file or folder exists."""
-        return self._path(name).exists()
+        path = self._path(name)
+        # A storage that does not answer is no proof that a file is missing.
+        with storage_errors("look for", str(path)):
+            return path.exists()
 
     def list(self, name: str = "", *, recursive: bool = False) -> list[Entry]:
         """Returns the entries of a folder, sorted by name."""

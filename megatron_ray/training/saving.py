@@ -28,7 +28,7 @@ from megatron_ray.distributed.mesh import ParallelMesh
 from megatron_ray.models.initialization import init_local
 from megatron_ray.optimizer.sharded import ShardedOptimizer
 from megatron_ray.parallelize.parallelize import ParallelModel
-from megatron_ray.reports import CheckpointReport
+from megatron_ray.reports import CheckpointFailedReport, CheckpointReport
 from megatron_ray.sharding.sharded_state import ShardedState, whole_tensor
 from megatron_ray.storage.errors import StorageError
 from megatron_ray.storage.storage import open_storage
@@ -38,7 +38,8 @@ from megatron_ray.training.progress import Progress, SkippedSteps
 class TrainingSaver:
     """Writes checkpoints of one rank: its optimizer shard and the run's progress.
 
-    `on_written` is called when this rank's part is durable. `published` are the files of
+    `report` gets a report when this rank's part is durable or could not be written; the
+    run then goes on without it, for a while. `published` are the files of
     a published model that its checkpoints have too, on rank 0. Raises ConfigError without
     a storage path.
     """
@@ -52,7 +53,7 @@ class TrainingSaver:
         data: PreparedData,
         *,
         attempt: int,
-        on_written: Callable[[CheckpointReport], None],
+        report: Callable[[CheckpointReport | CheckpointFailedReport], None],
         published: Mapping[str, bytes] | None = None,
     ) -> None:
         if config.storage is None:
@@ -71,7 +72,7 @@ class TrainingSaver:
         if mesh.rank == 0:
             # Makes a copied checkpoint sufficient for generation.
             self._files[TOKENIZER] = read_file(data.tokenizer_path)
-        self._writer = CheckpointWriter(mesh, config.checkpoint.mode, on_written)
+        self._writer = CheckpointWriter(mesh, config.checkpoint.mode, report, report)
         # Plans collectively which rank writes which box, so that a save needs no
         # collective.
         self._writer.prepare(self.state())

@@ -147,7 +147,7 @@ class TrainingSession:
             self.optimizer,
             data,
             attempt=attempt,
-            on_written=self._report,
+            report=self._report,
             published=published,
         )
 

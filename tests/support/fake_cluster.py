@@ -307,6 +307,10 @@ class FakeCluster:
     """Rank that dies before a step, and the step; once."""
     hangs: tuple[int, int] | None = None
     """Rank that stops in its own code before a step, and the step; ends with its process."""
+    hangs_in: str = "megatron_ray/data/indexed.py"
+    """File of the code that it stops in."""
+    hangs_until: float = float("inf")
+    """When it goes on, if its process lives."""
     answers: bool = True
     """Whether that rank still answers when it is examined."""
     paces: dict[int, float] = field(default_factory=dict)
@@ -380,8 +384,7 @@ class FakeCluster:
             self.dies = None
             del self.workers[process.slot]
             return
-        # The others wait for the one that hangs.
-        if self.hangs is not None and process.step + 1 >= self.hangs[1]:
+        if self._is_held_up(process):
             return
         process.step += 1
         if rank == 0:
@@ -404,6 +407,12 @@ class FakeCluster:
             process.state = RankState.STOPPED
         self.on_step(process)
 
+    def _is_held_up(self, process: FakeProcess) -> bool:
+        if self.clock() >= self.hangs_until:
+            self.hangs = None
+        # The others wait for the one that hangs.
+        return self.hangs is not None and process.step + 1 >= self.hangs[1]
+
     def is_hung(self, process: FakeProcess | None) -> bool:
         if process is None or process.order is None or self.hangs is None:
             return False
@@ -417,7 +426,7 @@ class FakeCluster:
         """What the process would answer; None when it does not."""
         assert process.order is not None
         rank = process.order.env.rank
-        frames = (Frame("megatron_ray/data/indexed.py", 88, "IndexedCorpus.read"),)
+        frames = (Frame(self.hangs_in, 88, "IndexedCorpus.read"),)
         if self.is_hung(process):
             row = RankEvidence(
                 rank, "data", groups={"tp": GroupCounts(0, 7)}, frames=frames

@@ -43,12 +43,18 @@ def until(what: str, condition: Callable[[], Any], timeout_s: float) -> Any:
 
     Raises AssertionError when there is none in time.
     """
+    answer = wait_until(condition, timeout_s)
+    assert answer, f"not in {timeout_s:g} s: {what}"
+    return answer
+
+
+def wait_until(condition: Callable[[], Any], timeout_s: float) -> Any:
+    """The first answer that is not false, or the last one when there is none in time."""
     deadline = time.monotonic() + timeout_s
     while True:
         answer = condition()
-        if answer:
+        if answer or time.monotonic() > deadline:
             return answer
-        assert time.monotonic() < deadline, f"not in {timeout_s:g} s: {what}"
         time.sleep(0.05)
 
 
@@ -61,6 +67,7 @@ class Observer:
         self._road = road
         self._process: subprocess.Popen[str] | None = None
         self._address = ""
+        self._lock = threading.Lock()
 
     def look(self) -> dict[str, Any]:
         """{actors, groups, objects}; asks again while Ray cannot tell."""
@@ -101,6 +108,11 @@ class Observer:
 
     def _ask(self, word: str) -> dict[str, Any] | None:
         """None: Ray is away, or went away meanwhile."""
+        # Faults that strike at once ask from several threads.
+        with self._lock:
+            return self._ask_alone(word)
+
+    def _ask_alone(self, word: str) -> dict[str, Any] | None:
         record = self._road.record
         if (
             self._process is None
@@ -342,9 +354,11 @@ def assert_as_undisturbed(
     ), log
 
 
-def left_of(road: Road, observer: Observer, job_ids: Sequence[str]) -> dict[str, Any]:
+def left_of(
+    road: Road, observer: Observer, job_ids: Sequence[str], sessions: Sequence[Session] = ()
+) -> dict[str, Any]:
     """Actors, placement groups, processes and folders of these jobs; {} when nothing is
-    left.
+    left. `sessions` are those of joined nodes.
     """
     seen = observer.look()
     ours = [row for row in seen["actors"] if row["name"].partition("/")[0] in job_ids]
@@ -360,17 +374,17 @@ def left_of(road: Road, observer: Observer, job_ids: Sequence[str]) -> dict[str,
         "actors": ours,
         "groups": [row for row in seen["groups"] if row["name"] in job_ids],
         "processes": [
-            (pid, title) for pid, title in busy_workers(road) if pid not in others
+            (pid, title) for pid, title in busy_workers(road, sessions) if pid not in others
         ],
         "folders": folders,
     }
     return {name: rows for name, rows in left.items() if rows}
 
 
-def busy_workers(road: Road) -> list[tuple[int, str]]:
+def busy_workers(road: Road, sessions: Sequence[Session] = ()) -> list[tuple[int, str]]:
     """Ray's worker processes that do something: (pid, title)."""
     busy = []
-    for process in members([session(road, "ray")]):
+    for process in members([session(road, "ray"), *sessions]):
         try:
             title = (
                 Path(f"/proc/{process.pid}/cmdline")
@@ -387,13 +401,19 @@ def busy_workers(road: Road) -> list[tuple[int, str]]:
 
 
 def assert_nothing_left(
-    road: Road, observer: Observer, job_ids: Sequence[str], timeout_s: float = 20
+    road: Road,
+    observer: Observer,
+    job_ids: Sequence[str],
+    timeout_s: float = 20,
+    sessions: Sequence[Session] = (),
 ) -> None:
     """Waits until nothing of ended jobs is left in Ray, in its processes and in its
     folder.
     """
     deadline = time.monotonic() + timeout_s
-    while (left := left_of(road, observer, job_ids)) and time.monotonic() < deadline:
+    while (
+        left := left_of(road, observer, job_ids, sessions)
+    ) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not left, f"left after {timeout_s:g} s: {json.dumps(left, indent=1)}"
 

@@ -66,6 +66,16 @@ class JoinedNode:
         for process in members([self._session]):
             send_signal(process.pid, process.start_ticks, signal.SIGSTOP)
 
+    def thaw(self) -> None:
+        """Lets a frozen node go on."""
+        for process in members([self._session]):
+            send_signal(process.pid, process.start_ticks, signal.SIGCONT)
+
+    @property
+    def session(self) -> Session:
+        """The session that all of its processes are in."""
+        return self._session
+
     def kill(self) -> None:
         """Ends whatever is left of the node."""
         kill_sessions([self._session])

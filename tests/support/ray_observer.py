@@ -7,6 +7,7 @@ that only Ray knows of, `release` gives it back.
 
 import json
 import logging
+import os
 import sys
 from typing import Any
 
@@ -41,6 +42,9 @@ def look() -> dict[str, Any]:
 
 
 def main(address: str) -> None:
+    # Ray writes to standard output too, such as when a node has died.
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
     ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     group: Any = None
     for line in sys.stdin:
@@ -56,8 +60,8 @@ def main(address: str) -> None:
                 answer = look()
             except Exception as error:  # noqa: BLE001 - the asker decides whether to ask again
                 answer = {"failed": f"{type(error).__name__}: {error}"}
-        sys.stdout.write(json.dumps(answer) + "\n")
-        sys.stdout.flush()
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
 
 
 if __name__ == "__main__":

@@ -135,7 +135,7 @@ _PEER_LOST_TEXTS = (
     "write error",
 )
 _OOM_TEXTS = ("out of memory", "can't allocate memory")
-_DISK_FULL_TEXTS = ("no space left on device", "disk quota exceeded")
+_DISK_FULL_TEXTS = ("no space left on device", "disk quota exceeded", "the disk is full")
 _STORAGE_TEXTS = (
     "input/output error",
     "remote i/o error",

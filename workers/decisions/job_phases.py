@@ -147,7 +147,7 @@ def _data_rejected(entry: JournalEntry, observed: DataRejected) -> Transition:
 
 
 def _preparation_failed(entry: JournalEntry, observed: PreparationFailed) -> Transition:
-    return _end(JobStatus(JobState.FAILED, StatusReason.INTERNAL, observed.message))
+    return _end(JobStatus(JobState.FAILED, observed.reason, observed.message))
 
 
 def _run_requested(entry: JournalEntry, observed: RunRequested) -> Transition:

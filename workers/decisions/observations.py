@@ -10,7 +10,7 @@ from typing import Any
 from workers.decisions.failures import Failure
 from workers.decisions.peers.copies import CopySet
 from workers.decisions.restart_policy import RestartDecision
-from workers.protocol.states import DesiredState
+from workers.protocol.states import DesiredState, StatusReason
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,7 @@ class PreparationFailed:
     """The data task failed for a reason that is not the user's."""
 
     message: str
+    reason: StatusReason = StatusReason.INTERNAL
 
 
 @dataclass(frozen=True)

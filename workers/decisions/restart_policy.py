@@ -13,6 +13,8 @@ from workers.protocol.states import StatusReason
 PROGRESS_ATTEMPTS = 3
 """Failed attempts in a row without a higher committed step that end a job."""
 BACKOFF_CAP_S = 60.0
+STORAGE_BACKOFF_S = 4.0
+"""Shortest wait after the first failure of the storage; doubled for each further one."""
 _MAX_ERROR_CHARS = 500
 DETERMINISTIC = (
     FailureKind.USER,
@@ -72,10 +74,14 @@ def decide_restart(
     if cause.kind is FailureKind.PREEMPTED:
         return _after_preemption(policy, history, cause)
     error = _error_of(cause)
+    commits = (*history.commits_at_failure, last_commit)
+    # An outage of the storage is no fault of the job, which may well get past it.
+    if cause.kind is FailureKind.STORAGE:
+        commits = history.commits_at_failure
     spent = RestartHistory(
         history.failures + 1,
         history.preemptions,
-        (*history.commits_at_failure, last_commit),
+        commits,
         error or history.last_error,
     )
     if spent.failures > policy.max_failures:
@@ -94,13 +100,16 @@ def decide_restart(
         message = f"{message} (the same error after step {cause.step} as before)"
         return RestartDecision(False, 0.0, StatusReason.NO_PROGRESS, message, spent)
     # A job that always fails at the same step must not use up a large budget.
-    if _is_crash_loop(spent.commits_at_failure):
+    is_storage = cause.kind is FailureKind.STORAGE
+    if not is_storage and _is_crash_loop(spent.commits_at_failure):
         message = (
             f"{message} ({PROGRESS_ATTEMPTS} attempts failed without a checkpoint beyond step "
             f"{last_commit})"
         )
         return RestartDecision(False, 0.0, StatusReason.NO_PROGRESS, message, spent)
     delay_s = backoff_s(policy, spent.failures, jitter)
+    if is_storage:
+        delay_s = max(delay_s, storage_backoff_s(spent.failures, jitter))
     return RestartDecision(True, delay_s, cause.reason, message, spent)
 
 
@@ -135,6 +144,12 @@ def backoff_s(policy: RestartConfig, failures: int, jitter: float) -> float:
         return 0.0
     # The exponent is bounded so that a large number of failures cannot overflow.
     doubled = policy.backoff_s * 2.0 ** min(failures - 2, 30)
+    return min(BACKOFF_CAP_S, doubled) * (1.0 - 0.5 * jitter)
+
+
+def storage_backoff_s(failures: int, jitter: float) -> float:
+    """Returns the wait after failure number `failures` of the storage."""
+    doubled = STORAGE_BACKOFF_S * 2.0 ** min(failures - 1, 30)
     return min(BACKOFF_CAP_S, doubled) * (1.0 - 0.5 * jitter)
 
 

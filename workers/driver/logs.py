@@ -55,6 +55,10 @@ class JobLogs:
             return (self._folder / name).stat().st_size
         except FileNotFoundError:
             return 0
+        # Writing a log again from its beginning changes nothing.
+        except OSError as error:
+            self.problem = f"cannot read {name}: {error.strerror}"
+            return 0
 
     def write(self, attempt: int, rank: int, offset: int, data: bytes) -> None:
         """Writes bytes at their offset."""

@@ -3,8 +3,11 @@
 Owns: the phase PREPARING. Must not know: Ray, how data are prepared.
 """
 
+from typing import Any
+
 from megatron_ray.data.prepared import PreparedData
 from workers.data_tasks import prepare_task
+from workers.decisions.faults import failing_storage
 from workers.decisions.observations import (
     DataPrepared,
     DataRejected,
@@ -12,6 +15,7 @@ from workers.decisions.observations import (
     StopRequested,
 )
 from workers.driver.context import JobContext
+from workers.protocol.events import EventType
 from workers.protocol.states import JobState, StatusReason
 from workers.ray.tasks import TaskFailedError
 
@@ -31,20 +35,30 @@ class DataPreparation:
         self._job.records.state(
             JobState.PREPARING, StatusReason.PREPARING_DATA, "preparing data"
         )
-        # A restarted driver prepares again, but reuses prepared files by their
-        # content's key.
-        call = self._tasks.anywhere(prepare_task, self._job.entry.spec)
-        try:
-            while not self._tasks.is_done(call):
-                stop = self._job.stop_requested()
-                if stop is not None:
-                    return stop
-                self._job.ports.outbox.wait(_TURN_S)
-            result = self._tasks.result(call)
-        except TaskFailedError as error:
-            return PreparationFailed(f"preparing the data failed: {error}")
-        finally:
-            self._tasks.end(call)
+        since = self._job.ports.clock()
+        num_failures = 0
+        while True:
+            result = self._run_task()
+            if not isinstance(result, dict) or "storage" not in result:
+                break
+            num_failures += 1
+            failing_s = self._job.ports.clock() - since
+            pause_s = failing_storage.retry_s(
+                num_failures, failing_s, failing_storage.PREPARING_S
+            )
+            if pause_s is None:
+                message = f"preparing the data failed: {result['storage']}"
+                return PreparationFailed(message, StatusReason.STORAGE_ERROR)
+            if num_failures == 1:
+                message = (
+                    f"the data are not prepared yet, it is tried again: {result['storage']}"
+                )
+                self._job.records.event(EventType.DATA_DELAYED, message, "warn")
+            stop = self._wait(pause_s)
+            if stop is not None:
+                return stop
+        if not isinstance(result, dict):
+            return result
         if "problems" in result:
             # The service fails the job with these problems, so no state is recorded at
             # the end.
@@ -52,6 +66,33 @@ class DataPreparation:
             first = result["problems"][0]
             return DataRejected(f"{first['pointer']}: {first['detail']}")
         return DataPrepared(dict(result["prepared"]))
+
+    def _run_task(self) -> dict[str, Any] | PreparationFailed | StopRequested:
+        """Returns the task's result, or why there is none."""
+        # A restarted driver prepares again, but reuses prepared files by their
+        # content's key.
+        call = self._tasks.anywhere(prepare_task, self._job.entry.spec)
+        try:
+            while not self._tasks.is_done(call):
+                stop = self._wait(_TURN_S)
+                if stop is not None:
+                    return stop
+            return dict(self._tasks.result(call))
+        except TaskFailedError as error:
+            return PreparationFailed(f"preparing the data failed: {error}")
+        finally:
+            self._tasks.end(call)
+
+    def _wait(self, seconds: float) -> StopRequested | None:
+        """Waits, unless the job is to stop."""
+        clock = self._job.ports.clock
+        deadline = clock() + seconds
+        while clock() < deadline:
+            stop = self._job.stop_requested()
+            if stop is not None:
+                return stop
+            self._job.ports.outbox.wait(max(0.0, min(_TURN_S, deadline - clock())))
+        return None
 
     def record_result(self) -> None:
         """Records that the data are ready; the service then queues the job."""

@@ -4,9 +4,11 @@ Owns: the events that reports become, and their wording. Pure.
 """
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from megatron_ray.reports import (
+    CheckpointFailedReport,
     CheckpointReport,
     EvalReport,
     PeerCopiesRefusedReport,
@@ -51,6 +53,8 @@ def _describe(kind: str, data: dict[str, Any]) -> tuple[str, str]:
             f"wrote {data['bytes_written']} bytes of the checkpoint of step {data['step']} in "
             f"{data['seconds']:.2f} s"
         )
+    if kind == CheckpointFailedReport.kind:
+        return "warn", describe_failed_save(0, data)
     if kind == SkippedStepReport.kind:
         return "warn", str(data["message"])
     if kind == PeerCopiesRefusedReport.kind:
@@ -63,6 +67,14 @@ def _describe(kind: str, data: dict[str, Any]) -> tuple[str, str]:
     if kind == "ended":
         return "info", f"{data['outcome']} at step {data['step']}"
     return "info", ""
+
+
+def describe_failed_save(rank: int, data: Mapping[str, Any]) -> str:
+    """Returns the message about a rank that could not write its part of a checkpoint."""
+    return (
+        f"rank {rank} could not write its part of the checkpoint of step {data['step']}, and "
+        f"training goes on: {data['cause']}"
+    )
 
 
 def _describe_failure(data: dict[str, Any]) -> tuple[str, str]:

@@ -26,12 +26,12 @@ class RestartConfig(Config):
     """Number of preempted attempts that are restarted; -1: no limit."""
     backoff_s: float = Field(default=1.0, ge=0, le=3600)
     """Seconds to wait before the second restart; doubled for each further one up to
-    60 s, with jitter. The first restart is immediate."""
+    60 s, with jitter. The first restart is immediate, unless the storage was the cause."""
     hang_timeout_s: float | None = Field(default=None, ge=10, le=86400)
     """Seconds without a report of any rank, after the first step, before the attempt counts
     as hung: all stacks are taken, and it is restarted. It is raised to three times the
     longest pause between two reports so far, such as an evaluation. Default: 120 s, or ten
-    times that pause."""
+    times that pause. Ranks that wait for the storage have 10 minutes."""
     exclude_slow: bool = False
     """After a failure, exclude the nodes of ranks that were slower than their peers (event
     `rank.slow`), if the job fits on others. Other jobs avoid them too, until a user

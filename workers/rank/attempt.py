@@ -21,6 +21,7 @@ from typing import Any
 from megatron_ray.commands import Command
 from megatron_ray.distributed.activity import PROCESS
 from megatron_ray.reports import (
+    CheckpointFailedReport,
     CheckpointReport,
     EvalReport,
     PeerCopiesRefusedReport,
@@ -115,7 +116,7 @@ class RankAttempt:
             self.step = item.step
         else:
             self._log(_log_message(item))
-        if isinstance(item, CheckpointReport | PhaseReport):
+        if isinstance(item, CheckpointReport | CheckpointFailedReport | PhaseReport):
             self._is_urgent.set()
         self._has_report.set()
 
@@ -239,6 +240,8 @@ def _log_message(item: Report) -> str:
             f"wrote {item.bytes_written} bytes of the checkpoint of step {item.step} in "
             f"{item.seconds:.2f} s: {item.path}"
         )
+    if isinstance(item, CheckpointFailedReport):
+        return f"did not write the checkpoint of step {item.step}: {item.cause}"
     if isinstance(item, EvalReport):
         return f"step {item.step}: {item.split} loss {item.loss:.4f} over {item.num_tokens} tokens"
     if isinstance(item, SkippedStepReport):

@@ -82,7 +82,11 @@ class Spool:
             }
             line = _encode(record) + b"\n"
             # One unbuffered system call, so that a killed process leaves complete lines.
-            written = os.write(self._file, line)
+            try:
+                written = os.write(self._file, line)
+            except OSError as error:
+                # The system's error does not name the file.
+                raise OSError(error.errno, error.strerror, str(self.path)) from error
             # An incomplete line is truncated, so that the next line does not follow it.
             if written != len(line):
                 os.ftruncate(self._file, self._size)

@@ -268,6 +268,27 @@ def test_a_disk_that_fills_later_is_one_message_with_the_remedy(
     assert len(checkpoints(job)) < 20
 
 
+def test_a_part_that_the_storage_refuses_is_a_warning_and_the_run_goes_on(
+    job: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    write = LocalStorage.write_bytes_atomic
+
+    def full_at_step_2(self: LocalStorage, name: str, data: bytes) -> None:
+        if "step-00000002" in self.root:
+            raise DiskFullError("write", self.uri(name), "No space left on device")
+        write(self, name, data)
+
+    monkeypatch.setattr(LocalStorage, "write_bytes_atomic", full_at_step_2)
+    run(job, *EVERY)
+    assert [path.name for path in checkpoints(job)] == ["step-00000004-a0001"]
+    line = next(line for line in capfd.readouterr().err.splitlines() if "rank 0" in line)
+    assert line.startswith(
+        "warning: rank 0 could not write its part of the checkpoint of step 2, and training "
+        f"goes on: cannot write {job.parent}"
+    )
+    assert "No space left on device; free some space there, or lower" in line
+
+
 def test_a_report_file_on_a_full_disk_is_one_message(
     job: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

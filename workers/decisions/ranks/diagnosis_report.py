@@ -29,6 +29,8 @@ class Examined:
     diagnosis: Diagnosis
     report: dict[str, Any]
     """JSON; see `report_of`."""
+    waits_for_storage: bool = False
+    """Whether the storage is what they wait for."""
 
     @property
     def culprit(self) -> int | None:
@@ -46,6 +48,13 @@ class Examined:
         if self.culprit is not None:
             reason = reason.removeprefix(f"rank {self.culprit} ")
         return f"{reason}; {message}"
+
+    def describe_stall(self, quiet_s: float) -> str:
+        """Returns the event's sentence about ranks that wait for the storage."""
+        return (
+            f"the storage does not answer: no rank has reported anything for {quiet_s:.0f} s, "
+            f"and no rank is ended for it yet; {self.diagnosis.reason}"
+        )
 
 
 def report_of(

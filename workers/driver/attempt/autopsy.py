@@ -9,6 +9,7 @@ answer. A rank that does not answer in time is evidence, too.
 
 from collections.abc import Mapping
 
+from workers.decisions.faults.failing_storage import waits_for_storage
 from workers.decisions.ranks.diagnosis import RankEvidence, diagnose
 from workers.decisions.ranks.diagnosis_report import Examined, report_of
 from workers.driver.attempt.plan import AttemptPlan
@@ -45,7 +46,8 @@ class Autopsy:
             quiet_s=quiet_s,
             is_hang=is_hang,
         )
-        return Examined(diagnosis, report)
+        stalled = waits_for_storage(evidence, diagnosis.culprits)
+        return Examined(diagnosis, report, waits_for_storage=stalled)
 
     def _outside_stacks(
         self, evidence: Mapping[int, RankEvidence | None]

@@ -9,9 +9,11 @@ from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Any
 
-from megatron_ray.reports import CheckpointReport
+from megatron_ray.checkpoint.directory import CheckpointError
+from megatron_ray.reports import CheckpointFailedReport, CheckpointReport
 from megatron_ray.storage.errors import DiskFullError, StorageError
 from workers.decisions.failures import FailureKind
+from workers.decisions.faults.failing_storage import RUNNING_S, retry_s
 from workers.decisions.faults.slow_storage import OpenCheckpoint, slow_storage
 from workers.driver.attempt.plan import AttemptPlan
 from workers.driver.commit import CheckpointLedger, WholeCheckpoint, commit_whole
@@ -50,11 +52,41 @@ class CommitFailed:
         return f"the checkpoint of step {self.step} cannot be committed: {self.error}"
 
 
+@dataclass(frozen=True)
+class CommitDelayed:
+    """A commit that the storage refused for the first time; it is tried again."""
+
+    step: int
+    error: StorageError
+
+    @property
+    def message(self) -> str:
+        """Sentence for the history."""
+        return (
+            f"the checkpoint of step {self.step} is not committed yet, it is tried again: "
+            f"{self.error}"
+        )
+
+
+@dataclass
+class _Delayed:
+    """A checkpoint whose commit is to be tried again."""
+
+    whole: WholeCheckpoint
+    since: float
+    """When the storage refused it first."""
+    num_failures: int
+    retry_at: float = 0.0
+
+
 class CheckpointCommitter:
     """Commits whole checkpoints in the executor, one at a time.
 
     In the executor, because storage may be slow while ranks must be polled. One at a
     time, so that retention never counts a checkpoint whose commit is still running.
+
+    A commit that the storage refuses is tried again, because what the ranks have written
+    is complete.
     """
 
     def __init__(self, plan: AttemptPlan, ports: JobPorts) -> None:
@@ -62,6 +94,7 @@ class CheckpointCommitter:
         self._ports = ports
         self._ledger = CheckpointLedger(len(plan.places), plan.attempt)
         self._pending: tuple[WholeCheckpoint, Future[Sequence[str]]] | None = None
+        self._delayed: _Delayed | None = None
         self._written_n: dict[int, dict[int, int]] = {}
         """Number of the CheckpointReport, by step and rank."""
         self._step_n: dict[int, int] = {}
@@ -74,6 +107,9 @@ class CheckpointCommitter:
     def take_written(self, rank: int, lines: Sequence[Line]) -> None:
         """Adds a rank's reports that its part of a checkpoint is durable."""
         for line in lines:
+            if line.kind == CheckpointFailedReport.kind:
+                # This part is not late: the rank has given it up.
+                self._reported_slow.add(line.value()["data"]["step"])
             if line.kind != CheckpointReport.kind:
                 continue
             data = line.value()["data"]
@@ -92,18 +128,22 @@ class CheckpointCommitter:
         """Stores the number of a step's report."""
         self._step_n[step] = n
 
-    def advance(self) -> Committed | CommitFailed | None:
-        """Returns the result of a finished commit, once, and starts the next one."""
+    def advance(
+        self, retry_for_s: float = RUNNING_S
+    ) -> Committed | CommitDelayed | CommitFailed | None:
+        """Returns the result of a finished commit, once, and starts the next one.
+
+        A commit that fails is tried again for `retry_for_s`.
+        """
         result = None
         # Processed in the driver's thread, the only one that writes records and the
         # journal.
         if self._pending is not None:
             if not self._pending[1].done():
                 return None
-            result = self._take_result()
-        whole = self._ledger.take_whole(self._ports.outbox.stored(self._plan.source))
+            result = self._take_result(retry_for_s)
+        whole = self._next_whole()
         if whole is not None:
-            whole = replace(whole, reports=(*self._earlier(), *whole.reports))
             future = self._ports.executor.submit(
                 commit_whole,
                 whole,
@@ -116,6 +156,19 @@ class CheckpointCommitter:
             self._commit_began_at = self._ports.clock()
             self._first_part_at.pop(whole.step, None)
         return result
+
+    def _next_whole(self) -> WholeCheckpoint | None:
+        """Returns the checkpoint to commit now, if any."""
+        delayed = self._delayed
+        if delayed is not None:
+            # Not a later one before it: each has the reports since the one before.
+            if self._ports.clock() < delayed.retry_at:
+                return None
+            return delayed.whole
+        whole = self._ledger.take_whole(self._ports.outbox.stored(self._plan.source))
+        if whole is None:
+            return None
+        return replace(whole, reports=(*self._earlier(), *whole.reports))
 
     def slow(self) -> str | None:
         """Returns a sentence about a checkpoint that takes too long, once for each step."""
@@ -139,10 +192,14 @@ class CheckpointCommitter:
                 yield OpenCheckpoint(step, since, missing)
 
     def wait(self) -> bool:
-        """Waits for the running commit; returns False when there is none."""
-        if self._pending is None:
+        """Waits for the running commit, or for the next try; returns False without one."""
+        if self._pending is not None:
+            self._pending[1].exception()
+            return True
+        if self._delayed is None:
             return False
-        self._pending[1].exception()
+        remaining_s = self._delayed.retry_at - self._ports.clock()
+        self._ports.outbox.wait(max(0.0, remaining_s))
         return True
 
     def _earlier(self) -> Iterator[dict[str, Any]]:
@@ -152,14 +209,31 @@ class CheckpointCommitter:
             for record in self._ports.outbox.unstored(source):
                 yield record.model_dump(mode="json")
 
-    def _take_result(self) -> Committed | CommitFailed:
+    def _take_result(
+        self, retry_for_s: float
+    ) -> Committed | CommitDelayed | CommitFailed | None:
         assert self._pending is not None
         whole, future = self._pending
         self._pending = None
+        delayed = self._delayed
+        self._delayed = None
         try:
             deleted = future.result()
-        except StorageError as error:
+        # Parts are missing, which another try does not change.
+        except CheckpointError as error:
             return CommitFailed(whole.step, error)
+        except StorageError as error:
+            now = self._ports.clock()
+            failed = delayed or _Delayed(whole, now, 0)
+            failed.num_failures += 1
+            pause_s = retry_s(failed.num_failures, now - failed.since, retry_for_s)
+            if pause_s is None:
+                return CommitFailed(whole.step, error)
+            failed.retry_at = now + pause_s
+            self._delayed = failed
+            if delayed is None:
+                return CommitDelayed(whole.step, error)
+            return None
         return Committed(whole, deleted, self._released_by(whole.step))
 
     def _released_by(self, step: int) -> dict[int, int]:

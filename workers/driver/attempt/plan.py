@@ -77,6 +77,12 @@ class AttemptListener(Protocol):
     def storage_slow(self, message: str) -> None:
         """A checkpoint takes longer than it should."""
 
+    def save_failed(self, rank: int, data: dict[str, Any]) -> None:
+        """A rank other than 0 could not write its part of a checkpoint."""
+
+    def commit_delayed(self, message: str) -> None:
+        """A checkpoint is not committed yet, because the storage has refused it."""
+
     def resize_reason(self) -> str | None:
         """Returns why the ranks are to stop and go on at another size, if they are."""
 

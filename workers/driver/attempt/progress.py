@@ -4,9 +4,11 @@ Owns: the changes that a step, a phase or a commit makes in records, journal, ga
 spares, and how long a recovery took. Must not know: how ranks are observed.
 """
 
+from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
+from megatron_ray.storage.errors import StorageError
 from workers.decisions import recovery
 from workers.decisions.faults.drains import Drain
 from workers.decisions.goodput import Goodput
@@ -18,6 +20,8 @@ from workers.driver.attempt.growth import Growth
 from workers.driver.attempt.spares import SparePool
 from workers.driver.commit import WholeCheckpoint
 from workers.driver.context import JobContext
+from workers.driver.relay import describe_failed_save
+from workers.protocol.events import EventType
 from workers.protocol.states import AttemptState, DesiredState, JobState
 
 
@@ -34,9 +38,12 @@ class JobProgress:
         self._spares: SparePool | None = None
         self._growth: Growth | None = None
         self._goodput = Goodput()
+        self._faults: deque[tuple[EventType, str, Sequence[int]]] = deque()
+        """Events about the storage that are not recorded yet, because it fails."""
 
     def on_attempt_failed(self) -> None:
         """Starts measuring the recovery."""
+        self._record_faults()
         self._recovery = RecoveryWatch(self._job.ports.clock(), self._highest_step)
 
     def on_attempt_starting(self) -> None:
@@ -88,6 +95,7 @@ class JobProgress:
 
     def committed(self, whole: WholeCheckpoint, deleted: Sequence[str]) -> None:
         """A checkpoint is committed, and others are deleted."""
+        self._record_faults()
         self.record_commit(whole.step, whole.path, whole.bytes_written, whole.loss)
         for path in deleted:
             self._job.records.deleted(path)
@@ -109,6 +117,31 @@ class JobProgress:
     def storage_slow(self, message: str) -> None:
         """A checkpoint takes longer than it should."""
         self._job.records.event("storage.slow", message, "warn")
+
+    def save_failed(self, rank: int, data: dict[str, Any]) -> None:
+        """A rank other than 0 could not write its part of a checkpoint."""
+        message = describe_failed_save(rank, data)
+        self._record_fault(EventType.RANK_CHECKPOINT_FAILED, message, (rank,))
+
+    def commit_delayed(self, message: str) -> None:
+        """A checkpoint is not committed yet, because the storage has refused it."""
+        self._record_fault(EventType.CHECKPOINT_DELAYED, message)
+
+    def _record_fault(
+        self, code: EventType, message: str, ranks: Sequence[int] = ()
+    ) -> None:
+        """Records a fault of the storage once that takes records again."""
+        self._faults.append((code, message, ranks))
+        self._record_faults()
+
+    def _record_faults(self) -> None:
+        while self._faults:
+            code, message, ranks = self._faults[0]
+            try:
+                self._job.records.event(code, message, "warn", ranks=ranks)
+            except StorageError:
+                return
+            self._faults.popleft()
 
     def resize_reason(self) -> str | None:
         """Returns why the ranks are to stop and go on at another size, if they are."""

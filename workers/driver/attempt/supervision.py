@@ -7,9 +7,9 @@ ended. Must not know: HTTP, torch, how workers are started.
 from collections.abc import Sequence
 
 from megatron_ray.commands import Command
-from megatron_ray.reports import PhaseReport, StepReport
+from megatron_ray.reports import CheckpointFailedReport, PhaseReport, StepReport
 from workers.decisions.failures import FailureKind
-from workers.decisions.faults import drains
+from workers.decisions.faults import drains, failing_storage
 from workers.decisions.faults.drains import Drain
 from workers.decisions.observations import (
     AttemptExited,
@@ -17,7 +17,11 @@ from workers.decisions.observations import (
     AttemptFinished,
 )
 from workers.driver.attempt.autopsy import Autopsy
-from workers.driver.attempt.committer import CheckpointCommitter, Committed
+from workers.driver.attempt.committer import (
+    CheckpointCommitter,
+    CommitDelayed,
+    Committed,
+)
 from workers.driver.attempt.outcome import (
     RanksStopped,
     attempt_end,
@@ -60,6 +64,10 @@ class Supervision:
         self._checkpoint_requests = plan.checkpoint_requests
         self._autopsy = Autopsy(plan, ports)
         self._diagnosis_requests = plan.diagnosis_requests
+        self._failed_saves: set[int] = set()
+        """Steps whose checkpoint some rank could not write."""
+        self._examine_at = 0.0
+        """When ranks that waited for the storage are examined again."""
         self._stragglers = StragglerMonitor(plan, listener, ports.clock)
 
     def run(self) -> AttemptEnd:
@@ -99,7 +107,7 @@ class Supervision:
         end = attempt_end(self._monitor.states)
         if end is None:
             return None
-        self._finish_commits()
+        self._finish_commits(failing_storage.ENDED_S)
         # The last checkpoint may have failed: without it the attempt is not finished.
         if self._monitor.failures:
             return self._await_root_cause()
@@ -121,12 +129,24 @@ class Supervision:
     def _observe(self, timeout_s: float) -> None:
         for rank, lines in self._monitor.collect(timeout_s):
             self._committer.take_written(rank, lines)
+            self._take_failed_saves(rank, lines)
             if rank == 0 and lines:
                 records = [to_record(line) for line in lines]
                 # Records that are sent must also be in the next checkpoint, from which
                 # a driver that restarts on another node sends them again.
                 self._take_records(records)
                 self._ports.outbox.relay(self._plan.source, records)
+
+    def _take_failed_saves(self, rank: int, lines: Sequence[Line]) -> None:
+        """Has each checkpoint that a rank could not write recorded, for its first rank."""
+        for line in lines:
+            if line.kind != CheckpointFailedReport.kind:
+                continue
+            data = line.value()["data"]
+            # Rank 0's reports are sent as they are.
+            if rank != 0 and data["step"] not in self._failed_saves:
+                self._listener.save_failed(rank, data)
+            self._failed_saves.add(data["step"])
 
     def _take_records(self, records: Sequence[Line]) -> None:
         """Adds rank 0's records to the ledger of the next checkpoint."""
@@ -147,11 +167,20 @@ class Supervision:
 
     def _examine_hang(self) -> None:
         """Examines all ranks before any is ended, and adds the failure."""
+        if self._ports.clock() < self._examine_at:
+            return
         examined = self._autopsy.examine(self._monitor.quiet_s, is_hang=True)
         # They may have gone on meanwhile, such as after a stall of the storage.
         self._observe(0)
         message = self._monitor.hang()
         if message is None or self._monitor.failures:
+            return
+        # A restart would end in the same wait, and lose steps.
+        quiet_s = self._monitor.quiet_s
+        if examined.waits_for_storage and quiet_s < failing_storage.STALL_S:
+            if not self._examine_at:
+                self._listener.storage_slow(examined.describe_stall(quiet_s))
+            self._examine_at = self._ports.clock() + failing_storage.LOOK_EVERY_S
             return
         self._listener.diagnosed(examined.report, self._diagnosis_requests)
         self._monitor.fail(
@@ -212,24 +241,26 @@ class Supervision:
         slot = self._plan.places[0].slot
         self._ports.group.command(slot, self._plan.fence, command)
 
-    def _commit(self) -> None:
+    def _commit(self, retry_for_s: float = failing_storage.RUNNING_S) -> None:
         slow = self._committer.slow()
         if slow is not None:
             self._listener.storage_slow(slow)
-        result = self._committer.advance()
+        result = self._committer.advance(retry_for_s)
         if result is None:
             return
         if isinstance(result, Committed):
             self._monitor.release(result.released)
             self._listener.committed(result.whole, result.deleted)
+        elif isinstance(result, CommitDelayed):
+            self._listener.commit_delayed(result.message)
         else:
             self._monitor.fail(result.kind, result.message)
 
-    def _finish_commits(self) -> None:
+    def _finish_commits(self, retry_for_s: float) -> None:
         """Commits every whole checkpoint before the attempt counts as over."""
-        self._commit()
+        self._commit(retry_for_s)
         while self._committer.wait():
-            self._commit()
+            self._commit(retry_for_s)
 
     def _await_root_cause(self) -> AttemptFailed:
         """Waits briefly for more failures: the first is often not the root cause."""
@@ -237,7 +268,8 @@ class Supervision:
         while self._ports.clock() < deadline and not is_over(self._monitor.states):
             self._observe(_SHORT_TURN_S)
         # A checkpoint that was completed meanwhile is committed for the next attempt.
-        self._finish_commits()
+        # With copies in memory the next attempt may not need the storage at all.
+        self._finish_commits(retry_for_s=0.0)
         failed = attempt_failure(
             self._monitor.failures, self._monitor.dead, self._monitor.ranks
         )

@@ -111,6 +111,11 @@ def test_exceptions_of_other_libraries_have_the_names_that_are_matched() -> None
             FailureKind.COLLATERAL,
         ),
         ("StorageError", "cannot write x: No space left on device", FailureKind.STORAGE),
+        (
+            "OSError",
+            "only 10 of 99 bytes fitted into /tmp/r: the disk is full",
+            FailureKind.DISK_FULL,
+        ),
         ("LookupError", "connection closed by peer", FailureKind.EXCEPTION),
         ("RuntimeError", "shape mismatch", FailureKind.EXCEPTION),
         ("DataProblem", "recorded by an older version", FailureKind.USER),

@@ -57,6 +57,22 @@ def test_first_try_is_immediate_then_waits_double() -> None:
     assert restart_policy.backoff_s(POLICY, 3, 0.5) == pytest.approx(1.5)
 
 
+def test_an_outage_of_the_storage_is_waited_for_and_is_no_crash_loop() -> None:
+    cause = Failure(FailureKind.STORAGE, "cannot read x: Input/output error", rank=0)
+    history = RestartHistory()
+    delays = []
+    for _ in range(5):
+        decision = decide(cause, history, policy=RestartConfig(max_failures=5))
+        assert decision.retry
+        assert decision.reason is StatusReason.STORAGE_ERROR
+        delays.append(decision.delay_s)
+        history = decision.history
+    assert delays == [4, 8, 16, 32, 60]
+    assert history == RestartHistory(failures=5)
+    spent = decide(cause, history, policy=RestartConfig(max_failures=5))
+    assert spent.reason is StatusReason.BUDGET_SPENT
+
+
 def test_budget_of_failures() -> None:
     history = RestartHistory(failures=3, commits_at_failure=(5, 10, 15))
     decision = decide(history=history, commit=20)

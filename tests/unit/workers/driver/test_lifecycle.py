@@ -289,6 +289,90 @@ def test_a_full_disk_is_one_failure_with_its_remedy(
     assert "free some space there, or lower checkpoint.keep_last" in ending["message"]
 
 
+def test_a_commit_that_the_storage_refuses_for_a_while_costs_no_attempt(
+    control_plane: FakeControlPlane, cluster: FakeCluster
+) -> None:
+    num_refused = 0
+
+    def refusing(path: str) -> Storage:
+        nonlocal num_refused
+        if "step-00000002" in path and num_refused < 3:
+            num_refused += 1
+            return FullStorage(path, FaultInjector())
+        return FakeStorage(path, FaultInjector())
+
+    run(control_plane, cluster, open_storage=refusing)
+    assert control_plane.state is JobState.SUCCEEDED
+    assert control_plane.events("attempt.failed") == []
+    (event,) = control_plane.events("checkpoint.delayed")
+    assert event.data["level"] == "warn"
+    assert event.data["message"] == (
+        "the checkpoint of step 2 is not committed yet, it is tried again: cannot write "
+        "COMMITTED: No space left on device"
+    )
+    committed = [
+        record.data["step"]
+        for record in control_plane.of_kind("checkpoint")
+        if record.data["action"] == "committed"
+    ]
+    assert committed == [2, 4]
+
+
+def test_a_part_that_a_rank_could_not_write_is_an_event_and_training_goes_on(
+    control_plane: FakeControlPlane, cluster: FakeCluster
+) -> None:
+    def on_step(process: FakeProcess) -> None:
+        if process.step == 2 and process.slot == 1:
+            data = {"step": 2, "path": "x", "cause": "cannot write x: Input/output error"}
+            process.report("checkpoint_failed", data)
+
+    cluster.on_step = on_step
+    run(control_plane, cluster)
+    assert control_plane.state is JobState.SUCCEEDED
+    (event,) = control_plane.events("rank.checkpoint_failed")
+    assert event.data["ranks"] == [1]
+    assert event.data["message"] == (
+        "rank 1 could not write its part of the checkpoint of step 2, and training goes on: "
+        "cannot write x: Input/output error"
+    )
+
+
+class Outage(FakeTasks):
+    """Data that cannot be read at first."""
+
+    def __init__(self, num_failures: int) -> None:
+        self.num_left = num_failures
+
+    def result(self, call: None) -> dict[str, Any]:
+        if self.num_left:
+            self.num_left -= 1
+            return {"storage": "cannot read /data/x: Input/output error"}
+        return super().result(call)
+
+
+def test_data_that_cannot_be_read_for_a_while_are_prepared_later(
+    control_plane: FakeControlPlane, cluster: FakeCluster
+) -> None:
+    run(control_plane, cluster, tasks=Outage(3))
+    assert control_plane.state is JobState.SUCCEEDED
+    (event,) = control_plane.events("data.delayed")
+    assert event.data["message"] == (
+        "the data are not prepared yet, it is tried again: cannot read /data/x: Input/output "
+        "error"
+    )
+
+
+def test_data_that_can_never_be_read_end_the_job_with_the_reason(
+    control_plane: FakeControlPlane, cluster: FakeCluster
+) -> None:
+    run(control_plane, cluster, tasks=Outage(1 << 30))
+    state = final_state(control_plane)
+    assert (state["state"], state["reason"]) == ("failed", "storage_error")
+    assert state["message"] == (
+        "preparing the data failed: cannot read /data/x: Input/output error"
+    )
+
+
 def test_a_rank_that_does_not_write_its_part_is_an_event(
     control_plane: FakeControlPlane, cluster: FakeCluster
 ) -> None:

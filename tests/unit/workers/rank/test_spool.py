@@ -191,6 +191,13 @@ def test_a_full_disk_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(os, "write", lambda file, data: write(file, data[:10]))
     with pytest.raises(OSError, match=r"only 10 of .* the disk is full"):
         spool.append("step", {})
+
+    def refuse(file: int, data: bytes) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "write", refuse)
+    with pytest.raises(OSError, match=r"No space left on device: '.*/r.jsonl'"):
+        spool.append("step", {})
     monkeypatch.undo()
     assert spool.append("step", {}) == 2
     assert numbers(spool.path) == [1, 2]

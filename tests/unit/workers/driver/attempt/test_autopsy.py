@@ -91,6 +91,34 @@ def test_a_hang_is_diagnosed_before_anything_is_killed_and_names_the_rank(
     assert kinds.index("diagnosis") < kinds.index("attempt.failed")
 
 
+def test_ranks_that_wait_for_the_storage_are_not_ended_by_the_limit_of_a_hang(
+    control_plane: FakeControlPlane, cluster: FakeCluster
+) -> None:
+    cluster.hangs = (1, 5)
+    cluster.hangs_in = "megatron_ray/checkpoint/writer.py"
+    cluster.hangs_until = cluster.clock() + 60.0
+    run(control_plane, cluster)
+    assert control_plane.state is JobState.SUCCEEDED
+    assert control_plane.of_kind("diagnosis") == []
+    assert control_plane.events("attempt.failed") == []
+    message = only(control_plane.events("storage.slow"))["message"]
+    assert message.startswith(
+        "the storage does not answer: no rank has reported anything for 10 s, and no rank is "
+        "ended for it yet; rank 1 has not entered all_reduce 8 of tp"
+    )
+    assert "it works on a checkpoint in" in message
+
+
+def test_a_storage_that_never_answers_is_a_hang_at_last(
+    control_plane: FakeControlPlane, cluster: FakeCluster
+) -> None:
+    cluster.hangs = (1, 5)
+    cluster.hangs_in = "megatron_ray/storage/storage.py"
+    run(control_plane, cluster)
+    assert only(control_plane.events("attempt.failed"))["data"]["kind"] == "hang"
+    assert only(control_plane.of_kind("diagnosis"))["quiet_s"] >= 600.0
+
+
 def test_a_hang_is_named_soon_after_its_limit(
     control_plane: FakeControlPlane, cluster: FakeCluster
 ) -> None:
