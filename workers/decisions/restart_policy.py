@@ -68,6 +68,9 @@ def decide_restart(
     # as many attempts fail in this way as there are checkpoints.
     if cause.kind is FailureKind.CHECKPOINT:
         return RestartDecision(True, 0.0, cause.reason, message, history)
+    # Nor is a bad node, which the next attempt avoids; each time there is one node less.
+    if cause.kind is FailureKind.PREFLIGHT:
+        return RestartDecision(True, 0.0, cause.reason, message, history)
     # Preemptions are not failures of the job, so they have a separate budget.
     if cause.kind is FailureKind.PREEMPTED:
         return _after_preemption(policy, history, cause)

@@ -16,6 +16,10 @@ from workers.protocol.states import JobState, StatusReason
 from workers.ray.tasks import TaskFailedError
 
 _TURN_S = 0.1
+_NO_DATA = PreparedData(
+    train=(), validation=(), tokenizer_path="", vocab_size=1, end_of_document=0
+)
+"""For a job that trains on none."""
 
 
 class DataPreparation:
@@ -31,6 +35,8 @@ class DataPreparation:
         self._job.records.state(
             JobState.PREPARING, StatusReason.PREPARING_DATA, "preparing data"
         )
+        if self._job.spec.preflight.mode == "only":
+            return DataPrepared(_NO_DATA.model_dump(mode="json"))
         # A restarted driver prepares again, but reuses prepared files by their
         # content's key.
         call = self._tasks.anywhere(prepare_task, self._job.entry.spec)

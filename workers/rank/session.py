@@ -19,6 +19,7 @@ from megatron_ray.data.prepared import PreparedData
 from megatron_ray.distributed import device
 from megatron_ray.distributed.mesh import NcclOptions, ParallelMesh, World
 from megatron_ray.parallel_dims import ParallelDims
+from megatron_ray.parallelize.parallelize import DTYPES
 from megatron_ray.reports import PhaseReport, Report
 from megatron_ray.training.loop import Outcome
 from megatron_ray.training.session import TrainingSession
@@ -27,6 +28,7 @@ from workers.protocol.network import NetworkConfig
 from workers.rank.environment import choose_interface, export_credentials
 from workers.rank.messages import StartRequest
 from workers.rank.peer_attempt import attempt_copies
+from workers.rank.preflight import Preflight, await_stop
 from workers.rank.process_copies import ProcessCopies
 from workers.rank.stores import HashStore, PrefixStore, Store, TCPStore, environment_store
 
@@ -60,6 +62,14 @@ def train(
     started = time.monotonic()
     start_timeout = timedelta(seconds=spec.network.start_timeout_s)
     with process_group(request, start_timeout) as store:
+        if request.preflight is not None:
+            torch_device = device.select(request.device, request.device_index)
+            dtype = DTYPES[spec.training.precision]
+            if not Preflight(request.preflight, torch_device, dtype, report).run():
+                await_stop(poll)
+                return "stopped"
+        if spec.preflight.mode == "only":
+            return "finished"
         mesh = _create_mesh(request, spec, start_timeout)
         poll = _with_timeout_after_start(mesh, spec.network, poll)
         report(PhaseReport("rendezvous", time.monotonic() - started))

@@ -25,7 +25,23 @@ def avoid_nodes(job: JobContext, bad: Sequence[BadNode]) -> None:
     # A job that needs the node is better off with an attempt there than with none.
     if not _fits_without(job, avoid):
         return
-    job.write(avoid=avoid)
+    _avoid(job, avoid, bad)
+
+
+def leave_nodes(job: JobContext, bad: Sequence[BadNode]) -> None:
+    """Has the next attempt avoid nodes that the job has measured to be bad.
+
+    A job that fits on no others waits, because its spec asks for good ones. One that only
+    measures leaves them to its user.
+    """
+    if job.spec.preflight.mode == "only":
+        return
+    avoid = {**job.entry.avoid, **{node.node_id: node.reason for node in bad}}
+    _avoid(job, avoid, bad)
+
+
+def _avoid(job: JobContext, avoid: Mapping[str, str], bad: Sequence[BadNode]) -> None:
+    job.write(avoid=dict(avoid))
     for node in bad:
         if node.is_listed:
             _record(job, node)
