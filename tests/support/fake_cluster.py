@@ -13,6 +13,7 @@ from typing import Any
 
 from megatron_ray.checkpoint.directory import checkpoint_path
 from megatron_ray.commands import Command
+from megatron_ray.reports import SpeedReport
 from megatron_ray.storage.storage import LocalStorage
 from workers.decisions.failures import FailureKind
 from workers.decisions.faults.exclusions import BadNode
@@ -313,6 +314,10 @@ class FakeCluster:
     """Own seconds of a step, by rank; other ranks take half of `step_s`."""
     exit_every: int | None = None
     """Steps after which the ranks end at a limit of the spec."""
+    flops: dict[str, float] = field(default_factory=dict)
+    """What the ranks of a node measure before training, by id; others measure 1e12."""
+    stuck_rank: int | None = None
+    """Rank that measures nothing."""
     step_s: float = 0.0
     clock: FakeClock = field(default_factory=FakeClock)
     on_step: Callable[[FakeProcess], None] = lambda process: None
@@ -376,6 +381,8 @@ class FakeCluster:
         if process.late_turns > 0:
             process.late_turns -= 1
             return
+        if not self._measures(process):
+            return
         if self.dies == (rank, process.step + 1):
             self.dies = None
             del self.workers[process.slot]
@@ -403,6 +410,29 @@ class FakeCluster:
         elif process.must_stop:
             process.state = RankState.STOPPED
         self.on_step(process)
+
+    def _measures(self, process: FakeProcess) -> bool:
+        """Does the parts of a pre-flight, if there is one; returns whether training begins."""
+        order = process.order
+        assert order is not None
+        if order.preflight is None or process.lines:
+            return True
+        rank = order.env.rank
+        if rank == self.stuck_rank:
+            return False
+        flops = self.flops.get(self.node_of(process.bundle).node_id, 1e12)
+        for part, peer in order.preflight.parts:
+            # The others wait for the one that measures nothing.
+            if part == "device":
+                report = SpeedReport(part, device="fake", flops=flops, bytes_per_s=1e9)
+            elif self.stuck_rank is None:
+                report = SpeedReport(part, peer=peer, bytes_per_s=1e9)
+            else:
+                return False
+            process.report(report.kind, vars(report))
+        if order.spec["preflight"]["mode"] == "only":
+            process.state = RankState.FINISHED
+        return False
 
     def is_hung(self, process: FakeProcess | None) -> bool:
         if process is None or process.order is None or self.hangs is None:
