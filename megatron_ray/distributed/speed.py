@@ -59,18 +59,27 @@ class ProductSpeed:
 
 
 class SpeedTest:
-    """The measurements of one rank; `clock` returns seconds of a monotonic clock."""
+    """The measurements of one rank.
+
+    `clock` returns seconds of a monotonic clock; `sizes` are those of the kind of device.
+    """
 
     def __init__(
         self,
         torch_device: torch.device,
         dtype: torch.dtype,
         clock: Callable[[], float] = perf_counter,
+        sizes: Sizes | None = None,
     ) -> None:
         self._device = torch_device
         self._dtype = dtype
         self._clock = clock
-        self._sizes = SIZES[torch_device.type]
+        self._sizes = sizes or SIZES[torch_device.type]
+
+    @property
+    def device_name(self) -> str:
+        """The name of the device, which equal devices share."""
+        return _device_name(self._device)
 
     def products(self) -> ProductSpeed:
         """Measures square products, and compares their results with each other.
@@ -147,8 +156,7 @@ class SpeedTest:
         return self._clock() - started
 
 
-def device_name(torch_device: torch.device) -> str:
-    """Returns the name of a device, which equal devices share."""
+def _device_name(torch_device: torch.device) -> str:
     if torch_device.type == "cuda":
         return torch.cuda.get_device_name(torch_device)
     try:

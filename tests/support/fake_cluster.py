@@ -269,6 +269,12 @@ class FakeProcess:
         self.error: dict[str, Any] | None = None
         self.copies: list[CopyFacts] = []
 
+    def is_late(self) -> bool:
+        """Whether it does nothing in this turn."""
+        is_late = self.late_turns > 0
+        self.late_turns = max(0, self.late_turns - 1)
+        return is_late
+
     def report(self, kind: str, data: dict[str, Any]) -> None:
         assert self.order is not None
         n = len(self.lines) + 1
@@ -376,12 +382,9 @@ class FakeCluster:
         """Does one step, unless the attempt is over."""
         assert process.order is not None
         rank = process.order.env.rank
-        if process.state is not RankState.RUNNING:
+        if process.state is not RankState.RUNNING or process.is_late():
             return
-        if process.late_turns > 0:
-            process.late_turns -= 1
-            return
-        if not self._measures(process):
+        if self._measures(process):
             return
         if self.dies == (rank, process.step + 1):
             self.dies = None
@@ -412,14 +415,14 @@ class FakeCluster:
         self.on_step(process)
 
     def _measures(self, process: FakeProcess) -> bool:
-        """Does the parts of a pre-flight, if there is one; returns whether training begins."""
+        """Does a pre-flight, if there is one to do; returns whether there is."""
         order = process.order
         assert order is not None
         if order.preflight is None or process.lines:
-            return True
+            return False
         rank = order.env.rank
         if rank == self.stuck_rank:
-            return False
+            return True
         flops = self.flops.get(self.node_of(process.bundle).node_id, 1e12)
         for part, peer in order.preflight.parts:
             # The others wait for the one that measures nothing.
@@ -428,11 +431,11 @@ class FakeCluster:
             elif self.stuck_rank is None:
                 report = SpeedReport(part, peer=peer, bytes_per_s=1e9)
             else:
-                return False
+                return True
             process.report(report.kind, vars(report))
         if order.spec["preflight"]["mode"] == "only":
             process.state = RankState.FINISHED
-        return False
+        return True
 
     def is_hung(self, process: FakeProcess | None) -> bool:
         if process is None or process.order is None or self.hangs is None:

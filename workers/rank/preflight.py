@@ -11,12 +11,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 
-import torch
 import torch.distributed as dist
 
 from megatron_ray.commands import Command
 from megatron_ray.distributed.collectives import Group
-from megatron_ray.distributed.speed import SpeedTest, device_name
+from megatron_ray.distributed.speed import SpeedTest
 from megatron_ray.reports import Report, SpeedReport
 from workers.decisions.preflight.orders import PreflightOrder
 
@@ -26,20 +25,14 @@ _STOP_CHECK_S = 0.1
 class Preflight:
     """The measurements of one rank, whose default process group is initialized.
 
-    `report` receives each part as it ends; `clock` returns seconds of a monotonic clock.
+    `report` receives each part as it ends.
     """
 
     def __init__(
-        self,
-        order: PreflightOrder,
-        device: torch.device,
-        dtype: torch.dtype,
-        report: Callable[[Report], None],
-        clock: Callable[[], float] = time.perf_counter,
+        self, order: PreflightOrder, test: SpeedTest, report: Callable[[Report], None]
     ) -> None:
         self._order = order
-        self._device = device
-        self._test = SpeedTest(device, dtype, clock)
+        self._test = test
         self._report = report
 
     def run(self) -> bool:
@@ -48,7 +41,7 @@ class Preflight:
         self._report(
             SpeedReport(
                 "device",
-                device=device_name(self._device),
+                device=self._test.device_name,
                 flops=products.flops,
                 bytes_per_s=self._test.memory(),
                 problem=products.problem,

@@ -18,6 +18,7 @@ from megatron_ray.commands import Command
 from megatron_ray.data.prepared import PreparedData
 from megatron_ray.distributed import device
 from megatron_ray.distributed.mesh import NcclOptions, ParallelMesh, World
+from megatron_ray.distributed.speed import SpeedTest
 from megatron_ray.parallel_dims import ParallelDims
 from megatron_ray.parallelize.parallelize import DTYPES
 from megatron_ray.reports import PhaseReport, Report
@@ -64,8 +65,8 @@ def train(
     with process_group(request, start_timeout) as store:
         if request.preflight is not None:
             torch_device = device.select(request.device, request.device_index)
-            dtype = DTYPES[spec.training.precision]
-            if not Preflight(request.preflight, torch_device, dtype, report).run():
+            test = SpeedTest(torch_device, DTYPES[spec.training.precision])
+            if not Preflight(request.preflight, test, report).run():
                 await_stop(poll)
                 return "stopped"
         if spec.preflight.mode == "only":

@@ -44,7 +44,9 @@ def control_plane_of(folder: Path, **preflight: Any) -> FakeControlPlane:
 
 
 def run(
-    control_plane: FakeControlPlane, cluster: FakeCluster, faults: FaultInjector | None = None
+    control_plane: FakeControlPlane,
+    cluster: FakeCluster,
+    faults: FaultInjector | None = None,
 ) -> None:
     assert control_plane.desired is not None
     folder = control_plane.desired.job_dir
