@@ -18,6 +18,7 @@ from workers.decisions.observations import (
     RestartDecided,
     StopRequested,
 )
+from workers.decisions.preflight.verdict import blame
 from workers.decisions.restart_policy import (
     RestartDecision,
     RestartHistory,
@@ -185,7 +186,8 @@ class Recovery:
         )
         # The nodes were measured, which is all that the job was to do.
         if cause.kind is FailureKind.PREFLIGHT and job.spec.preflight.mode == "only":
-            decision = replace(decision, retry=False)
+            message = blame(job.records.blamed_nodes(entry.attempt))
+            decision = replace(decision, retry=False, message=message)
         return decision
 
     def _journal_lost_nodes(

@@ -227,8 +227,8 @@ def _compare_links(
     links = []
     warnings = []
     for pair, rate in rates.items():
-        addresses = (nodes.address(pair[0]), nodes.address(pair[1]))
-        links.append(LinkSpeed(pair, addresses, rate, pair in slow))
+        labels = (nodes.label(pair[0]), nodes.label(pair[1]))
+        links.append(LinkSpeed(pair, labels, rate, pair in slow))
         if pair in slow and not reasons.keys() & set(pair):
             warnings.append(
                 f"the link {nodes.link_label(pair)} is slow: {rate_text(rate)}, median "

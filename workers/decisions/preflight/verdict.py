@@ -4,6 +4,7 @@ Owns: the fields of the events `preflight.passed` and `preflight.failed`. Pure. 
 know: how a verdict is reached, what follows.
 """
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -26,6 +27,11 @@ class BlamedNode:
         return f"node {self.address}: {self.reason}"
 
 
+def blame(nodes: Iterable[BlamedNode]) -> str:
+    """Returns bad nodes with their reasons in one line."""
+    return f"pre-flight: {'; '.join(node.sentence() for node in nodes)}"
+
+
 @dataclass(frozen=True)
 class LinkSpeed:
     """What ranks of two nodes have measured with each other."""
@@ -33,6 +39,7 @@ class LinkSpeed:
     nodes: tuple[str, str]
     """Ids of the nodes."""
     addresses: tuple[str, str]
+    """With ids where nodes share an address."""
     bytes_per_s: float
     """Of each rank in each direction; the slowest pair of ranks counts."""
     is_slow: bool
@@ -72,11 +79,19 @@ class Verdict:
         """Whether the job may train on these nodes."""
         return not self.bad and self.blocked is None
 
+    def failure(self) -> str:
+        """Returns why the attempt ends, without figures; they are in the verdict's event."""
+        if not self.bad:
+            return self.sentence()
+        noun = "bad node"
+        if len(self.bad) > 1:
+            noun = "bad nodes"
+        return f"pre-flight: {noun} {', '.join(node.address for node in self.bad)}"
+
     def sentence(self) -> str:
         """Returns the verdict in one line."""
         if self.bad:
-            sentences = [node.sentence() for node in self.bad]
-            return f"pre-flight: {'; '.join(sentences)}"
+            return blame(self.bad)
         if self.blocked is not None:
             return f"pre-flight: {self.blocked}"
         nodes = "1 node"

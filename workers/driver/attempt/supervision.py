@@ -175,10 +175,10 @@ class Supervision:
         self._preflight = None
         self._listener.preflight(verdict)
         if verdict.bad:
-            self._monitor.fail(FailureKind.PREFLIGHT, verdict.sentence())
+            self._monitor.fail(FailureKind.PREFLIGHT, verdict.failure())
         elif verdict.blocked is not None:
             # No node is known to be bad, so it counts as a failure of the job.
-            self._monitor.fail(FailureKind.HANG, verdict.sentence())
+            self._monitor.fail(FailureKind.HANG, verdict.failure())
 
     def _answer_diagnosis_request(self, desired: DesiredJob | None) -> None:
         """Examines the ranks once for all requests so far."""

@@ -83,7 +83,7 @@ def check(
             console().print(f"measuring {_count(choice)} in {job_id}")
         try:
             data = _await_verdict(client, job_id, wait_s)
-        except (CommandError, KeyboardInterrupt):
+        except KeyboardInterrupt:
             client.cancel(job_id)
             raise
         excluded = []
@@ -155,12 +155,13 @@ def _await_verdict(client: Client, job_id: str, wait_s: float) -> dict[str, Any]
             data: dict[str, Any] = events[-1]["data"]
             return data
         if has_ended:
-            problem = (job.get("error") or {}).get("detail") or f"it is {job['status']}"
+            problem = (job.get("problem") or {}).get("detail") or f"it is {job['status']}"
             raise CommandError(
                 f"the check {job_id} has measured nothing: {problem}",
                 remedy=f"see `megatron-ray events {job_id}`",
             )
         if job["status"] in _WAITING and time.monotonic() > deadline:
+            client.cancel(job_id)
             raise CommandError(
                 f"the check {job_id} has not started within {wait_s} s, and is cancelled",
                 remedy="other jobs may use the nodes: name free ones, or raise --timeout",
