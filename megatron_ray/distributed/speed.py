@@ -144,7 +144,9 @@ class SpeedTest:
         collectives.all_reduce(longest, group, dist.ReduceOp.MAX)
         calls_in_time = self._sizes.seconds / _ROUNDS / max(longest.item(), 1e-9)
         calls = max(1, min(_MAX_CALLS, int(calls_in_time)))
-        rounds = [self._seconds(work, calls) for _ in range(_ROUNDS)]
+        rounds = []
+        for _ in range(_ROUNDS):
+            rounds.append(self._seconds(work, calls))
         return max(median(rounds) / calls, 1e-9)
 
     def _seconds(self, work: Callable[[], object], calls: int) -> float:

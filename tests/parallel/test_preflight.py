@@ -13,7 +13,7 @@ from workers.decisions.placement import RankPlace
 from workers.decisions.preflight.judgement import Limits, judge
 from workers.decisions.preflight.orders import preflight_orders
 from workers.decisions.preflight.speeds import RankSpeeds
-from workers.rank.preflight import Preflight
+from workers.preflight import Preflight
 
 pytestmark = pytest.mark.parallel
 

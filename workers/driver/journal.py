@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from megatron_ray.storage.storage import Storage, open_storage
 from workers.decisions.journal_entry import FORMAT_VERSION, JournalEntry
 from workers.decisions.peers.partners import partners
+from workers.decisions.preflight.measured_nodes import MeasuredNodes
 from workers.decisions.preflight.orders import PreflightOrder, preflight_orders
 from workers.exceptions import WorkersError
 from workers.rank.environment import RankEnv
@@ -145,7 +146,7 @@ def _preflight_orders(entry: JournalEntry) -> dict[int, PreflightOrder]:
     config = entry.preflight
     if config is None:
         return {}
-    nodes = [place.node_id for place in entry.ranks]
+    nodes = MeasuredNodes(entry.ranks).by_rank
     return dict(enumerate(preflight_orders(nodes, config.timeout_s)))
 
 

@@ -24,12 +24,12 @@ from megatron_ray.parallelize.parallelize import DTYPES
 from megatron_ray.reports import PhaseReport, Report
 from megatron_ray.training.loop import Outcome
 from megatron_ray.training.session import TrainingSession
+from workers.preflight import Preflight, await_stop
 from workers.protocol.job import JobSpec
 from workers.protocol.network import NetworkConfig
 from workers.rank.environment import choose_interface, export_credentials
 from workers.rank.messages import StartRequest
 from workers.rank.peer_attempt import attempt_copies
-from workers.rank.preflight import Preflight, await_stop
 from workers.rank.process_copies import ProcessCopies
 from workers.rank.stores import HashStore, PrefixStore, Store, TCPStore, environment_store
 

@@ -61,8 +61,11 @@ class _Search:
         self.next_parts: dict[int, Part | None] = {}
         """The first unfinished part of each rank; None: it has done all."""
         for rank, order in enumerate(preflight_orders(nodes.by_rank, timeout_s)):
-            missing = [part for part in order.parts if not speeds[rank].has(*part)]
-            self.next_parts[rank] = next(iter(missing), None)
+            self.next_parts[rank] = None
+            # The earliest comes last.
+            for part in reversed(order.parts):
+                if not speeds[rank].has(*part):
+                    self.next_parts[rank] = part
 
     def blame_nodes(self, kind: str, ranks: Sequence[int]) -> Blocked:
         """Returns the nodes whose ranks have not ended a part of their own."""

@@ -70,7 +70,7 @@ def judge(
     bad = _bad_nodes(nodes, reasons)
     # If most nodes are bad, the comparison is.
     if 2 * len(bad) > len(nodes):
-        warnings += [node.sentence() for node in bad]
+        warnings += map(BlamedNode.sentence, bad)
         if len(nodes) > 1:
             warnings.append(
                 f"no node is left out, because {len(bad)} of {len(nodes)} would be"
@@ -79,7 +79,7 @@ def judge(
     return Verdict(
         nodes=rows,
         links=links,
-        all_reduce_bytes_per_s=_slowest(rank.world for rank in known.values()),
+        all_reduce_bytes_per_s=_slowest("world", known.values()),
         bad=bad,
         warnings=tuple(warnings),
         blocked=sentence,
@@ -91,16 +91,16 @@ def _node_speeds(
 ) -> tuple[NodeSpeed, ...]:
     rows = []
     for node_id, ranks in nodes.ranks_of.items():
-        own = [speeds[rank] for rank in ranks]
+        own = list(map(speeds.__getitem__, ranks))
         rows.append(
             NodeSpeed(
                 node_id=node_id,
                 address=nodes.address(node_id),
                 num_ranks=len(ranks),
                 device=own[0].device,
-                flops=_slowest(rank.flops for rank in own),
-                memory_bytes_per_s=_slowest(rank.memory for rank in own),
-                all_reduce_bytes_per_s=_slowest(rank.node for rank in own),
+                flops=_slowest("flops", own),
+                memory_bytes_per_s=_slowest("memory", own),
+                all_reduce_bytes_per_s=_slowest("node", own),
             )
         )
     return tuple(rows)
@@ -121,30 +121,26 @@ def _compare_devices(
             by_device.setdefault(rank.device, []).append(rank)
     for name, peers in by_device.items():
         peak_flops, peak_memory = _published(name, limits.precision)
-        flops = _Comparison("matmul", [rank.flops for rank in peers], peak_flops)
-        memory = _Comparison("memory", [rank.memory for rank in peers], peak_memory)
+        flops = _Comparison("matmul", _known("flops", peers), peak_flops)
+        memory = _Comparison("memory", _known("memory", peers), peak_memory)
         for rank in peers:
             complaints = [
                 rank.problem,
                 flops.complaint(rank.flops, limits.min_ratio, flops_text),
                 memory.complaint(rank.memory, limits.min_ratio, rate_text),
             ]
-            where = nodes.device_label(rank.rank)
-            own = [f"{where}{text}" for text in complaints if text is not None]
-            if own:
-                reasons.setdefault(nodes.of(rank.rank), []).extend(own)
+            for text in filter(None, complaints):
+                reason = f"{nodes.device_label(rank.rank)}{text}"
+                reasons.setdefault(nodes.of(rank.rank), []).append(reason)
 
 
 class _Comparison:
     """One figure of equal devices, and the published one."""
 
-    def __init__(
-        self, name: str, values: Iterable[float | None], published: float | None
-    ) -> None:
+    def __init__(self, name: str, values: Sequence[float], published: float | None) -> None:
         self._name = name
         self._published = published
-        known = [value for value in values if value is not None]
-        self._median = median_high(known or [0.0])
+        self._median = median_high(values or [0.0])
 
     def complaint(
         self, value: float | None, min_ratio: float, text: Callable[[float], str]
@@ -212,16 +208,17 @@ def _compare_links(
     # The links of a slow node are slow too, so the median of all may be one of them.
     best = []
     for pairs in of_node.values():
-        best.append(max(rates[pair] for pair in pairs))
+        best.append(max(map(rates.__getitem__, pairs)))
     median = median_high(best or [0.0])
     slow = {pair for pair, rate in rates.items() if rate < limits.min_ratio * median}
     for node_id, pairs in of_node.items():
-        own_slow = [rates[pair] for pair in pairs if pair in slow]
+        own_slow = slow.intersection(pairs)
         # One of two slow links may be that of another bad node.
         if len(pairs) > 1 and 2 * len(own_slow) > len(pairs):
+            fastest = max(map(rates.__getitem__, own_slow))
             reason = (
-                f"{len(own_slow)} of its {len(pairs)} links {rate_text(max(own_slow))} or "
-                f"less, median of its peers {rate_text(median)}"
+                f"{len(own_slow)} of its {len(pairs)} links {rate_text(fastest)} or less, "
+                f"median of its peers {rate_text(median)}"
             )
             reasons.setdefault(node_id, []).append(reason)
     links = []
@@ -248,5 +245,15 @@ def _bad_nodes(nodes: MeasuredNodes, reasons: Reasons) -> tuple[BlamedNode, ...]
     return tuple(bad)
 
 
-def _slowest(rates: Iterable[float | None]) -> float | None:
-    return min((rate for rate in rates if rate is not None), default=None)
+def _slowest(figure: str, ranks: Iterable[RankSpeeds]) -> float | None:
+    return min(_known(figure, ranks), default=None)
+
+
+def _known(figure: str, ranks: Iterable[RankSpeeds]) -> list[float]:
+    """Returns a figure of those ranks that have measured it."""
+    known = []
+    for rank in ranks:
+        value = getattr(rank, figure)
+        if value is not None:
+            known.append(value)
+    return known

@@ -28,7 +28,7 @@ class MeasuredNodes:
     @property
     def by_rank(self) -> list[str]:
         """The node id of each rank."""
-        return [self._places[rank].node_id for rank in sorted(self._places)]
+        return list(map(self.of, sorted(self._places)))
 
     def of(self, rank: int) -> str:
         """Returns the node id of a rank."""

@@ -4,8 +4,8 @@ Owns: the pairs of nodes and their rounds. Pure. Must not know: Ray, torch, how 
 measured, what follows.
 
 Nodes are paired with their neighbours in the ring of all nodes, where the messages of rings
-go, and with the node opposite. So each of three or more nodes has two links or more, by
-which a slow node can be told from a slow link.
+go, and with the node opposite. So each of three or more nodes has two links or more,
+which tell a slow node from a slow link.
 """
 
 from collections.abc import Hashable, Sequence

@@ -6,6 +6,7 @@ know: how a verdict is reached, what follows.
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from operator import attrgetter
 from typing import Any
 
 from workers.decisions.preflight.figures import flops_text, rate_text
@@ -29,7 +30,7 @@ class BlamedNode:
 
 def blame(nodes: Iterable[BlamedNode]) -> str:
     """Returns bad nodes with their reasons in one line."""
-    return f"pre-flight: {'; '.join(node.sentence() for node in nodes)}"
+    return f"pre-flight: {'; '.join(map(BlamedNode.sentence, nodes))}"
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,8 @@ class Verdict:
         noun = "bad node"
         if len(self.bad) > 1:
             noun = "bad nodes"
-        return f"pre-flight: {noun} {', '.join(node.address for node in self.bad)}"
+        addresses = ", ".join(map(attrgetter("address"), self.bad))
+        return f"pre-flight: {noun} {addresses}"
 
     def sentence(self) -> str:
         """Returns the verdict in one line."""
@@ -118,7 +120,7 @@ class Verdict:
         if reduced:
             parts.append(f"all-reduce in a node {rate_text(min(reduced))}")
         if self.links:
-            slowest = min(link.bytes_per_s for link in self.links)
+            slowest = min(map(attrgetter("bytes_per_s"), self.links))
             parts.append(f"links {rate_text(slowest)}")
         if self.all_reduce_bytes_per_s is not None:
             parts.append(f"all-reduce of all {rate_text(self.all_reduce_bytes_per_s)}")
@@ -129,12 +131,12 @@ class Verdict:
         nodes = sorted(self.nodes, key=lambda node: node.flops or 0.0)
         links = sorted(self.links, key=lambda link: link.bytes_per_s)
         return {
-            "nodes": [asdict(node) for node in nodes[:_MAX_ROWS]],
-            "links": [asdict(link) for link in links[:_MAX_ROWS]],
+            "nodes": list(map(asdict, nodes[:_MAX_ROWS])),
+            "links": list(map(asdict, links[:_MAX_ROWS])),
             "num_nodes": len(nodes),
             "num_links": len(links),
             "all_reduce_bytes_per_s": self.all_reduce_bytes_per_s,
-            "bad": [asdict(node) for node in self.bad],
+            "bad": list(map(asdict, self.bad)),
             "warnings": list(self.warnings),
             "blocked": self.blocked,
         }

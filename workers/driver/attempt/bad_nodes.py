@@ -19,13 +19,9 @@ def avoid_nodes(job: JobContext, bad: Sequence[BadNode]) -> None:
         bad = [node for node in bad if node.is_listed]
     if not bad:
         return
-    avoid = dict(job.entry.avoid)
-    for node in bad:
-        avoid[node.node_id] = node.reason
     # A job that needs the node is better off with an attempt there than with none.
-    if not _fits_without(job, avoid):
-        return
-    _avoid(job, avoid, bad)
+    if _fits_without(job, _with_reasons(job, bad)):
+        _avoid(job, bad)
 
 
 def leave_nodes(job: JobContext, bad: Sequence[BadNode]) -> None:
@@ -36,12 +32,18 @@ def leave_nodes(job: JobContext, bad: Sequence[BadNode]) -> None:
     """
     if job.spec.preflight.mode == "only":
         return
-    avoid = {**job.entry.avoid, **{node.node_id: node.reason for node in bad}}
-    _avoid(job, avoid, bad)
+    _avoid(job, bad)
 
 
-def _avoid(job: JobContext, avoid: Mapping[str, str], bad: Sequence[BadNode]) -> None:
-    job.write(avoid=dict(avoid))
+def _with_reasons(job: JobContext, bad: Sequence[BadNode]) -> dict[str, str]:
+    avoid = dict(job.entry.avoid)
+    for node in bad:
+        avoid[node.node_id] = node.reason
+    return avoid
+
+
+def _avoid(job: JobContext, bad: Sequence[BadNode]) -> None:
+    job.write(avoid=_with_reasons(job, bad))
     for node in bad:
         if node.is_listed:
             _record(job, node)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from megatron_ray.reports import SpeedReport
 from workers.decisions.placement import RankPlace
 from workers.decisions.preflight.judgement import Limits, judge
+from workers.decisions.preflight.measured_nodes import MeasuredNodes
 from workers.decisions.preflight.orders import preflight_orders
 from workers.decisions.preflight.speeds import RankSpeeds
 from workers.decisions.preflight.verdict import Verdict
@@ -21,10 +22,9 @@ class PreflightWatch:
     def __init__(self, places: Sequence[RankPlace], limits: Limits) -> None:
         self._places = places
         self._limits = limits
-        nodes = [place.node_id for place in places]
         self._num_missing = 0
         self._speeds: dict[int, RankSpeeds] = {}
-        orders = preflight_orders(nodes, limits.timeout_s)
+        orders = preflight_orders(MeasuredNodes(places).by_rank, limits.timeout_s)
         for place, order in zip(places, orders, strict=True):
             self._num_missing += len(order.parts)
             self._speeds[place.rank] = RankSpeeds(place.rank)

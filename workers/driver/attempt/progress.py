@@ -5,6 +5,7 @@ spares, and how long a recovery took. Must not know: how ranks are observed.
 """
 
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import Any
 
 from workers.decisions import recovery
@@ -130,7 +131,7 @@ class JobProgress:
         job = self._job
         job.records.preflight(verdict)
         if verdict.has_passed:
-            nodes = {*job.entry.measured_nodes, *(node.node_id for node in verdict.nodes)}
+            nodes = {*job.entry.measured_nodes, *map(attrgetter("node_id"), verdict.nodes)}
             job.write(measured_nodes=tuple(sorted(nodes)))
 
     def slow(self, slow: SlowRank, place: RankPlace) -> None:

@@ -149,7 +149,10 @@ class JobRecords:
 
     def blamed_nodes(self, attempt: int) -> tuple[BlamedNode, ...]:
         """Returns the nodes that were bad in the measurements of an attempt."""
-        return tuple(BlamedNode(**data) for data in self._blamed.get(attempt, ()))
+        nodes = []
+        for data in self._blamed.get(attempt, ()):
+            nodes.append(BlamedNode(**data))
+        return tuple(nodes)
 
     def ranks(self, places: Sequence[RankPlace]) -> None:
         """Records the attempt's rank map."""

@@ -6,6 +6,7 @@ free. Must not know: how anything is measured.
 
 import time
 from collections.abc import Mapping
+from operator import itemgetter
 from typing import Annotated, Any
 
 import typer
@@ -93,7 +94,9 @@ def check(
             client.exclude(
                 cluster_name, node["node_id"], f"cluster check: {node['reason']}"
             )
-    left_out = [{"address": where, "reason": why} for where, why in choice.left_out]
+    left_out = []
+    for address, reason in choice.left_out:
+        left_out.append({"address": address, "reason": reason})
     if as_json:
         print_json({"job_id": job_id, **data, "not_measured": left_out})
     else:
@@ -104,24 +107,24 @@ def check(
 
 def _choose(client: Client, name: str, names: list[str]) -> NodeChoice:
     """Returns the nodes to measure. Raises CommandError when there are none."""
-    clusters = {entry["name"]: entry for entry in client.cluster()["data"]}
+    clusters = {}
+    for entry in client.cluster()["data"]:
+        clusters[entry["name"]] = entry
     if name not in clusters:
         known = ", ".join(clusters)
         raise CommandError(f"no cluster {name}", remedy=f"known: {known}", exit_code=2)
     cluster = clusters[name]
     unknown = unknown_names(cluster, names)
     if unknown:
-        addresses = ", ".join(node["address"] for node in cluster["nodes"])
         raise CommandError(
             f"no living node {', '.join(unknown)}",
-            remedy=f"known: {addresses}",
+            remedy="`megatron-ray cluster` lists the nodes",
             exit_code=2,
         )
     choice = choose_nodes(cluster, _usage(client, name), names)
     if not choice.nodes:
-        reasons = [f"{address} ({reason})" for address, reason in choice.left_out]
         raise CommandError(
-            f"no node can be measured: {', '.join(reasons) or 'there is none'}",
+            f"no node can be measured: {choice.reasons() or 'there is none'}",
             remedy="`megatron-ray cluster` lists the nodes",
         )
     return choice
@@ -179,7 +182,7 @@ def _count(choice: NodeChoice) -> str:
 
 
 def _print(data: Json, left_out: list[dict[str, str]], *, has_excluded: bool) -> None:
-    bad = {node["node_id"]: node for node in data["bad"]}
+    bad = set(map(itemgetter("node_id"), data["bad"]))
     columns: dict[str, Column] = {
         "node": lambda node: str(node["address"]),
         "id": lambda node: str(node["node_id"])[:12],

@@ -6,6 +6,7 @@ called, what is measured.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter, itemgetter
 from typing import Any
 
 Json = Mapping[str, Any]
@@ -33,7 +34,16 @@ class NodeChoice:
     @property
     def uses_gpus(self) -> bool:
         """Whether GPUs are measured, and not CPUs."""
-        return any(node.gpus for node in self.nodes)
+        return self.num_gpus > 0
+
+    @property
+    def num_gpus(self) -> int:
+        """Number of free GPUs of all nodes."""
+        return sum(map(attrgetter("gpus"), self.nodes))
+
+    def reasons(self) -> str:
+        """Returns why nodes are not measured, in one line."""
+        return ", ".join(f"{address} ({reason})" for address, reason in self.left_out)
 
 
 def choose_nodes(
@@ -47,9 +57,9 @@ def choose_nodes(
     free = []
     left_out = []
     alive = [node for node in cluster["nodes"] if node["alive"]]
-    has_gpus = any(node["gpus"] for node in alive)
+    has_gpus = sum(map(itemgetter("gpus"), alive)) > 0
     for node in alive:
-        if names and not any(_is_named(node, name) for name in names):
+        if names and not _is_named(node, names):
             continue
         cpus, gpus = usage.get(node["node_id"], (0.0, 0))
         candidate = FreeNode(
@@ -70,7 +80,7 @@ def unknown_names(cluster: Json, names: Iterable[str]) -> list[str]:
     """Returns the names that are those of no living node."""
     unknown = []
     for name in names:
-        if not any(node["alive"] and _is_named(node, name) for node in cluster["nodes"]):
+        if not any(node["alive"] and _is_named(node, [name]) for node in cluster["nodes"]):
             unknown.append(name)
     return unknown
 
@@ -82,20 +92,25 @@ def check_spec(choice: NodeChoice, cluster: str, min_ratio: float) -> dict[str, 
     ranks have equally many cores.
     """
     nodes = choice.nodes
+    num_ranks = 0
     if choice.uses_gpus:
-        shares = [node.cpus / node.gpus for node in nodes]
-        cpus_per_rank = max(0.0001, min(_MAX_CPUS_PER_GPU, *shares))
-        num_ranks = sum(node.gpus for node in nodes)
-        resources: dict[str, Any] = {"accelerator": "gpu"}
-    else:
-        cpus_per_rank = float(int(min(node.cpus for node in nodes)))
-        num_ranks = sum(int(node.cpus // cpus_per_rank) for node in nodes)
-        resources = {"accelerator": "cpu"}
-    resources["cpus_per_rank"] = round(cpus_per_rank, 4)
-    resources["nodes"] = {"only": [node.node_id for node in nodes]}
-    precision = "fp32"
-    if choice.uses_gpus:
+        accelerator = "gpu"
         precision = "bf16"
+        num_ranks = choice.num_gpus
+        cpus_per_rank = _MAX_CPUS_PER_GPU
+        for node in nodes:
+            cpus_per_rank = min(cpus_per_rank, max(0.0001, node.cpus / node.gpus))
+    else:
+        accelerator = "cpu"
+        precision = "fp32"
+        cpus_per_rank = min(map(attrgetter("cpus"), nodes)) // 1
+        for node in nodes:
+            num_ranks += int(node.cpus // cpus_per_rank)
+    resources = {
+        "accelerator": accelerator,
+        "cpus_per_rank": round(cpus_per_rank, 4),
+        "nodes": {"only": list(map(attrgetter("node_id"), nodes))},
+    }
     return {
         "name": "cluster-check",
         "cluster": cluster,
@@ -139,5 +154,5 @@ def _refusal(node: Json, free: FreeNode, *, has_gpus: bool) -> str | None:
     return None
 
 
-def _is_named(node: Json, name: str) -> bool:
-    return bool(node["address"] == name or node["node_id"].startswith(name))
+def _is_named(node: Json, names: Sequence[str]) -> bool:
+    return node["address"] in names or node["node_id"].startswith(tuple(names))
