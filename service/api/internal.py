@@ -22,6 +22,7 @@ from service.jobs import cluster_fit, ingest, lifecycle, queue
 from service.jobs.agents import CheckedPaths
 from service.jobs.capacity import ClusterCapacity
 from service.jobs.cluster_fit import Resolution
+from service.jobs.elastic import expansion
 from service.store import node_exclusions
 from service.store.schema import ClusterRow, JobRow
 from workers.protocol.states import DesiredState, JobState
@@ -185,6 +186,8 @@ def _store_report(context: Context, agent_report: AgentReport) -> None:
         cluster_fit.resolve_waiting_jobs(session, row, resolutions)
         session.flush()
         queue.admit_jobs(session, row)
+        session.flush()
+        expansion.expand_jobs(session, row)
         if has_changed:
             # The set of ended jobs sent to the agent depends on its report.
             lifecycle.raise_revision(session, agent_report.cluster)

@@ -38,7 +38,8 @@ from service.http.parameters import (
     labels_of,
     split_commas,
 )
-from service.jobs import lifecycle, pausing, queue, resizing
+from service.jobs import lifecycle, pausing, queue
+from service.jobs.elastic import resizing
 from service.jobs.submit import PreparedJob, Submitter
 from service.store.schema import JobRow
 from service.store.selection import JobFilter

@@ -24,7 +24,7 @@ from service.http.dependencies import Context, ContextDep
 from service.http.parameters import WRITTEN_NUMBER, check_query
 from service.jobs import cluster_fit, spec_checks
 from service.jobs.agents import CheckedPaths
-from service.jobs.capacity import ClusterCapacity, ResourceRequest, resource_request
+from service.jobs.capacity import ClusterCapacity, resolved_request
 from service.jobs.cluster_fit import ResolvedSpec
 from service.jobs.submit import Submitter
 from service.settings import Settings
@@ -236,20 +236,15 @@ def _device_of(
 # ---- the cluster
 
 
-def _request_of(resolved: ResolvedSpec) -> ResourceRequest:
-    # The accelerator is resolved already, so `has_gpus` plays no part.
-    return resource_request(resolved.spec, resolved.world_size, has_gpus=False)
-
-
 def _room(capacity: ClusterCapacity, resolved: ResolvedSpec) -> int | None:
     if not capacity.is_known:
         return None
-    return capacity.max_ranks(_request_of(resolved), may_grow=False)
+    return capacity.max_ranks(resolved_request(resolved.spec), may_grow=False)
 
 
 def _new_nodes(capacity: ClusterCapacity, resolved: ResolvedSpec) -> dict[str, int]:
     """Returns how many nodes of each group the job needs beside today's."""
-    request = _request_of(resolved)
+    request = resolved_request(resolved.spec)
     # What does not fit in any case is a problem of the plan.
     if capacity.max_ranks(request) < request.ranks:
         return {}

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from megatron_ray.planning.hardware import Hardware, hardware_named
+from megatron_ray.validation import resolution
 from workers.decisions.cluster_growth import group_of, nodes_to_come
 from workers.decisions.topology import room
 from workers.decisions.topology.node_rules import NodeRules, has_gpus, is_usable
@@ -243,3 +244,9 @@ def resource_request(spec: JobSpec, ranks: int, *, has_gpus: bool) -> ResourceRe
         custom=resources.custom,
         rules=NodeRules.of(spec),
     )
+
+
+def resolved_request(spec: JobSpec) -> ResourceRequest:
+    """Returns the resources of a resolved spec."""
+    # `auto` was resolved with the spec, so whether there are GPUs plays no part.
+    return resource_request(spec, resolution.world_size(spec), has_gpus=False)

@@ -32,6 +32,7 @@ from service.store.schema import (
     MetricRow,
     SourceRow,
 )
+from workers.protocol.events import EventType
 from workers.protocol.states import (
     AttemptState,
     DesiredState,
@@ -153,6 +154,17 @@ def add_event(session: Session, job: JobRow, event: NewEvent) -> None:
         row.created_at = time.time()
     session.add(row)
     wake(session, job_topic(job.id))
+
+
+def newest_event(session: Session, job: JobRow, event_type: EventType) -> EventRow | None:
+    """Returns the newest event of a type; None if there is none."""
+    statement = (
+        sa.select(EventRow)
+        .where(EventRow.job == job.number, EventRow.type == event_type)
+        .order_by(EventRow.seq.desc())
+        .limit(1)
+    )
+    return session.scalar(statement)
 
 
 def desired_changed(session: Session, job: JobRow) -> None:

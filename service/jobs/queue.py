@@ -12,9 +12,9 @@ import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
 from service.jobs import admission, lifecycle
-from service.jobs.capacity import ClusterCapacity, ResourceRequest, resource_request
+from service.jobs.capacity import ClusterCapacity, ResourceRequest, resolved_request
 from service.store.database import wake
-from service.store.schema import AttemptRow, ClusterRow, EventRow, JobRow
+from service.store.schema import AttemptRow, ClusterRow, JobRow
 from workers.decisions.cluster_growth import describe_nodes
 from workers.protocol.events import EventType
 from workers.protocol.job import JobSpec
@@ -52,11 +52,9 @@ def admit_jobs(session: Session, cluster: ClusterRow) -> None:
     queued: list[admission.QueuedJob] = []
     for row in rows:
         jobs[row.id] = row
-        # Without a size it was submitted before the cluster was known, and is resolved by
-        # the next report.
-        if row.world_size is not None and _is_queued(row):
+        if waits_for_room(row):
             queued.append(_queued(session, row))
-    admitted = _admitted(session, rows, nodes)
+    admitted = admitted_jobs(session, rows, nodes)
     # All at once, because each decision depends on the jobs ahead in the queue.
     for decision in admission.decide(queued, admitted, nodes, report.node_groups):
         _apply(session, jobs[decision.job_id], decision)
@@ -78,15 +76,24 @@ def room_beside_others(session: Session, job: JobRow) -> ClusterCapacity:
     nodes = AgentReport.model_validate(cluster.report).nodes
     others = [row for row in active_jobs(session, job.cluster) if row.id != job.id]
     free = ClusterCapacity(nodes)
-    for admitted in _admitted(session, others, nodes):
+    for admitted in admitted_jobs(session, others, nodes):
         free.reserve_admitted(admitted.request, admitted.ranks_by_node)
     for row in others:
-        if row.world_size is not None and _is_queued(row):
-            free.reserve(_request(row))
+        if waits_for_room(row):
+            free.reserve(request_of(row))
     return free
 
 
-def _admitted(
+def waits_for_room(row: JobRow) -> bool:
+    """Whether a job is in the queue and can be admitted.
+
+    Without a size it was submitted before the cluster was known, and is resolved by the
+    next report.
+    """
+    return row.world_size is not None and _is_queued(row)
+
+
+def admitted_jobs(
     session: Session, rows: Iterable[JobRow], nodes: tuple[NodeInfo, ...]
 ) -> list[admission.AdmittedJob]:
     """Returns the jobs that hold resources, or may request them."""
@@ -96,21 +103,19 @@ def _admitted(
             continue
         if JobState(row.status).holds_resources or row.desired == DesiredState.RUN:
             ranks_by_node = _ranks_by_node(session, row, nodes)
-            admitted.append(admission.AdmittedJob(row.id, _request(row), ranks_by_node))
+            admitted.append(admission.AdmittedJob(row.id, request_of(row), ranks_by_node))
     return admitted
 
 
 def _queued(session: Session, row: JobRow) -> admission.QueuedJob:
     number = row.queue_number or row.number
     retry_s = _retry_s(session, row)
-    return admission.QueuedJob(row.id, row.priority, number, _request(row), retry_s)
+    return admission.QueuedJob(row.id, row.priority, number, request_of(row), retry_s)
 
 
-def _request(row: JobRow) -> ResourceRequest:
-    spec = JobSpec.model_validate(row.resolved_spec)
-    assert row.world_size is not None
-    # `auto` was resolved with the spec, so whether there are GPUs plays no part.
-    return resource_request(spec, row.world_size, has_gpus=False)
+def request_of(row: JobRow) -> ResourceRequest:
+    """Returns the resources of a job whose size is known."""
+    return resolved_request(JobSpec.model_validate(row.resolved_spec))
 
 
 def note_missing_nodes(session: Session, job: JobRow) -> None:
@@ -230,7 +235,10 @@ def _show_awaited(session: Session, job: JobRow, new_nodes: Mapping[str, int]) -
         lifecycle.add_event(session, job, event)
         session.flush()
     # Readers are woken by the event only, not by every second.
-    waited_s = _age_s(session, job, EventType.NODES_AWAITED) or 0.0
+    awaited = lifecycle.newest_event(session, job, EventType.NODES_AWAITED)
+    waited_s = 0.0
+    if awaited is not None:
+        waited_s = time.time() - awaited.created_at
     job.message = f"{text}, {waited_s:.0f} s"
 
 
@@ -239,25 +247,14 @@ def _retry_s(session: Session, job: JobRow) -> float | None:
     # The reason of a job whose nodes did not come, and until they may be requested again.
     if job.status_reason not in (StatusReason.WAITING_GANG, StatusReason.WAITING_NODES):
         return None
-    age_s = _age_s(session, job, EventType.NODES_MISSING)
+    missing = lifecycle.newest_event(session, job, EventType.NODES_MISSING)
+    if missing is None:
+        return None
+    age_s = time.time() - missing.created_at
     # A clock that was set back must not keep the job waiting.
-    if age_s is None or not 0 <= age_s < RETRY_NODES_S:
+    if not 0 <= age_s < RETRY_NODES_S:
         return None
     return RETRY_NODES_S - age_s
-
-
-def _age_s(session: Session, job: JobRow, event_type: EventType) -> float | None:
-    """Returns the seconds since the newest event of a type; None if there is none."""
-    statement = (
-        sa.select(EventRow.created_at)
-        .where(EventRow.job == job.number, EventRow.type == event_type)
-        .order_by(EventRow.seq.desc())
-        .limit(1)
-    )
-    created_at = session.scalar(statement)
-    if created_at is None:
-        return None
-    return time.time() - created_at
 
 
 def _ranks_by_node(

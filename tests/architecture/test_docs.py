@@ -13,6 +13,7 @@ PAGES = [
     ROOT / "CONTRIBUTING.md",
     *sorted((ROOT / "docs/pages").rglob("*.md")),
 ]
+ON_GITHUB = [*PAGES[:2], ROOT / "deploy/README.md"]
 EXAMPLES = sorted((ROOT / "docs/examples").glob("*.py"))
 # A path of the repository, not of a storage (`attempts/NNNN.json`) or of a user.
 PATH = re.compile(r"[\w.-]+(?:/[\w.-]+)+\.(?:py|yaml|md|toml)")
@@ -37,12 +38,12 @@ def test_every_path_that_a_page_names_exists(page: Path) -> None:
     assert missing == []
 
 
-@pytest.mark.parametrize("page", PAGES[:2], ids=lambda page: page.name)
-def test_every_link_of_the_readme_leads_somewhere(page: Path) -> None:
+@pytest.mark.parametrize("page", ON_GITHUB, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_link_outside_of_the_pages_leads_somewhere(page: Path) -> None:
     links = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text())
     relative = [link for link in links if "://" not in link]
     assert relative
-    assert [link for link in relative if not (ROOT / link).exists()] == []
+    assert [link for link in relative if not (page.parent / link).exists()] == []
 
 
 def test_the_tour_has_a_line_for_every_folder() -> None:

@@ -48,15 +48,16 @@ class ElasticConfig(Config):
 
     A job that loses ranks goes on with fewer replicas at once, and grows back at a
     checkpoint when the resources have returned and the time that it saves exceeds the cost
-    several times. Global batch, order of the data and all other degrees stay, so losses
-    equal those of an undisturbed run up to the order of summation. Under torchrun it has
-    no effect.
+    several times. It grows up to `max_dp` into room that no other job needs, and returns it
+    to jobs that wait in the queue. Global batch, order of the data and all other degrees
+    stay, so losses equal those of an undisturbed run up to the order of summation. Under
+    torchrun it has no effect.
     """
 
     min_dp: int = Field(ge=1, le=1 << 20)
     """Fewest replicas with which the job still trains; below, it waits for resources."""
     max_dp: int = Field(ge=1, le=1 << 20)
-    """Most replicas that a resize may ask for."""
+    """Most replicas, whether the job grows by itself or by a resize."""
 
     @model_validator(mode="after")
     def _check_order(self) -> Self:

@@ -4,6 +4,9 @@ Owns: the request. Works inside the caller's transaction. Must not know: HTTP, h
 go on at another size.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 from sqlalchemy.orm import Session
 
 from megatron_ray.validation import resolution
@@ -14,9 +17,10 @@ from service.exceptions import (
     RequestInvalidError,
 )
 from service.jobs import lifecycle, queue
-from service.jobs.capacity import resource_request
+from service.jobs.capacity import resolved_request
 from service.store.schema import JobRow
 from workers.decisions import elasticity
+from workers.protocol.events import EventType
 from workers.protocol.job import JobSpec
 from workers.protocol.states import JobState
 
@@ -37,17 +41,33 @@ def resize(session: Session, job: JobRow, *, dp: int) -> None:
     if problems:
         detail = _describe(spec, dp, problems[0].detail)
         raise RequestInvalidError.of_field("/dp", problems[0].code, detail)
-    resized = elasticity.with_dp(spec, dp)
-    world_size = resolution.world_size(resized)
     if JobState(job.status).holds_resources:
-        _check_room(session, job, resized, world_size)
+        _check_room(session, job, elasticity.with_dp(spec, dp))
+    set_dp(session, job, dp, "resize requested", actor="user")
+
+
+def set_dp(
+    session: Session,
+    job: JobRow,
+    dp: int,
+    reason: str,
+    *,
+    actor: str = "system",
+    data: Mapping[str, Any] | None = None,
+) -> None:
+    """Gives a job a size that is possible and for which there is room.
+
+    `actor` is who asked for it, user or system, and `data` more fields of the event.
+    """
+    spec = JobSpec.from_mapping(job.resolved_spec)
+    resized = elasticity.with_dp(spec, dp)
     job.resolved_spec = resized.model_dump(mode="json")
-    job.world_size = world_size
+    job.world_size = resolution.world_size(resized)
     event = lifecycle.NewEvent(
-        "job.resizing",
-        f"resize requested: from dp={spec.parallel.dp} to dp={dp}, {world_size} ranks",
-        data={"dp": dp, "world_size": world_size},
-        actor="user",
+        EventType.JOB_RESIZING,
+        f"{reason}: from dp={spec.parallel.dp} to dp={dp}, {job.world_size} ranks",
+        data={"dp": dp, "world_size": job.world_size, **(data or {})},
+        actor=actor,
     )
     lifecycle.add_event(session, job, event)
     lifecycle.desired_changed(session, job)
@@ -69,17 +89,16 @@ def _check_state(job: JobRow) -> None:
         )
 
 
-def _check_room(session: Session, job: JobRow, resized: JobSpec, world_size: int) -> None:
+def _check_room(session: Session, job: JobRow, resized: JobSpec) -> None:
     """Raises NoRoomError unless the cluster can hold the new size now."""
+    request = resolved_request(resized)
     assert job.world_size is not None
-    if world_size <= job.world_size:
+    if request.ranks <= job.world_size:
         return
-    # `auto` was resolved with the spec, so whether there are GPUs plays no part.
-    request = resource_request(resized, world_size, has_gpus=False)
     room = queue.room_beside_others(session, job).max_ranks(request)
-    if room < world_size:
+    if room < request.ranks:
         raise NoRoomError(
-            f"dp={resized.parallel.dp} needs {world_size} ranks, and the cluster has room for "
+            f"dp={resized.parallel.dp} needs {request.ranks} ranks, and the cluster has room for "
             f"{room} beside its other jobs; choose a smaller dp, or wait"
         )
 
