@@ -119,6 +119,26 @@ class PhaseReport:
     detail: dict[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class SpeedReport:
+    """A rank has measured its device or a link before it trains."""
+
+    kind: ClassVar[str] = "speed"
+    part: str
+    """`device`, `node` (all-reduce in its node), `link` (messages to `peer`) or `world`
+    (all-reduce of all ranks)."""
+    device: str = ""
+    """Name of the device; only in that part."""
+    flops: float | None = None
+    """Floating-point operations per second of matrix products."""
+    bytes_per_s: float | None = None
+    """Bandwidth of the device's memory, or of each rank's link."""
+    peer: int | None = None
+    """Rank at the other end of the link."""
+    problem: str | None = None
+    """What went wrong: wrong results, or a connection that does not work."""
+
+
 Report = (
     StepReport
     | SkippedStepReport
@@ -127,4 +147,5 @@ Report = (
     | CheckpointFailedReport
     | PeerCopiesRefusedReport
     | PhaseReport
+    | SpeedReport
 )

@@ -40,6 +40,11 @@ def resolve_spec(spec: JobSpec, max_world: int, source: str) -> JobSpec:
 
     `source` names it in the message. Raises UserError with every problem.
     """
+    if spec.preflight.mode == "only":
+        raise UserError(
+            f"{source} cannot run: /preflight/mode: only the service measures nodes without "
+            "training; leave it out, or use `megatron-ray cluster check`"
+        )
     # The same rules as in the service, before anything is started.
     problems = check.find_problems(spec, max_world)
     if problems:

@@ -167,6 +167,16 @@ def duration(seconds: float | None) -> str:
     return f"{minutes}:{rest:02}"
 
 
+def age(moment: Any) -> str:
+    """Returns the time since an ISO time; a dash when it is none."""
+    # By this machine's clock, which may differ from the service's.
+    try:
+        then = datetime.fromisoformat(str(moment))
+    except ValueError:
+        return "-"
+    return duration((datetime.now(UTC) - then).total_seconds())
+
+
 def coordinates(entry: Mapping[str, Any]) -> str:
     """Returns a rank's coordinates, such as `tp0 dp1`."""
     axes = entry.get("coordinates") or {}

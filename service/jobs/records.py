@@ -201,7 +201,8 @@ class RecordApplier:
         # Preemptions have a budget of their own: they say nothing against the job.
         if reason is StatusReason.PREEMPTED:
             self._job.preemptions += 1
-        else:
+        # Nor does a bad node that was measured before training.
+        elif reason is not StatusReason.BAD_NODES:
             self._job.failures += 1
 
     def _apply_ranks(self, record: Record) -> None:
@@ -415,6 +416,9 @@ def _prepared_message(manifest: dict[str, Any]) -> str:
     except ValidationError:
         # A driver of another version may send other fields.
         return "data ready"
+    # A job that only measures its nodes.
+    if not data.train:
+        return "no data are needed"
     parts = []
     for split, corpora in (("training", data.train), ("validation", data.validation)):
         num_tokens = sum(corpus.num_tokens for corpus in corpora)

@@ -13,6 +13,7 @@ from typing import Any
 
 from megatron_ray.checkpoint.directory import checkpoint_path
 from megatron_ray.commands import Command
+from megatron_ray.reports import SpeedReport
 from megatron_ray.storage.storage import LocalStorage
 from workers.decisions.failures import FailureKind
 from workers.decisions.faults.exclusions import BadNode
@@ -268,6 +269,12 @@ class FakeProcess:
         self.error: dict[str, Any] | None = None
         self.copies: list[CopyFacts] = []
 
+    def is_late(self) -> bool:
+        """Whether it does nothing in this turn."""
+        is_late = self.late_turns > 0
+        self.late_turns = max(0, self.late_turns - 1)
+        return is_late
+
     def report(self, kind: str, data: dict[str, Any]) -> None:
         assert self.order is not None
         n = len(self.lines) + 1
@@ -317,6 +324,10 @@ class FakeCluster:
     """Own seconds of a step, by rank; other ranks take half of `step_s`."""
     exit_every: int | None = None
     """Steps after which the ranks end at a limit of the spec."""
+    flops: dict[str, float] = field(default_factory=dict)
+    """What the ranks of a node measure before training, by id; others measure 1e12."""
+    stuck_rank: int | None = None
+    """Rank that measures nothing."""
     step_s: float = 0.0
     clock: FakeClock = field(default_factory=FakeClock)
     on_step: Callable[[FakeProcess], None] = lambda process: None
@@ -375,10 +386,9 @@ class FakeCluster:
         """Does one step, unless the attempt is over."""
         assert process.order is not None
         rank = process.order.env.rank
-        if process.state is not RankState.RUNNING:
+        if process.state is not RankState.RUNNING or process.is_late():
             return
-        if process.late_turns > 0:
-            process.late_turns -= 1
+        if self._measures(process):
             return
         if self.dies == (rank, process.step + 1):
             self.dies = None
@@ -412,6 +422,29 @@ class FakeCluster:
             self.hangs = None
         # The others wait for the one that hangs.
         return self.hangs is not None and process.step + 1 >= self.hangs[1]
+
+    def _measures(self, process: FakeProcess) -> bool:
+        """Does a pre-flight, if there is one to do; returns whether there is."""
+        order = process.order
+        assert order is not None
+        if order.preflight is None or process.lines:
+            return False
+        rank = order.env.rank
+        if rank == self.stuck_rank:
+            return True
+        flops = self.flops.get(self.node_of(process.bundle).node_id, 1e12)
+        for part, peer in order.preflight.parts:
+            # The others wait for the one that measures nothing.
+            if part == "device":
+                report = SpeedReport(part, device="fake", flops=flops, bytes_per_s=1e9)
+            elif self.stuck_rank is None:
+                report = SpeedReport(part, peer=peer, bytes_per_s=1e9)
+            else:
+                return True
+            process.report(report.kind, vars(report))
+        if order.spec["preflight"]["mode"] == "only":
+            process.state = RankState.FINISHED
+        return True
 
     def is_hung(self, process: FakeProcess | None) -> bool:
         if process is None or process.order is None or self.hangs is None:

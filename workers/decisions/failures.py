@@ -35,6 +35,8 @@ class FailureKind(StrEnum):
     a rank's own OOM."""
     PREEMPTED = "preempted"
     SILENT = "silent"
+    PREFLIGHT = "preflight"
+    """Nodes are slow or wrong, as measured before training; the next attempt avoids them."""
     HANG = "hang"
     START = "start"
     COLLATERAL = "collateral"
@@ -57,6 +59,7 @@ BY_PRECEDENCE = (
     FailureKind.PROCESS_DIED,
     FailureKind.SILENT,
     FailureKind.START,
+    FailureKind.PREFLIGHT,
     FailureKind.HANG,
     FailureKind.COLLATERAL,
 )
@@ -75,6 +78,7 @@ _REASONS = {
     FailureKind.GPU: StatusReason.GPU_ERROR,
     FailureKind.SILENT: StatusReason.NODE_LOST,
     FailureKind.PREEMPTED: StatusReason.PREEMPTED,
+    FailureKind.PREFLIGHT: StatusReason.BAD_NODES,
     FailureKind.HANG: StatusReason.HANG,
     FailureKind.EXCEPTION: StatusReason.WORKER_DIED,
     FailureKind.COLLATERAL: StatusReason.WORKER_DIED,

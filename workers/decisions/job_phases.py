@@ -181,6 +181,7 @@ def _resume_requested(entry: JournalEntry, observed: ResumeRequested) -> Transit
         "preemptions": 0,
         "commits_at_failure": (),
         "last_error": "",
+        "measured_nodes": (),
         "given_back": None,
     }
     if entry.prepared is None or observed.has_other_data:

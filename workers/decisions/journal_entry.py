@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from workers.decisions.failures import FailureKind
 from workers.decisions.peers.copies import CopySet
 from workers.decisions.placement import RankPlace
+from workers.protocol.preflight import PreflightConfig
 from workers.protocol.states import DesiredState
 
 FORMAT_VERSION = 1
@@ -132,6 +133,8 @@ class JournalEntry(BaseModel):
     failed: FailedAttempt | None = None
     dead: tuple[DeadRank, ...] = ()
     """Dead ranks whose files may not have been fetched yet."""
+    measured_nodes: tuple[str, ...] = ()
+    """Nodes that have passed a pre-flight of the job since it was started or resumed."""
     avoid: dict[str, str] = Field(default_factory=dict)
     """Why the next attempt must not use nodes, by node id."""
     given_back: ResourcesReleased | None = None
@@ -145,6 +148,16 @@ class JournalEntry(BaseModel):
         if self.spec is None or self.dp is None:
             return self.spec
         return {**self.spec, "parallel": {**self.spec["parallel"], "dp": self.dp}}
+
+    @property
+    def preflight(self) -> PreflightConfig | None:
+        """How the attempt measures its nodes first; None: it has measured all of them."""
+        # Specs of earlier versions lack the field.
+        config = PreflightConfig.model_validate((self.spec or {}).get("preflight") or {})
+        nodes = {place.node_id for place in self.ranks}
+        if config.mode == "never" or nodes <= set(self.measured_nodes):
+            return None
+        return config
 
     @property
     def first_step(self) -> int:

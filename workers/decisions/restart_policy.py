@@ -66,9 +66,9 @@ def decide_restart(
     if cause.kind in DETERMINISTIC:
         message = f"{message} (not restarted: the error is deterministic)"
         return RestartDecision(False, 0.0, cause.reason, message, history)
-    # Not counted either: the next attempt resumes from an older checkpoint, so at most
-    # as many attempts fail in this way as there are checkpoints.
-    if cause.kind is FailureKind.CHECKPOINT:
+    # Not counted either: the next attempt resumes from an older checkpoint, or avoids the
+    # bad node, and there is one less of them each time.
+    if cause.kind in (FailureKind.CHECKPOINT, FailureKind.PREFLIGHT):
         return RestartDecision(True, 0.0, cause.reason, message, history)
     # Preemptions are not failures of the job, so they have a separate budget.
     if cause.kind is FailureKind.PREEMPTED:

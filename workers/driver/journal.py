@@ -16,6 +16,8 @@ from pydantic import ValidationError
 from megatron_ray.storage.storage import Storage, open_storage
 from workers.decisions.journal_entry import FORMAT_VERSION, JournalEntry
 from workers.decisions.peers.partners import partners
+from workers.decisions.preflight.measured_nodes import MeasuredNodes
+from workers.decisions.preflight.orders import PreflightOrder, preflight_orders
 from workers.exceptions import WorkersError
 from workers.rank.environment import RankEnv
 from workers.rank.messages import CopySource, StartRequest
@@ -107,6 +109,7 @@ def start_orders(entry: JournalEntry, accelerator: str) -> dict[int, StartReques
     master_addr, master_port = entry.store or (None, None)
     copies_by_rank = _copy_sources(entry)
     partner_of = _partners(entry)
+    preflight_of = _preflight_orders(entry)
     # Ray makes only the worker's own GPU visible, so its index is always 0 there.
     device = "cpu"
     if accelerator == "gpu":
@@ -133,8 +136,18 @@ def start_orders(entry: JournalEntry, accelerator: str) -> dict[int, StartReques
             resume_from=entry.resumed_from,
             partner=partner_of.get(place.rank),
             copy=copies_by_rank.get(place.rank),
+            preflight=preflight_of.get(place.rank),
         )
     return orders
+
+
+def _preflight_orders(entry: JournalEntry) -> dict[int, PreflightOrder]:
+    """Returns what each rank measures before it trains, if it does."""
+    config = entry.preflight
+    if config is None:
+        return {}
+    nodes = MeasuredNodes(entry.ranks).by_rank
+    return dict(enumerate(preflight_orders(nodes, config.timeout_s)))
 
 
 def _partners(entry: JournalEntry) -> dict[int, int]:

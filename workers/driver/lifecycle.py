@@ -19,6 +19,7 @@ from workers.decisions.observations import (
     RanksStarted,
     StopRequested,
 )
+from workers.decisions.preflight.judgement import Limits
 from workers.driver.attempt.growth import Growth
 from workers.driver.attempt.outcome import RanksStopped
 from workers.driver.attempt.plan import AttemptPlan
@@ -197,10 +198,18 @@ class JobLifecycle:
             checkpoint_requests=entry.checkpoint_requests,
             diagnosis_requests=entry.diagnosis_requests,
             slow_ranks=job.records.slow_ranks(entry.attempt),
+            preflight=self._limits(),
             hang_timeout_s=job.spec.restart.hang_timeout_s,
             stopping=entry.stopping,
             renew=entry.code_version != self._ports.code_version,
         )
+
+    def _limits(self) -> Limits | None:
+        config = self._job.entry.preflight
+        if config is None:
+            return None
+        precision = self._job.spec.training.precision
+        return Limits(config.min_ratio, config.timeout_s, precision)
 
     def _describe_stop(self, end: RanksStopped) -> str:
         job = self._job

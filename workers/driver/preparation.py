@@ -20,6 +20,10 @@ from workers.protocol.states import JobState, StatusReason
 from workers.ray.tasks import TaskFailedError
 
 _TURN_S = 0.1
+_NO_DATA = PreparedData(
+    train=(), validation=(), tokenizer_path="", vocab_size=1, end_of_document=0
+)
+"""For a job that trains on none."""
 
 
 class DataPreparation:
@@ -35,12 +39,27 @@ class DataPreparation:
         self._job.records.state(
             JobState.PREPARING, StatusReason.PREPARING_DATA, "preparing data"
         )
+        if self._job.spec.preflight.mode == "only":
+            return DataPrepared(_NO_DATA.model_dump(mode="json"))
+        result = self._prepare()
+        if not isinstance(result, dict):
+            return result
+        if "problems" in result:
+            # The service fails the job with these problems, so no state is recorded at
+            # the end.
+            self._job.records.problems(result["problems"])
+            first = result["problems"][0]
+            return DataRejected(f"{first['pointer']}: {first['detail']}")
+        return DataPrepared(dict(result["prepared"]))
+
+    def _prepare(self) -> dict[str, Any] | PreparationFailed | StopRequested:
+        """Returns the task's result; tries again for a while if the storage fails."""
         since = self._job.ports.clock()
         num_failures = 0
         while True:
             result = self._run_task()
             if not isinstance(result, dict) or "storage" not in result:
-                break
+                return result
             num_failures += 1
             failing_s = self._job.ports.clock() - since
             pause_s = failing_storage.retry_s(
@@ -57,15 +76,6 @@ class DataPreparation:
             stop = self._wait(pause_s)
             if stop is not None:
                 return stop
-        if not isinstance(result, dict):
-            return result
-        if "problems" in result:
-            # The service fails the job with these problems, so no state is recorded at
-            # the end.
-            self._job.records.problems(result["problems"])
-            first = result["problems"][0]
-            return DataRejected(f"{first['pointer']}: {first['detail']}")
-        return DataPrepared(dict(result["prepared"]))
 
     def _run_task(self) -> dict[str, Any] | PreparationFailed | StopRequested:
         """Returns the task's result, or why there is none."""

@@ -5,6 +5,7 @@ know: the policy, how ranks are started or supervised, HTTP, torch.
 """
 
 from collections.abc import Collection
+from dataclasses import replace
 from typing import Any
 
 from megatron_ray.checkpoint.directory import list_checkpoints
@@ -17,12 +18,13 @@ from workers.decisions.observations import (
     RestartDecided,
     StopRequested,
 )
+from workers.decisions.preflight.verdict import blame
 from workers.decisions.restart_policy import (
     RestartDecision,
     RestartHistory,
     decide_restart,
 )
-from workers.driver.attempt.bad_nodes import avoid_nodes
+from workers.driver.attempt.bad_nodes import avoid_nodes, leave_nodes
 from workers.driver.attempt.progress import JobProgress
 from workers.driver.attempt.start import RankStarter
 from workers.driver.context import JobContext
@@ -142,15 +144,34 @@ class Recovery:
         kept_slots = self._free_ranks(silent_ranks)
         self._record_failure(cause, kept_slots)
         self._journal_lost_nodes(failed, kept_slots)
-        bad = exclusions.bad_nodes(cause, job.entry.ranks, failed.dead_ranks)
-        if job.spec.restart.exclude_slow:
-            slow = job.records.slow_ranks(job.entry.attempt)
-            bad += exclusions.slow_nodes(slow, job.entry.ranks)
-        avoid_nodes(job, bad)
+        self._exclude_nodes(cause, failed.dead_ranks)
         # The restart policy does not apply to a job that is being cancelled.
         stop = job.stop_requested()
         if stop is not None:
             return stop
+        decision = self._decide(cause)
+        origin = f"step {job.entry.last_commit}"
+        if job.keeps_copies:
+            origin = f"the newest peer copies, else from step {job.entry.last_commit}"
+        if cause.kind is FailureKind.CHECKPOINT:
+            origin = "an older checkpoint"
+        self._record_decision(decision, origin)
+        return RestartDecided(decision)
+
+    def _exclude_nodes(self, cause: Failure, dead_ranks: Collection[int]) -> None:
+        """Has the next attempt avoid the nodes that the failure speaks against."""
+        job = self._job
+        bad = exclusions.bad_nodes(cause, job.entry.ranks, dead_ranks)
+        if job.spec.restart.exclude_slow:
+            slow = job.records.slow_ranks(job.entry.attempt)
+            bad += exclusions.slow_nodes(slow, job.entry.ranks)
+        avoid_nodes(job, bad)
+        if cause.kind is FailureKind.PREFLIGHT:
+            blamed = job.records.blamed_nodes(job.entry.attempt)
+            leave_nodes(job, exclusions.measured_nodes(blamed))
+
+    def _decide(self, cause: Failure) -> RestartDecision:
+        job = self._job
         entry = job.entry
         history = RestartHistory(
             entry.failures,
@@ -163,13 +184,11 @@ class Recovery:
         decision = decide_restart(
             job.spec.restart, history, cause, saved_step, job.ports.jitter()
         )
-        origin = f"step {entry.last_commit}"
-        if job.keeps_copies:
-            origin = f"the newest peer copies, else from step {entry.last_commit}"
-        if cause.kind is FailureKind.CHECKPOINT:
-            origin = "an older checkpoint"
-        self._record_decision(decision, origin)
-        return RestartDecided(decision)
+        # The nodes were measured, which is all that the job was to do.
+        if cause.kind is FailureKind.PREFLIGHT and job.spec.preflight.mode == "only":
+            message = blame(job.records.blamed_nodes(entry.attempt))
+            decision = replace(decision, retry=False, message=message)
+        return decision
 
     def _journal_lost_nodes(
         self, failed: FailedAttempt, kept_slots: Collection[int]

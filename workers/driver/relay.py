@@ -14,9 +14,11 @@ from megatron_ray.reports import (
     PeerCopiesRefusedReport,
     PhaseReport,
     SkippedStepReport,
+    SpeedReport,
     StepReport,
 )
 from workers.decisions.failures import FailureKind, describe_error
+from workers.decisions.preflight.figures import describe_speed
 from workers.rank.spool import Line
 
 METRICS = (StepReport.kind, EvalReport.kind)
@@ -62,6 +64,8 @@ def _describe(kind: str, data: dict[str, Any]) -> tuple[str, str]:
             f"the copies of step {data['step']} in the ranks' memory cannot be used, so the "
             f"attempt starts from storage: {data['cause']}"
         )
+    if kind == SpeedReport.kind:
+        return "info", describe_speed(data)
     if kind == "failed":
         return _describe_failure(data)
     if kind == "ended":

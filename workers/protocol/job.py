@@ -1,7 +1,7 @@
 """Defines the job spec, which users submit.
 
-Owns: JobSpec, which is TrainConfig plus resources, network and restart rules. Must not know: Ray,
-torch, HTTP.
+Owns: JobSpec, which is TrainConfig plus resources, network, pre-flight and restart rules.
+Must not know: Ray, torch, HTTP.
 """
 
 from typing import Self
@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 from megatron_ray.config.base import Config
 from megatron_ray.config.train_config import TrainConfig
 from workers.protocol.network import NetworkConfig
+from workers.protocol.preflight import PreflightConfig
 from workers.protocol.resources import ResourceConfig
 
 SPEC_VERSION = 1
@@ -83,6 +84,8 @@ class JobSpec(TrainConfig):
     """Resources reserved for each rank, and the nodes that they are on."""
     network: NetworkConfig = NetworkConfig()
     """How ranks reach each other."""
+    preflight: PreflightConfig = PreflightConfig()
+    """Measurements of nodes and links before training."""
     restart: RestartConfig = RestartConfig()
     """Rules for restarting after a failure."""
     elastic: ElasticConfig | None = None

@@ -69,6 +69,7 @@ class StatusReason(StrEnum):
     WORKER_DIED = "worker_died"
     NODE_LOST = "node_lost"
     GPU_ERROR = "gpu_error"
+    BAD_NODES = "bad_nodes"
     HANG = "hang"
     PREEMPTED = "preempted"
     OOM = "oom"

@@ -28,8 +28,10 @@ from megatron_ray.reports import (
     PhaseReport,
     Report,
     SkippedStepReport,
+    SpeedReport,
     StepReport,
 )
+from workers.decisions.preflight.figures import describe_speed
 from workers.decisions.ranks.diagnosis import RankEvidence
 from workers.decisions.ranks.stragglers import Pace
 from workers.rank.environment import raise_priority
@@ -116,7 +118,8 @@ class RankAttempt:
             self.step = item.step
         else:
             self._log(_log_message(item))
-        if isinstance(item, CheckpointReport | CheckpointFailedReport | PhaseReport):
+        urgent = CheckpointReport | CheckpointFailedReport | PhaseReport | SpeedReport
+        if isinstance(item, urgent):
             self._is_urgent.set()
         self._has_report.set()
 
@@ -248,4 +251,6 @@ def _log_message(item: Report) -> str:
         return item.message
     if isinstance(item, PeerCopiesRefusedReport):
         return f"the copies of step {item.step} are not used: {item.cause}"
+    if isinstance(item, SpeedReport):
+        return describe_speed(vars(item))
     return f"step {item.step}: loss {item.loss:.4f}"

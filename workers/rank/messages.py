@@ -8,6 +8,7 @@ from enum import StrEnum
 from typing import Any
 
 from megatron_ray.exceptions import InputError
+from workers.decisions.preflight.orders import PreflightOrder
 from workers.decisions.ranks.stragglers import Pace
 from workers.exceptions import WorkersError
 from workers.rank.environment import RankEnv
@@ -90,6 +91,8 @@ class StartRequest:
     """Rank that keeps copies of this rank's state too; None: no copies are made."""
     copy: CopySource | None = None
     """Copy to continue from; when any rank cannot load its own, `resume_from` counts."""
+    preflight: PreflightOrder | None = None
+    """What to measure before training; None: nothing."""
     timeout_s: float = 600.0
     """Timeout of the store, in seconds."""
 

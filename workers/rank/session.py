@@ -18,10 +18,13 @@ from megatron_ray.commands import Command
 from megatron_ray.data.prepared import PreparedData
 from megatron_ray.distributed import device
 from megatron_ray.distributed.mesh import NcclOptions, ParallelMesh, World
+from megatron_ray.distributed.speed import SpeedTest
 from megatron_ray.parallel_dims import ParallelDims
+from megatron_ray.parallelize.parallelize import DTYPES
 from megatron_ray.reports import PhaseReport, Report
 from megatron_ray.training.loop import Outcome
 from megatron_ray.training.session import TrainingSession
+from workers.preflight import Preflight, await_stop
 from workers.protocol.job import JobSpec
 from workers.protocol.network import NetworkConfig
 from workers.rank.environment import choose_interface, export_credentials
@@ -60,6 +63,14 @@ def train(
     started = time.monotonic()
     start_timeout = timedelta(seconds=spec.network.start_timeout_s)
     with process_group(request, start_timeout) as store:
+        if request.preflight is not None:
+            torch_device = device.select(request.device, request.device_index)
+            test = SpeedTest(torch_device, DTYPES[spec.training.precision])
+            if not Preflight(request.preflight, test, report).run():
+                await_stop(poll)
+                return "stopped"
+        if spec.preflight.mode == "only":
+            return "finished"
         mesh = _create_mesh(request, spec, start_timeout)
         poll = _with_timeout_after_start(mesh, spec.network, poll)
         report(PhaseReport("rendezvous", time.monotonic() - started))

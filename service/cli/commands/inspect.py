@@ -1,4 +1,4 @@
-"""Commands that show jobs and clusters; also the list of excluded nodes.
+"""Commands that show jobs.
 
 The last line of a shortened answer names what is missing. Must not know: how a job is
 created or changed.
@@ -6,11 +6,9 @@ created or changed.
 
 from collections.abc import Mapping
 from dataclasses import replace
-from datetime import UTC, datetime
 from typing import Annotated, Any
 
 import typer
-from rich.markup import escape
 
 from service.cli.choice import (
     JobChoice,
@@ -23,6 +21,7 @@ from service.cli.choice import (
     read_pages,
     statuses,
 )
+from service.cli.commands.clusters import nodes
 from service.cli.commands.metrics import metrics
 from service.cli.commands.show import EVENT_COLUMNS, absence, event_style, show, step_of
 from service.cli.commands.watch import watch_jobs
@@ -32,13 +31,11 @@ from service.cli.numbers import at_least
 from service.cli.output import (
     AsJson,
     Column,
-    console,
+    age,
     coordinates,
-    duration,
     moment,
     nested,
     number,
-    print_json,
     print_note,
     print_page,
     size,
@@ -51,10 +48,6 @@ _ENDED = [state.value for state in JobState if state.is_terminal]
 _WAITING = [state.value for state in JobState if state.value not in (*_HOLDING, *_ENDED)]
 _JOB_GROUPS = (_HOLDING, _WAITING, _ENDED)
 """States of jobs in the order in which `jobs` lists them."""
-NodeName = Annotated[
-    str, typer.Argument(metavar="NODE", help="Address of the node, or start of its id.")
-]
-ClusterName = Annotated[str, typer.Option("--cluster", help="Name of the cluster.")]
 
 
 def register(app: typer.Typer) -> None:
@@ -63,11 +56,7 @@ def register(app: typer.Typer) -> None:
     reading = (jobs, show, watch, logs, events, metrics, checkpoints, attempts, ranks)
     for command in reading:
         app.command(command.__name__)(command)
-    clusters = typer.Typer(invoke_without_command=True)
-    clusters.callback()(cluster)
-    clusters.command("exclude")(exclude)
-    clusters.command("include")(include)
-    app.add_typer(clusters, name="cluster")
+    nodes.register(app)
 
 
 def jobs(
@@ -92,7 +81,7 @@ def jobs(
         "status": lambda job: str(job["status"]),
         "step": step_of,
         "loss": lambda job: number(nested(job, "progress.loss")),
-        "age": lambda job: _age(job.get("created_at")),
+        "age": lambda job: age(job.get("created_at")),
     }
     empty = "no jobs yet; submit one with `megatron-ray submit SPEC`"
     if status or name or metadata:
@@ -294,139 +283,10 @@ def attempts(
     print_page(page, as_json, columns, empty=empty)
 
 
-def cluster(
-    context: typer.Context,
-    url: Url = None,
-    token: Token = None,
-    data_dir: DataDir = None,
-    as_json: AsJson = False,
-) -> None:
-    """List the clusters with their agents and nodes."""
-    # Called before every command of this group.
-    if context.invoked_subcommand is not None:
-        return
-    with connect(url, token, data_dir) as client:
-        page = client.cluster()
-    if as_json:
-        print_json(page)
-        return
-    for entry in page["data"]:
-        _print_cluster(entry)
-
-
-def exclude(
-    node: NodeName,
-    reason: Annotated[str, typer.Option(help="Why, for others.")] = "excluded by hand",
-    cluster_name: ClusterName = "default",
-    url: Url = None,
-    token: Token = None,
-    data_dir: DataDir = None,
-    as_json: AsJson = False,
-) -> None:
-    """Exclude a node: no rank starts there any more. Running attempts are not touched."""
-    with connect(url, token, data_dir) as client:
-        entry = client.exclude(cluster_name, node, reason)
-    _show_cluster(entry, as_json=as_json)
-
-
-def include(
-    node: NodeName,
-    cluster_name: ClusterName = "default",
-    url: Url = None,
-    token: Token = None,
-    data_dir: DataDir = None,
-    as_json: AsJson = False,
-) -> None:
-    """Let ranks start on an excluded node again."""
-    with connect(url, token, data_dir) as client:
-        entry = client.include(cluster_name, node)
-    _show_cluster(entry, as_json=as_json)
-
-
-def _show_cluster(entry: Mapping[str, Any], *, as_json: bool) -> None:
-    if as_json:
-        print_json(entry)
-    else:
-        _print_cluster(entry)
-
-
-def _print_cluster(entry: Mapping[str, Any]) -> None:
-    columns: dict[str, Column] = {
-        "  node": lambda node: f"  {node['address']}",
-        "state": _node_state,
-        "cpus": lambda node: f"{node['cpus']:g}",
-        "gpus": lambda node: f"{node['gpus']:g}",
-        "accelerator": lambda node: str(node.get("accelerator_type") or "-"),
-        "memory": lambda node: size(node.get("memory_bytes")),
-    }
-    console().print(_agent_line(entry))
-    print_page({"data": entry["nodes"]}, False, columns, empty="  no nodes")
-    # A service of an earlier version lists neither.
-    for excluded in entry.get("excluded_nodes", ()):
-        line = (
-            f"  {excluded['address']} ({excluded['node_id'][:12]}) excluded for "
-            f"{_age(excluded['since'])} by {excluded['by']}: {excluded['reason']}"
-        )
-        console().print(escape(line))
-    for group in entry.get("node_groups", ()):
-        console().print(f"  {escape(_group_line(group))}")
-
-
-def _agent_line(entry: Mapping[str, Any]) -> str:
-    """Returns the state of a cluster's agent as console markup."""
-    name = escape(str(entry["name"]))
-    silence_s = entry.get("agent_silence_s")
-    state = "[green]agent connected[/green]"
-    if silence_s is None:
-        state = "[yellow]agent not connected yet[/yellow]"
-    elif not entry["live"]:
-        state = f"[red]agent lost for {duration(silence_s)}[/red]"
-    parts = [f"[bold]{name}[/bold]  {state}"]
-    if entry.get("ray_version"):
-        parts.append(f"Ray {escape(str(entry['ray_version']))}")
-    parts.append(f"jobs with a driver: {len(entry['drivers'])}")
-    if entry["orphans"]:
-        parts.append(f"[yellow]actors of no known job: {len(entry['orphans'])}[/yellow]")
-    return ", ".join(parts)
-
-
-def _group_line(group: Mapping[str, Any]) -> str:
-    """Returns what a cluster may grow to by one group of nodes."""
-    size_of_node = f"{group['cpus']:g} CPUs"
-    if group["gpus"]:
-        kind = group.get("accelerator_type") or "GPUs"
-        size_of_node = f"{size_of_node}, {group['gpus']:g} {kind}"
-    return (
-        f"may grow to {group['max_nodes']} nodes of {group['name']} ({size_of_node} each)"
-    )
-
-
-def _node_state(node: Mapping[str, Any]) -> str:
-    if not node["alive"]:
-        return "dead"
-    if node.get("storage_ok") is False:
-        return "cannot read the storage"
-    if node.get("draining"):
-        return "draining"
-    if node.get("excluded"):
-        return "excluded"
-    return "alive"
-
-
 def _moment_or_dash(value: Any) -> str:
     if value is None:
         return "-"
     return moment(value)
-
-
-def _age(moment: Any) -> str:
-    """Returns the time since an ISO time; a dash when it is none."""
-    # By this machine's clock, which may differ from the service's.
-    try:
-        then = datetime.fromisoformat(str(moment))
-    except ValueError:
-        return "-"
-    return duration((datetime.now(UTC) - then).total_seconds())
 
 
 def _gpu(entry: Mapping[str, Any]) -> str:

@@ -110,6 +110,14 @@ def test_a_misspelt_field_has_a_suggestion(job: Path) -> None:
         read_spec(job, ["model.preset=gpt2-125m"], 1)
 
 
+def test_a_spec_that_only_measures_is_refused(job: Path) -> None:
+    message = refusal(job, "preflight.mode=only")
+    assert "/preflight/mode: only the service measures nodes without training" in message
+    assert "megatron-ray cluster check" in message
+    # Where there is no driver to judge it, the measurement is left out.
+    assert read_spec(job, ["preflight.mode=before_training"], 1).preflight.min_ratio == 0.8
+
+
 def test_numbers_without_effect_are_noted_once_epochs_are_steps(job: Path) -> None:
     overrides = ["training.steps=null", "training.epochs=1", "schedule.warmup_steps=1000"]
     spec = read_spec(job, [*overrides, "training.skip_steps=[]"], 1)

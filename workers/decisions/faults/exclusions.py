@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from workers.decisions.failures import Failure, FailureKind
 from workers.decisions.placement import RankPlace
+from workers.decisions.preflight.verdict import BlamedNode
 from workers.decisions.ranks.stragglers import SlowRank
 
 _MAX_LINE_CHARS = 200
@@ -52,6 +53,15 @@ def slow_nodes(
         reason = f"rank {rank.rank} there was {rank.ratio:.1f} times as slow as its peers"
         nodes += _unique([place], reason, is_listed=True)
     return tuple({node.node_id: node for node in nodes}.values())
+
+
+def measured_nodes(blamed: Iterable[BlamedNode]) -> tuple[BadNode, ...]:
+    """Returns the nodes that were bad in the measurements before training."""
+    nodes = []
+    for node in blamed:
+        reason = f"pre-flight: {node.reason}"
+        nodes.append(BadNode(node.node_id, node.address, reason, is_listed=True))
+    return tuple(nodes)
 
 
 def node_of_defects(place: RankPlace, lines: Sequence[str]) -> BadNode:

@@ -19,13 +19,31 @@ def avoid_nodes(job: JobContext, bad: Sequence[BadNode]) -> None:
         bad = [node for node in bad if node.is_listed]
     if not bad:
         return
+    # A job that needs the node is better off with an attempt there than with none.
+    if _fits_without(job, _with_reasons(job, bad)):
+        _avoid(job, bad)
+
+
+def leave_nodes(job: JobContext, bad: Sequence[BadNode]) -> None:
+    """Has the next attempt avoid nodes that the job has measured to be bad.
+
+    A job that fits on no others waits, because its spec asks for good ones. One that only
+    measures leaves them to its user.
+    """
+    if job.spec.preflight.mode == "only":
+        return
+    _avoid(job, bad)
+
+
+def _with_reasons(job: JobContext, bad: Sequence[BadNode]) -> dict[str, str]:
     avoid = dict(job.entry.avoid)
     for node in bad:
         avoid[node.node_id] = node.reason
-    # A job that needs the node is better off with an attempt there than with none.
-    if not _fits_without(job, avoid):
-        return
-    job.write(avoid=avoid)
+    return avoid
+
+
+def _avoid(job: JobContext, bad: Sequence[BadNode]) -> None:
+    job.write(avoid=_with_reasons(job, bad))
     for node in bad:
         if node.is_listed:
             _record(job, node)

@@ -9,6 +9,8 @@ from typing import Any, Protocol
 
 from workers.decisions.faults.drains import Drain
 from workers.decisions.placement import RankPlace
+from workers.decisions.preflight.judgement import Limits
+from workers.decisions.preflight.verdict import Verdict
 from workers.decisions.ranks.stragglers import SlowRank
 from workers.driver.commit import WholeCheckpoint, source_of
 from workers.protocol.states import DesiredState
@@ -35,6 +37,8 @@ class AttemptPlan:
     """Number of checkpoint requests that were passed on to the ranks before."""
     diagnosis_requests: int = 0
     """Number of diagnosis requests that were carried out before."""
+    preflight: Limits | None = None
+    """What counts as bad in the measurements before training; None: there are none."""
     hang_timeout_s: float | None = None
     """Limit of the spec for a time without any report."""
     slow_ranks: tuple[SlowRank, ...] = ()
@@ -88,6 +92,9 @@ class AttemptListener(Protocol):
 
     def checkpoint_requested(self, checkpoint_requests: int) -> None:
         """The ranks got checkpoint commands, `checkpoint_requests` in all."""
+
+    def preflight(self, verdict: Verdict) -> None:
+        """The nodes were measured."""
 
     def slow(self, slow: SlowRank, place: RankPlace) -> None:
         """A rank's own work has become slow."""

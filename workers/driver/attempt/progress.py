@@ -6,6 +6,7 @@ spares, and how long a recovery took. Must not know: how ranks are observed.
 
 from collections import deque
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import Any
 
 from megatron_ray.storage.errors import StorageError
@@ -13,6 +14,7 @@ from workers.decisions import recovery
 from workers.decisions.faults.drains import Drain
 from workers.decisions.goodput import Goodput
 from workers.decisions.placement import RankPlace
+from workers.decisions.preflight.verdict import Verdict
 from workers.decisions.ranks.stragglers import SlowRank
 from workers.decisions.recovery import RecoveryWatch
 from workers.driver.attempt.bad_nodes import avoid_nodes
@@ -156,6 +158,14 @@ class JobProgress:
     def checkpoint_requested(self, checkpoint_requests: int) -> None:
         """The ranks got checkpoint commands, `checkpoint_requests` in all."""
         self._job.write(checkpoint_requests=checkpoint_requests)
+
+    def preflight(self, verdict: Verdict) -> None:
+        """The nodes were measured."""
+        job = self._job
+        job.records.preflight(verdict)
+        if verdict.has_passed:
+            nodes = {*job.entry.measured_nodes, *map(attrgetter("node_id"), verdict.nodes)}
+            job.write(measured_nodes=tuple(sorted(nodes)))
 
     def slow(self, slow: SlowRank, place: RankPlace) -> None:
         """A rank's own work has become slow."""

@@ -30,6 +30,7 @@ from workers.driver.attempt.outcome import (
     is_over,
 )
 from workers.driver.attempt.plan import AttemptListener, AttemptPlan
+from workers.driver.attempt.preflight import PreflightWatch
 from workers.driver.attempt.rank_monitor import RankMonitor
 from workers.driver.attempt.stragglers import StragglerMonitor
 from workers.driver.ports import JobPorts
@@ -69,6 +70,9 @@ class Supervision:
         self._examine_at = 0.0
         """When ranks that waited for the storage are examined again."""
         self._stragglers = StragglerMonitor(plan, listener, ports.clock)
+        self._preflight: PreflightWatch | None = None
+        if plan.preflight is not None:
+            self._preflight = PreflightWatch(plan.places, plan.preflight)
 
     def run(self) -> AttemptEnd:
         """Returns how the attempt ended.
@@ -90,6 +94,7 @@ class Supervision:
         # Checked after replies are processed: a driver that was itself frozen must not
         # count its ranks as silent.
         self._monitor.check_clock(has_stepped=self._has_stepped)
+        self._judge_nodes()
         if not self._monitor.failures and self._monitor.hang():
             self._examine_hang()
         if self._has_stepped:
@@ -130,6 +135,8 @@ class Supervision:
         for rank, lines in self._monitor.collect(timeout_s):
             self._committer.take_written(rank, lines)
             self._take_failed_saves(rank, lines)
+            if self._preflight is not None:
+                self._preflight.take(rank, lines)
             if rank == 0 and lines:
                 records = [to_record(line) for line in lines]
                 # Records that are sent must also be in the next checkpoint, from which
@@ -186,6 +193,21 @@ class Supervision:
         self._monitor.fail(
             FailureKind.HANG, examined.describe_hang(message), examined.culprit
         )
+
+    def _judge_nodes(self) -> None:
+        """Judges what the ranks have measured, once; bad nodes are a failure."""
+        if self._preflight is None or self._monitor.failures:
+            return
+        verdict = self._preflight.verdict(self._monitor.quiet_s)
+        if verdict is None:
+            return
+        self._preflight = None
+        self._listener.preflight(verdict)
+        if verdict.bad:
+            self._monitor.fail(FailureKind.PREFLIGHT, verdict.failure())
+        elif verdict.blocked is not None:
+            # No node is known to be bad, so it counts as a failure of the job.
+            self._monitor.fail(FailureKind.HANG, verdict.failure())
 
     def _answer_diagnosis_request(self, desired: DesiredJob | None) -> None:
         """Examines the ranks once for all requests so far."""

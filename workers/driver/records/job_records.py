@@ -13,9 +13,10 @@ from typing import Any
 
 from megatron_ray.data.prepared import PreparedData
 from workers.decisions.placement import RankPlace
+from workers.decisions.preflight.verdict import BlamedNode, Verdict
 from workers.decisions.ranks.stragglers import SlowRank, describe_slow
 from workers.driver.records.outbox import Outbox
-from workers.protocol.events import EventType
+from workers.protocol.events import EventLevel, EventType
 from workers.protocol.states import AttemptState, JobState, StatusReason
 from workers.protocol.wire import Record
 
@@ -41,6 +42,8 @@ class JobRecords:
         self._kept: dict[str, int] = {}
         self._slow: dict[tuple[int, int], dict[str, Any]] = {}
         """Data of the event, by attempt and rank."""
+        self._blamed: dict[int, list[dict[str, str]]] = {}
+        """Bad nodes, by attempt."""
         for record in logged:
             self._remember(record.kind, record.data, record.attempt)
 
@@ -133,6 +136,24 @@ class JobRecords:
                 slow.append(SlowRank(rank, data["own_s"], data["median_s"]))
         return tuple(slow)
 
+    def preflight(self, verdict: Verdict) -> None:
+        """Records what the ranks have measured before training, and the verdict."""
+        code = EventType.PREFLIGHT_PASSED
+        level = EventLevel.INFO
+        if not verdict.has_passed:
+            code = EventType.PREFLIGHT_FAILED
+            level = EventLevel.ERROR
+        elif verdict.warnings:
+            level = EventLevel.WARN
+        self.event(code, verdict.sentence(), level, verdict.to_data())
+
+    def blamed_nodes(self, attempt: int) -> tuple[BlamedNode, ...]:
+        """Returns the nodes that were bad in the measurements of an attempt."""
+        nodes = []
+        for data in self._blamed.get(attempt, ()):
+            nodes.append(BlamedNode(**data))
+        return tuple(nodes)
+
     def ranks(self, places: Sequence[RankPlace]) -> None:
         """Records the attempt's rank map."""
         if self._attempt() in self._attempts_with_map:
@@ -192,16 +213,23 @@ class JobRecords:
                 self._attempts[attempt] = AttemptState(data["state"])
             case "ranks":
                 self._attempts_with_map.add(attempt)
-            case "event" if data["type"] == EventType.RANK_SLOW:
-                self._slow[attempt, data["ranks"][0]] = data["data"]
-            case "event" if data["type"] == EventType.RANK_RECOVERED:
-                self._slow.pop((attempt, data["ranks"][0]), None)
+            case "event":
+                self._remember_event(data, attempt)
             case "prepared":
                 self._has_prepared = True
             case "checkpoint" if data["action"] == "committed":
                 self._kept[data["path"]] = data["step"]
             case "checkpoint":
                 self._kept.pop(data["path"], None)
+
+    def _remember_event(self, data: dict[str, Any], attempt: int) -> None:
+        match data["type"]:
+            case EventType.RANK_SLOW:
+                self._slow[attempt, data["ranks"][0]] = data["data"]
+            case EventType.RANK_RECOVERED:
+                self._slow.pop((attempt, data["ranks"][0]), None)
+            case EventType.PREFLIGHT_FAILED:
+                self._blamed[attempt] = data["data"]["bad"]
 
 
 def _where(place: RankPlace) -> dict[str, Any]:

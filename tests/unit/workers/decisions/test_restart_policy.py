@@ -43,6 +43,15 @@ def test_a_damaged_checkpoint_costs_no_restart() -> None:
     assert decision.history == history
 
 
+def test_a_bad_node_costs_no_restart() -> None:
+    history = RestartHistory(failures=3, commits_at_failure=(5, 5, 5))
+    cause = Failure(FailureKind.PREFLIGHT, "pre-flight: bad node 192.0.2.2")
+    decision = decide(cause, history, 5, RestartConfig(max_failures=0))
+    assert decision.retry
+    assert decision.reason is StatusReason.BAD_NODES
+    assert decision.history == history
+
+
 def test_first_try_is_immediate_then_waits_double() -> None:
     assert [
         restart_policy.backoff_s(POLICY, failures, 0.0) for failures in range(1, 6)
