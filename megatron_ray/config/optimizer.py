@@ -3,9 +3,10 @@
 Must not know: how optimizer state is sharded.
 """
 
+from math import ceil
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, ModelWrapValidatorHandler, model_validator
 
 from megatron_ray.config.base import Config
 from megatron_ray.config.optimizer_kinds import optimizer_kind
@@ -113,17 +114,20 @@ class OptimizerConfig(Config):
     `[{parameters: ["embedding.*", "head.*"], weight_decay: 0}]`. Default: all
     parameters have the numbers above."""
 
-    @model_validator(mode="before")
+    @model_validator(mode="wrap")
     @classmethod
-    def _fill_in_numbers(cls, fields: Any) -> Any:
+    def _fill_in_numbers(cls, fields: Any, parse: ModelWrapValidatorHandler[Self]) -> Self:
         """Gives the fields that the optimizer uses its own defaults."""
         if not isinstance(fields, dict) or not isinstance(fields.get("name", ""), str):
-            return fields
+            return parse(fields)
         filled = dict(fields)
         for name, value in optimizer_kind(fields.get("name", "adamw")).numbers.items():
             if filled.get(name) is None:
                 filled[name] = value
-        return filled
+        config = parse(filled)
+        # As with other defaults, they count as not set.
+        config.model_fields_set.difference_update(filled.keys() - fields.keys())
+        return config
 
     @model_validator(mode="after")
     def _check_numbers(self) -> Self:
@@ -145,8 +149,12 @@ class OptimizerConfig(Config):
 class ScheduleConfig(Config):
     """Learning rate over steps: linear warm-up to `optimizer.lr`, then a decay."""
 
-    kind: Literal["constant", "linear", "cosine"] = "cosine"
-    """Shape of the decay from `optimizer.lr` to `min_lr`; `constant` does not decay."""
+    kind: Literal["constant", "linear", "cosine", "inverse_sqrt", "wsd"] = "cosine"
+    """Shape of the decay from `optimizer.lr` to `min_lr`. `constant` does not decay;
+    `inverse_sqrt` falls with the root of the step; `wsd` (warm-up, stable, decay) stays at
+    `optimizer.lr` until the last `wsd_decay_steps`."""
+    init_lr: float = Field(default=0.0, ge=0)
+    """Learning rate from which the warm-up climbs; at most `optimizer.lr`."""
     warmup_steps: int = Field(default=0, ge=0, le=1 << 40)
     """Steps of linear warm-up. A warm-up longer than the job never reaches
     `optimizer.lr`, which is noted before the start."""
@@ -156,3 +164,12 @@ class ScheduleConfig(Config):
     """Step at which the decay ends, counted from step 0 with the warm-up included, and
     after it; then the rate stays at `min_lr`, which may be 0 for at most a tenth of the
     steps. Default: training.steps."""
+    wsd_decay_steps: int | None = Field(default=None, ge=1, le=1 << 40)
+    """Steps of the decay of `wsd`. Default: a tenth of `decay_steps`, rounded up."""
+    wsd_shape: Literal["exponential", "linear", "cosine", "minus_sqrt"] = "exponential"
+    """Shape of the decay of `wsd`, with q from 0 to 1: 2 x 0.5^q - 1, 1 - q,
+    (1 + cos(pi q)) / 2, or 1 - sqrt(q)."""
+
+    def wsd_length(self, decay_steps: int) -> int:
+        """Returns the steps of the decay of `wsd`, the last of `decay_steps`."""
+        return self.wsd_decay_steps or ceil(decay_steps / 10)
