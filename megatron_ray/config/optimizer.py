@@ -3,11 +3,25 @@
 Must not know: how optimizer state is sharded.
 """
 
-from typing import Annotated, Literal
+from math import ceil
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, ModelWrapValidatorHandler, model_validator
 
 from megatron_ray.config.base import Config
+from megatron_ray.config.optimizer_kinds import optimizer_kind
+
+OPTIONAL_NUMBERS = (
+    "beta1",
+    "beta2",
+    "eps",
+    "momentum",
+    "nesterov",
+    "nu",
+    "aggregated",
+    "decay",
+)
+"""Fields of which each optimizer uses some."""
 
 Pattern = Annotated[str, Field(min_length=1, max_length=256)]
 """Name of a parameter in which `*` matches any characters."""
@@ -37,26 +51,57 @@ class ParameterGroupConfig(Config):
     """Added to the square root of the second moment. Default: optimizer.eps."""
 
 
+class FirstMomentConfig(Config):
+    """One of several first moments of an aggregated optimizer."""
+
+    beta: float = Field(ge=0, lt=1)
+    """Its decay rate."""
+    weight: float = Field(ge=0, le=1)
+    """Its share of the update; what the weights lack to 1 is the gradient's."""
+
+
 class OptimizerConfig(Config):
-    """AdamW with decoupled weight decay.
+    """The optimizer, by name.
 
     One-dimensional parameters (norms and biases) are not decayed, unless one of the
-    `groups` sets their weight decay.
+    `groups` sets their weight decay. Fields without a default here have one that depends
+    on the name, and are refused for optimizers that do not use them.
     """
 
-    name: Literal["adamw"] = "adamw"
-    """Name of the optimizer; AdamW is the only one."""
+    name: str = Field(default="adamw", max_length=64)
+    """`adamw`, `decoupled_adamw` (its decay follows the shape of the schedule), `sgd`,
+    `adopt` (Taniguchi et al. 2024), `qhadamw` (Ma and Yarats 2018), `qhadopt`,
+    `aggmo_adamw` and `aggmo_adopt` (several first moments, after Lucas et al. 2018), or
+    one of an installed package."""
     lr: float = Field(gt=0, le=100)
     """Peak learning rate, reached at the end of the warm-up."""
-    beta1: float = Field(default=0.9, ge=0, lt=1)
-    """Decay rate of the first moment."""
-    beta2: float = Field(default=0.95, ge=0, lt=1)
-    """Decay rate of the second moment."""
-    eps: float = Field(default=1e-8, gt=0, le=1)
-    """Added to the square root of the second moment."""
+    beta1: float | None = Field(default=None, ge=0, lt=1)
+    """Decay rate of the first moment. Default: 0.9, of `qhadopt` 0.999."""
+    beta2: float | None = Field(default=None, ge=0, lt=1)
+    """Decay rate of the second moment. Default: 0.95, of ADOPT's kind 0.9999."""
+    eps: float | None = Field(default=None, gt=0, le=1)
+    """Added to the square root of the second moment; of ADOPT's kind its least value.
+    Default: 1e-8, of ADOPT's kind 1e-6."""
+    momentum: float | None = Field(default=None, ge=0, lt=1)
+    """Factor on the previous update of `sgd`; without it there is no state. Default: 0.9."""
+    nesterov: bool | None = None
+    """Whether `sgd` looks ahead (Nesterov). Default: false."""
+    nu: float | None = Field(default=None, ge=0, le=1)
+    """Share of the first moment in an update of `qhadamw` and `qhadopt`; the rest is the
+    gradient's. Default: 0.7, of `qhadopt` 0.9."""
+    aggregated: tuple[FirstMomentConfig, ...] | None = Field(
+        default=None, min_length=1, max_length=8
+    )
+    """First moments of `aggmo_adamw` and `aggmo_adopt`, each with a decay rate and its
+    share of the update. Default: `[{beta: 0.9, weight: 0.7}]`, of `aggmo_adopt`
+    `[{beta: 0.999, weight: 0.9}]`."""
+    decay: Literal["lr", "schedule", "l2"] | None = None
+    """How weight_decay acts: each step subtracts lr x weight_decay x weight (`lr`), or
+    lr / peak lr x weight_decay x weight (`schedule`), or the gradient gains weight_decay x
+    weight (`l2`). Default: `lr` for `adamw`, `l2` for `sgd` and ADOPT's kind, else
+    `schedule`."""
     weight_decay: float = Field(default=0.0, ge=0, le=10)
-    """Decoupled weight decay: each step subtracts lr x weight_decay x weight. Default: no
-    decay."""
+    """Weight decay, see `decay`. Default: no decay."""
     clip_grad_norm: float = Field(default=1.0, ge=0)
     """Gradients are scaled down to this global norm when theirs is larger; 0 disables
     clipping, and the norm is still reported."""
@@ -69,12 +114,47 @@ class OptimizerConfig(Config):
     `[{parameters: ["embedding.*", "head.*"], weight_decay: 0}]`. Default: all
     parameters have the numbers above."""
 
+    @model_validator(mode="wrap")
+    @classmethod
+    def _fill_in_numbers(cls, fields: Any, parse: ModelWrapValidatorHandler[Self]) -> Self:
+        """Gives the fields that the optimizer uses its own defaults."""
+        if not isinstance(fields, dict) or not isinstance(fields.get("name", ""), str):
+            return parse(fields)
+        filled = dict(fields)
+        for name, value in optimizer_kind(fields.get("name", "adamw")).numbers.items():
+            if filled.get(name) is None:
+                filled[name] = value
+        config = parse(filled)
+        # As with other defaults, they count as not set.
+        config.model_fields_set.difference_update(filled.keys() - fields.keys())
+        return config
+
+    @model_validator(mode="after")
+    def _check_numbers(self) -> Self:
+        numbers = optimizer_kind(self.name).numbers
+        for name in OPTIONAL_NUMBERS:
+            if name not in numbers and getattr(self, name) is not None:
+                raise ValueError(f"{self.name} does not use {name}; leave it out")
+        shares = 0.0
+        for moment in self.aggregated or ():
+            shares += moment.weight
+        # 1e-8: shares such as 0.7, 0.2 and 0.1.
+        if shares > 1 + 1e-8:
+            raise ValueError(
+                f"the weights of aggregated add up to {shares:g}; make it at most 1"
+            )
+        return self
+
 
 class ScheduleConfig(Config):
     """Learning rate over steps: linear warm-up to `optimizer.lr`, then a decay."""
 
-    kind: Literal["constant", "linear", "cosine"] = "cosine"
-    """Shape of the decay from `optimizer.lr` to `min_lr`; `constant` does not decay."""
+    kind: Literal["constant", "linear", "cosine", "inverse_sqrt", "wsd"] = "cosine"
+    """Shape of the decay from `optimizer.lr` to `min_lr`. `constant` does not decay;
+    `inverse_sqrt` falls with the root of the step; `wsd` (warm-up, stable, decay) stays at
+    `optimizer.lr` until the last `wsd_decay_steps`."""
+    init_lr: float = Field(default=0.0, ge=0)
+    """Learning rate from which the warm-up climbs; at most `optimizer.lr`."""
     warmup_steps: int = Field(default=0, ge=0, le=1 << 40)
     """Steps of linear warm-up. A warm-up longer than the job never reaches
     `optimizer.lr`, which is noted before the start."""
@@ -84,3 +164,12 @@ class ScheduleConfig(Config):
     """Step at which the decay ends, counted from step 0 with the warm-up included, and
     after it; then the rate stays at `min_lr`, which may be 0 for at most a tenth of the
     steps. Default: training.steps."""
+    wsd_decay_steps: int | None = Field(default=None, ge=1, le=1 << 40)
+    """Steps of the decay of `wsd`. Default: a tenth of `decay_steps`, rounded up."""
+    wsd_shape: Literal["exponential", "linear", "cosine", "minus_sqrt"] = "exponential"
+    """Shape of the decay of `wsd`, with q from 0 to 1: 2 x 0.5^q - 1, 1 - q,
+    (1 + cos(pi q)) / 2, or 1 - sqrt(q)."""
+
+    def wsd_length(self, decay_steps: int) -> int:
+        """Returns the steps of the decay of `wsd`, the last of `decay_steps`."""
+        return self.wsd_decay_steps or ceil(decay_steps / 10)

@@ -1,25 +1,24 @@
-"""Updates this rank's shard of the flat buffers with AdamW and fp32 main parameters.
+"""Updates this rank's shard of the flat buffers, with fp32 main parameters.
 
-Owns: main parameters, moments, the update, the gather of updated weights. Must not
-know: the model, microbatches, files.
+Owns: main parameters, optimizer state, the gather of updated weights. Must not know: the
+model, microbatches, files, the arithmetic of the update.
 
 ZeRO-1 (Rajbhandari et al. 2020): each data-parallel rank updates an equal part of every
 bucket. In fp32 the main parameters are the model's own memory; in bf16 they are a
-separate fp32 shard. The update is torch's functional AdamW, because the class would
-import the compiler, which takes a second.
+separate fp32 shard.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
-from torch.optim.adamw import adamw
 
 from megatron_ray.config.optimizer import OptimizerConfig
+from megatron_ray.config.optimizer_kinds import optimizer_kind
 from megatron_ray.data_parallel.buffers import ParameterGroup
 from megatron_ray.distributed import collectives
 from megatron_ray.optimizer.partition import Piece, Run, flat_runs, owned_range, pieces
+from megatron_ray.optimizer.update_calls import RunTensors, UpdateCall, update_call
 from megatron_ray.optimizer.update_rule import UpdateRule
 from megatron_ray.sharding.boxes import Box
 from megatron_ray.sharding.flat_boxes import flat_range_to_boxes
@@ -27,25 +26,10 @@ from megatron_ray.sharding.parameter_types import Part
 from megatron_ray.sharding.sharded_state import ShardedState, ShardedTensor, TensorBox
 
 
-@dataclass(frozen=True)
-class FusedUpdate:
-    """The tensors of one fused AdamW call: views of flat memory, one per run.
-
-    All runs have the same rule.
-    """
-
-    rule: UpdateRule
-    params: list[Tensor] = field(default_factory=list)
-    grads: list[Tensor] = field(default_factory=list)
-    exp_avgs: list[Tensor] = field(default_factory=list)
-    exp_avg_sqs: list[Tensor] = field(default_factory=list)
-    state_steps: list[Tensor] = field(default_factory=list)
-
-
 class OptimizerShard:
     """This rank's shard of a parameter group.
 
-    `state` are the moments by torch's names, flat tensors in the order of `runs`.
+    `state` are flat fp32 tensors in the order of `runs`, by the optimizer's names for them.
     """
 
     def __init__(
@@ -72,11 +56,11 @@ class OptimizerShard:
         for piece in self.pieces:
             name = piece.placed.parameter.name
             self._pieces_by_parameter.setdefault(name, []).append(piece)
-        self._allocate()
-        self._updates = self._fused_updates()
+        self._allocate(optimizer_kind(config.name).state(config))
+        self._updates = self._update_calls(config)
 
-    def _allocate(self) -> None:
-        """Allocates the moments and, unless the model is fp32, main parameters."""
+    def _allocate(self, state_names: Iterable[str]) -> None:
+        """Allocates the state and, unless the model is fp32, main parameters."""
         num_elements = 0
         if self.runs:
             num_elements = self.runs[-1].shard_range.stop
@@ -85,26 +69,21 @@ class OptimizerShard:
         self._main_shard: Tensor | None = None
         if not self.main_is_model:
             self._main_shard = torch.zeros(num_elements, device=device)
-        self.state = {
-            "exp_avg": torch.zeros(num_elements, device=device),
-            "exp_avg_sq": torch.zeros(num_elements, device=device),
-        }
+        self.state: dict[str, Tensor] = {}
+        for name in state_names:
+            self.state[name] = torch.zeros(num_elements, device=device)
 
-    def _fused_updates(self) -> list[FusedUpdate]:
-        """Returns one fused call per rule, since its numbers are arguments of the call."""
-        updates: dict[UpdateRule, FusedUpdate] = {}
+    def _update_calls(self, config: OptimizerConfig) -> list[UpdateCall]:
+        """Returns one call per rule, since its numbers are arguments of the call."""
+        calls: dict[UpdateRule, UpdateCall] = {}
         for run in self.runs:
-            update = updates.setdefault(run.rule, FusedUpdate(run.rule))
-            update.params.append(self.main(run))
-            update.grads.append(self.gradient(run))
-            update.exp_avgs.append(self.state["exp_avg"][run.shard_range])
-            update.exp_avg_sqs.append(self.state["exp_avg_sq"][run.shard_range])
-            # Update counts are on the device, where the fused kernel reads them without
-            # synchronization.
-            update.state_steps.append(
-                torch.zeros((), device=self.buffers.parameters.device)
-            )
-        return list(updates.values())
+            if run.rule not in calls:
+                device = self.buffers.parameters.device
+                calls[run.rule] = update_call(config, run.rule, device)
+            state = {name: flat[run.shard_range] for name, flat in self.state.items()}
+            tensors = RunTensors(self.main(run), self.gradient(run), state)
+            calls[run.rule].add(tensors)
+        return list(calls.values())
 
     def main(self, run: Run | Piece) -> Tensor:
         """Returns the fp32 main parameters of a run or a piece, as a view."""
@@ -122,31 +101,12 @@ class OptimizerShard:
         The new weights are not published yet.
         """
         for update in self._updates:
-            rule = update.rule
-            adamw(
-                update.params,
-                update.grads,
-                update.exp_avgs,
-                update.exp_avg_sqs,
-                max_exp_avg_sqs=[],
-                state_steps=update.state_steps,
-                fused=True,
-                amsgrad=False,
-                beta1=rule.beta1,
-                beta2=rule.beta2,
-                lr=lr * rule.lr_scale,
-                weight_decay=rule.weight_decay,
-                eps=rule.eps,
-                maximize=False,
-                # The kernel changes nothing when it is 1, update counts included.
-                found_inf=skip,
-            )
+            update.step(lr, skip)
 
     def set_steps_taken(self, steps: int) -> None:
         """Sets the number of previous updates, for bias correction after a resume."""
         for update in self._updates:
-            for state_step in update.state_steps:
-                state_step.fill_(float(steps))
+            update.set_steps_taken(steps)
 
     def publish(self) -> None:
         """Copies main parameters into the model's weights on every rank.
@@ -201,7 +161,7 @@ class OptimizerShard:
         """Returns live views of the optimizer state that this rank owns.
 
         `model/...` are the fp32 main parameters, or the model's parameters if frozen;
-        `optimizer/...` are the moments.
+        `optimizer/...` is its state.
         """
         state: ShardedState = {}
         for piece in self.pieces:

@@ -6,41 +6,75 @@ buffers, the arithmetic of the update.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, Self
 
 from megatron_ray.config.optimizer import OptimizerConfig
 from megatron_ray.sharding.parameter_types import LogicalParameter
 from megatron_ray.sharding.parameters import name_matcher
 
 
+class Moment(NamedTuple):
+    """One of several first moments."""
+
+    beta: float
+    weight: float
+    """Its share of the update."""
+
+
 @dataclass(frozen=True)
 class UpdateRule:
-    """The numbers of an AdamW update; parameters with equal ones are updated together."""
+    """The numbers of an update; parameters with equal ones are updated together.
+
+    Those that the optimizer does not use are 0.
+    """
 
     weight_decay: float
-    lr_scale: float
+    lr_scale: float = 1.0
     """Factor on the learning rate of the schedule."""
-    beta1: float
-    beta2: float
-    eps: float
+    beta1: float = 0.0
+    beta2: float = 0.0
+    eps: float = 0.0
+    momentum: float = 0.0
+    nesterov: bool = False
+    nu: float = 0.0
+    aggregated: tuple[Moment, ...] = ()
+    decay: str = "lr"
+    """`lr`, `schedule` or `l2`, see `OptimizerConfig.decay`."""
+
+    @classmethod
+    def of(cls, config: OptimizerConfig) -> Self:
+        """Returns the numbers of the optimizer, without its groups."""
+        moments = []
+        for moment in config.aggregated or ():
+            moments.append(Moment(moment.beta, moment.weight))
+        return cls(
+            config.weight_decay,
+            beta1=config.beta1 or 0.0,
+            beta2=config.beta2 or 0.0,
+            eps=config.eps or 0.0,
+            momentum=config.momentum or 0.0,
+            nesterov=config.nesterov or False,
+            nu=config.nu or 0.0,
+            aggregated=tuple(moments),
+            decay=config.decay or "lr",
+        )
 
 
 class UpdateRules:
     """The rules of all parameters: the optimizer's, changed by the groups they are in."""
 
     def __init__(self, config: OptimizerConfig) -> None:
-        self._config = config
-        self._groups: list[tuple[Callable[[str], bool], dict[str, float]]] = []
+        self._rule = UpdateRule.of(config)
+        self._groups: list[tuple[Callable[[str], bool], dict[str, Any]]] = []
         for group in config.groups:
             numbers = group.model_dump(exclude={"parameters"}, exclude_none=True)
             self._groups.append((name_matcher(group.parameters), numbers))
 
     def of(self, parameter: LogicalParameter) -> UpdateRule:
         """Returns the rule of one parameter."""
-        config = self._config
-        weight_decay = 0.0
-        if parameter.decay:
-            weight_decay = config.weight_decay
-        rule = UpdateRule(weight_decay, 1.0, config.beta1, config.beta2, config.eps)
+        rule = self._rule
+        if not parameter.decay:
+            rule = replace(rule, weight_decay=0.0)
         # Later groups override earlier ones, number by number.
         for is_member, numbers in self._groups:
             if is_member(parameter.name):

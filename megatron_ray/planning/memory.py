@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
+from megatron_ray.config.optimizer_kinds import num_state_tensors
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.distributed.device_kind import DeviceKind
 from megatron_ray.parallel_dims import ParallelDims
@@ -98,8 +99,8 @@ def peer_copies_bytes(config: TrainConfig) -> int:
         for buffer in buffers.buffers:
             updated += buffer.num_updated
         largest = max(largest, updated)
-    # A copy has main parameters and two moments, in fp32 whatever the precision.
-    return NUM_PEER_COPIES * largest * 3 * _FP32
+    # A copy has main parameters and the optimizer's state, in fp32 whatever the precision.
+    return NUM_PEER_COPIES * largest * (1 + num_state_tensors(config.optimizer)) * _FP32
 
 
 def with_activations(
@@ -123,9 +124,9 @@ def state_memory(
 ) -> RankMemory:
     """Returns a rank's memory without activations."""
     is_sharded = is_fully_sharded(config, dims)
-    # Two fp32 moments. With bf16 weights there are fp32 main parameters too; under ZeRO-3
-    # the weights themselves are fp32.
-    optimizer_width = 2 * _FP32
+    # State is fp32. With bf16 weights there are fp32 main parameters too; under ZeRO-3 the
+    # weights themselves are fp32.
+    optimizer_width = num_state_tensors(config.optimizer) * _FP32
     if config.training.precision == "bf16" and not is_sharded:
         optimizer_width += _FP32
     parameters = 0

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from megatron_ray.config.optimizer_kinds import num_state_tensors
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.parallel_dims import ParallelDims
 from megatron_ray.pipeline_parallel.schedules.plan import PipelinePlan, plan_pipeline
@@ -340,7 +341,7 @@ def _update(
     for buffer in buffers.buffers:
         updated += buffer.num_updated
         trained += buffer.plan.num_trainable
-    work = update_work(updated, trained)
+    work = update_work(updated, trained, num_state_tensors(config.optimizer))
     memory = work.memory / network.hardware.memory_bandwidth
     if is_fully_sharded(config, dims):
         # Gradients arrive scattered, and weights are gathered by the next forward pass.

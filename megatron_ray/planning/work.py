@@ -73,15 +73,15 @@ def stage_work(config: TrainConfig, stage: StageContents) -> Work:
     return work
 
 
-def update_work(updated: int, trained: int) -> Work:
+def update_work(updated: int, trained: int, num_states: int) -> Work:
     """Returns the work of the optimizer update on one rank.
 
     The rank has gradients of `trained` elements and updates `updated` of them. Per
     trained element zeroing writes 4 bytes. Per updated element the gradient norm reads
-    4, scaling reads and writes 8, AdamW reads 16 (weight, gradient, two moments) and
-    writes 12, and the new bf16 weight takes 2.
+    4, scaling reads and writes 8, the optimizer reads weight, gradient and its
+    `num_states` values and writes all but the gradient, and the new bf16 weight takes 2.
     """
-    return Work(memory=4.0 * trained + 42.0 * updated)
+    return Work(memory=4.0 * trained + (26.0 + 8.0 * num_states) * updated)
 
 
 def _head(config: TrainConfig) -> Work:

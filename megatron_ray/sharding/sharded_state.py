@@ -55,8 +55,8 @@ class ShardedTensor:
 
 
 ShardedState = dict[str, ShardedTensor]
-"""This rank's boxes by `model/<logical name>`, `optimizer/exp_avg/<logical name>` and
-`optimizer/exp_avg_sq/<logical name>`."""
+"""This rank's boxes by `model/<logical name>`, `optimizer/<state>/<logical name>`, where
+`<state>` is the optimizer's name for it, such as exp_avg."""
 
 
 def whole_tensor(tensor: torch.Tensor) -> ShardedTensor:

@@ -118,7 +118,8 @@ def model_warnings(config: TrainConfig) -> list[Problem]:
 def clipping_warnings(config: TrainConfig) -> list[Problem]:
     """Returns a limit of the gradient norm below which updates vanish."""
     optimizer = config.optimizer
-    if not 0 < optimizer.clip_grad_norm <= optimizer.eps:
+    # SGD has no eps.
+    if not 0 < optimizer.clip_grad_norm <= (optimizer.eps or 0.0):
         return []
     detail = (
         f"clip_grad_norm={optimizer.clip_grad_norm:g} is not above eps={optimizer.eps:g}, so "

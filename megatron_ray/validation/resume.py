@@ -42,7 +42,14 @@ FREE_ON_RESUME = (
 """Fields, and sections of fields, that change neither the model nor the learning rate nor
 the samples of a run."""
 
-FIXED_ON_RESUME = ("model", "optimizer.name", "optimizer.freeze", "data.tokenizer")
+FIXED_ON_RESUME = (
+    "model",
+    "optimizer.name",
+    "optimizer.momentum",
+    "optimizer.aggregated",
+    "optimizer.freeze",
+    "data.tokenizer",
+)
 """Fields that the tensors of a checkpoint depend on, other than those below."""
 
 _CHANGEABLE_OF_MODEL = (

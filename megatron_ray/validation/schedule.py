@@ -20,7 +20,16 @@ def schedule_problems(config: TrainConfig) -> list[Problem]:
     if schedule.min_lr > lr:
         detail = f"min_lr={schedule.min_lr:g} is above optimizer.lr={lr:g}; lower it"
         return [Problem("/schedule/min_lr", "min_lr", detail)]
-    if schedule.kind == "constant" or schedule.decay_steps is None:
+    if schedule.init_lr > lr:
+        detail = f"init_lr={schedule.init_lr:g} is above optimizer.lr={lr:g}; lower it"
+        return [Problem("/schedule/init_lr", "init_lr", detail)]
+    if schedule.kind == "constant":
+        return []
+    if schedule.kind == "wsd":
+        problems = _wsd_problems(config)
+        if problems:
+            return problems
+    if schedule.decay_steps is None:
         return []
     if schedule.decay_steps <= schedule.warmup_steps:
         detail = (
@@ -31,6 +40,25 @@ def schedule_problems(config: TrainConfig) -> list[Problem]:
         )
         return [Problem("/schedule/decay_steps", "decay_after_warmup", detail)]
     return _idle_problems(config)
+
+
+def _wsd_problems(config: TrainConfig) -> list[Problem]:
+    """Returns a problem of a decay that would begin within the warm-up."""
+    schedule = config.schedule
+    decay_steps = schedule.decay_steps or config.training.known_steps
+    if decay_steps is None:
+        return []
+    length = schedule.wsd_length(decay_steps)
+    most = decay_steps - schedule.warmup_steps
+    # A warm-up that is too long has a message of its own.
+    if length <= most or most < 1:
+        return []
+    detail = (
+        f"wsd_decay_steps={length} is more than the {most} steps between "
+        f"warmup_steps={schedule.warmup_steps} and the end of the decay in step {decay_steps}; "
+        f"make it at most {most}"
+    )
+    return [Problem("/schedule/wsd_decay_steps", "wsd_decay_steps", detail)]
 
 
 def _idle_problems(config: TrainConfig) -> list[Problem]:
@@ -60,6 +88,9 @@ def idle_steps(config: TrainConfig) -> int:
         return 0
     # Step `decay_steps` is the first one at min_lr, unless the warm-up includes it.
     first = max(decay_steps, schedule.warmup_steps + 1)
+    if schedule.kind == "inverse_sqrt":
+        # It does not come down to min_lr by itself.
+        first += 1
     return max(0, steps - first + 1)
 
 
@@ -79,6 +110,7 @@ def schedule_warnings(config: TrainConfig) -> list[Problem]:
             f"the rate only climbs, to {highest:g} in the last step (optimizer.lr={lr:g})"
         )
         warnings.append(Problem("/schedule/warmup_steps", "warmup_too_long", detail))
+    warnings += _unused_warnings(config)
     if schedule.kind == "constant":
         return warnings + _constant_warnings(config)
     if schedule.min_lr == lr:
@@ -99,6 +131,22 @@ def schedule_warnings(config: TrainConfig) -> list[Problem]:
             "them too"
         )
         warnings.append(Problem("/schedule/min_lr", "rate_of_zero", detail))
+    return warnings
+
+
+def _unused_warnings(config: TrainConfig) -> list[Problem]:
+    """Returns fields that this kind of schedule does not use."""
+    schedule = config.schedule
+    warnings = []
+    if schedule.init_lr > 0 and schedule.warmup_steps == 0:
+        detail = f"init_lr={schedule.init_lr:g} has no effect without warmup_steps"
+        warnings.append(Problem("/schedule/init_lr", "no_effect", detail))
+    if schedule.kind != "wsd":
+        for name in ("wsd_decay_steps", "wsd_shape"):
+            value = getattr(schedule, name)
+            if value != type(schedule).model_fields[name].default:
+                detail = f"{name}={value} has no effect with kind={schedule.kind}"
+                warnings.append(Problem(f"/schedule/{name}", "no_effect", detail))
     return warnings
 
 

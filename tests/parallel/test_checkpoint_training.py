@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 
 from megatron_ray.checkpoint.directory import commit, latest_committed, list_checkpoints
+from megatron_ray.config.optimizer import OptimizerConfig
+from megatron_ray.config.optimizer_kinds import BUILT_IN
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.data.preparation.prepare import prepare
 from megatron_ray.data.prepared import PreparedData
@@ -157,6 +159,18 @@ def test_a_loss_that_is_no_number_ends_the_run_on_every_rank_and_is_never_saved(
     assert "its gradient norm nan; lower" in problem
     saved = [info.step for info in list_checkpoints(str(tmp_path / "tp2"))]
     assert saved == steps[:-1], "the step itself is reported, its weights are not kept"
+
+
+@pytest.mark.parametrize("name", sorted({*BUILT_IN} - {"adamw"}))
+def test_every_optimizer_goes_on_here_and_elsewhere(
+    run_ranks: Run, tmp_path: Path, corpus: PreparedData, name: str
+) -> None:
+    optimizer = OptimizerConfig(name=name, lr=0.01, weight_decay=0.01)
+    here, there = (
+        config(tmp_path, *degrees).model_copy(update={"optimizer": optimizer})
+        for degrees in ((1, 2), (2, 1))
+    )
+    goes_on_here_and_elsewhere(run_ranks, here, there, corpus, rel=1e-5)
 
 
 def test_resuming_is_exact_and_other_layouts_go_on(

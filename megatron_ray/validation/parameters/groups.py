@@ -3,7 +3,11 @@
 Pure. Must not know: how many ranks there are.
 """
 
-from megatron_ray.config.optimizer import ParameterGroupConfig
+from megatron_ray.config.optimizer import (
+    OPTIONAL_NUMBERS,
+    OptimizerConfig,
+    ParameterGroupConfig,
+)
 from megatron_ray.config.problem import Problem
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.sharding.parameters import freeze, name_matcher
@@ -40,6 +44,7 @@ def group_problems(config: TrainConfig) -> list[Problem]:
                 "leave it out"
             )
             problems.append(Problem(pointer, "group_without_effect", detail))
+        problems += _unused_numbers(config.optimizer, group, pointer)
         unmatched = unmatched_patterns(names, group.parameters, f"{pointer}/parameters")
         problems += unmatched
         if not unmatched and not any(map(trained.has_match, group.parameters)):
@@ -74,6 +79,18 @@ def group_notes(config: TrainConfig) -> list[str]:
 def _trained_names(config: TrainConfig) -> list[str]:
     table = freeze(whole_table(config), config.optimizer.freeze)
     return names_of([parameter for parameter in table if parameter.trainable])
+
+
+def _unused_numbers(
+    optimizer: OptimizerConfig, group: ParameterGroupConfig, pointer: str
+) -> list[Problem]:
+    """Returns the numbers of a group that the optimizer has not."""
+    problems = []
+    for name in _numbers(group):
+        if name in OPTIONAL_NUMBERS and getattr(optimizer, name) is None:
+            detail = f"{optimizer.name} does not use {name}; leave it out"
+            problems.append(Problem(f"{pointer}/{name}", "group_without_effect", detail))
+    return problems
 
 
 def _numbers(group: ParameterGroupConfig) -> dict[str, float]:

@@ -3,21 +3,21 @@
 Pure. Must not know: storage, how free space is measured.
 """
 
+from megatron_ray.config.optimizer_kinds import num_state_tensors
 from megatron_ray.config.problem import Problem
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.parallel_dims import ParallelDims
 from megatron_ray.sharding.parameters import freeze, local_parameters
 
 _FP32_BYTES = 4
-_MOMENTS = 2
 _BYTES_TOKENIZER = 257
 
 
 def checkpoint_bytes(config: TrainConfig) -> int:
     """Returns the bytes of all tensors of one checkpoint.
 
-    Main parameters and both moments are in fp32 whatever the precision; frozen
-    parameters have no moments and the precision of the model. Without the small files
+    Main parameters and the optimizer's state are in fp32 whatever the precision; frozen
+    parameters have no state and the precision of the model. Without the small files
     beside the tensors, which take some hundred kilobytes. A vocabulary that is not known
     before the data are prepared counts as small as it can be.
     """
@@ -33,7 +33,7 @@ def checkpoint_bytes(config: TrainConfig) -> int:
         for part in local.parts:
             width = frozen_bytes
             if local.trainable:
-                width = _FP32_BYTES * (1 + _MOMENTS)
+                width = _FP32_BYTES * (1 + num_state_tensors(config.optimizer))
             num_bytes += part.logical.num_elements * width
     return num_bytes
 

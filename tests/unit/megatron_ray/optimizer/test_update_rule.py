@@ -16,16 +16,22 @@ CONFIG = OptimizerConfig.model_validate(
 )
 
 
+def adamw(
+    weight_decay: float, lr_scale: float, beta1: float, beta2: float, eps: float
+) -> UpdateRule:
+    return UpdateRule(weight_decay, lr_scale, beta1, beta2, eps)
+
+
 @pytest.mark.parametrize(
     ("name", "decay", "expected"),
     [
-        ("head.weight", True, UpdateRule(0.1, 1.0, 0.9, 0.95, 1e-8)),
-        ("final_norm.weight", False, UpdateRule(0.0, 1.0, 0.9, 0.95, 1e-8)),
-        ("embedding.weight", True, UpdateRule(0.0, 0.1, 0.9, 0.95, 1e-8)),
-        ("layers.1.mlp.up.weight", True, UpdateRule(0.3, 1.0, 0.8, 0.95, 1e-8)),
+        ("head.weight", True, adamw(0.1, 1.0, 0.9, 0.95, 1e-8)),
+        ("final_norm.weight", False, adamw(0.0, 1.0, 0.9, 0.95, 1e-8)),
+        ("embedding.weight", True, adamw(0.0, 0.1, 0.9, 0.95, 1e-8)),
+        ("layers.1.mlp.up.weight", True, adamw(0.3, 1.0, 0.8, 0.95, 1e-8)),
         # The last group that sets a number determines it; other numbers stay.
-        ("layers.1.mlp.up.bias", False, UpdateRule(0.3, 0.1, 0.8, 0.95, 1e-8)),
-        ("layers.1.norm.weight", False, UpdateRule(0.3, 1.0, 0.8, 0.9, 1e-6)),
+        ("layers.1.mlp.up.bias", False, adamw(0.3, 0.1, 0.8, 0.95, 1e-8)),
+        ("layers.1.norm.weight", False, adamw(0.3, 1.0, 0.8, 0.9, 1e-6)),
     ],
 )
 def test_groups_change_the_optimizers_numbers(

@@ -1,0 +1,125 @@
+"""Lists the optimizers by name: their numbers, their state, and where their rule is.
+
+Owns: the table. Torch-free, so that specs are read and memory is planned without torch.
+Must not know: the arithmetic of an update.
+
+An installed package adds one by an entry point of group `megatron_ray.optimizers`, which
+names an `OptimizerKind`.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING, Any
+
+from megatron_ray.config.errors.messages import suggestion
+
+if TYPE_CHECKING:
+    from megatron_ray.config.optimizer import OptimizerConfig
+
+ENTRY_POINTS = "megatron_ray.optimizers"
+_RULES = "megatron_ray.optimizer.rules"
+
+
+@dataclass(frozen=True)
+class OptimizerKind:
+    """What must be known of an optimizer before anything runs."""
+
+    rule: str
+    """`module:function` of the elementwise rule, see `megatron_ray.optimizer.rules`."""
+    state: Callable[["OptimizerConfig"], tuple[str, ...]]
+    """Names of its fp32 tensors, one value per parameter each."""
+    numbers: Mapping[str, Any] = field(default_factory=dict)
+    """Defaults of the fields of `optimizer` that it uses beside lr and weight_decay."""
+
+
+def _two_moments(config: "OptimizerConfig") -> tuple[str, ...]:
+    return "exp_avg", "exp_avg_sq"
+
+
+def _momentum(config: "OptimizerConfig") -> tuple[str, ...]:
+    if config.momentum == 0:
+        return ()
+    return ("momentum_buffer",)
+
+
+def _many_moments(config: "OptimizerConfig") -> tuple[str, ...]:
+    assert config.aggregated is not None
+    names = []
+    for index in range(len(config.aggregated)):
+        names.append(first_moment(index))
+    return (*names, "exp_avg_sq")
+
+
+def first_moment(index: int) -> str:
+    """Returns the name of one of several first moments: exp_avg, exp_avg_2, ..."""
+    if index == 0:
+        return "exp_avg"
+    return f"exp_avg_{index + 1}"
+
+
+_ADAM = {"beta1": 0.9, "beta2": 0.95, "eps": 1e-8}
+_ADOPT = {"beta1": 0.9, "beta2": 0.9999, "eps": 1e-6, "decay": "l2"}
+_AGGREGATED = ({"beta": 0.9, "weight": 0.7},)
+
+BUILT_IN: Mapping[str, OptimizerKind] = {
+    "adamw": OptimizerKind(f"{_RULES}.adam:adamw", _two_moments, {**_ADAM, "decay": "lr"}),
+    "decoupled_adamw": OptimizerKind(
+        f"{_RULES}.adam:adamw", _two_moments, {**_ADAM, "decay": "schedule"}
+    ),
+    "sgd": OptimizerKind(
+        f"{_RULES}.sgd:sgd",
+        _momentum,
+        {"momentum": 0.9, "nesterov": False, "decay": "l2"},
+    ),
+    "adopt": OptimizerKind(f"{_RULES}.adopt:adopt", _two_moments, _ADOPT),
+    "qhadamw": OptimizerKind(
+        f"{_RULES}.adam:qhadamw", _two_moments, {**_ADAM, "nu": 0.7, "decay": "schedule"}
+    ),
+    "qhadopt": OptimizerKind(
+        f"{_RULES}.adopt:qhadopt", _two_moments, {**_ADOPT, "beta1": 0.999, "nu": 0.9}
+    ),
+    "aggmo_adamw": OptimizerKind(
+        f"{_RULES}.adam:aggmo_adamw",
+        _many_moments,
+        {"beta2": 0.95, "eps": 1e-8, "aggregated": _AGGREGATED, "decay": "schedule"},
+    ),
+    "aggmo_adopt": OptimizerKind(
+        f"{_RULES}.adopt:aggmo_adopt",
+        _many_moments,
+        {
+            "beta2": 0.9999,
+            "eps": 1e-6,
+            "aggregated": ({"beta": 0.999, "weight": 0.9},),
+            "decay": "l2",
+        },
+    ),
+}
+
+
+def num_state_tensors(config: "OptimizerConfig") -> int:
+    """Returns how many fp32 values the optimizer keeps for each parameter."""
+    return len(optimizer_kind(config.name).state(config))
+
+
+def optimizer_kind(name: str) -> OptimizerKind:
+    """Returns an optimizer, built in or of an installed package.
+
+    Raises ValueError for an unknown name.
+    """
+    kind = BUILT_IN.get(name)
+    if kind is not None:
+        return kind
+    # Read only now, because it opens the metadata of every installed package.
+    installed = entry_points(group=ENTRY_POINTS)
+    for entry_point in installed.select(name=name):
+        loaded = entry_point.load()
+        if not isinstance(loaded, OptimizerKind):
+            raise ValueError(
+                f"the entry point {entry_point.value!r} of optimizer {name!r} is no "
+                "OptimizerKind"
+            )
+        return loaded
+    known = sorted({*BUILT_IN, *installed.names})
+    hint = suggestion(name, known) or f"known: {', '.join(known)}"
+    raise ValueError(f"there is no optimizer {name!r}; {hint}")

@@ -1,0 +1,5 @@
+"""Elementwise update rules, one function each.
+
+A rule returns the new weights and the new state of some elements. It is pure: it changes no
+tensor and never reads one on the host. `megatron_ray.config.optimizer_kinds` lists them.
+"""

@@ -1,0 +1,190 @@
+"""Updates flat memory in place by the optimizer's rule.
+
+Owns: which kernel does it, the count of updates, steps that are skipped. Must not know:
+buckets, ranks, the model.
+
+AdamW uses torch's fused kernel; its functional form, because the class would import the
+compiler, which takes a second. Other rules are elementwise functions.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+from megatron_ray.config.optimizer import OptimizerConfig
+from megatron_ray.config.optimizer_kinds import optimizer_kind
+from megatron_ray.optimizer.rules.adam import adamw as adamw_rule
+from megatron_ray.optimizer.rules.elements import Elements, Rates, Rule
+from megatron_ray.optimizer.update_rule import UpdateRule
+
+_CHUNK = 1 << 24
+"""Elements that an elementwise rule updates at once, which bounds its temporaries."""
+
+
+@dataclass(frozen=True)
+class RunTensors:
+    """Views of one run in flat memory, all of one shape."""
+
+    weights: Tensor
+    """fp32 main parameters."""
+    gradient: Tensor
+    state: Mapping[str, Tensor]
+
+
+class UpdateCall(Protocol):
+    """Updates all runs that share a rule."""
+
+    def add(self, run: RunTensors) -> None:
+        """Adds a run."""
+
+    def step(self, lr: float, skip: Tensor | None) -> None:
+        """Updates with the current gradients, unless the scalar `skip` is 1.
+
+        `lr` is that of the schedule.
+        """
+
+    def set_steps_taken(self, steps: int) -> None:
+        """Sets the number of previous updates."""
+
+
+def update_call(
+    config: OptimizerConfig, rule: UpdateRule, device: torch.device
+) -> UpdateCall:
+    """Returns what updates runs by a rule."""
+    module, _, function = optimizer_kind(config.name).rule.partition(":")
+    elementwise: Rule = getattr(import_module(module), function)
+    if elementwise is adamw_rule and rule.decay != "l2":
+        return FusedAdamW(rule, config.lr, device)
+    return ElementwiseUpdate(elementwise, rule, config.lr, device)
+
+
+def decay_of(rule: UpdateRule, lr: float, peak_lr: float) -> float:
+    """Returns the share of a weight that one update subtracts, see `OptimizerConfig.decay`."""
+    if rule.decay == "l2":
+        return 0.0
+    if rule.decay == "schedule":
+        return lr / peak_lr * rule.weight_decay
+    return lr * rule.lr_scale * rule.weight_decay
+
+
+class FusedAdamW:
+    """AdamW by torch's fused kernel."""
+
+    def __init__(self, rule: UpdateRule, peak_lr: float, device: torch.device) -> None:
+        self._rule = rule
+        self._peak_lr = peak_lr
+        self._device = device
+        self._weights: list[Tensor] = []
+        self._gradients: list[Tensor] = []
+        self._exp_avgs: list[Tensor] = []
+        self._exp_avg_sqs: list[Tensor] = []
+        # On the device, where the kernel reads them without synchronization.
+        self._counts: list[Tensor] = []
+
+    def add(self, run: RunTensors) -> None:
+        """Adds a run."""
+        self._weights.append(run.weights)
+        self._gradients.append(run.gradient)
+        self._exp_avgs.append(run.state["exp_avg"])
+        self._exp_avg_sqs.append(run.state["exp_avg_sq"])
+        self._counts.append(torch.zeros((), device=self._device))
+
+    def step(self, lr: float, skip: Tensor | None) -> None:
+        """Updates with the current gradients, unless the scalar `skip` is 1."""
+        rule = self._rule
+        weight_decay = rule.weight_decay
+        if rule.decay == "schedule" and weight_decay > 0:
+            self._decay(decay_of(rule, lr, self._peak_lr), skip)
+            weight_decay = 0.0
+        adamw(
+            self._weights,
+            self._gradients,
+            self._exp_avgs,
+            self._exp_avg_sqs,
+            max_exp_avg_sqs=[],
+            state_steps=self._counts,
+            fused=True,
+            amsgrad=False,
+            beta1=rule.beta1,
+            beta2=rule.beta2,
+            lr=lr * rule.lr_scale,
+            weight_decay=weight_decay,
+            eps=rule.eps,
+            maximize=False,
+            # The kernel changes nothing when it is 1, update counts included.
+            found_inf=skip,
+        )
+
+    def _decay(self, decay: float, skip: Tensor | None) -> None:
+        if skip is None:
+            torch._foreach_mul_(self._weights, 1 - decay)
+        else:
+            torch._foreach_mul_(self._weights, 1 - decay * (1 - skip))
+
+    def set_steps_taken(self, steps: int) -> None:
+        """Sets the number of previous updates."""
+        for count in self._counts:
+            count.fill_(float(steps))
+
+
+class ElementwiseUpdate:
+    """An update by an elementwise function."""
+
+    def __init__(
+        self, function: Rule, rule: UpdateRule, peak_lr: float, device: torch.device
+    ) -> None:
+        self._function = function
+        self._rule = rule
+        self._peak_lr = peak_lr
+        self._runs: list[RunTensors] = []
+        # On the device: a skipped step must not count, and the host does not know of it.
+        # fp64, since 1 - 0.9999**1 has three digits in fp32.
+        self._count = torch.zeros((), dtype=torch.float64, device=device)
+
+    def add(self, run: RunTensors) -> None:
+        """Adds a run."""
+        self._runs.append(run)
+
+    def step(self, lr: float, skip: Tensor | None) -> None:
+        """Updates with the current gradients, unless the scalar `skip` is 1."""
+        if skip is None:
+            self._count += 1
+        else:
+            self._count += 1 - skip
+        rule = self._rule
+        rates = Rates(lr * rule.lr_scale, decay_of(rule, lr, self._peak_lr), self._count)
+        for run in self._runs:
+            for start in range(0, run.weights.numel(), _CHUNK):
+                self._update(run, slice(start, start + _CHUNK), rates, skip)
+
+    def _update(
+        self, run: RunTensors, chunk: slice, rates: Rates, skip: Tensor | None
+    ) -> None:
+        rule = self._rule
+        old = Elements(
+            run.weights[chunk], {name: flat[chunk] for name, flat in run.state.items()}
+        )
+        gradient = run.gradient[chunk]
+        if rule.decay == "l2" and rule.weight_decay > 0:
+            gradient = gradient + rule.weight_decay * old.weights
+        new = self._function(old, gradient, rule, rates)
+        _replace(old.weights, new.weights, skip)
+        for name, values in new.state.items():
+            _replace(old.state[name], values, skip)
+
+    def set_steps_taken(self, steps: int) -> None:
+        """Sets the number of previous updates."""
+        self._count.fill_(float(steps))
+
+
+def _replace(old: Tensor, new: Tensor, skip: Tensor | None) -> None:
+    """Writes new values over old ones, unless `skip` is 1."""
+    if skip is not None:
+        # Chosen, not multiplied: what is skipped may be NaN.
+        new = torch.where(skip == 1, old, new)
+    old.copy_(new)

@@ -1,0 +1,76 @@
+"""Optimizers by name: defaults, refusals, and those of installed packages."""
+
+from importlib.metadata import EntryPoint, EntryPoints
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from megatron_ray.config import optimizer_kinds
+from megatron_ray.config.optimizer import OPTIONAL_NUMBERS, OptimizerConfig
+from megatron_ray.config.optimizer_kinds import (
+    BUILT_IN,
+    OptimizerKind,
+    num_state_tensors,
+)
+
+LION = OptimizerKind("lion:lion", lambda config: ("exp_avg",), {"beta1": 0.9})
+SAME = {"beta": 0.9, "weight": 0.6}
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_every_optimizer_has_its_own_defaults(name: str) -> None:
+    config = OptimizerConfig(name=name, lr=0.1)
+    chosen = config.model_dump(include=set(OPTIONAL_NUMBERS), exclude_none=True)
+    assert chosen.keys() == BUILT_IN[name].numbers.keys()
+    assert OptimizerConfig.model_validate(config.model_dump(mode="json")) == config
+
+
+@pytest.mark.parametrize(
+    ("fields", "num_states"),
+    [
+        ({}, 2),
+        ({"name": "sgd"}, 1),
+        ({"name": "sgd", "momentum": 0}, 0),
+        ({"name": "aggmo_adopt"}, 2),
+        ({"name": "aggmo_adamw", "aggregated": [{"beta": 0.9, "weight": 0.3}] * 3}, 4),
+    ],
+)
+def test_the_state_depends_on_the_numbers(fields: dict[str, Any], num_states: int) -> None:
+    assert num_state_tensors(OptimizerConfig(lr=0.1, **fields)) == num_states
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"name": "adpot"}, "there is no optimizer 'adpot'; did you mean 'adopt'?"),
+        ({"name": "x"}, "there is no optimizer 'x'; known: adamw, adopt"),
+        ({"nu": 0.5}, "adamw does not use nu; leave it out"),
+        ({"name": "sgd", "beta1": 0.9}, "sgd does not use beta1; leave it out"),
+        (
+            {"name": "aggmo_adamw", "aggregated": [SAME, SAME]},
+            "the weights of aggregated add up to 1.2; make it at most 1",
+        ),
+    ],
+)
+def test_what_an_optimizer_has_not_is_refused(fields: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValidationError) as caught:
+        OptimizerConfig(lr=0.1, **fields)
+    assert words in str(caught.value)
+
+
+def test_an_installed_package_adds_an_optimizer(monkeypatch: pytest.MonkeyPatch) -> None:
+    group = optimizer_kinds.ENTRY_POINTS
+    installed = EntryPoints(
+        [
+            EntryPoint("lion", f"{__name__}:LION", group),
+            EntryPoint("tiger", f"{__name__}:SAME", group),
+        ]
+    )
+    monkeypatch.setattr(optimizer_kinds, "entry_points", lambda group: installed)
+    monkeypatch.setattr(EntryPoint, "load", lambda self: globals()[self.attr])
+    config = OptimizerConfig(name="lion", lr=0.1)
+    assert config.beta1 == 0.9
+    assert num_state_tensors(config) == 1
+    with pytest.raises(ValidationError, match=r"of optimizer 'tiger' is no OptimizerKind"):
+        OptimizerConfig(name="tiger", lr=0.1)

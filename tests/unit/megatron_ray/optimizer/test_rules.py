@@ -1,0 +1,192 @@
+"""Every optimizer against its paper's rule, written out in float64."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+
+from megatron_ray.config.optimizer import OptimizerConfig
+from megatron_ray.config.optimizer_kinds import BUILT_IN, optimizer_kind
+from megatron_ray.optimizer.update_calls import RunTensors, UpdateCall, update_call
+from megatron_ray.optimizer.update_rule import UpdateRule
+
+Array = npt.NDArray[np.float64]
+Step = Callable[[int, Array, Array, float], Array]
+STEPS = 100
+SIZE = 37
+PEAK = 0.02
+MOMENTS = ({"beta": 0.5, "weight": 0.3}, {"beta": 0.99, "weight": 0.6})
+CPU = torch.device("cpu")
+
+
+def lr_of(step: int) -> float:
+    """A rate that falls from its peak."""
+    return PEAK * (1 - 0.5 * step / STEPS)
+
+
+# ---- definitions, update t = 1, 2, ... of weights w with gradient g
+
+
+def adam(b2: float, eps: float, moments: list[tuple[float, float]]) -> Step:
+    v = np.zeros(SIZE)
+    averages = [np.zeros(SIZE) for _ in moments]
+
+    def step(t: int, w: Array, g: Array, lr: float) -> Array:
+        v[:] = b2 * v + (1 - b2) * g**2
+        update = g * (1 - sum(share for _, share in moments))
+        for m, (beta, share) in zip(averages, moments, strict=True):
+            m[:] = beta * m + (1 - beta) * g
+            update = update + share * m / (1 - beta**t)
+        return w - lr * update / (np.sqrt(v / (1 - b2**t)) + eps)
+
+    return step
+
+
+def adopt(b2: float, eps: float, moments: list[tuple[float, float]]) -> Step:
+    v = np.zeros(SIZE)
+    averages = [np.zeros(SIZE) for _ in moments]
+
+    def step(t: int, w: Array, g: Array, lr: float) -> Array:
+        if t == 1:
+            v[:] = g**2
+            return w
+        limit = (t - 1) ** 0.25
+        normalised = np.clip(g / np.maximum(np.sqrt(v), eps), -limit, limit)
+        update = normalised * (1 - sum(share for _, share in moments))
+        for m, (beta, share) in zip(averages, moments, strict=True):
+            m[:] = beta * m + (1 - beta) * normalised
+            update = update + share * m
+        v[:] = b2 * v + (1 - b2) * g**2
+        return w - lr * update
+
+    return step
+
+
+def sgd(momentum: float, *, nesterov: bool) -> Step:
+    buffer = np.zeros(SIZE)
+
+    def step(t: int, w: Array, g: Array, lr: float) -> Array:
+        buffer[:] = momentum * buffer + g
+        return w - lr * (g + momentum * buffer if nesterov else buffer)
+
+    return step
+
+
+MANY = [(0.5, 0.3), (0.99, 0.6)]
+CASES: dict[str, tuple[dict[str, Any], Callable[[], Step]]] = {
+    "adamw": ({}, lambda: adam(0.95, 1e-8, [(0.9, 1.0)])),
+    "decoupled_adamw": ({}, lambda: adam(0.95, 1e-8, [(0.9, 1.0)])),
+    "sgd": ({}, lambda: sgd(0.9, nesterov=False)),
+    "sgd-nesterov": ({"nesterov": True}, lambda: sgd(0.9, nesterov=True)),
+    "sgd-plain": ({"momentum": 0.0}, lambda: sgd(0.0, nesterov=False)),
+    "adopt": ({}, lambda: adopt(0.9999, 1e-6, [(0.9, 1.0)])),
+    "qhadamw": ({}, lambda: adam(0.95, 1e-8, [(0.9, 0.7)])),
+    "qhadopt": ({}, lambda: adopt(0.9999, 1e-6, [(0.999, 0.9)])),
+    "aggmo_adamw": ({"aggregated": MOMENTS}, lambda: adam(0.95, 1e-8, MANY)),
+    "aggmo_adopt": ({"aggregated": MOMENTS}, lambda: adopt(0.9999, 1e-6, MANY)),
+}
+
+
+def decayed(step: Step, decay: str, weight_decay: float) -> Step:
+    """Adds weight decay to a rule."""
+
+    def with_decay(t: int, w: Array, g: Array, lr: float) -> Array:
+        if decay == "l2":
+            return step(t, w, g + weight_decay * w, lr)
+        share = lr * weight_decay
+        if decay == "schedule":
+            share = lr / PEAK * weight_decay
+        moved = step(t, w, g, lr)
+        # ADOPT's first update leaves the weights as they are.
+        return moved - share * w if not np.array_equal(moved, w) else moved
+
+    return with_decay
+
+
+def make(config: OptimizerConfig) -> tuple[RunTensors, UpdateCall]:
+    state = {}
+    for name in optimizer_kind(config.name).state(config):
+        state[name] = torch.zeros(SIZE, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(1)
+    weights = torch.randn(SIZE, dtype=torch.float64, generator=generator)
+    run = RunTensors(weights, torch.zeros_like(weights), state)
+    call = update_call(config, UpdateRule.of(config), CPU)
+    call.add(run)
+    return run, call
+
+
+def gradients() -> torch.Tensor:
+    generator = torch.Generator().manual_seed(2)
+    return torch.randn(STEPS, SIZE, dtype=torch.float64, generator=generator)
+
+
+@pytest.mark.parametrize("decay", [None, "lr", "schedule", "l2"])
+@pytest.mark.parametrize("case", CASES)
+def test_updates_equal_the_definition(case: str, decay: str | None) -> None:
+    numbers, definition = CASES[case]
+    if decay is not None:
+        numbers = {**numbers, "decay": decay, "weight_decay": 0.1}
+    name = case.split("-")[0]
+    config = OptimizerConfig.model_validate({"name": name, "lr": PEAK, **numbers})
+    run, call = make(config)
+    step = decayed(definition(), decay or "lr", config.weight_decay)
+    expected = run.weights.numpy().copy()
+    for t, gradient in enumerate(gradients(), 1):
+        run.gradient.copy_(gradient)
+        call.step(lr_of(t), None)
+        expected = step(t, expected, gradient.numpy(), lr_of(t))
+        np.testing.assert_allclose(run.weights.numpy(), expected, rtol=1e-6, atol=1e-9)
+
+
+def test_every_optimizer_has_a_definition_here() -> None:
+    assert {case.split("-")[0] for case in CASES} == set(BUILT_IN)
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_a_skipped_step_changes_nothing_and_does_not_count(name: str) -> None:
+    config = OptimizerConfig(name=name, lr=PEAK, weight_decay=0.1)
+    run, call = make(config)
+    other, undisturbed = make(config)
+    for t, gradient in enumerate(gradients()[:6], 1):
+        for one, update in ((run, call), (other, undisturbed)):
+            one.gradient.copy_(gradient)
+            update.step(lr_of(t), torch.zeros(()))
+        before = {key: value.clone() for key, value in run.state.items()}
+        weights = run.weights.clone()
+        run.gradient.fill_(torch.nan)
+        call.step(lr_of(t), torch.ones(()))
+        assert torch.equal(run.weights, weights)
+        assert all(torch.equal(run.state[key], value) for key, value in before.items())
+    assert torch.equal(run.weights, other.weights)
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_an_update_goes_on_from_its_count(name: str) -> None:
+    config = OptimizerConfig(name=name, lr=PEAK, weight_decay=0.1)
+    whole, call = make(config)
+    resumed, resumed_call = make(config)
+    for t, gradient in enumerate(gradients()[:8], 1):
+        if t == 5:
+            resumed.weights.copy_(whole.weights)
+            for key, value in whole.state.items():
+                resumed.state[key].copy_(value)
+            resumed_call.set_steps_taken(4)
+        for one, update in ((whole, call), (resumed, resumed_call)):
+            one.gradient.copy_(gradient)
+            update.step(lr_of(t), None)
+    assert torch.equal(whole.weights, resumed.weights)
+
+
+def test_large_runs_are_updated_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = OptimizerConfig(name="adopt", lr=PEAK, weight_decay=0.1)
+    whole, call = make(config)
+    monkeypatch.setattr("megatron_ray.optimizer.update_calls._CHUNK", 5)
+    parts, parts_call = make(config)
+    for t, gradient in enumerate(gradients()[:5], 1):
+        for one, update in ((whole, call), (parts, parts_call)):
+            one.gradient.copy_(gradient)
+            update.step(lr_of(t), None)
+    assert torch.equal(whole.weights, parts.weights)
