@@ -115,7 +115,7 @@ class JobProgress:
         job = self._job
         dp = job.resized_dp()
         if dp is not None:
-            return f"from dp={job.spec.parallel.dp} to dp={dp}, as requested"
+            return f"from dp={job.spec.parallel.dp} to dp={dp}"
         if self._growth is None:
             return None
         return self._growth.reason()
