@@ -12,7 +12,7 @@ from tests.support.kubelet.sandbox import command_inside, why_not
 from tests.support.manifests import ROOT
 
 pytestmark = pytest.mark.ray
-TIMEOUT_S = 900
+TIMEOUT_S = 1500
 
 
 def rehearse(name: str, folder: Path) -> str:

@@ -52,8 +52,8 @@ CHANGES = {
     # A process that stands by would take its time to start from those that are needed.
     "restart.standby": False,
 }
-_READY_S = 240.0
-_STEP_S = 240.0
+_READY_S = 300.0
+_STEP_S = 420.0
 
 
 def main(name: str, folder: Path) -> None:
