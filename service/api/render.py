@@ -51,6 +51,7 @@ from service.store.schema import (
 from workers.protocol.events import EventLevel
 from workers.protocol.states import AttemptState, DesiredState, JobState, StatusReason
 from workers.protocol.wire import AgentReport, NodeInfo
+from workers.protocol.wording import counted
 
 Item = TypeVar("Item")
 _DOCUMENT_MEMBERS = frozenset({"type", "title", "status", "detail", "code", "errors"})
@@ -92,13 +93,10 @@ def page(
 
 def no_attempt(attempt: int, newest: int) -> NotFoundError:
     """Returns the error for an attempt that a job has not had."""
-    plural = "s"
-    if newest == 1:
-        plural = ""
     return NotFoundError.of_field(
         "/query/attempt",
         "no_attempt",
-        f"no attempt {attempt}; the job has {newest} attempt{plural}; leave attempt out for "
+        f"no attempt {attempt}; the job has {counted(newest, 'attempt')}; leave attempt out for "
         "the newest",
     )
 

@@ -19,6 +19,7 @@ from service.jobs.capacity import ClusterCapacity, ResourceRequest
 from workers.decisions.cluster_growth import describe_nodes
 from workers.protocol.states import StatusReason
 from workers.protocol.wire import NodeGroup, NodeInfo
+from workers.protocol.wording import counted
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ def _decide_one(
         return _wait(job, f"queued behind {blocked_by[request.gpu]}")
     free_ranks = free.max_ranks(request, may_grow=may_grow)
     if free_ranks >= request.ranks:
-        message = f"scheduled: {request.ranks} {_kind(request)} ranks"
+        message = f"scheduled: {counted(request.ranks, f'{_kind(request)} rank')}"
         new_nodes = free.new_nodes(request)
         if new_nodes:
             message = f"{message}, on {describe_nodes(new_nodes, 'new node')}"
@@ -140,7 +141,7 @@ def _wait(job: QueuedJob, message: str) -> AdmissionDecision:
 
 
 def _needed(request: ResourceRequest) -> str:
-    ranks = f"{request.ranks} {_kind(request)} ranks"
+    ranks = counted(request.ranks, f"{_kind(request)} rank")
     if request.island == 1:
         return ranks
     return f"{ranks} in groups of {request.island} on one node"

@@ -27,6 +27,7 @@ from workers.decisions.topology.node_rules import NodeRules
 from workers.protocol.job import JobSpec
 from workers.protocol.states import JobState, StatusReason
 from workers.protocol.wire import AgentReport
+from workers.protocol.wording import counted
 
 MAX_NODES_NAMED = 8
 """Nodes that a refusal names."""
@@ -213,7 +214,7 @@ def _set_resolved(session: Session, job: JobRow, resolved: ResolvedSpec) -> None
     _set_preparing(job)
     event = lifecycle.NewEvent(
         "job.resolved",
-        f"resolved to {resolved.world_size} ranks",
+        f"resolved to {counted(resolved.world_size, 'rank')}",
         data={"world_size": resolved.world_size},
     )
     lifecycle.add_event(session, job, event)

@@ -27,6 +27,7 @@ from service.store.schema import AttemptRow, CheckpointRow, JobRow
 from workers.protocol.events import EventType
 from workers.protocol.states import AttemptState, JobState, StatusReason
 from workers.protocol.wire import Record
+from workers.protocol.wording import counted
 
 _SMOOTHING = 0.9
 """Weight of the past in the step time that the ETA is computed from."""
@@ -215,7 +216,7 @@ class RecordApplier:
         for rank in data.ranks:
             node_ids.add(rank.get("node_id"))
         num_nodes = len(node_ids)
-        message = f"{_count(num_ranks, 'rank')} on {_count(num_nodes, 'node')}"
+        message = f"{counted(num_ranks, 'rank')} on {counted(num_nodes, 'node')}"
         counts = {"ranks": num_ranks, "nodes": num_nodes}
         self._add(self._event(record, "ranks.assigned", message, counts))
 
@@ -423,7 +424,7 @@ def _prepared_message(manifest: dict[str, Any]) -> str:
     for split, corpora in (("training", data.train), ("validation", data.validation)):
         num_tokens = sum(corpus.num_tokens for corpus in corpora)
         num_documents = sum(corpus.num_documents for corpus in corpora)
-        documents = _count(num_documents, "document")
+        documents = counted(num_documents, "document")
         parts.append(f"{num_tokens:,} {split} tokens in {documents}")
     return f"data ready: {', '.join(parts)}, vocabulary {data.vocab_size:,}"
 
@@ -437,9 +438,3 @@ def _notes(manifest: dict[str, Any]) -> list[str]:
     if len(notes) > _MAX_NOTES:
         sentences.append(f"and {len(notes) - _MAX_NOTES} more notes on the data")
     return sentences
-
-
-def _count(number: int, noun: str) -> str:
-    if number == 1:
-        return f"1 {noun}"
-    return f"{number:,} {noun}s"

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
 from workers.protocol.wire import NodeGroup, NodeInfo
+from workers.protocol.wording import counted
 
 NODE_GROUP_LABEL = "ray.io/node-group"
 """Ray's label of nodes that an autoscaler has made: the name of their group."""
@@ -38,10 +39,7 @@ def describe_nodes(counts: Mapping[str, int], noun: str = "node", of: str = "of"
     """Returns numbers of nodes by group as a text such as `2 nodes of gpu-h100`."""
     parts = []
     for name, count in sorted(counts.items()):
-        plural = "s"
-        if count == 1:
-            plural = ""
-        parts.append(f"{count} {noun}{plural} {of} {name}")
+        parts.append(f"{counted(count, noun)} {of} {name}")
     return " and ".join(parts)
 
 

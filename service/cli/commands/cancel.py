@@ -27,6 +27,7 @@ from service.cli.failure import CommandError
 from service.cli.output import AsJson, console, print_json, styled_status
 from service.client import Client
 from workers.protocol.states import ACTIVE_STATES
+from workers.protocol.wording import counted
 
 _POLL_S = 0.3
 _JOBS_PER_REQUEST = 100
@@ -98,7 +99,7 @@ def _confirmed(client: Client, chosen: JobChoice, *, is_sure: bool) -> list[str]
         return [job["id"] for job in jobs]
     counts = Counter(str(job["status"]) for job in jobs)
     parts = [f"{count} {state}" for state, count in counts.items()]
-    summary = f"{_count(len(jobs))} ({', '.join(parts)})"
+    summary = f"{counted(len(jobs), 'job')} ({', '.join(parts)})"
     if not sys.stdin.isatty():
         raise CommandError(
             f"{summary} would be cancelled; nothing was done",
@@ -186,9 +187,3 @@ def _cancel(client: Client, job_ids: list[str]) -> _Result:
 
 def _reference(job: dict[str, Any]) -> dict[str, Any]:
     return {key: job.get(key) for key in ("id", "name", "status")}
-
-
-def _count(number: int) -> str:
-    if number == 1:
-        return "1 job"
-    return f"{number} jobs"

@@ -14,6 +14,7 @@ from service.cli.failure import CommandError
 from service.cli.output import AsJson, console, print_json
 from service.cli.spec_file import Overrides, SpecFile, read_spec
 from service.cli.spec_parsing import parse_spec, problems_failure
+from workers.protocol.wording import counted
 
 data_app = typer.Typer(
     name="data", help="Tokenize and index corpora ahead of a job.", no_args_is_help=True
@@ -86,10 +87,7 @@ def prepare(
 def _amount(split: str, corpora: Sequence[PreparedCorpus]) -> str:
     num_documents = sum(corpus.num_documents for corpus in corpora)
     num_tokens = sum(corpus.num_tokens for corpus in corpora)
-    noun = "documents"
-    if num_documents == 1:
-        noun = "document"
-    return f"{num_tokens:,} {split} tokens in {num_documents:,} {noun}"
+    return f"{num_tokens:,} {split} tokens in {counted(num_documents, 'document')}"
 
 
 def _length(training: TrainingConfig, num_train_tokens: int) -> str:

@@ -23,6 +23,7 @@ from workers.decisions import elasticity
 from workers.protocol.events import EventType
 from workers.protocol.job import JobSpec
 from workers.protocol.states import JobState
+from workers.protocol.wording import counted
 
 
 def resize(session: Session, job: JobRow, *, dp: int) -> None:
@@ -65,7 +66,7 @@ def set_dp(
     job.world_size = resolution.world_size(resized)
     event = lifecycle.NewEvent(
         EventType.JOB_RESIZING,
-        f"{reason}: from dp={spec.parallel.dp} to dp={dp}, {job.world_size} ranks",
+        f"{reason}: from dp={spec.parallel.dp} to dp={dp}, {counted(job.world_size, 'rank')}",
         data={"dp": dp, "world_size": job.world_size, **(data or {})},
         actor=actor,
     )

@@ -16,6 +16,7 @@ from workers.driver.attempt.copy_choice import CopyChoice
 from workers.driver.context import JobContext
 from workers.driver.journal import start_orders
 from workers.protocol.states import AttemptState, JobState
+from workers.protocol.wording import counted
 from workers.ray.worker_group import WorkerGroupError
 
 _START_TIMEOUT_S = 180.0
@@ -76,7 +77,7 @@ class RankStarter:
             return
         timing = self._timing
         self._timing = None
-        message = f"{len(self._job.entry.ranks)} ranks started"
+        message = f"{counted(len(self._job.entry.ranks), 'rank')} started"
         ranks = []
         for place in timing.promoted:
             ranks.append(place.rank)

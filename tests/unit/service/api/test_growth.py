@@ -125,7 +125,7 @@ def test_nodes_that_do_not_come_end_the_wait_and_let_smaller_jobs_pass(
     groups = [{**GROUP, "max_nodes": 2}]
     service.agent.report(*nodes, node_groups=groups)
     # All that there may be is reserved for the first job.
-    assert service.job(small)["message"] == "needs 1 GPU ranks; room for 0 now"
+    assert service.job(small)["message"] == "needs 1 GPU rank; room for 0 now"
     message = "not placed within 300 s: ..."
     reply = driver.states("queued", reason="waiting_gang", message=message)
     assert reply["desired"]["desired"] == "prepare"

@@ -81,7 +81,7 @@ def test_first_come_first_served_within_a_priority() -> None:
     assert [decision.job_id for decision in decisions] == ["urgent", "early", "late"]
     assert [decision.admit for decision in decisions] == [True, True, False]
     assert decisions[2].reason is StatusReason.WAITING_QUOTA
-    assert decisions[2].message == "needs 1 CPU ranks; room for 0 now"
+    assert decisions[2].message == "needs 1 CPU rank; room for 0 now"
 
 
 def test_small_jobs_do_not_starve_a_large_one() -> None:
