@@ -312,6 +312,8 @@ class FakeCluster:
     save_every: int
     dies: tuple[int, int] | None = None
     """Rank that dies before a step, and the step; once."""
+    ended_pids: set[int] = field(default_factory=set)
+    """Processes that were ended by a signal, beside Ray's kill."""
     hangs: tuple[int, int] | None = None
     """Rank that stops in its own code before a step, and the step; ends with its process."""
     hangs_in: str = "megatron_ray/data/indexed.py"
@@ -445,6 +447,10 @@ class FakeCluster:
         if order.spec["preflight"]["mode"] == "only":
             process.state = RankState.FINISHED
         return True
+
+    def end_processes(self, pids: Mapping[str, Sequence[int]]) -> None:
+        for of_node in pids.values():
+            self.ended_pids.update(of_node)
 
     def is_hung(self, process: FakeProcess | None) -> bool:
         if process is None or process.order is None or self.hangs is None:
@@ -674,15 +680,20 @@ class FakeGroup:
             asked = command >= Command.STOP and self._cluster.stops
             process.must_stop = process.must_stop or asked
 
-    def leave(self, fence: Fence, timeout_s: float) -> tuple[int, ...]:
+    def leave(
+        self, fence: Fence, timeout_s: float
+    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
         self._faults.act()
         free = []
+        silent = []
         for slot in sorted(self._slots & self._cluster.workers.keys()):
             process = self._cluster.workers[slot]
             if not self._cluster.is_hung(process):
                 process.state = RankState.IDLE
                 free.append(slot)
-        return tuple(free)
+            else:
+                silent.append(slot)
+        return tuple(free), tuple(silent)
 
     def kill_slots(self, slots: Sequence[int]) -> None:
         for slot in slots:
@@ -804,6 +815,7 @@ def fake_ports(
         "read_nodes": cluster.listed_nodes,
         "drains": FakeDrainWatch(cluster),
         "unreachable_nodes": lambda ids: tuple(sorted(cluster.lost.keys() & set(ids))),
+        "end_processes": cluster.end_processes,
         "dead_rank_files": FakeDeadRankFiles(set() if fetched is None else fetched),
         "logs": JobLogs(storage),
         "gauges": FakeGauges(),

@@ -39,6 +39,7 @@ from workers.ray import tasks
 from workers.ray.actors import kill
 from workers.ray.drain_watch import DrainWatch
 from workers.ray.nodes import read_free_nodes, unreachable_nodes
+from workers.ray.processes import end_processes
 from workers.ray.rank_worker import RankWorker
 from workers.ray.worker_group import WorkerGroup
 
@@ -61,6 +62,7 @@ def open_ports(job_id: str, job_dir: str, namespace: str, worker_class: type) ->
         drains=DrainWatch(),
         read_nodes=read_free_nodes,
         unreachable_nodes=unreachable_nodes,
+        end_processes=end_processes,
         dead_rank_files=DeadRankFiles(outbox, logs),
         logs=logs,
         gauges=TrainingGauges(job_id),

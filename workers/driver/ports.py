@@ -4,7 +4,7 @@ Owns: the list of these dependencies. `driver.open_ports` builds the real ones; 
 pass fakes, which can kill a driver between any two calls.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -48,6 +48,8 @@ class JobPorts:
     drains: DrainWatch
     unreachable_nodes: Callable[[Iterable[str]], tuple[str, ...]]
     """Returns those of some nodes that have died, however Ray lists them."""
+    end_processes: Callable[[Mapping[str, Sequence[int]]], None]
+    """Has processes of ranks ended, by the id of their node; does not wait."""
     dead_rank_files: DeadRankFiles
     logs: JobLogs
     gauges: TrainingGauges

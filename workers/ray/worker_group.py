@@ -334,16 +334,19 @@ class WorkerGroup:
 
     # ---- removal
 
-    def leave(self, fence: Fence, timeout_s: float) -> tuple[int, ...]:
+    def leave(
+        self, fence: Fence, timeout_s: float
+    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Has all workers leave their process groups at once.
 
-        Returns the slots whose process can be reused.
+        Returns the slots whose process can be reused, and those that do not reply in time.
         """
         calls = {}
         for slot, actor in self._slots.items():
             calls[actor.leave.remote(fence)] = slot
-        has_left, _ = results_in_time(calls, timeout_s)
-        return tuple(sorted(slot for slot in has_left if has_left[slot]))
+        has_left, dead = results_in_time(calls, timeout_s)
+        free = sorted(slot for slot in has_left if has_left[slot])
+        return tuple(free), tuple(sorted(self._slots.keys() - has_left.keys() - {*dead}))
 
     def kill_slots(self, slots: Sequence[int]) -> None:
         """Kills the workers of some slots and waits until their names are free."""

@@ -98,10 +98,19 @@ class RankStarter:
         self._group.kill_slots(silent_slots)
         # All at once: a rank blocked in a collective leaves it when its peers close
         # their connections. Otherwise it would wait for the collective's timeout.
-        free = self._group.leave(self._job.fence, _LEAVE_TIMEOUT_S)
+        free, late = self._group.leave(self._job.fence, _LEAVE_TIMEOUT_S)
         unfreed_slots = set(self._group.slots).difference(free)
         self._group.kill_slots(sorted(unfreed_slots))
+        self._end_processes({*silent_slots, *late})
         return free
+
+    def _end_processes(self, slots: Collection[int]) -> None:
+        """Ends processes that Ray's kill has not reached: they would keep their resources."""
+        pids: dict[str, list[int]] = {}
+        for place in self._job.entry.ranks:
+            if place.slot in slots:
+                pids.setdefault(place.node_id, []).append(place.pid)
+        self._job.ports.end_processes(pids)
 
     def end_other_versions(self) -> None:
         """Ends processes that run another version of the code than this driver.
