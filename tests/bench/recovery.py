@@ -296,11 +296,15 @@ def lost_nodes(
     with ExitStack() as stack_of_nodes:
 
         def join() -> JoinedNode:
-            node = joined_node(record.ray_address, NODE_CPUS, environment)
-            return stack_of_nodes.enter_context(node)
+            before = living_nodes(road)
+            node = stack_of_nodes.enter_context(
+                joined_node(record.ray_address, NODE_CPUS, environment)
+            )
+            # Of two that join an address at the same moment Ray admits one.
+            until("the node", lambda: living_nodes(road) - before, 180)
+            return node
 
         nodes = [join(), join()]
-        until("both nodes", lambda: num_nodes(road) == 3, 180)
         job_id = road.client.submit(
             {
                 **spec,
@@ -328,10 +332,10 @@ def lost_nodes(
     return losses
 
 
-def num_nodes(road: Road) -> int:
-    """Living nodes, as the agent reports them."""
+def living_nodes(road: Road) -> set[str]:
+    """Ids of living nodes, as the agent reports them."""
     (cluster,) = road.client.cluster()["data"]
-    return len([node for node in cluster["nodes"] if node["alive"]])
+    return {node["node_id"] for node in cluster["nodes"] if node["alive"]}
 
 
 def is_running(job: dict[str, Any]) -> bool:
