@@ -74,18 +74,18 @@ BUILT_IN: Mapping[str, OptimizerKind] = {
     ),
     "adopt": OptimizerKind(f"{_RULES}.adopt:adopt", _two_moments, _ADOPT),
     "qhadamw": OptimizerKind(
-        f"{_RULES}.adam:qhadamw", _two_moments, {**_ADAM, "nu": 0.7, "decay": "schedule"}
+        f"{_RULES}.adam:adamw", _two_moments, {**_ADAM, "nu": 0.7, "decay": "schedule"}
     ),
     "qhadopt": OptimizerKind(
-        f"{_RULES}.adopt:qhadopt", _two_moments, {**_ADOPT, "beta1": 0.999, "nu": 0.9}
+        f"{_RULES}.adopt:adopt", _two_moments, {**_ADOPT, "beta1": 0.999, "nu": 0.9}
     ),
     "aggmo_adamw": OptimizerKind(
-        f"{_RULES}.adam:aggmo_adamw",
+        f"{_RULES}.adam:adamw",
         _many_moments,
         {"beta2": 0.95, "eps": 1e-8, "aggregated": _AGGREGATED, "decay": "schedule"},
     ),
     "aggmo_adopt": OptimizerKind(
-        f"{_RULES}.adopt:aggmo_adopt",
+        f"{_RULES}.adopt:adopt",
         _many_moments,
         {
             "beta2": 0.9999,

@@ -58,7 +58,8 @@ def update_call(
     """Returns what updates runs by a rule."""
     module, _, function = optimizer_kind(config.name).rule.partition(":")
     elementwise: Rule = getattr(import_module(module), function)
-    if elementwise is adamw_rule and rule.decay != "l2":
+    is_plain = config.nu is None and config.aggregated is None
+    if elementwise is adamw_rule and is_plain and rule.decay != "l2":
         return FusedAdamW(rule, config.lr, device)
     return ElementwiseUpdate(elementwise, rule, config.lr, device)
 

@@ -25,7 +25,7 @@ class Moment(NamedTuple):
 class UpdateRule:
     """The numbers of an update; parameters with equal ones are updated together.
 
-    Those that the optimizer does not use are 0.
+    Those that the optimizer does not use are 0, and `nu` is 1.
     """
 
     weight_decay: float
@@ -36,7 +36,8 @@ class UpdateRule:
     eps: float = 0.0
     momentum: float = 0.0
     nesterov: bool = False
-    nu: float = 0.0
+    nu: float = 1.0
+    """Share of the first moment in an update."""
     aggregated: tuple[Moment, ...] = ()
     decay: str = "lr"
     """`lr`, `schedule` or `l2`, see `OptimizerConfig.decay`."""
@@ -47,6 +48,9 @@ class UpdateRule:
         moments = []
         for moment in config.aggregated or ():
             moments.append(Moment(moment.beta, moment.weight))
+        nu = 1.0
+        if config.nu is not None:
+            nu = config.nu
         return cls(
             config.weight_decay,
             beta1=config.beta1 or 0.0,
@@ -54,10 +58,15 @@ class UpdateRule:
             eps=config.eps or 0.0,
             momentum=config.momentum or 0.0,
             nesterov=config.nesterov or False,
-            nu=config.nu or 0.0,
+            nu=nu,
             aggregated=tuple(moments),
             decay=config.decay or "lr",
         )
+
+    @property
+    def moments(self) -> tuple[Moment, ...]:
+        """The first moments of an update."""
+        return self.aggregated or (Moment(self.beta1, self.nu),)
 
 
 class UpdateRules:

@@ -10,6 +10,7 @@ from operator import attrgetter
 from typing import Any
 
 from workers.decisions.preflight.figures import flops_text, rate_text
+from workers.protocol.wording import counted
 
 _MAX_ROWS = 512
 """Nodes, and links, that an event lists; the slowest come first."""
@@ -96,9 +97,7 @@ class Verdict:
             return blame(self.bad)
         if self.blocked is not None:
             return f"pre-flight: {self.blocked}"
-        nodes = "1 node"
-        if len(self.nodes) > 1:
-            nodes = f"{len(self.nodes)} nodes"
+        nodes = counted(len(self.nodes), "node")
         text = f"pre-flight passed on {nodes}: {self._figures()}"
         return "; ".join([text, *self.warnings])
 
