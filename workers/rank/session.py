@@ -62,15 +62,14 @@ def train(
     # Includes waiting for the slowest rank.
     started = time.monotonic()
     start_timeout = timedelta(seconds=spec.network.start_timeout_s)
+    if request.preflight is not None:
+        torch_device = device.select(request.device, request.device_index)
+        test = SpeedTest(torch_device, DTYPES[spec.training.precision])
+        if not run_preflight(request, test, report, poll, start_timeout):
+            return "stopped"
+    if spec.preflight.mode == "only":
+        return "finished"
     with process_group(request, start_timeout) as store:
-        if request.preflight is not None:
-            torch_device = device.select(request.device, request.device_index)
-            test = SpeedTest(torch_device, DTYPES[spec.training.precision])
-            if not Preflight(request.preflight, test, report).run():
-                await_stop(poll)
-                return "stopped"
-        if spec.preflight.mode == "only":
-            return "finished"
         mesh = _create_mesh(request, spec, start_timeout)
         poll = _with_timeout_after_start(mesh, spec.network, poll)
         report(PhaseReport("rendezvous", time.monotonic() - started))
@@ -86,6 +85,27 @@ def train(
                 copies=copies,
             )
             return session.run()
+
+
+def run_preflight(
+    request: StartRequest,
+    test: SpeedTest,
+    report: ReportSink,
+    poll: CommandSource,
+    timeout: timedelta,
+) -> bool:
+    """Measures what the request orders, in a world of its own.
+
+    Returns False after a connection that does not work, once the driver ends the attempt.
+    """
+    assert request.preflight is not None
+    # torch names a group by its ranks. With one store, a later group of the same ranks would
+    # read the addresses of the destroyed group, and wait for them until its timeout.
+    with process_group(request, timeout, prefix="preflight-"):
+        passed = Preflight(request.preflight, test, report).run()
+        if not passed:
+            await_stop(poll)
+    return passed
 
 
 def _create_mesh(request: StartRequest, spec: JobSpec, timeout: timedelta) -> ParallelMesh:
@@ -128,11 +148,13 @@ def _with_memory_bound(tuning: device.MallocTuning, poll: CommandSource) -> Comm
 
 
 @contextmanager
-def process_group(request: StartRequest, timeout: timedelta = _TIMEOUT) -> Iterator[Store]:
+def process_group(
+    request: StartRequest, timeout: timedelta = _TIMEOUT, prefix: str = ""
+) -> Iterator[Store]:
     """Initializes the attempt's default process group; yields the attempt's store.
 
-    Does nothing for one rank, and where the launcher has initialized it (Ray Train); the
-    store is one of this process then.
+    `prefix` distinguishes several groups of one attempt. Does nothing for one rank, and where
+    the launcher has initialized it (Ray Train); the store is one of this process then.
     """
     env = request.env
     if env.world_size == 1 or dist.is_initialized():
@@ -142,7 +164,7 @@ def process_group(request: StartRequest, timeout: timedelta = _TIMEOUT) -> Itera
     env.export()
     # The store outlives an attempt. A separate prefix keeps an attempt from reading
     # rendezvous keys of the previous one.
-    store = PrefixStore(f"attempt-{request.attempt}", connect_store(request))
+    store = PrefixStore(f"{prefix}attempt-{request.attempt}", connect_store(request))
     dist.init_process_group(
         device.backend_for(torch.device(request.device)),
         store=store,
