@@ -54,7 +54,7 @@ bench: setup
 	@$(BIN)/python -m tests.bench $(BENCH)
 
 parity: setup
-	$(BIN)/pytest -m "parity or parallel" --steps 20
+	$(BIN)/pytest $(SHARED) -m "parity or parallel" --steps 20
 
 chaos: setup
 	$(BIN)/pytest -s -m chaos $(CHAOS)
