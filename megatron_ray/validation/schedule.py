@@ -66,7 +66,7 @@ class _Span:
     def field(self, part: str) -> str:
         """Returns the field that gives the length of a part, with its value."""
         name = self.name(part)
-        return f"{name}={getattr(self.schedule, name):g}"
+        return f"{name}={_shown(getattr(self.schedule, name))}"
 
     def name(self, part: str) -> str:
         """Returns the name of that field, that of the steps by default."""
@@ -83,6 +83,13 @@ def _spans(config: TrainConfig, steps: int) -> list[_Span]:
     for phase in phases:
         by_schedule[phase.pointer] = (*by_schedule.get(phase.pointer, ()), phase)
     return [_Span(of_schedule, steps) for of_schedule in by_schedule.values()]
+
+
+def _shown(value: float) -> str:
+    """Returns a number with all digits of a whole one."""
+    if isinstance(value, int):
+        return str(value)
+    return f"{value:g}"
 
 
 def schedule_problems(config: TrainConfig) -> list[Problem]:
@@ -129,7 +136,7 @@ def _span_problems(span: _Span, *, is_known: bool) -> list[Problem]:
     if schedule.kind == "constant":
         return []
     # Shares of a number of epochs are known with it.
-    if not is_known and (schedule.warmup_fraction or schedule.decay_fraction):
+    if not is_known and schedule.has_shares:
         return []
     if schedule.kind == "wsd":
         problems = _wsd_problems(span, is_known=is_known)
@@ -168,8 +175,9 @@ def _wsd_problems(span: _Span, *, is_known: bool) -> list[Problem]:
     if lengths.warmup:
         start = span.field("warmup")
     detail = (
-        f"{name}={length:g} is more than the {allowed:g} {unit} between {start} and the end "
-        f"of the decay in step {span.decay_step}; make it at most {allowed:g}"
+        f"{name}={_shown(length)} is more than the {_shown(allowed)} {unit} between {start} "
+        f"and the end of the decay in step {span.decay_step}; make it at most "
+        f"{_shown(allowed)}"
     )
     return [span.problem(name, "wsd_decay_steps", detail)]
 
@@ -274,7 +282,9 @@ def _decay_warnings(span: _Span) -> list[Problem]:
                 "decay"
             )
             warnings.append(span.problem("min_lr", "no_effect", detail))
-    if span.decay_step > span.last_step and schedule.length_fields("decay"):
+    # A decay may be meant to be cut off by a switch.
+    is_beyond = span.decay_step > span.last_step == span.steps
+    if is_beyond and schedule.length_fields("decay"):
         detail = (
             f"{span.field('decay')} is beyond {span.end}: the rate does not come down to "
             f"min_lr={schedule.min_lr:g}"
@@ -313,7 +323,8 @@ def _constant_warnings(span: _Span) -> list[Problem]:
         value = getattr(span.schedule, name)
         if value:
             detail = (
-                f"{name}={value:g} has no effect with kind=constant, which does not decay"
+                f"{name}={_shown(value)} has no effect with kind=constant, which does not "
+                "decay"
             )
             warnings.append(span.problem(name, "no_effect", detail))
     return warnings

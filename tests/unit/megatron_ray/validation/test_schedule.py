@@ -122,6 +122,11 @@ def test_what_has_no_effect_is_noted(schedule: dict[str, Any], words: str) -> No
             "to 50",
         ),
         (
+            {"warmup_tokens": 9_000_000, "decay_tokens": 8_000_000},
+            "/schedule/decay_tokens",
+            "decay_tokens=8000000 is not after warmup_tokens=9000000",
+        ),
+        (
             {"min_lr": 0, "decay_fraction": 0.5},
             "/schedule/decay_fraction",
             "decay_fraction=0.5 with min_lr=0 leaves a rate of 0 for 51",
@@ -145,10 +150,14 @@ def test_the_remedies_of_other_units_can_run() -> None:
 
 
 def test_shares_of_unknown_steps_are_checked_once_they_are_known() -> None:
-    unknown = config(warmup_fraction=0.5, decay_fraction=0.2)
-    training = unknown.training.model_copy(update={"steps": None, "epochs": 2.0})
-    assert schedule_problems(unknown.model_copy(update={"training": training})) == []
-    assert schedule_problems(unknown) != []
+    for schedule in (
+        {"warmup_fraction": 0.5, "decay_fraction": 0.2},
+        {"kind": "wsd", "decay_steps": 50, "wsd_decay_fraction": 0.6},
+    ):
+        known = config(**schedule)
+        training = known.training.model_copy(update={"steps": None, "epochs": 2.0})
+        assert schedule_problems(known.model_copy(update={"training": training})) == []
+        assert schedule_problems(known) != []
 
 
 @pytest.mark.parametrize(
@@ -227,9 +236,12 @@ def test_contradictions_of_a_switch_are_refused(
 
 def test_a_switch_can_follow_the_end_of_a_decay() -> None:
     switches = [{"step": 41, "schedule": {"kind": "constant", "warmup_steps": 5}}]
-    switched = with_optimizer({"min_lr": 0, "decay_steps": 40}, switches=switches)
-    assert schedule_problems(switched) == []
-    assert schedule_warnings(switched) == []
+    # Or it cuts the decay off.
+    for decay_steps in (40, 90):
+        schedule = {"min_lr": 0, "decay_steps": decay_steps}
+        switched = with_optimizer(schedule, switches=switches)
+        assert schedule_problems(switched) == []
+        assert schedule_warnings(switched) == []
 
 
 @pytest.mark.parametrize(
