@@ -4,9 +4,10 @@ Owns: batch-size ramp-up, by Megatron's rule. Pure. Must not know: how samples a
 over ranks.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from math import gcd
+from typing import Any
 
 from pydantic import Field
 
@@ -62,6 +63,11 @@ class BatchSizes:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_periods", tuple(self._iterate()))
+
+    def __str__(self) -> str:
+        if len(self.sizes) == 1:
+            return str(self.full)
+        return f"{self.sizes[0]} to {self.full}"
 
     def _iterate(self) -> Iterator[_Period]:
         steps = 0
@@ -135,3 +141,19 @@ class BatchSizes:
                 break
             period = later
         return period.steps + (samples - period.samples) // period.size
+
+
+def batch_sizes_of(training: Mapping[str, Any]) -> BatchSizes | None:
+    """Returns the batch sizes of `training` as JSON, of any version of a spec.
+
+    None when it has no batch size.
+    """
+    full = training.get("global_batch_size")
+    if not isinstance(full, int):
+        return None
+    rampup = training.get("rampup_batch_size")
+    if not isinstance(rampup, Mapping) or not RampupConfig.model_fields.keys() <= {*rampup}:
+        return BatchSizes(full)
+    # Later versions may have more fields.
+    sizes = {name: rampup[name] for name in RampupConfig.model_fields}
+    return BatchSizes(full, RampupConfig.model_validate(sizes))

@@ -10,7 +10,6 @@ from rich.markup import escape
 from megatron_ray.config.training import TrainingConfig
 from megatron_ray.data.prepared import PreparedCorpus
 from megatron_ray.validation.storage.path_rules import path_problems
-from service.cli.batch_sizes import in_words
 from service.cli.failure import CommandError
 from service.cli.output import AsJson, console, print_json
 from service.cli.spec_file import Overrides, SpecFile, read_spec
@@ -98,5 +97,5 @@ def _length(training: TrainingConfig, num_train_tokens: int) -> str:
         given = f"training.epochs={training.epochs:g}"
     return (
         f"{given} makes {training.steps_over(num_train_tokens):,} steps of "
-        f"{in_words(training.batch_sizes)} x {training.seq_length} tokens"
+        f"{training.batch_sizes} x {training.seq_length} tokens"
     )

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from service.cli.batch_sizes import batch_sizes, in_words
+from megatron_ray.config.schedules.batch_sizes import batch_sizes_of
 from service.cli.connection import DataDir, Token, Url, connect_if_up
 from service.cli.failure import CommandError, with_field_lines
 from service.cli.numbers import at_least
@@ -192,12 +192,12 @@ def _print_length(training: Json) -> None:
     # Of a number of epochs it follows from the data, as a note explains.
     if steps is None:
         return
-    sizes = batch_sizes(training)
+    sizes = batch_sizes_of(training)
     if sizes is None:
         return
     num_tokens = sizes.samples_after(steps) * training["seq_length"]
     console().print(
-        f"[bold]{steps:,} steps[/bold] of {in_words(sizes)} x {training['seq_length']} "
+        f"[bold]{steps:,} steps[/bold] of {sizes} x {training['seq_length']} "
         f"tokens: {num_tokens:,} tokens"
     )
 

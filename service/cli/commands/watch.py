@@ -17,8 +17,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column
 
-from megatron_ray.config.schedules.batch_sizes import BatchSizes
-from service.cli.batch_sizes import batch_sizes
+from megatron_ray.config.schedules.batch_sizes import BatchSizes, batch_sizes_of
 from service.cli.failure import CommandError, with_field_lines
 from service.cli.output import (
     duration,
@@ -71,7 +70,7 @@ class Watcher:
         steps = nested(job, "progress.steps") or nested(spec, "training.steps")
         if isinstance(steps, int):
             self.steps = steps
-        self._batch_sizes = batch_sizes(spec.get("training") or {})
+        self._batch_sizes = batch_sizes_of(spec.get("training") or {})
         seq_length = nested(spec, "training.seq_length")
         if isinstance(seq_length, int):
             self._seq_length = seq_length
