@@ -3,9 +3,16 @@
 Must not know: how optimizer state is sharded.
 """
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, ModelWrapValidatorHandler, model_validator
+from pydantic import (
+    Field,
+    ModelWrapValidatorHandler,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from megatron_ray.config.base import Config
 from megatron_ray.config.optimizer_kinds import optimizer_kind
@@ -100,6 +107,15 @@ class SwitchConfig(Config):
     clip_grad_norm: float | None = Field(default=None, ge=0)
     """Largest norm of gradients; 0 disables clipping."""
 
+    @model_validator(mode="after")
+    def _check_change(self) -> Self:
+        if not self.numbers and self.schedule is None:
+            raise ValueError(
+                f"the switch of step {self.step} changes nothing; give it a number or a "
+                "schedule, or leave it out"
+            )
+        return self
+
     @property
     def numbers(self) -> dict[str, float]:
         """The numbers that it sets."""
@@ -170,6 +186,22 @@ class OptimizerConfig(Config):
     """Other numbers, or another schedule, from given steps on, in the order of their
     steps: `[{step: 1000, lr: 1e-4, schedule: {kind: linear}}]`. Default: none."""
 
+    @field_validator("switches")
+    @classmethod
+    def _check_switches(
+        cls, switches: tuple[SwitchConfig, ...], info: ValidationInfo
+    ) -> tuple[SwitchConfig, ...]:
+        previous = 0
+        for switch in switches:
+            if switch.step <= previous:
+                raise ValueError(
+                    f"the switches have steps {previous} and {switch.step}; list them in "
+                    "the order of their steps, each step once"
+                )
+            previous = switch.step
+            _check_switch(switch, info.data)
+        return switches
+
     @property
     def varying_numbers(self) -> frozenset[str]:
         """Names of the numbers that are not the same in all steps."""
@@ -211,37 +243,24 @@ class OptimizerConfig(Config):
             )
         return self
 
-    @model_validator(mode="after")
-    def _check_switches(self) -> Self:
-        previous = 0
-        for switch in self.switches:
-            if switch.step <= previous:
-                raise ValueError(
-                    f"the switches have steps {previous} and {switch.step}; list them in "
-                    "the order of their steps, each step once"
-                )
-            previous = switch.step
-            if not switch.numbers and switch.schedule is None:
-                raise ValueError(
-                    f"the switch of step {switch.step} changes nothing; give it a number "
-                    "or a schedule, or leave it out"
-                )
-            self._check_switch(switch)
-        return self
 
-    def _check_switch(self, switch: SwitchConfig) -> None:
-        where = f"the switch of step {switch.step}"
-        for name in switch.numbers:
-            # Only a number that the optimizer does not use has no value.
-            if getattr(self, name) is None:
-                raise ValueError(f"{where} sets {name}, which {self.name} does not use")
-        if switch.momentum is not None and self.momentum == 0:
+def _check_switch(switch: SwitchConfig, optimizer: Mapping[str, Any]) -> None:
+    """Raises ValueError when a switch sets what the optimizer's fields exclude."""
+    where = f"the switch of step {switch.step}"
+    for name in switch.numbers:
+        # A field that is wrong itself is missing; one that is not used has no value.
+        if optimizer.get(name, 0.0) is None:
             raise ValueError(
-                f"{where} sets momentum, of which there is no state with momentum=0; begin "
-                "with a momentum above 0"
+                f"{where} sets {name}, which {optimizer.get('name')} does not use; leave it "
+                "out"
             )
-        if switch.weight_decay is not None and self.weight_decay_schedule is not None:
-            raise ValueError(
-                f"{where} sets weight_decay, which follows weight_decay_schedule; leave one "
-                "of them out"
-            )
+    if switch.momentum is not None and optimizer.get("momentum") == 0:
+        raise ValueError(
+            f"{where} sets momentum, of which there is no state with momentum=0; begin with "
+            "a momentum above 0"
+        )
+    if switch.weight_decay is not None and optimizer.get("weight_decay_schedule"):
+        raise ValueError(
+            f"{where} sets weight_decay, which follows weight_decay_schedule; leave one of "
+            "them out"
+        )

@@ -207,7 +207,7 @@ def test_shares_of_another_schedule_are_of_the_steps_that_are_left() -> None:
         ({"switches": [{"step": 9}]}, "step 9 changes nothing; give it a number"),
         (
             {"name": "sgd", "switches": [{"step": 9, "beta1": 0.5}]},
-            "the switch of step 9 sets beta1, which sgd does not use",
+            "the switch of step 9 sets beta1, which sgd does not use; leave it out",
         ),
         (
             {"name": "sgd", "momentum": 0, "switches": [{"step": 9, "momentum": 0.5}]},
