@@ -1,15 +1,22 @@
-"""Defines the optimizer and the learning-rate schedule.
+"""Defines the optimizer.
 
 Must not know: how optimizer state is sharded.
 """
 
-from math import ceil
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, ModelWrapValidatorHandler, model_validator
+from pydantic import (
+    Field,
+    ModelWrapValidatorHandler,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from megatron_ray.config.base import Config
 from megatron_ray.config.optimizer_kinds import optimizer_kind
+from megatron_ray.config.schedules.rates import ScheduleConfig
 
 OPTIONAL_NUMBERS = (
     "beta1",
@@ -60,6 +67,64 @@ class FirstMomentConfig(Config):
     """Its share of the update; what the weights lack to 1 is the gradient's."""
 
 
+class WeightDecayScheduleConfig(Config):
+    """Weight decay over the steps of a run, from `optimizer.weight_decay` to `end`."""
+
+    kind: Literal["linear", "cosine"] = "cosine"
+    """A line, or half a cosine, from the first step to the last."""
+    end: float = Field(ge=0, le=10)
+    """Weight decay of the last step."""
+
+
+class SwitchConfig(Config):
+    """Other numbers of the optimizer, or another schedule, from a step on.
+
+    What a switch leaves out stays as it is. What one of the `groups` sets holds for its
+    parameters before and after it.
+    """
+
+    step: int = Field(ge=2, le=1 << 40)
+    """First step with the new numbers, counted from 1."""
+    lr: float | None = Field(default=None, gt=0, le=100)
+    """Peak learning rate. The schedule goes on, with this peak in the place of
+    `optimizer.lr`."""
+    schedule: ScheduleConfig | None = None
+    """Another schedule. Its steps count from the switch, so that its warm-up begins there;
+    its decay ends with the run unless it is given an end, and shares are of the steps
+    that are left."""
+    beta1: float | None = Field(default=None, ge=0, lt=1)
+    """Decay rate of the first moment."""
+    beta2: float | None = Field(default=None, ge=0, lt=1)
+    """Decay rate of the second moment."""
+    eps: float | None = Field(default=None, gt=0, le=1)
+    """Added to the square root of the second moment."""
+    momentum: float | None = Field(default=None, gt=0, lt=1)
+    """Momentum of `sgd`, if it had one before."""
+    nu: float | None = Field(default=None, ge=0, le=1)
+    """Share of the first moment in an update."""
+    weight_decay: float | None = Field(default=None, ge=0, le=10)
+    """Weight decay."""
+    clip_grad_norm: float | None = Field(default=None, ge=0)
+    """Largest norm of gradients; 0 disables clipping."""
+
+    @model_validator(mode="after")
+    def _check_change(self) -> Self:
+        if not self.numbers and self.schedule is None:
+            raise ValueError(
+                f"the switch of step {self.step} changes nothing; give it a number or a "
+                "schedule, or leave it out"
+            )
+        return self
+
+    @property
+    def numbers(self) -> dict[str, float]:
+        """The numbers that it sets."""
+        numbers: dict[str, float] = self.model_dump(
+            exclude={"step", "schedule"}, exclude_none=True
+        )
+        return numbers
+
+
 class OptimizerConfig(Config):
     """The optimizer, by name.
 
@@ -102,6 +167,10 @@ class OptimizerConfig(Config):
     `schedule`."""
     weight_decay: float = Field(default=0.0, ge=0, le=10)
     """Weight decay, see `decay`. Default: no decay."""
+    weight_decay_schedule: WeightDecayScheduleConfig | None = None
+    """Weight decay over the steps, from `weight_decay` in the beginning to another one.
+    Parameters whose weight decay one of the `groups` sets keep that. Default: it is
+    constant."""
     clip_grad_norm: float = Field(default=1.0, ge=0)
     """Gradients are scaled down to this global norm when theirs is larger; 0 disables
     clipping, and the norm is still reported."""
@@ -113,6 +182,35 @@ class OptimizerConfig(Config):
     """Other numbers for parameters by name, such as no decay of embeddings:
     `[{parameters: ["embedding.*", "head.*"], weight_decay: 0}]`. Default: all
     parameters have the numbers above."""
+    switches: tuple[SwitchConfig, ...] = Field(default=(), max_length=16)
+    """Other numbers, or another schedule, from given steps on, in the order of their
+    steps: `[{step: 1000, lr: 1e-4, schedule: {kind: linear}}]`. Default: none."""
+
+    @field_validator("switches")
+    @classmethod
+    def _check_switches(
+        cls, switches: tuple[SwitchConfig, ...], info: ValidationInfo
+    ) -> tuple[SwitchConfig, ...]:
+        previous = 0
+        for switch in switches:
+            if switch.step <= previous:
+                raise ValueError(
+                    f"the switches have steps {previous} and {switch.step}; list them in "
+                    "the order of their steps, each step once"
+                )
+            previous = switch.step
+            _check_switch(switch, info.data)
+        return switches
+
+    @property
+    def varying_numbers(self) -> frozenset[str]:
+        """Names of the numbers that are not the same in all steps."""
+        names = set[str]()
+        for switch in self.switches:
+            names.update(switch.numbers)
+        if self.weight_decay_schedule is not None:
+            names.add("weight_decay")
+        return frozenset(names)
 
     @model_validator(mode="wrap")
     @classmethod
@@ -146,30 +244,23 @@ class OptimizerConfig(Config):
         return self
 
 
-class ScheduleConfig(Config):
-    """Learning rate over steps: linear warm-up to `optimizer.lr`, then a decay."""
-
-    kind: Literal["constant", "linear", "cosine", "inverse_sqrt", "wsd"] = "cosine"
-    """Shape of the decay from `optimizer.lr` to `min_lr`. `constant` does not decay;
-    `inverse_sqrt` falls with the root of the step; `wsd` (warm-up, stable, decay) stays at
-    `optimizer.lr` until the last `wsd_decay_steps`."""
-    init_lr: float = Field(default=0.0, ge=0)
-    """Learning rate from which the warm-up climbs; at most `optimizer.lr`."""
-    warmup_steps: int = Field(default=0, ge=0, le=1 << 40)
-    """Steps of linear warm-up. A warm-up longer than the job never reaches
-    `optimizer.lr`, which is noted before the start."""
-    min_lr: float = Field(default=0.0, ge=0)
-    """Learning rate at the end of the decay; at most `optimizer.lr`."""
-    decay_steps: int | None = Field(default=None, ge=1, le=1 << 40)
-    """Step at which the decay ends, counted from step 0 with the warm-up included, and
-    after it; then the rate stays at `min_lr`, which may be 0 for at most a tenth of the
-    steps. Default: training.steps."""
-    wsd_decay_steps: int | None = Field(default=None, ge=1, le=1 << 40)
-    """Steps of the decay of `wsd`. Default: a tenth of `decay_steps`, rounded up."""
-    wsd_shape: Literal["exponential", "linear", "cosine", "minus_sqrt"] = "exponential"
-    """Shape of the decay of `wsd`, with q from 0 to 1: 2 x 0.5^q - 1, 1 - q,
-    (1 + cos(pi q)) / 2, or 1 - sqrt(q)."""
-
-    def wsd_length(self, decay_steps: int) -> int:
-        """Returns the steps of the decay of `wsd`, the last of `decay_steps`."""
-        return self.wsd_decay_steps or ceil(decay_steps / 10)
+def _check_switch(switch: SwitchConfig, optimizer: Mapping[str, Any]) -> None:
+    """Raises ValueError when a switch sets what the optimizer's fields exclude."""
+    where = f"the switch of step {switch.step}"
+    for name in switch.numbers:
+        # A field that is wrong itself is missing; one that is not used has no value.
+        if optimizer.get(name, 0.0) is None:
+            raise ValueError(
+                f"{where} sets {name}, which {optimizer.get('name')} does not use; leave it "
+                "out"
+            )
+    if switch.momentum is not None and optimizer.get("momentum") == 0:
+        raise ValueError(
+            f"{where} sets momentum, of which there is no state with momentum=0; begin with "
+            "a momentum above 0"
+        )
+    if switch.weight_decay is not None and optimizer.get("weight_decay_schedule"):
+        raise ValueError(
+            f"{where} sets weight_decay, which follows weight_decay_schedule; leave one of "
+            "them out"
+        )

@@ -16,10 +16,11 @@ from megatron_ray.config.base import Config
 from megatron_ray.config.checkpoint import CheckpointConfig, StorageConfig
 from megatron_ray.config.data import DataConfig
 from megatron_ray.config.model import ModelConfig
-from megatron_ray.config.optimizer import OptimizerConfig, ScheduleConfig
+from megatron_ray.config.optimizer import OptimizerConfig
 from megatron_ray.config.parallelism import ParallelismConfig
 from megatron_ray.config.parsing.json_values import read_json, require_json
 from megatron_ray.config.parsing.yaml_values import read_yaml
+from megatron_ray.config.schedules.rates import ScheduleConfig
 from megatron_ray.config.training import LENGTHS, TrainingConfig
 
 

@@ -9,6 +9,12 @@ from pydantic import Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
 from megatron_ray.config.base import Config
+from megatron_ray.config.schedules.batch_sizes import (
+    MAX_INCREMENTS,
+    BatchSizes,
+    RampupConfig,
+)
+from megatron_ray.config.schedules.lengths import Clock
 
 LENGTHS = ("steps", "epochs", "tokens")
 """Fields of TrainingConfig of which exactly one is given."""
@@ -60,14 +66,18 @@ class TrainingConfig(Config):
     the GPU better and need more memory."""
     global_batch_size: int = Field(ge=1, le=1 << 24)
     """Samples per optimizer step over all ranks; a multiple of micro_batch_size x dp."""
+    rampup_batch_size: RampupConfig | None = None
+    """Fewer samples per step in the beginning, as with Megatron's --rampup-batch-size.
+    Lengths in steps count the smaller ones too. Default: every step has
+    global_batch_size."""
     epochs: float | None = Field(default=None, gt=0, le=1 << 20)
     """Instead of `steps`: passes over the training documents. As many whole steps as fit
     into them, at least one; a plan cannot know the number, so it is reported once the
     data are prepared. Of a blend, a pass is as many tokens as its corpora have together,
     taken by their weights."""
     tokens: int | None = Field(default=None, ge=1, le=1 << 62)
-    """Instead of `steps`: tokens to train on, rounded up to whole steps of
-    global_batch_size x seq_length tokens."""
+    """Instead of `steps`: tokens to train on, rounded up to whole samples of seq_length
+    tokens and then to whole steps."""
     steps: int | None = Field(default=None, ge=1, le=1 << 40)
     """Number of optimizer steps of the whole job. Exactly one of `steps`, `epochs` and
     `tokens` is given."""
@@ -135,13 +145,41 @@ class TrainingConfig(Config):
             )
         return steps
 
+    @field_validator("rampup_batch_size")
+    @classmethod
+    def _few_sizes(
+        cls, rampup: RampupConfig | None, info: ValidationInfo
+    ) -> RampupConfig | None:
+        full = info.data.get("global_batch_size")
+        # Which sizes are legal depends on the layout, see megatron_ray.validation.
+        if rampup is not None and full is not None:
+            num_increments = rampup.num_increments(full)
+            if num_increments > MAX_INCREMENTS:
+                raise PydanticCustomError(
+                    "too_many_sizes",
+                    "grows {num_increments} times, at most {most} times are possible; raise "
+                    "increment",
+                    {"num_increments": num_increments, "most": MAX_INCREMENTS},
+                )
+        return rampup
+
+    @property
+    def batch_sizes(self) -> BatchSizes:
+        """The number of samples of each step."""
+        return BatchSizes(self.global_batch_size, self.rampup_batch_size)
+
+    def clock(self, steps: int) -> Clock:
+        """Returns what counts the samples of a run of so many steps."""
+        return Clock(self.batch_sizes, self.seq_length, steps)
+
     @property
     def known_steps(self) -> int | None:
         """Number of steps; None for `epochs`, which depend on the data."""
         if self.tokens is None:
             return self.steps
         # Ceiling division.
-        return -(-self.tokens // (self.global_batch_size * self.seq_length))
+        num_samples = -(-self.tokens // self.seq_length)
+        return self.batch_sizes.steps_until(num_samples)
 
     def steps_over(self, num_tokens: int) -> int:
         """Returns the number of steps on training data of `num_tokens`."""
@@ -150,7 +188,7 @@ class TrainingConfig(Config):
         # A sample has one extra token, the label of the last input.
         num_samples = (int(self.epochs * num_tokens) - 1) // self.seq_length
         # Whole steps only, so that no document is used once more than asked for.
-        return max(1, num_samples // self.global_batch_size)
+        return max(1, self.batch_sizes.steps_within(num_samples))
 
     @property
     def num_steps(self) -> int:

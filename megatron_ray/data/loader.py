@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_ray.config.schedules.batch_sizes import BatchSizes, RampupConfig
 from megatron_ray.data.blend import SampleDataset
 from megatron_ray.data.datasets import EvaluationSource
 from megatron_ray.data.sampler import sample_ids
@@ -188,13 +189,19 @@ class StepLoader:
         dp_rank: int,
         dp: int,
         make_batch: BatchMaker,
+        rampup: RampupConfig | None = None,
     ) -> None:
         self.dataset = dataset
         self.micro_batch_size = micro_batch_size
         self.make_batch = make_batch
         self.dp_rank = dp_rank
         self.dp = dp
-        self.num_microbatches = global_batch_size // (micro_batch_size * dp)
+        self._batch_sizes = BatchSizes(global_batch_size, rampup)
+
+    def num_microbatches(self, consumed_samples: int) -> int:
+        """Returns the microbatches of the step that starts after `consumed_samples`."""
+        batch_size = self._batch_sizes.at(consumed_samples)
+        return batch_size // (self.micro_batch_size * self.dp)
 
     def step(self, consumed_samples: int) -> list[Batch]:
         """Returns the batches of the step that starts after `consumed_samples`."""
@@ -203,7 +210,7 @@ class StepLoader:
             self.micro_batch_size,
             self.dp_rank,
             self.dp,
-            self.num_microbatches,
+            self.num_microbatches(consumed_samples),
         )
         batches = []
         for microbatch_ids in ids:

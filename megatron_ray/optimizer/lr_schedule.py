@@ -1,4 +1,4 @@
-"""Computes the learning rate as a pure function of the step.
+"""Computes the learning rate as a pure function of the samples of a schedule.
 
 Owns: warm-up and decay, as Megatron defines them. Torch-free.
 """
@@ -6,43 +6,42 @@ Owns: warm-up and decay, as Megatron defines them. Torch-free.
 from collections.abc import Callable, Mapping
 from math import cos, exp2, pi, sqrt
 
-from megatron_ray.config.optimizer import OptimizerConfig, ScheduleConfig
+from megatron_ray.config.schedules.lengths import Lengths
+from megatron_ray.config.schedules.rates import ScheduleConfig
 
 
 def learning_rate(
-    step: int, optimizer: OptimizerConfig, schedule: ScheduleConfig, steps: int
+    samples: int, peak: float, schedule: ScheduleConfig, lengths: Lengths
 ) -> float:
-    """Returns the learning rate of update `step` (from 1) in a job of `steps`.
+    """Returns the rate of the step that ends with so many samples, its own included.
 
-    After the decay it is min_lr.
+    `peak` is reached at the end of the warm-up. After the decay it is min_lr.
     """
-    peak = optimizer.lr
-    if step <= schedule.warmup_steps:
-        climbed = step / schedule.warmup_steps
+    if samples <= lengths.warmup:
+        climbed = samples / lengths.warmup
         return schedule.init_lr + climbed * (peak - schedule.init_lr)
     if schedule.kind == "constant":
         return peak
-    # Megatron's decay_steps count from the start of the job, not from the warm-up's end.
-    decay_steps = schedule.decay_steps or steps
-    if step > decay_steps or decay_steps <= schedule.warmup_steps:
+    # Megatron's decay counts from the start of the job, not from the warm-up's end.
+    if samples > lengths.decay_end or lengths.decay_end <= lengths.warmup:
         return schedule.min_lr
     if schedule.kind == "inverse_sqrt":
-        return max(schedule.min_lr, peak * sqrt(max(schedule.warmup_steps, 1) / step))
+        highest = lengths.warmup or lengths.first_step
+        return max(schedule.min_lr, peak * sqrt(highest / samples))
     if schedule.kind == "wsd":
-        remaining = _wsd(step, schedule, decay_steps)
+        remaining = _wsd(samples, schedule, lengths)
     else:
-        ratio = (step - schedule.warmup_steps) / (decay_steps - schedule.warmup_steps)
+        ratio = (samples - lengths.warmup) / (lengths.decay_end - lengths.warmup)
         remaining = _SHAPES[schedule.kind](ratio)
     return schedule.min_lr + remaining * (peak - schedule.min_lr)
 
 
-def _wsd(step: int, schedule: ScheduleConfig, decay_steps: int) -> float:
+def _wsd(samples: int, schedule: ScheduleConfig, lengths: Lengths) -> float:
     """Returns the share of the rate that is left after the stable steps."""
-    length = schedule.wsd_length(decay_steps)
-    stable_steps = decay_steps - length
-    if step <= stable_steps:
+    stable = lengths.decay_end - lengths.wsd_decay
+    if samples <= stable:
         return 1.0
-    return _SHAPES[schedule.wsd_shape]((step - stable_steps) / length)
+    return _SHAPES[schedule.wsd_shape]((samples - stable) / lengths.wsd_decay)
 
 
 def _linear(ratio: float) -> float:

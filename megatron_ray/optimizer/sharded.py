@@ -8,7 +8,7 @@ bucket. In fp32 the main parameters are the model's own memory; in bf16 they are
 separate fp32 shard.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -107,6 +107,11 @@ class OptimizerShard:
         """Sets the number of previous updates, for bias correction after a resume."""
         for update in self._updates:
             update.set_steps_taken(steps)
+
+    def set_numbers(self, peak_lr: float, numbers: Mapping[str, float]) -> None:
+        """Sets numbers that replace those of the config from the next update on."""
+        for update in self._updates:
+            update.set_numbers(peak_lr, numbers)
 
     def publish(self) -> None:
         """Copies main parameters into the model's weights on every rank.
@@ -219,6 +224,15 @@ class ShardedOptimizer:
         """Sets the number of previous updates, for bias correction after a resume."""
         for shard in self.shards:
             shard.set_steps_taken(steps)
+
+    def set_numbers(self, peak_lr: float, numbers: Mapping[str, float]) -> None:
+        """Sets numbers of the optimizer that replace those of its config.
+
+        They are as `StepRates.numbers`; `peak_lr` is the rate of which the schedule is a
+        share.
+        """
+        for shard in self.shards:
+            shard.set_numbers(peak_lr, numbers)
 
     def publish(self) -> None:
         """Copies main parameters into the model's weights on every rank.

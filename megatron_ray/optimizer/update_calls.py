@@ -51,6 +51,9 @@ class UpdateCall(Protocol):
     def set_steps_taken(self, steps: int) -> None:
         """Sets the number of previous updates."""
 
+    def set_numbers(self, peak_lr: float, numbers: Mapping[str, float]) -> None:
+        """Sets numbers that replace those of the rule from the next update on."""
+
 
 def update_call(
     config: OptimizerConfig, rule: UpdateRule, device: torch.device
@@ -77,6 +80,7 @@ class FusedAdamW:
     """AdamW by torch's fused kernel."""
 
     def __init__(self, rule: UpdateRule, peak_lr: float, device: torch.device) -> None:
+        self._spec_rule = rule
         self._rule = rule
         self._peak_lr = peak_lr
         self._device = device
@@ -132,6 +136,11 @@ class FusedAdamW:
         for count in self._counts:
             count.fill_(float(steps))
 
+    def set_numbers(self, peak_lr: float, numbers: Mapping[str, float]) -> None:
+        """Sets numbers that replace those of the rule from the next update on."""
+        self._rule = self._spec_rule.with_numbers(numbers)
+        self._peak_lr = peak_lr
+
 
 class ElementwiseUpdate:
     """An update by an elementwise function."""
@@ -140,6 +149,7 @@ class ElementwiseUpdate:
         self, function: Rule, rule: UpdateRule, peak_lr: float, device: torch.device
     ) -> None:
         self._function = function
+        self._spec_rule = rule
         self._rule = rule
         self._peak_lr = peak_lr
         self._runs: list[RunTensors] = []
@@ -181,6 +191,11 @@ class ElementwiseUpdate:
     def set_steps_taken(self, steps: int) -> None:
         """Sets the number of previous updates."""
         self._count.fill_(float(steps))
+
+    def set_numbers(self, peak_lr: float, numbers: Mapping[str, float]) -> None:
+        """Sets numbers that replace those of the rule from the next update on."""
+        self._rule = self._spec_rule.with_numbers(numbers)
+        self._peak_lr = peak_lr
 
 
 def _replace(old: Tensor, new: Tensor, skip: Tensor | None) -> None:

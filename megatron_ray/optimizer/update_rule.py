@@ -4,7 +4,7 @@ Owns: which of `optimizer.groups` applies to a parameter. Pure; torch-free. Must
 buffers, the arithmetic of the update.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Self
 
@@ -41,6 +41,16 @@ class UpdateRule:
     aggregated: tuple[Moment, ...] = ()
     decay: str = "lr"
     """`lr`, `schedule` or `l2`, see `OptimizerConfig.decay`."""
+    fixed: frozenset[str] = frozenset()
+    """Those of the run's varying numbers that do not vary here."""
+
+    def with_numbers(self, numbers: Mapping[str, float]) -> Self:
+        """Returns the rule with other numbers, except for those that are fixed."""
+        changes: dict[str, Any] = {}
+        for name, value in numbers.items():
+            if name not in self.fixed:
+                changes[name] = value
+        return replace(self, **changes)
 
     @classmethod
     def of(cls, config: OptimizerConfig) -> Self:
@@ -74,6 +84,7 @@ class UpdateRules:
 
     def __init__(self, config: OptimizerConfig) -> None:
         self._rule = UpdateRule.of(config)
+        self._varying = config.varying_numbers
         self._groups: list[tuple[Callable[[str], bool], dict[str, Any]]] = []
         for group in config.groups:
             numbers = group.model_dump(exclude={"parameters"}, exclude_none=True)
@@ -82,10 +93,13 @@ class UpdateRules:
     def of(self, parameter: LogicalParameter) -> UpdateRule:
         """Returns the rule of one parameter."""
         rule = self._rule
+        own = set[str]()
         if not parameter.decay:
             rule = replace(rule, weight_decay=0.0)
+            own.add("weight_decay")
         # Later groups override earlier ones, number by number.
         for is_member, numbers in self._groups:
             if is_member(parameter.name):
                 rule = replace(rule, **numbers)
-        return rule
+                own.update(numbers)
+        return replace(rule, fixed=self._varying & own)

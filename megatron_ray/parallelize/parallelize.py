@@ -4,9 +4,9 @@ Owns: the order of assembly; the only module that knows both model and layout. M
 know: the optimizer's arithmetic, data, the loop.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from megatron_ray.config.model import ModelConfig
 from megatron_ray.config.parallelism import ParallelismConfig
 from megatron_ray.config.train_config import TrainConfig
-from megatron_ray.config.training import TrainingConfig
 from megatron_ray.context_parallel.all_gather import AllGatherAttention
 from megatron_ray.context_parallel.all_to_all import UlyssesAttention
 from megatron_ray.context_parallel.ring import RingAttention
@@ -63,8 +62,8 @@ class ParallelModel:
     """This rank's modules of each kind of loss in the model; the kinds are the same, in
     the same order, on all ranks."""
     pipeline: PipelinePlan
-    actions: Order
-    """This rank's actions of a step; empty with a single stage."""
+    actions: Callable[[int], Order]
+    """Returns this rank's actions of a step with so many microbatches."""
     sequence_parallel: bool
     dtype: torch.dtype
     """Type of activations. Under ZeRO-3 the buffers are fp32, and weights are gathered
@@ -79,6 +78,11 @@ class ParallelModel:
     def parameter_groups(self) -> tuple[ParameterGroup, ...]:
         """The dense parameters, then those of experts, if any."""
         return self.storage.groups
+
+    @property
+    def is_pipelined(self) -> bool:
+        """Whether there is more than one stage, and thus actions to run."""
+        return self.pipeline.stages.num_stages > 1
 
     @property
     def has_loss(self) -> bool:
@@ -155,7 +159,10 @@ def parallelize(
         expert_biases=allocate_expert_biases(module, mesh.device),
         aux_losses=_aux_losses(module, config.model),
         pipeline=pipeline,
-        actions=_training_actions(pipeline, training, mesh),
+        # The number of microbatches hardly ever changes from one step to the next.
+        actions=lru_cache(maxsize=1)(
+            partial(pipeline.training_actions, pp_rank=mesh.pp_rank)
+        ),
         sequence_parallel=parallel.sequence_parallel,
         dtype=dtype,
     )
@@ -249,14 +256,3 @@ def _aux_losses(module: GPT, config: ModelConfig) -> dict[str, list[AuxLoss]]:
         if isinstance(part, AuxLoss) and part.kind in losses:
             losses[part.kind].append(part)
     return losses
-
-
-def _training_actions(
-    pipeline: PipelinePlan, training: TrainingConfig, mesh: ParallelMesh
-) -> Order:
-    """Returns this rank's actions of a step; empty with a single stage."""
-    if pipeline.stages.num_stages == 1:
-        return []
-    samples = training.micro_batch_size * mesh.dims.dp
-    num_microbatches = training.global_batch_size // samples
-    return pipeline.training_actions(num_microbatches, mesh.pp_rank)

@@ -23,7 +23,7 @@ from megatron_ray.planning.activations import (
     working_head,
 )
 from megatron_ray.planning.buffers import RankBuffers, distinct_buffers, is_fully_sharded
-from megatron_ray.planning.microbatch import num_microbatches, width_of
+from megatron_ray.planning.microbatch import all_num_microbatches, width_of
 from megatron_ray.planning.pipeline import kept_and_released
 from megatron_ray.sharding.parameter_types import LocalParameter
 
@@ -184,8 +184,11 @@ def _activations(
     peak = kept_by_chunk[0]
     # Without a pipeline each microbatch's backward runs before the next forward.
     if pipeline.stages.num_stages > 1:
-        events = kept_and_released(pipeline, num_microbatches(config), pp_rank)
-        peak = _peak(events, kept_by_chunk)
+        peak = 0
+        # Interleaving enlarges its groups by a remainder, which a small batch may have.
+        for count in all_num_microbatches(config):
+            events = kept_and_released(pipeline, count, pp_rank)
+            peak = max(peak, _peak(events, kept_by_chunk))
     return peak + recomputed + loss
 
 

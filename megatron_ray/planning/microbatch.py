@@ -36,12 +36,24 @@ def local_vocabulary(config: TrainConfig) -> int:
 
 
 def num_microbatches(config: TrainConfig) -> int:
-    """Returns the microbatches of a step on each rank.
+    """Returns the microbatches of a step of the full batch on each rank.
 
     Raises ValueError while dp is not resolved.
     """
-    training = config.training
+    return max(1, config.training.global_batch_size // _samples(config))
+
+
+def all_num_microbatches(config: TrainConfig) -> tuple[int, ...]:
+    """Returns the microbatches of steps of each batch size.
+
+    Raises ValueError while dp is not resolved.
+    """
+    sizes = config.training.batch_sizes.sizes
+    return tuple(max(1, size // _samples(config)) for size in sizes)
+
+
+def _samples(config: TrainConfig) -> int:
+    """Returns the samples of a microbatch over all replicas."""
     if config.parallel.dp == "auto":
         raise ValueError("parallel.dp is not resolved")
-    samples = training.micro_batch_size * config.parallel.dp
-    return max(1, training.global_batch_size // samples)
+    return config.training.micro_batch_size * config.parallel.dp

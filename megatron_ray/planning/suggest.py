@@ -331,7 +331,7 @@ def _best(layout: TrainConfig, world: int, hardware: Hardware) -> Suggestion | N
 
 def _micro_batches(layout: TrainConfig) -> list[int]:
     assert layout.parallel.dp != "auto"
-    samples = layout.training.global_batch_size // layout.parallel.dp
+    samples = layout.training.batch_sizes.divisor // layout.parallel.dp
     return [size for size in _MICRO_BATCHES if samples % size == 0]
 
 

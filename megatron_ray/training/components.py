@@ -5,12 +5,15 @@ Owns: the set of components, and the interfaces of savers and copiers.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Protocol
 
+from megatron_ray.config.schedules.batch_sizes import BatchSizes
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.data.loader import StepLoader
 from megatron_ray.distributed.mesh import ParallelMesh
 from megatron_ray.optimizer.sharded import ShardedOptimizer
+from megatron_ray.optimizer.step_rates import RunRates
 from megatron_ray.parallelize.parallelize import ParallelModel
 from megatron_ray.training.evaluate import Evaluation
 from megatron_ray.training.progress import Progress
@@ -73,3 +76,13 @@ class TrainingComponents:
     """The samples of the validation split; None without one."""
     saver: Saver
     copier: Copier = field(default_factory=NoCopies)
+
+    @cached_property
+    def rates(self) -> RunRates:
+        """The numbers of every step."""
+        return RunRates(self.config)
+
+    @cached_property
+    def batch_sizes(self) -> BatchSizes:
+        """The samples of every step."""
+        return self.config.training.batch_sizes

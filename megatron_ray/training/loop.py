@@ -12,7 +12,6 @@ from megatron_ray.config.training import TrainingConfig
 from megatron_ray.distributed.activity import PROCESS
 from megatron_ray.models.batch import Batch
 from megatron_ray.optimizer.finalize_grads import scale_and_clip
-from megatron_ray.optimizer.lr_schedule import learning_rate
 from megatron_ray.optimizer.step_sums import SkipRule, StepSums
 from megatron_ray.reports import Report
 from megatron_ray.training.components import TrainingComponents
@@ -46,7 +45,7 @@ def train(
     # boundary: due times are equal on all ranks, and commands are agreed on.
     while progress.step < config.training.num_steps:
         sums, lr = _train_step(components, progress, poll, timer)
-        progress = progress.after_step(config.training.global_batch_size)
+        progress = progress.after_step(components.batch_sizes)
         in_flight.add(progress, lr, timer.finish(), sums)
 
         is_last = progress.step == config.training.num_steps
@@ -106,14 +105,14 @@ def _train_step(
     )
     timer.mark("reduce")
     PROCESS.phase = "optimizer"
-    lr = learning_rate(
-        progress.step + 1, config.optimizer, config.schedule, config.training.num_steps
-    )
-    scale_and_clip(components.optimizer, sums, config.optimizer.clip_grad_norm)
-    components.optimizer.step(lr, sums.skip)
+    rates = components.rates.at(progress.step + 1)
+    scale_and_clip(components.optimizer, sums, rates.clip_grad_norm)
+    if components.rates.varies:
+        components.optimizer.set_numbers(rates.peak_lr, rates.numbers)
+    components.optimizer.step(rates.lr, sums.skip)
     timer.mark("optimizer")
     PROCESS.phase = "reports"
-    return sums, lr
+    return sums, rates.lr
 
 
 def _skip_rule(training: TrainingConfig, step: int) -> SkipRule:

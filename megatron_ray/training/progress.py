@@ -5,6 +5,8 @@ Owns: the position of a run, and when periodic actions are due.
 
 from dataclasses import dataclass, replace
 
+from megatron_ray.config.schedules.batch_sizes import BatchSizes
+
 
 @dataclass(frozen=True)
 class SkippedSteps:
@@ -45,21 +47,22 @@ class Progress:
         """Number of updates of the optimizer."""
         return self.step - self.skipped.total - self.skipped.left_out
 
-    def after_step(self, num_samples: int) -> "Progress":
-        """Returns the progress after one more step of `num_samples` samples."""
-        return replace(
-            self,
-            step=self.step + 1,
-            consumed_samples=self.consumed_samples + num_samples,
-        )
+    def after_step(self, batch_sizes: BatchSizes) -> "Progress":
+        """Returns the progress after one more step."""
+        consumed = self.consumed_samples + batch_sizes.at(self.consumed_samples)
+        return replace(self, step=self.step + 1, consumed_samples=consumed)
 
-    def planned_for(self, steps: int, batch: int, *, is_same_order: bool) -> "Progress":
+    def planned_for(
+        self, steps: int, batch_sizes: BatchSizes, *, is_same_order: bool
+    ) -> "Progress":
         """Returns the progress with samples planned up to step `steps`.
 
         Samples that were planned before keep their order, unless `is_same_order` is
         False: then nothing of it is left to keep.
         """
-        needed = self.consumed_samples + max(0, steps - self.step) * batch
+        # The batch grows with the samples that were consumed, whatever its size was then.
+        rest = replace(batch_sizes, consumed=self.consumed_samples)
+        needed = self.consumed_samples + rest.samples_after(max(0, steps - self.step))
         planned = self.planned_samples
         if not is_same_order:
             planned = ()

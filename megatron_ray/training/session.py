@@ -101,7 +101,7 @@ class TrainingSession:
         )
         self.progress = progress.planned_for(
             self.config.training.num_steps,
-            self.config.training.global_batch_size,
+            self.config.training.batch_sizes,
             is_same_order=is_same_order,
         )
         copier = self._make_copier(copies)
@@ -187,6 +187,7 @@ class TrainingSession:
             mesh.dp_rank,
             mesh.dims.dp,
             batch_maker(self.config, mesh, data.end_of_document),
+            training.rampup_batch_size,
         )
 
     def _evaluation(self, data: PreparedData) -> Evaluation | None:

@@ -31,10 +31,9 @@ def forward_backward(
     ValueError without a microbatch.
     """
     model.begin_step()
-    if model.actions:
-        return loss_sum(
-            run_stages(model, mesh, model.actions, batches, ForwardMode.TRAIN), mesh
-        )
+    if model.is_pipelined:
+        actions = model.actions(len(batches))
+        return loss_sum(run_stages(model, mesh, actions, batches, ForwardMode.TRAIN), mesh)
     total: Tensor | None = None
     for index, batch in enumerate(batches):
         PROCESS.microbatch = index

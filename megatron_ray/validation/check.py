@@ -51,6 +51,7 @@ _STEP_WARNINGS = (
     intervals.interval_warnings,
     intervals.skipping_warnings,
     intervals.source_warnings,
+    training_rules.rampup_warnings,
 )
 """Rules of what is legal but without effect, for a known number of steps."""
 _WARNINGS = (
@@ -115,6 +116,8 @@ def _batch_problems(config: TrainConfig, world_size: int | None) -> list[Problem
             f"{dp}; make it one"
         )
         problems.append(Problem("/training/global_batch_size", "batch_divides", detail))
+    else:
+        problems += training_rules.rampup_problems(config.training, dp)
     if not _replicas_divide(parallel, dp):
         detail = (
             f"zero_replicas={parallel.zero_replicas} does not divide dp x cp = {dp} x "

@@ -4,6 +4,9 @@ Owns: what a run would never do although its config asks for it. Rates are judge
 `schedule`. Pure. Must not know: how many ranks there are, the data.
 """
 
+from collections.abc import Iterator
+
+from megatron_ray.config.optimizer import OptimizerConfig
 from megatron_ray.config.problem import Problem
 from megatron_ray.config.train_config import TrainConfig
 
@@ -80,7 +83,7 @@ def source_warnings(config: TrainConfig) -> list[Problem]:
     """Returns sources of the blend with a weight of less than one sample in the run."""
     sources = config.data.train
     total = sum(source.weight for source in sources)
-    num_samples = config.training.num_steps * config.training.global_batch_size
+    num_samples = config.training.batch_sizes.samples_after(config.training.num_steps)
     warnings = []
     for index, source in enumerate(sources):
         share = source.weight / total
@@ -131,16 +134,8 @@ def clipping_warnings(config: TrainConfig) -> list[Problem]:
 
 def decay_warnings(config: TrainConfig) -> list[Problem]:
     """Returns weight decays that turn weights to 0 or beyond in one step."""
-    optimizer = config.optimizer
-    decays = [("/optimizer/weight_decay", optimizer.lr, optimizer.weight_decay)]
-    for index, group in enumerate(optimizer.groups):
-        weight_decay = group.weight_decay
-        if weight_decay is None:
-            weight_decay = optimizer.weight_decay
-        lr = optimizer.lr * (group.lr_scale or 1.0)
-        decays.append((f"/optimizer/groups/{index}", lr, weight_decay))
     warnings = []
-    for pointer, lr, weight_decay in decays:
+    for pointer, lr, weight_decay in _decays(config.optimizer):
         if lr * weight_decay >= 1:
             detail = (
                 f"lr x weight_decay = {lr:g} x {weight_decay:g} = {lr * weight_decay:g}: a "
@@ -149,3 +144,23 @@ def decay_warnings(config: TrainConfig) -> list[Problem]:
             )
             warnings.append(Problem(pointer, "decay_too_large", detail))
     return warnings
+
+
+def _decays(optimizer: OptimizerConfig) -> Iterator[tuple[str, float, float]]:
+    """Yields where a rate or a decay is set, with the largest of both."""
+    lr = optimizer.lr
+    weight_decay = optimizer.weight_decay
+    yield "/optimizer/weight_decay", lr, weight_decay
+    for index, group in enumerate(optimizer.groups):
+        own_decay = weight_decay
+        if group.weight_decay is not None:
+            own_decay = group.weight_decay
+        yield f"/optimizer/groups/{index}", lr * (group.lr_scale or 1.0), own_decay
+    schedule = optimizer.weight_decay_schedule
+    if schedule is not None and schedule.end > weight_decay:
+        weight_decay = schedule.end
+        yield "/optimizer/weight_decay_schedule/end", lr, weight_decay
+    for index, switch in enumerate(optimizer.switches):
+        lr = switch.numbers.get("lr", lr)
+        weight_decay = switch.numbers.get("weight_decay", weight_decay)
+        yield f"/optimizer/switches/{index}", lr, weight_decay

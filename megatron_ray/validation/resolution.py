@@ -22,7 +22,7 @@ def resolve_dp(config: TrainConfig, max_world: int) -> int:
         return parallel.dp
     ranks_per_replica = parallel.tp * parallel.pp * parallel.cp
     most = max(1, max_world // ranks_per_replica)
-    microbatches = training.global_batch_size // training.micro_batch_size
+    microbatches = training.batch_sizes.divisor // training.micro_batch_size
     step = least_dp(config)
     # Tries the most replicas first, which are the fastest.
     for dp in range(most - most % step, 0, -step):

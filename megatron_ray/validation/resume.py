@@ -15,6 +15,7 @@ from typing import Any, TypeGuard
 from pydantic import BaseModel
 
 from megatron_ray.config.problem import Problem
+from megatron_ray.config.schedules.rates import UNITS
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.config.training import LENGTHS
 from megatron_ray.validation.initial_weights import is_same, model_signature
@@ -77,7 +78,14 @@ _TRAINING_FIELDS_OF_MOE = tuple(
 )
 
 _DECAY_END = "schedule.decay_steps"
-_OF_DATA = ("model.vocab_size", _DECAY_END)
+_STEPS = "training.steps"
+_RAMPUP = "training.rampup_batch_size"
+_OF_DATA = ("model.vocab_size", _DECAY_END, _STEPS)
+_OF_DECAY = (
+    "schedule.min_lr",
+    *(f"schedule.decay_{unit}" for unit in UNITS),
+)
+"""Fields without effect for a constant rate."""
 
 _DERIVED = {
     "hidden_size": ("head_dim", "ffn_hidden_size", "moe.ffn_hidden_size"),
@@ -88,6 +96,7 @@ _DERIVED = {
 
 _EFFECTS = {
     "training.steps": "the learning rate would decay over another number of steps",
+    _RAMPUP: "steps would have another number of samples",
     "schedule": "the learning rate would be another one",
     "optimizer.lr": "the learning rate would be another one",
     "training.seed": "samples would come in another order, some of them again",
@@ -148,12 +157,14 @@ def compare(config: TrainConfig, saved: TrainConfig, origin: str) -> ResumeCompa
         # The decay that ends with the job is another one because the job is.
         name = field
         if field == _DECAY_END and config.schedule.decay_steps is None:
-            name = "training.steps"
+            name = _STEPS
+        if name in changed:
+            continue
         changed.append(name)
         value, saved_value = _differing(value, saved_value)
         if _is_fixed(name) or not _is_accepted(name, config):
             detail = _describe(name, value, f"{origin} {saved_value}")
-            if name == "training.steps" and config.schedule.min_lr > 0:
+            if field == _DECAY_END and name == _STEPS and _can_stay(config):
                 detail += (
                     f", or set schedule.decay_steps to {saved_value} to stay at min_lr"
                 )
@@ -229,7 +240,7 @@ def _explained_by_others(
     """Returns fields whose difference only follows from that of another field."""
     explained = []
     if config.schedule.kind != saved.schedule.kind:
-        explained += [_DECAY_END, "schedule.min_lr"]
+        explained += _OF_DECAY
     for field, derived in _DERIVED.items():
         if getattr(config.model, field) != getattr(saved.model, field):
             explained += [f"model.{name}" for name in derived]
@@ -286,7 +297,7 @@ def _is_within(field: str, names: tuple[str, ...]) -> bool:
 
 def _is_accepted(field: str, config: TrainConfig) -> bool:
     names = config.checkpoint.resume_changes
-    if field == "training.steps":
+    if field == _STEPS:
         # The length may be given in other units.
         return any(_is_within(f"training.{length}", names) for length in LENGTHS)
     return _is_within(field, names)
@@ -316,12 +327,38 @@ def _guarded_values(config: TrainConfig) -> dict[str, Any]:
     # order of samples never does.
     for length in LENGTHS:
         del values[f"training.{length}"]
-    if config.schedule.kind == "constant":
-        del values[_DECAY_END]
-        del values["schedule.min_lr"]
-    elif config.schedule.decay_steps is None:
+    schedule = config.schedule
+    if schedule.kind == "constant":
+        for field in _OF_DECAY:
+            del values[field]
+    elif not schedule.length_fields("decay"):
         values[_DECAY_END] = config.training.known_steps
+    if _counts_shares(config):
+        values[_STEPS] = config.training.known_steps
+    # One field for users, who set it as a whole.
+    rampup = config.training.rampup_batch_size
+    for field in [field for field in values if _is_within(field, (_RAMPUP,))]:
+        del values[field]
+    values[_RAMPUP] = "no ramp-up"
+    if rampup is not None:
+        values[_RAMPUP] = ", ".join(f"{name}={size}" for name, size in rampup)
     return values
+
+
+def _counts_shares(config: TrainConfig) -> bool:
+    """Returns whether more than a decay without an end depends on the number of steps."""
+    optimizer = config.optimizer
+    if optimizer.weight_decay_schedule is not None or config.schedule.has_shares:
+        return True
+    for switch in optimizer.switches:
+        if switch.schedule is not None and switch.schedule.ends_with_the_run:
+            return True
+    return False
+
+
+def _can_stay(config: TrainConfig) -> bool:
+    """Returns whether a longer run can go on at min_lr."""
+    return config.schedule.min_lr > 0 and not _counts_shares(config)
 
 
 def _leaves(node: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:

@@ -5,6 +5,7 @@ Pure. Must not know: how many ranks there are.
 
 from megatron_ray.config.model import ModelConfig
 from megatron_ray.config.problem import Problem
+from megatron_ray.config.schedules.batch_sizes import MAX_INCREMENTS, RampupConfig
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.config.training import TrainingConfig
 
@@ -29,7 +30,7 @@ def known_sample_problems(config: TrainConfig) -> list[Problem]:
 
 def sample_problems(training: TrainingConfig, steps: int) -> list[Problem]:
     """Returns a problem when so many steps have more samples than can be ordered."""
-    num_samples = steps * training.global_batch_size
+    num_samples = training.batch_sizes.samples_after(steps)
     if num_samples <= MAX_SAMPLES:
         return []
     field = "steps"
@@ -37,12 +38,72 @@ def sample_problems(training: TrainingConfig, steps: int) -> list[Problem]:
         field = "epochs"
     elif training.tokens is not None:
         field = "tokens"
+    counted = f"steps x global_batch_size = {steps} x {training.global_batch_size} ="
+    if training.rampup_batch_size is not None:
+        counted = f"{steps} steps of up to {training.global_batch_size} samples ="
     detail = (
-        f"steps x global_batch_size = {steps} x {training.global_batch_size} = "
-        f"{num_samples} samples, at most {MAX_SAMPLES} can be ordered; lower {field}, or use "
-        "longer sequences"
+        f"{counted} {num_samples} samples, at most {MAX_SAMPLES} can be ordered; lower "
+        f"{field}, or use longer sequences"
     )
     return [Problem(f"/training/{field}", "too_many_samples", detail)]
+
+
+def rampup_problems(training: TrainingConfig, dp: int) -> list[Problem]:
+    """Returns a problem of batch sizes that cannot be spread over dp replicas.
+
+    global_batch_size can.
+    """
+    rampup = training.rampup_batch_size
+    full = training.global_batch_size
+    multiple = training.micro_batch_size * dp
+    if rampup is None:
+        return []
+    pointer = "/training/rampup_batch_size"
+    if full == multiple:
+        detail = (
+            f"micro_batch_size x dp = {training.micro_batch_size} x {dp} is the whole "
+            f"global_batch_size={full}, so no step can have fewer samples; leave it out, or "
+            "lower micro_batch_size"
+        )
+        return [Problem(pointer, "rampup_sizes", detail)]
+    if _is_legal(rampup, full, multiple):
+        return []
+    # The nearest start, and from there the nearest increment.
+    start = min(max(1, round(rampup.start / multiple)) * multiple, full - multiple)
+    increments = []
+    for num_increments in range(1, MAX_INCREMENTS + 1):
+        if (full - start) % (num_increments * multiple) == 0:
+            increments.append((full - start) // num_increments)
+    increment = min(increments, key=lambda size: abs(size - rampup.increment))
+    detail = (
+        f"start={rampup.start} and increment={rampup.increment} do not lead to "
+        f"global_batch_size={full} in multiples of micro_batch_size x dp = "
+        f"{training.micro_batch_size} x {dp} samples; use start={start} and "
+        f"increment={increment}"
+    )
+    return [Problem(pointer, "rampup_sizes", detail)]
+
+
+def _is_legal(rampup: RampupConfig, full: int, multiple: int) -> bool:
+    growth = full - rampup.start
+    if growth <= 0 or growth % rampup.increment:
+        return False
+    return rampup.start % multiple == 0 and rampup.increment % multiple == 0
+
+
+def rampup_warnings(config: TrainConfig) -> list[Problem]:
+    """Returns a ramp-up that the run does not complete."""
+    training = config.training
+    rampup = training.rampup_batch_size
+    num_samples = training.batch_sizes.samples_after(training.num_steps)
+    if rampup is None or num_samples > rampup.samples:
+        return []
+    detail = (
+        f"samples={rampup.samples} is not below the run's {num_samples} samples, so no step "
+        f"has global_batch_size={training.global_batch_size} samples"
+    )
+    pointer = "/training/rampup_batch_size/samples"
+    return [Problem(pointer, "beyond_the_run", detail)]
 
 
 def length_problems(config: TrainConfig) -> list[Problem]:

@@ -14,6 +14,7 @@ from urllib.parse import urlencode
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
+from megatron_ray.config.schedules.batch_sizes import batch_sizes_of
 from megatron_ray.exceptions import redacted
 from service.api.cluster_models import (
     Cluster,
@@ -392,4 +393,11 @@ def _eta_s(row: JobRow) -> float | None:
         return None
     if step is None or step_s is None:
         return None
-    return float(max(0, steps - step) * step_s)
+    sizes = batch_sizes_of(row.resolved_spec["training"])
+    if sizes is None:
+        return None
+    # Later steps may have more samples than the last one.
+    consumed = sizes.samples_after(step)
+    remaining = max(0, sizes.samples_after(steps) - consumed)
+    batch_size = sizes.at(sizes.samples_after(max(0, step - 1)))
+    return remaining / batch_size * float(step_s)

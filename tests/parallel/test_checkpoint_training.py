@@ -212,6 +212,34 @@ def test_a_run_that_has_skipped_a_step_resumes_exactly(
     goes_on_here_and_elsewhere(run_ranks, here, there, corpus, rel=2e-5)
 
 
+def test_growing_batches_and_switches_are_the_same_in_every_layout(
+    run_ranks: Run, tmp_path: Path, corpus: PreparedData
+) -> None:
+    """Also from the middle of the ramp-up on, and where a switch follows it."""
+
+    def growing(settings: TrainConfig) -> TrainConfig:
+        fields = settings.model_dump()
+        rampup = {"start": 4, "increment": 4, "samples": 60}
+        fields["training"] |= {"global_batch_size": 16, "rampup_batch_size": rampup}
+        fields["optimizer"] |= {
+            "weight_decay": 0.1,
+            "weight_decay_schedule": {"end": 0.5},
+            "switches": [{"step": 7, "beta2": 0.8, "schedule": {"kind": "linear"}}],
+        }
+        return TrainConfig.from_mapping(fields)
+
+    here = growing(config(tmp_path, 1, 2))
+    there = growing(config(tmp_path / "one", 1, 1))
+    whole, _ = goes_on_here_and_elsewhere(run_ranks, here, there, corpus, rel=1e-5)
+    one = run_ranks(train, 1, there, corpus, 1, None)[0]
+    piped = run_ranks(
+        train, 2, growing(config(tmp_path / "pp", 1, 1, pp=2)), corpus, 1, None
+    )
+    for step, values in whole.items():
+        assert one[step] == pytest.approx(values, rel=1e-5)
+        assert piped[0][step] == pytest.approx(values, rel=2e-5)
+
+
 @pytest.mark.parametrize(
     "parallel",
     [

@@ -66,7 +66,7 @@ def count_one(config: TrainConfig, mesh: ParallelMesh) -> Counted:
             counts.append((action, products.take()))
 
         PipelineRunner(
-            model.actions,
+            model.actions(count),
             model.pipeline.stages,
             chunks,
             mesh.pp_group,

@@ -187,7 +187,11 @@ class Replay:
         (step, rest) = divmod(consumed_samples, self.choices.shape[1])
         assert rest == 0
         rows = sample_ids(
-            0, loader.micro_batch_size, loader.dp_rank, loader.dp, loader.num_microbatches
+            0,
+            loader.micro_batch_size,
+            loader.dp_rank,
+            loader.dp,
+            loader.num_microbatches(consumed_samples),
         )
         cut = loader.make_batch.cut
         of_step = torch.from_numpy(

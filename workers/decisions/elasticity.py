@@ -54,7 +54,7 @@ def legal_dps(spec: JobSpec) -> tuple[int, ...]:
     if elastic is None:
         return ()
     # Every replica does the same number of microbatches, so only divisors are checked.
-    microbatches = spec.training.global_batch_size // spec.training.micro_batch_size
+    microbatches = spec.training.batch_sizes.divisor // spec.training.micro_batch_size
     sizes = []
     for dp in range(elastic.min_dp, min(elastic.max_dp, microbatches) + 1):
         if microbatches % dp == 0 and not check.find_problems(with_dp(spec, dp)):
@@ -87,9 +87,12 @@ def elastic_problems(spec: JobSpec) -> list[Problem]:
     if legal_dps(spec):
         return []
     training = spec.training
+    sizes = f"global_batch_size={training.global_batch_size}"
+    if training.rampup_batch_size is not None:
+        sizes += " and each batch size of rampup_batch_size"
     detail = (
         f"no dp from {elastic.min_dp} to {elastic.max_dp} is possible: micro_batch_size x dp "
-        f"must divide global_batch_size={training.global_batch_size} "
+        f"must divide {sizes} "
         f"(micro_batch_size={training.micro_batch_size}), and the layout must allow it"
     )
     return [Problem("/elastic", "elastic_sizes", detail)]

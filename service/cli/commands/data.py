@@ -97,5 +97,5 @@ def _length(training: TrainingConfig, num_train_tokens: int) -> str:
         given = f"training.epochs={training.epochs:g}"
     return (
         f"{given} makes {training.steps_over(num_train_tokens):,} steps of "
-        f"{training.global_batch_size} x {training.seq_length} tokens"
+        f"{training.batch_sizes} x {training.seq_length} tokens"
     )

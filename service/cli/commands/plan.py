@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
+from megatron_ray.config.schedules.batch_sizes import batch_sizes_of
 from service.cli.connection import DataDir, Token, Url, connect_if_up
 from service.cli.failure import CommandError, with_field_lines
 from service.cli.numbers import at_least
@@ -191,11 +192,13 @@ def _print_length(training: Json) -> None:
     # Of a number of epochs it follows from the data, as a note explains.
     if steps is None:
         return
-    batch = training["global_batch_size"]
-    num_tokens = steps * batch * training["seq_length"]
+    sizes = batch_sizes_of(training)
+    if sizes is None:
+        return
+    num_tokens = sizes.samples_after(steps) * training["seq_length"]
     console().print(
-        f"[bold]{steps:,} steps[/bold] of {batch} x {training['seq_length']} tokens: "
-        f"{num_tokens:,} tokens"
+        f"[bold]{steps:,} steps[/bold] of {sizes} x {training['seq_length']} "
+        f"tokens: {num_tokens:,} tokens"
     )
 
 

@@ -17,6 +17,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column
 
+from megatron_ray.config.schedules.batch_sizes import BatchSizes, batch_sizes_of
 from service.cli.failure import CommandError, with_field_lines
 from service.cli.output import (
     duration,
@@ -53,11 +54,12 @@ class Watcher:
     """Whether to print events of single ranks and removed checkpoints too."""
     steps: int | None = None
     """Number of steps of the whole job."""
-    tokens_per_step: int | None = None
     status: str = ""
     step: int = 0
     loss: float | None = None
     tokens_per_s: float | None = None
+    _batch_sizes: BatchSizes | None = field(default=None, repr=False)
+    _seq_length: int | None = field(default=None, repr=False)
     _smooth_tokens_per_s: float | None = field(default=None, repr=False)
     _last_message: str = field(default="", repr=False)
 
@@ -68,10 +70,10 @@ class Watcher:
         steps = nested(job, "progress.steps") or nested(spec, "training.steps")
         if isinstance(steps, int):
             self.steps = steps
-        batch_size = nested(spec, "training.global_batch_size")
+        self._batch_sizes = batch_sizes_of(spec.get("training") or {})
         seq_length = nested(spec, "training.seq_length")
-        if isinstance(batch_size, int) and isinstance(seq_length, int):
-            self.tokens_per_step = batch_size * seq_length
+        if isinstance(seq_length, int):
+            self._seq_length = seq_length
 
     def handle_event(self, event: StreamEvent) -> list[str]:
         """Updates the state and returns the lines to print, as console markup."""
@@ -101,10 +103,11 @@ class Watcher:
         """Seconds to the last step at the smoothed throughput; None before the first."""
         if not self._smooth_tokens_per_s or self.steps is None:
             return None
-        if self.tokens_per_step is None:
+        if self._batch_sizes is None or self._seq_length is None:
             return None
-        remaining_steps = max(0, self.steps - self.step)
-        return remaining_steps * self.tokens_per_step / self._smooth_tokens_per_s
+        taken = self._batch_sizes.samples_after(self.step)
+        remaining = max(0, self._batch_sizes.samples_after(self.steps) - taken)
+        return remaining * self._seq_length / self._smooth_tokens_per_s
 
     def progress_line(self, *, is_short: bool = False) -> str:
         """Returns step, loss, throughput and ETA on one line; `is_short`: beside a bar."""

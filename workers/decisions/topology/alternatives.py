@@ -94,7 +94,7 @@ def _layouts(spec: JobSpec, nodes: Sequence[NodeInfo], demand: Demand) -> Iterat
 
 def _largest_dp(spec: JobSpec, most: int) -> int:
     """Returns the largest dp, at most `most`, that divides the batch; 0 if none does."""
-    samples = spec.training.global_batch_size // spec.training.micro_batch_size
+    samples = spec.training.batch_sizes.divisor // spec.training.micro_batch_size
     for dp in range(min(most, samples), 0, -1):
         if samples % dp == 0:
             return dp

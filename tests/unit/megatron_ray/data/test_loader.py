@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_ray.config.schedules.batch_sizes import RampupConfig
 from megatron_ray.data.datasets import (
     EvaluationSource,
     build_dataset,
     evaluation_sources,
 )
-from megatron_ray.data.loader import BatchMaker, evaluation_batches
+from megatron_ray.data.loader import BatchMaker, StepLoader, evaluation_batches
 from megatron_ray.data.prepared import PreparedCorpus
 from tests.support.corpus_files import write_prepared
 
@@ -68,6 +69,24 @@ def test_replicas_share_every_sample_of_every_source_once(
     for number, count in enumerate(counts):
         expected += [(number, index) for index in range(count)]
     assert sorted(counted) == expected
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 2])
+def test_growing_batches_have_the_same_samples_in_every_layout(
+    micro_batch_size: int,
+) -> None:
+    rampup = RampupConfig(start=4, increment=4, samples=20)
+    for consumed, size in ((0, 4), (4, 4), (8, 8), (16, 12), (28, 16), (44, 16)):
+        for dp in (1, 2):
+            ids = []
+            for dp_rank in range(dp):
+                loader = StepLoader(
+                    Numbered(0), micro_batch_size, 16, dp_rank, dp, BatchMaker(CPU), rampup
+                )
+                assert loader.num_microbatches(consumed) == size // dp // micro_batch_size
+                for batch in loader.step(consumed):
+                    ids += batch.tokens_BS[:, 1].tolist()
+            assert sorted(ids) == list(range(consumed, consumed + size))
 
 
 def test_documents_are_separated_where_they_begin_and_after_end_tokens() -> None:

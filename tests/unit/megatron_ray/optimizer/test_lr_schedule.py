@@ -6,13 +6,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_ray.config.optimizer import OptimizerConfig, ScheduleConfig
+from megatron_ray.config.schedules.batch_sizes import BatchSizes
+from megatron_ray.config.schedules.lengths import Clock, lengths_of
+from megatron_ray.config.schedules.rates import ScheduleConfig
 from megatron_ray.optimizer.lr_schedule import learning_rate
+
+BATCH = 12
+SEQ_LENGTH = 7
 
 
 def rates(steps: int, at: list[int], **schedule: object) -> list[float]:
     config = ScheduleConfig.model_validate(schedule)
-    return [learning_rate(step, OptimizerConfig(lr=1.0), config, steps) for step in at]
+    lengths = lengths_of(config, Clock(BatchSizes(BATCH), SEQ_LENGTH, steps))
+    return [learning_rate(step * BATCH, 1.0, config, lengths) for step in at]
 
 
 def test_cosine_with_warmup() -> None:

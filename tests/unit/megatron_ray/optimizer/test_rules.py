@@ -141,6 +141,61 @@ def test_updates_equal_the_definition(case: str, decay: str | None) -> None:
         np.testing.assert_allclose(run.weights.numpy(), expected, rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.parametrize("decay", ["lr", "schedule", "l2"])
+@pytest.mark.parametrize("case", CASES)
+def test_weight_decay_may_change_from_step_to_step(case: str, decay: str) -> None:
+    numbers, definition = CASES[case]
+    config = OptimizerConfig.model_validate(
+        {
+            "name": case.split("-")[0],
+            "lr": PEAK,
+            "decay": decay,
+            "weight_decay_schedule": {"end": 0.5},
+            **numbers,
+        }
+    )
+    run, call = make(config)
+    step = definition()
+    expected = run.weights.numpy().copy()
+    for t, gradient in enumerate(gradients()[:20], 1):
+        run.gradient.copy_(gradient)
+        # The first step has none.
+        weight_decay = 0.02 * (t - 1)
+        call.set_numbers(PEAK, {"weight_decay": weight_decay})
+        call.step(lr_of(t), None)
+        now = decayed(step, decay, weight_decay)
+        expected = now(t, expected, gradient.numpy(), lr_of(t))
+        np.testing.assert_allclose(run.weights.numpy(), expected, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_switched_numbers_are_those_of_another_config(name: str) -> None:
+    other: dict[str, float] = {"weight_decay": 0.3}
+    for number, value in (("beta1", 0.5), ("beta2", 0.6), ("momentum", 0.4), ("nu", 0.1)):
+        if number in optimizer_kind(name).numbers:
+            other[number] = value
+    switch = {"step": 4, **other}
+    base = {"name": name, "lr": PEAK, "weight_decay": 0.1, "decay": "schedule"}
+    switched, call = make(OptimizerConfig.model_validate({**base, "switches": [switch]}))
+    plain, plain_call = make(OptimizerConfig.model_validate(base))
+    later, later_call = make(
+        OptimizerConfig.model_validate({**base, **other, "lr": PEAK / 2})
+    )
+    for t, gradient in enumerate(gradients()[:8], 1):
+        if t == 4:
+            assert torch.equal(switched.weights, plain.weights)
+            call.set_numbers(PEAK / 2, other)
+            later.weights.copy_(switched.weights)
+            for key, value in switched.state.items():
+                later.state[key].copy_(value)
+            later_call.set_steps_taken(3)
+        for one, update in ((switched, call), (plain, plain_call), (later, later_call)):
+            one.gradient.copy_(gradient)
+            update.step(lr_of(t), None)
+    assert torch.equal(switched.weights, later.weights)
+    assert not torch.equal(switched.weights, plain.weights)
+
+
 def test_every_optimizer_has_a_definition_here() -> None:
     assert {case.split("-")[0] for case in CASES} == set(BUILT_IN)
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from megatron_ray.config.optimizer import OptimizerConfig
+from megatron_ray.config.optimizer import OptimizerConfig, SwitchConfig
 from megatron_ray.optimizer.update_rule import UpdateRule, UpdateRules
 from megatron_ray.sharding.parameter_types import Init, LogicalParameter
 
@@ -39,3 +39,34 @@ def test_groups_change_the_optimizers_numbers(
 ) -> None:
     parameter = LogicalParameter(name, (4,), Init("zeros"), None, decay)
     assert UpdateRules(CONFIG).of(parameter) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "decay", "expected"),
+    [
+        ("head.weight", True, (0.5, 0.7, 0.95)),
+        # No decay stays no decay, and what a group sets stays too.
+        ("final_norm.weight", False, (0.0, 0.7, 0.95)),
+        ("embedding.weight", True, (0.0, 0.7, 0.95)),
+        ("layers.1.mlp.up.weight", True, (0.3, 0.8, 0.95)),
+    ],
+)
+def test_varying_numbers_leave_those_of_groups_alone(
+    name: str, decay: bool, expected: tuple[float, float, float]
+) -> None:
+    varying = CONFIG.model_copy(
+        update={"switches": (SwitchConfig(step=2, beta1=0.7, weight_decay=0.5),)}
+    )
+    parameter = LogicalParameter(name, (4,), Init("zeros"), None, decay)
+    rule = UpdateRules(varying).of(parameter)
+    changed = rule.with_numbers({"beta1": 0.7, "weight_decay": 0.5})
+    assert (changed.weight_decay, changed.beta1, changed.beta2) == expected
+
+
+def test_rules_without_varying_numbers_stay_as_few() -> None:
+    """A norm without decay is updated with a weight without decay."""
+    plain = UpdateRules(OptimizerConfig(lr=1.0))
+    rules = set()
+    for decay in (True, False):
+        rules.add(plain.of(LogicalParameter("a", (4,), Init("zeros"), None, decay)))
+    assert len(rules) == 1

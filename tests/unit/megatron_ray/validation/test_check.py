@@ -303,6 +303,59 @@ def test_a_good_config_has_no_problem() -> None:
             "2147483648 can be ordered",
         ),
         (
+            {
+                "training": {
+                    "steps": 1 << 28,
+                    "rampup_batch_size": {"start": 8, "increment": 8, "samples": 80},
+                }
+            },
+            None,
+            "/training/steps",
+            "268435456 steps of up to 16 samples = 4294967216 samples, at most 2147483648",
+        ),
+        (
+            {
+                "parallel": {"dp": 2},
+                "training": {
+                    "micro_batch_size": 2,
+                    "rampup_batch_size": {"start": 6, "increment": 2, "samples": 80},
+                },
+            },
+            None,
+            "/training/rampup_batch_size",
+            "start=6 and increment=2 do not lead to global_batch_size=16 in multiples of "
+            "micro_batch_size x dp = 2 x 2 samples; use start=8 and increment=4",
+        ),
+        (
+            {"training": {"rampup_batch_size": {"start": 4, "increment": 7, "samples": 9}}},
+            None,
+            "/training/rampup_batch_size",
+            "multiples of micro_batch_size x dp = 4 x 1 samples; use start=4 and increment=4",
+        ),
+        (
+            {
+                "training": {
+                    "rampup_batch_size": {"start": 16, "increment": 4, "samples": 9}
+                }
+            },
+            None,
+            "/training/rampup_batch_size",
+            "use start=12 and increment=4",
+        ),
+        (
+            {
+                "parallel": {"dp": 4},
+                "training": {
+                    "micro_batch_size": 4,
+                    "rampup_batch_size": {"start": 8, "increment": 8, "samples": 9},
+                },
+            },
+            None,
+            "/training/rampup_batch_size",
+            "micro_batch_size x dp = 4 x 4 is the whole global_batch_size=16, so no step can "
+            "have fewer samples; leave it out, or lower micro_batch_size",
+        ),
+        (
             {"model": {"attention_dropout": 0.1}, "parallel": {"cp": 2}},
             None,
             "/model/attention_dropout",
@@ -919,6 +972,38 @@ def test_good_experts_have_no_problem() -> None:
             },
             "/optimizer/groups/0",
             "lr x weight_decay = 2 x 1 = 2",
+        ),
+        (
+            {
+                "optimizer": {
+                    "lr": 0.5,
+                    "weight_decay": 0.1,
+                    "weight_decay_schedule": {"end": 2.5},
+                }
+            },
+            "/optimizer/weight_decay_schedule/end",
+            "lr x weight_decay = 0.5 x 2.5 = 1.25",
+        ),
+        (
+            {
+                "optimizer": {
+                    "lr": 0.5,
+                    "weight_decay": 0.1,
+                    "switches": [{"step": 2, "lr": 10}],
+                }
+            },
+            "/optimizer/switches/0",
+            "lr x weight_decay = 10 x 0.1 = 1",
+        ),
+        (
+            {
+                "training": {
+                    "rampup_batch_size": {"start": 8, "increment": 8, "samples": 80}
+                }
+            },
+            "/training/rampup_batch_size/samples",
+            "samples=80 is not below the run's 80 samples, so no step has "
+            "global_batch_size=16 samples",
         ),
         (
             {"training": {"eval_every_steps": 11}},

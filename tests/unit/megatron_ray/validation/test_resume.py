@@ -74,6 +74,13 @@ GUARDED: list[tuple[dict[str, Any], str]] = [
     ({"optimizer__weight_decay": 0.1}, "optimizer.weight_decay"),
     ({"optimizer__clip_grad_norm": 0.5}, "optimizer.clip_grad_norm"),
     ({"schedule__warmup_steps": 5}, "schedule.warmup_steps"),
+    ({"schedule__warmup_tokens": 5120}, "schedule.warmup_tokens"),
+    ({"schedule__decay_samples": 300}, "schedule.decay_samples"),
+    (
+        {"training__rampup_batch_size": {"start": 4, "increment": 4, "samples": 80}},
+        "training.rampup_batch_size",
+    ),
+    ({"optimizer__switches": [{"step": 9, "lr": 0.1}]}, "optimizer.switches"),
     ({"schedule__min_lr": 1e-4}, "schedule.min_lr"),
     ({"schedule__kind": "constant"}, "schedule.kind"),
     ({"schedule__decay_steps": 30}, "schedule.decay_steps"),
@@ -163,6 +170,36 @@ def test_a_tokenizer_may_be_named_as_a_file_which_is_compared_where_it_is_read()
 def test_more_steps_are_free_where_the_rate_does_not_depend_on_them() -> None:
     for schedule in ({"schedule__kind": "constant"}, {"schedule__decay_steps": 20}):
         assert pointers({"training__steps": 40, **schedule}, schedule) == []
+
+
+def test_more_steps_are_named_where_shares_depend_on_them() -> None:
+    constant = {"schedule__kind": "constant"}
+    for old in (
+        {**constant, "schedule__warmup_fraction": 0.1},
+        {"schedule__decay_fraction": 0.5, "schedule__min_lr": 1e-4},
+        {**constant, "optimizer__weight_decay_schedule": {"end": 0.1}},
+        {**constant, "optimizer__switches": [{"step": 9, "schedule": {"kind": "linear"}}]},
+        {"optimizer__weight_decay_schedule": {"end": 0.1}, "schedule__min_lr": 1e-4},
+    ):
+        (problem,) = compare({"training__steps": 40, **old}, old).problems
+        assert problem.pointer == "/training/steps"
+        # Staying at min_lr would not be enough.
+        assert "schedule.decay_steps" not in problem.detail
+        named = {"training__steps": 40, "checkpoint__resume_changes": ["training.steps"]}
+        assert pointers({**named, **old}, old) == []
+        assert pointers(old, old) == []
+
+
+def test_a_ramp_up_is_one_field() -> None:
+    old = {"training__rampup_batch_size": {"start": 4, "increment": 4, "samples": 80}}
+    new = {"training__rampup_batch_size": {"start": 2, "increment": 2, "samples": 80}}
+    (problem,) = compare(new, old).problems
+    assert problem.detail == (
+        "start=2, increment=2, samples=80, but the checkpoint /c/step-20 was made with "
+        "start=4, increment=4, samples=80, and steps would have another number of samples; "
+        "set it back, or add training.rampup_batch_size to checkpoint.resume_changes to go "
+        "on with it"
+    )
 
 
 def test_other_validation_sources_are_free_but_holding_out_other_documents_is_not() -> None:

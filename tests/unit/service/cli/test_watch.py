@@ -49,6 +49,16 @@ def test_eta_comes_from_smoothed_throughput() -> None:
     assert watcher.progress_line() == "step 41/100  loss 3.0000  40,960 tokens/s  ETA 0:31"
 
 
+def test_eta_counts_the_smaller_batches_of_a_ramp_up() -> None:
+    watcher = Watcher()
+    rampup = {"start": 4, "increment": 4, "samples": 80}
+    training = {"global_batch_size": 16, "seq_length": 256, "rampup_batch_size": rampup}
+    watcher.update_job({**JOB, "resolved_spec": {"training": {**training, "steps": 100}}})
+    watcher.handle_event(row(5))
+    # 4 samples in 7 steps, 8 in 4, 12 in 2, then 16.
+    assert watcher.eta_s == pytest.approx((8 + 32 + 24 + 16 * 87) * 256 / 4096)
+
+
 def test_a_resumed_job_steps_back() -> None:
     watcher = Watcher()
     watcher.update_job(JOB)

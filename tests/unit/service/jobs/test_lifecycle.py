@@ -169,6 +169,17 @@ def check_history(service: Any, job_id: str, path: str) -> None:
     }
 
 
+def test_time_left_counts_the_samples_of_a_ramp_up(
+    service: Any, spec: dict[str, Any]
+) -> None:
+    rampup = {"start": 4, "increment": 4, "samples": 40}
+    training = {**spec["training"], "global_batch_size": 8, "rampup_batch_size": rampup}
+    job_id, driver = service.running_job(spec | {"training": training})
+    driver.steps(1, 5)
+    # 0.5 s for 4 samples; then 5 steps of 4 and 10 of 8.
+    assert service.job(job_id)["progress"]["eta_s"] == pytest.approx(0.5 * 25)
+
+
 def test_job_before_any_agent_waits_and_is_resolved_by_the_first_report(
     service: Any, make_node: Callable[..., Any]
 ) -> None:

@@ -4,7 +4,9 @@ from typing import Any
 
 import pytest
 
+from megatron_ray.config.schedules.batch_sizes import RampupConfig
 from megatron_ray.parallel_dims import ParallelDims
+from megatron_ray.validation.resolution import resolve_dp
 from workers.decisions import elasticity
 from workers.decisions.elasticity import GrowthFacts, Shortage
 from workers.decisions.placement import PlacementPlan
@@ -35,6 +37,27 @@ def test_possible_sizes_divide_the_batch_and_complete_the_grid() -> None:
     assert elasticity.legal_dps(spec_of(batch=7)) == (7,)
     fixed = spec_of().model_copy(update={"elastic": None})
     assert elasticity.legal_dps(fixed) == ()
+
+
+def test_possible_sizes_divide_every_batch_of_a_ramp_up() -> None:
+    rampup = RampupConfig(start=4, increment=4, samples=80)
+    spec = spec_of()
+    training = spec.training.model_copy(update={"rampup_batch_size": rampup})
+    growing = spec.model_copy(update={"training": training})
+    assert elasticity.legal_dps(growing) == (2, 4)
+    # So does the size that is chosen for a world.
+    parallel = growing.parallel.model_copy(update={"dp": "auto"})
+    open_size = growing.model_copy(update={"parallel": parallel})
+    assert resolve_dp(spec.model_copy(update={"parallel": parallel}), 12) == 6
+    assert resolve_dp(open_size, 12) == 4
+    elastic = growing.elastic
+    assert elastic is not None
+    bounds = elastic.model_copy(update={"min_dp": 5})
+    impossible = open_size.model_copy(update={"elastic": bounds})
+    (problem,) = elasticity.elastic_problems(impossible)
+    assert "must divide global_batch_size=12 and each batch size of rampup_batch_size" in (
+        problem.detail
+    )
 
 
 @pytest.mark.parametrize(
