@@ -1,6 +1,15 @@
 """Converts between floating-point types."""
 
+import torch
 from torch import Tensor
+
+_PRECISIONS = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+def precision_of(dtype: torch.dtype) -> str:
+    """Returns the `training.precision` with activations of this type."""
+    # fp64, in tests, is computed like fp32.
+    return _PRECISIONS.get(dtype, "fp32")
 
 
 def to_fp32(tensor: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ Owns: the order of assembly; the only module that knows both model and layout. M
 know: the optimizer's arithmetic, data, the loop.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -45,9 +45,10 @@ from megatron_ray.pipeline_parallel.schedules.plan import PipelinePlan, plan_pip
 from megatron_ray.sharding.layer_specs import ShardPosition
 from megatron_ray.sharding.parameter_types import LocalParameter
 from megatron_ray.sharding.parameters import freeze, local_parameters
+from megatron_ray.tensor_parallel.cross_entropy import VocabParallelHead
 from megatron_ray.tensor_parallel.group import TensorParallel
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,16 @@ class ParallelModel:
     def has_loss(self) -> bool:
         """Whether the last stage is on this rank."""
         return self.module.has_head
+
+    def scale_losses(self, factor: Callable[[], Tensor]) -> None:
+        """Multiplies the gradients of all losses by `factor()` from now on.
+
+        The losses themselves stay as they are. The factor, an fp32 scalar on the device,
+        must not change within a step.
+        """
+        for part in self.module.modules():
+            if isinstance(part, AuxLoss | VocabParallelHead):
+                part.grad_scale = factor
 
     def begin_step(self) -> None:
         """Resets the state of the previous step."""

@@ -148,7 +148,7 @@ def _kept_by_kernel(config: TrainConfig, index: int, device: DeviceKind) -> int:
     parallel = config.parallel
     kernel = attention_kernel(
         device,
-        bf16=config.training.precision == "bf16",
+        precision=config.training.precision,
         sequence=config.training.seq_length,
         window=config.model.window_on(index),
     )

@@ -42,8 +42,8 @@ class RankMemory:
     gradients_bytes: int
     """fp32 main gradients of parameters that are trained."""
     optimizer_bytes: int
-    """Moments, and with bf16 the fp32 main parameters; this rank's share where they are
-    sharded over dp."""
+    """Moments, and with bf16 or fp16 the fp32 main parameters; this rank's share where
+    they are sharded over dp."""
     gathered_bytes_estimate: int
     """Weights and gradients that ZeRO-3 gathers: those of two layers, and of everything
     outside of layers."""
@@ -124,10 +124,10 @@ def state_memory(
 ) -> RankMemory:
     """Returns a rank's memory without activations."""
     is_sharded = is_fully_sharded(config, dims)
-    # State is fp32. With bf16 weights there are fp32 main parameters too; under ZeRO-3 the
+    # State is fp32. With short weights there are fp32 main parameters too; under ZeRO-3 the
     # weights themselves are fp32.
     optimizer_width = num_state_tensors(config.optimizer) * _FP32
-    if config.training.precision == "bf16" and not is_sharded:
+    if width_of(config) < _FP32 and not is_sharded:
         optimizer_width += _FP32
     parameters = 0
     trained = 0

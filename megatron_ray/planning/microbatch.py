@@ -6,7 +6,7 @@ Pure. Must not know: torch, layers.
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.sharding.parameters import padded_vocabulary
 
-_BYTES = {"fp32": 4, "bf16": 2}
+_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
 def width_of(config: TrainConfig) -> int:

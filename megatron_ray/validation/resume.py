@@ -32,6 +32,7 @@ FREE_ON_RESUME = (
     "training.max_duration_s",
     "training.exit_every_steps",
     "training.skip_steps",
+    "training.loss_scale",
     "data.cache",
     "checkpoint",
     "storage",
