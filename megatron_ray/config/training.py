@@ -114,6 +114,12 @@ class TrainingConfig(Config):
     loss_scale: LossScaleConfig | None = None
     """Scaling of the loss; only with precision=fp16, which has a dynamic scale by
     default."""
+    grad_reduce_in_fp32: bool = True
+    """Whether gradients are added up over microbatches and reduced over ranks in fp32.
+    Otherwise they are in the type of `precision`, bf16 or fp16: half the bytes to send and
+    to keep, and less precise sums. The update and the norm are computed in fp32 either
+    way, for which each rank keeps fp32 copies of the gradients that it updates with.
+    Under zero=3 gradients are added up in fp32 and only reduced in that type."""
     recompute: RecomputeConfig = RecomputeConfig()
     """Activation recomputation, which saves memory. Default: none."""
     compile: Literal["none", "blocks"] = "none"
@@ -181,6 +187,13 @@ class TrainingConfig(Config):
         if self.precision != "fp16":
             return None
         return self.loss_scale or LossScaleConfig()
+
+    @property
+    def grad_precision(self) -> str:
+        """Precision in which gradients are added up and reduced."""
+        if self.grad_reduce_in_fp32:
+            return "fp32"
+        return self.precision
 
     @property
     def known_steps(self) -> int | None:

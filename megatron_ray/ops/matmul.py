@@ -114,7 +114,7 @@ def accumulate_weight_grad(
     fresh: bool,
     library: Library | None = None,
 ) -> None:
-    """Adds grad^T @ inputs to main [O, I] (fp32).
+    """Adds grad^T @ inputs to main [O, I].
 
     `fresh`: main has no contribution yet and is overwritten, whatever it contains.
     """
@@ -207,7 +207,7 @@ def accumulate_grouped_weight_grad(
     fresh: bool,
     library: Library | None = None,
 ) -> None:
-    """Adds each expert's grad^T @ inputs to main [E, O, I] (fp32).
+    """Adds each expert's grad^T @ inputs to main [E, O, I].
 
     `fresh`: main has no contribution yet and is overwritten, whatever it contains.
     """

@@ -31,6 +31,7 @@ def finalize_grads(optimizer: ShardedOptimizer, mesh: ParallelMesh) -> None:
     _sum_over_tp(optimizer, mesh)
     _sum_shared_heads(optimizer, mesh)
     _sum_tied_embedding(optimizer, mesh)
+    optimizer.copy_gradients()
 
 
 def scale_and_clip(

@@ -68,6 +68,9 @@ class OptimizerShard:
         device = self.buffers.parameters.device
         self.main_is_model = self.buffers.parameters.dtype == torch.float32
         self._main_shard: Tensor | None = None
+        self._gradient_shard: Tensor | None = None
+        if self.buffers.gradients.dtype != torch.float32:
+            self._gradient_shard = torch.zeros(num_elements, device=device)
         if not self.main_is_model:
             self._main_shard = torch.zeros(num_elements, device=device)
         self.state: dict[str, Tensor] = {}
@@ -93,8 +96,17 @@ class OptimizerShard:
         return self._main_shard[run.shard_range]
 
     def gradient(self, run: Run | Piece) -> Tensor:
-        """Returns the fp32 main gradients of a run or a piece, as a view."""
-        return self.buffers.gradients[run.start : run.end]
+        """Returns the fp32 gradients of a run or a piece, as a view."""
+        if self._gradient_shard is None:
+            return self.buffers.gradients[run.start : run.end]
+        return self._gradient_shard[run.shard_range]
+
+    def copy_gradients(self) -> None:
+        """Copies reduced gradients of a shorter type to fp32."""
+        if self._gradient_shard is None:
+            return
+        for run in self.runs:
+            self.gradient(run).copy_(self.buffers.gradients[run.start : run.end])
 
     def step(self, lr: float, skip: Tensor | None = None) -> None:
         """Updates the main parameters with the current gradients, unless `skip` is 1.
@@ -208,10 +220,18 @@ class ShardedOptimizer:
         )
 
     def gradients(self) -> Iterator[tuple[Piece, Tensor]]:
-        """Yields every piece that this rank updates and its flat gradient, in buffer order."""
+        """Yields every piece that this rank updates and its flat main gradient.
+
+        Pieces come in buffer order, gradients in the type in which they are reduced.
+        """
         for shard in self.shards:
             for piece in shard.pieces:
-                yield piece, shard.gradient(piece)
+                yield piece, shard.buffers.gradients[piece.start : piece.end]
+
+    def copy_gradients(self) -> None:
+        """Copies reduced gradients of a shorter type to fp32, for norm and update."""
+        for shard in self.shards:
+            shard.copy_gradients()
 
     @torch.no_grad()
     def step(self, lr: float, skip: Tensor | None = None) -> None:

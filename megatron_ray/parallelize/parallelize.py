@@ -151,6 +151,7 @@ def parallelize(
 
     options = StorageOptions(
         dtype,
+        DTYPES[training.grad_precision],
         parallel.bucket_elements,
         shards_gradients=parallel.zero == 1,
         on_reduce=on_reduce,

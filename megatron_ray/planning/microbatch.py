@@ -14,6 +14,11 @@ def width_of(config: TrainConfig) -> int:
     return _BYTES[config.training.precision]
 
 
+def grad_width_of(config: TrainConfig) -> int:
+    """Returns the bytes of a gradient as it is reduced."""
+    return _BYTES[config.training.grad_precision]
+
+
 def tokens_of(config: TrainConfig) -> int:
     """Returns the tokens of a microbatch on a context-parallel rank."""
     training = config.training

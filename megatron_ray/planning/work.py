@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.pipeline_parallel.schedules.layout import StageContents
 from megatron_ray.planning.microbatch import (
+    grad_width_of,
     local_vocabulary,
     own_tokens_of,
     tokens_of,
@@ -148,8 +149,8 @@ def layer_work(config: TrainConfig, index: int) -> LayerWork:
         memory=5 * residual + projections.moved_bytes,
     )
 
-    # Weight gradients are accumulated in fp32: 4 bytes read and 4 written per weight.
-    accumulated = 8.0 * (projections.num_weights + mlp_weights)
+    # Accumulating a weight gradient reads and writes the sum.
+    accumulated = 2.0 * grad_width_of(config) * (projections.num_weights + mlp_weights)
     # The backward pass has two products for each of the forward's. A fused attention
     # kernel has five in its backward where its forward has two.
     backward = Work(

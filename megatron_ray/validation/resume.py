@@ -33,6 +33,7 @@ FREE_ON_RESUME = (
     "training.exit_every_steps",
     "training.skip_steps",
     "training.loss_scale",
+    "training.grad_reduce_in_fp32",
     "data.cache",
     "checkpoint",
     "storage",

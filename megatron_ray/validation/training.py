@@ -138,6 +138,18 @@ def loss_scale_problems(config: TrainConfig) -> list[Problem]:
     return problems
 
 
+def grad_problems(config: TrainConfig) -> list[Problem]:
+    """Returns a problem of gradients that are to be shorter than fp32, and cannot be."""
+    training = config.training
+    if training.grad_reduce_in_fp32 or training.precision != "fp32":
+        return []
+    detail = (
+        "grad_reduce_in_fp32=false reduces gradients in the type of precision, which is fp32 "
+        "here; leave it out, or set precision to bf16"
+    )
+    return [Problem("/training/grad_reduce_in_fp32", "grad_precision", detail)]
+
+
 def dropout_problems(config: TrainConfig) -> list[Problem]:
     """Returns a problem when attention dropout is combined with context parallelism."""
     rate = config.model.attention_dropout

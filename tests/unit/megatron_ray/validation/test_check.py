@@ -485,6 +485,13 @@ def test_a_good_config_has_no_problem() -> None:
             "it out, or set precision to fp16",
         ),
         (
+            {"training": {"grad_reduce_in_fp32": False}},
+            None,
+            "/training/grad_reduce_in_fp32",
+            "reduces gradients in the type of precision, which is fp32 here; leave it out, or "
+            "set precision to bf16",
+        ),
+        (
             {
                 "training": {
                     "precision": "fp16",
