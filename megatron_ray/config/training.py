@@ -114,6 +114,10 @@ class TrainingConfig(Config):
     loss_scale: LossScaleConfig | None = None
     """Scaling of the loss; only with precision=fp16, which has a dynamic scale by
     default."""
+    fp32_residual_connection: bool = False
+    """Whether hidden states between layers, to which each layer adds its output, are
+    fp32 while the layers themselves compute in bf16 or fp16. Deep models lose less in
+    the sums; hidden states and messages between pipeline stages have twice the bytes."""
     grad_reduce_in_fp32: bool = True
     """Whether gradients are added up over microbatches and reduced over ranks in fp32.
     Otherwise they are in the type of `precision`, bf16 or fp16: half the bytes to send and

@@ -17,3 +17,10 @@ def to_fp32(tensor: Tensor) -> Tensor:
     if tensor.dtype.itemsize >= 4:
         return tensor
     return tensor.float()
+
+
+def add_residual_(output: Tensor, residual: Tensor) -> Tensor:
+    """Returns their sum, in the memory of `output` unless the residual is wider."""
+    if residual.dtype != output.dtype:
+        return residual + output
+    return output.add_(residual)

@@ -70,6 +70,8 @@ class ParallelModel:
     dtype: torch.dtype
     """Type of activations. Under ZeRO-3 the buffers are fp32, and weights are gathered
     in this type."""
+    hidden_dtype: torch.dtype
+    """Type of hidden states between blocks, and so between stages."""
 
     @property
     def parameters(self) -> tuple[LocalParameter, ...]:
@@ -141,6 +143,10 @@ def parallelize(
     module = build_model(
         config.model, mesh, parallel, dtype=weight_dtype, stages=stages, seed=training.seed
     )
+    hidden_dtype = dtype
+    if training.fp32_residual_connection:
+        hidden_dtype = torch.float32
+        module.activation_dtype = dtype
     if training.compile == "blocks":
         apply_compile(module, compiled_ops())
     apply_recompute(module, training.recompute)
@@ -170,6 +176,7 @@ def parallelize(
         actions=_training_actions(pipeline, training, mesh),
         sequence_parallel=parallel.sequence_parallel,
         dtype=dtype,
+        hidden_dtype=hidden_dtype,
     )
 
 

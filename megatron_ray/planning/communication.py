@@ -25,9 +25,9 @@ from megatron_ray.planning.buffers import (
 from megatron_ray.planning.layer_communication import stage_communication
 from megatron_ray.planning.microbatch import (
     grad_width_of,
+    hidden_width_of,
     num_microbatches,
     own_tokens_of,
-    width_of,
 )
 from megatron_ray.planning.tally import Axis, Tally, group_sizes
 
@@ -58,7 +58,7 @@ def step_communication(config: TrainConfig, rank: int) -> Tally | None:
 
 def transfer_bytes(config: TrainConfig) -> int:
     """Returns the bytes of one message between stages."""
-    return own_tokens_of(config) * config.model.hidden_size * width_of(config)
+    return own_tokens_of(config) * config.model.hidden_size * hidden_width_of(config)
 
 
 def _num_receivers(pipeline: PipelinePlan, pp_rank: int, chunk: int) -> int:

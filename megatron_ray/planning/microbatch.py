@@ -14,6 +14,13 @@ def width_of(config: TrainConfig) -> int:
     return _BYTES[config.training.precision]
 
 
+def hidden_width_of(config: TrainConfig) -> int:
+    """Returns the bytes of an element of the hidden states between layers."""
+    if config.training.fp32_residual_connection:
+        return _BYTES["fp32"]
+    return width_of(config)
+
+
 def grad_width_of(config: TrainConfig) -> int:
     """Returns the bytes of a gradient as it is reduced."""
     return _BYTES[config.training.grad_precision]

@@ -12,6 +12,7 @@ from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.pipeline_parallel.schedules.layout import StageContents
 from megatron_ray.planning.microbatch import (
     grad_width_of,
+    hidden_width_of,
     local_vocabulary,
     own_tokens_of,
     tokens_of,
@@ -126,10 +127,19 @@ class LayerWork:
     backward: Work
 
 
+def _hidden_bytes(config: TrainConfig) -> float:
+    """Returns the bytes of a pass over hidden states, the mean of a layer's.
+
+    Of the five passes of a norm and a residual addition, two are over outputs of layers.
+    """
+    width = (3 * hidden_width_of(config) + 2 * width_of(config)) / 5
+    return own_tokens_of(config) * config.model.hidden_size * width
+
+
 def layer_work(config: TrainConfig, index: int) -> LayerWork:
     """Returns the work of a layer (counted from 0) on one rank."""
     model = config.model
-    residual = own_tokens_of(config) * model.hidden_size * width_of(config)
+    residual = _hidden_bytes(config)
     projections = _attention_projections(config)
     mlp_elements, mlp_weights = _mlp_sizes(config, index)
     matrices = 3 if model.gated else 2

@@ -42,7 +42,7 @@ _RULES = (
     schedule.schedule_problems,
     training_rules.dropout_problems,
     training_rules.loss_scale_problems,
-    training_rules.grad_problems,
+    training_rules.precision_problems,
     intervals.skipping_problems,
     recompute.recompute_problems,
     resume_rules.resume_changes_problems,

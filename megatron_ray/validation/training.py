@@ -138,16 +138,27 @@ def loss_scale_problems(config: TrainConfig) -> list[Problem]:
     return problems
 
 
-def grad_problems(config: TrainConfig) -> list[Problem]:
-    """Returns a problem of gradients that are to be shorter than fp32, and cannot be."""
+def precision_problems(config: TrainConfig) -> list[Problem]:
+    """Returns problems of fields that are for precisions shorter than fp32."""
     training = config.training
-    if training.grad_reduce_in_fp32 or training.precision != "fp32":
+    if training.precision != "fp32":
         return []
-    detail = (
-        "grad_reduce_in_fp32=false reduces gradients in the type of precision, which is fp32 "
-        "here; leave it out, or set precision to bf16"
-    )
-    return [Problem("/training/grad_reduce_in_fp32", "grad_precision", detail)]
+    problems = []
+    if not training.grad_reduce_in_fp32:
+        detail = (
+            "grad_reduce_in_fp32=false reduces gradients in the type of precision, which is "
+            "fp32 here; leave it out, or set precision to bf16"
+        )
+        problems.append(Problem("/training/grad_reduce_in_fp32", "short_precision", detail))
+    if training.fp32_residual_connection:
+        detail = (
+            "fp32_residual_connection is for precision=bf16 and fp16; with fp32 everything is "
+            "fp32 anyway; leave it out"
+        )
+        problems.append(
+            Problem("/training/fp32_residual_connection", "short_precision", detail)
+        )
+    return problems
 
 
 def dropout_problems(config: TrainConfig) -> list[Problem]:

@@ -82,10 +82,14 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = [
         {},
     ),
     (
-        "short gradients, shared heads and embeddings",
+        "short gradients, wide residuals, shared heads and embeddings",
         SHAPE | {"tie_embeddings": True},
         {"tp": 8, "sequence_parallel": True, "pp": 2},
-        {"grad_reduce_in_fp32": False, "precision": "fp16"},
+        {
+            "grad_reduce_in_fp32": False,
+            "fp32_residual_connection": True,
+            "precision": "fp16",
+        },
     ),
     (
         "zero bubble in a V",

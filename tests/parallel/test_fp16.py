@@ -82,7 +82,6 @@ def fp16(
     parallel: dict[str, Any] | None = None,
     *,
     steps: int = STEPS,
-    loss_scale: dict[str, Any] | None = None,
     **training: Any,
 ) -> TrainConfig:
     config = make_config(
@@ -92,7 +91,7 @@ def fp16(
         precision="fp16",
     )
     fields = config.model_dump()
-    fields["training"] |= {"loss_scale": loss_scale or SCALE} | training
+    fields["training"] |= {"loss_scale": SCALE} | training
     return TrainConfig.from_mapping(fields)
 
 
@@ -225,32 +224,28 @@ def gradients(
     return [parity.run_layout(rank, world_size, config).gradients for config in configs]
 
 
-def in_bf16(config: TrainConfig) -> TrainConfig:
-    fields = config.model_dump()
-    fields["training"] |= {"precision": "bf16", "loss_scale": None}
-    return TrainConfig.from_mapping(fields)
+BF16: dict[str, Any] = {"precision": "bf16", "loss_scale": None}
+SHORT: dict[str, Any] = {"grad_reduce_in_fp32": False}
+WIDE: dict[str, Any] = {"fp32_residual_connection": True}
+RECOMPUTE: dict[str, Any] = {
+    "recompute": {"granularity": "full", "method": "uniform", "num_layers": 1}
+}
+KINDS: dict[str, tuple[dict[str, Any], dict[str, Any], float]] = {
+    "llama": (LLAMA, {}, 0.002),
+    "gpt2": (GPT2, {}, 0.002),
+    "short-gradients": (LLAMA, SHORT, 0.002),
+    "bf16-short-gradients": (LLAMA, BF16 | SHORT, 0.02),
+    "bf16-wide-recomputed": (GPT2, BF16 | WIDE | RECOMPUTE, 0.02),
+}
+"""Model, fields of training, and the largest distance of one rank's gradients from those
+in float64."""
 
 
-@pytest.mark.parametrize(
-    ("model", "precision", "in_fp32", "allowed"),
-    [
-        (LLAMA, "fp16", True, 0.002),
-        (GPT2, "fp16", True, 0.002),
-        (LLAMA, "fp16", False, 0.002),
-        (GPT2, "bf16", False, 0.02),
-    ],
-    ids=["llama", "gpt2", "llama-short-gradients", "gpt2-bf16-short-gradients"],
-)
-def test_layouts_stay_as_close_to_float64_as_one_rank(
-    model: dict[str, Any], precision: str, in_fp32: bool, allowed: float
-) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_layouts_stay_as_close_to_float64_as_one_rank(kind: str) -> None:
+    model, training, allowed = KINDS[kind]
     layouts = [{"tp": 2, "sequence_parallel": True}, {"pp": 2}, {"dp": 2}, ZERO3]
-
-    def shaped(layout: dict[str, Any]) -> TrainConfig:
-        made = fp16(model, layout, steps=1, grad_reduce_in_fp32=in_fp32)
-        return in_bf16(made) if precision == "bf16" else made
-
-    config = shaped({})
+    config = fp16(model, {}, steps=1, **training)
     truth = parity.float64_gradients(0, 1, config)
 
     def distance(ranks: list[Any], config: TrainConfig) -> float:
@@ -263,7 +258,7 @@ def test_layouts_stay_as_close_to_float64_as_one_rank(
 
     of_one = distance(gradients(0, 1, [config]), config)
     assert of_one < allowed**2
-    configs = [shaped(layout) for layout in layouts]
+    configs = [fp16(model, layout, steps=1, **training) for layout in layouts]
     by_rank = run_ranks(gradients, 2, configs)
     for number, layout in enumerate(configs):
         ranks = [results[number] for results in by_rank]
@@ -284,6 +279,17 @@ def test_all_losses_are_scaled_and_their_gradients_are_unscaled(scale: float) ->
     assert distance[0] < 0.02, distance
     np.testing.assert_allclose(scaled.grad_norms, whole.grad_norms, rtol=1e-2)
     np.testing.assert_allclose(scaled.other_losses, whole.other_losses, rtol=1e-2)
+
+
+def test_wide_residuals_are_closer_to_float64() -> None:
+    deep = LLAMA | {"num_layers": 12}
+    truth = parity.float64_gradients(0, 1, fp16(deep, steps=1))
+    distances = []
+    for fields in ({}, WIDE):
+        config = fp16(deep, steps=1, **BF16, **fields)
+        (measured,) = gradients(0, 1, [config])
+        distances.append(worst_relative_l2(assemble(config, [measured]), truth)[0])
+    assert distances[1] < 0.8 * distances[0], distances
 
 
 def test_fp16_learns_what_fp32_learns() -> None:

@@ -31,7 +31,7 @@ from megatron_ray.training.session import batch_maker, build
 from tests.parallel.test_matrix import MATRIX
 from tests.parallel.test_meta_step import world
 from tests.support.layout_matrix import EXPERTS, Entry
-from tests.support.parity import LLAMA, RandomDataset, make_config
+from tests.support.parity import GPT2, LLAMA, RandomDataset, make_config
 
 PRECISIONS = ("fp32", "bf16")
 CPUS = {
@@ -147,12 +147,16 @@ def test_short_gradients_have_fp32_copies_of_what_is_updated(
     ) == held_bytes(config, 1)
 
 
+@pytest.mark.parametrize("model", [LLAMA, GPT2 | {"hidden_dropout": 0.1}])
 @pytest.mark.parametrize("parallel", [{"tp": 2}, {"pp": 2}])
-def test_activations_in_fp16_are_planned_as_they_are(parallel: dict[str, Any]) -> None:
+def test_activations_in_fp16_with_wide_residuals_are_planned_as_they_are(
+    parallel: dict[str, Any], model: dict[str, Any]
+) -> None:
     fields = make_config(
-        LLAMA, {"dp": 1} | parallel, steps=1, micro_batch=1, precision="fp16"
+        model, {"dp": 1} | parallel, steps=1, micro_batch=1, precision="fp16"
     ).model_dump()
-    fields["training"]["seq_length"] = 64
+    fields["training"] |= {"seq_length": 64, "fp32_residual_connection": True}
+    fields["model"]["max_sequence_length"] = 64
     assert_kept(TrainConfig.from_mapping(fields), CPUS["new"], within=0.01)
 
 
@@ -171,7 +175,7 @@ def kept(
         None
         if stage.embedding
         else torch.randn(
-            tokens, config.model.hidden_size, dtype=model.dtype, requires_grad=True
+            tokens, config.model.hidden_size, dtype=model.hidden_dtype, requires_grad=True
         )
     )
     saved: list[Tensor] = []

@@ -492,6 +492,12 @@ def test_a_good_config_has_no_problem() -> None:
             "set precision to bf16",
         ),
         (
+            {"training": {"fp32_residual_connection": True}},
+            None,
+            "/training/fp32_residual_connection",
+            "with fp32 everything is fp32 anyway; leave it out",
+        ),
+        (
             {
                 "training": {
                     "precision": "fp16",
