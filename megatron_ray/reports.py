@@ -42,6 +42,8 @@ class StepReport:
     skipped_steps: int = 0
     """Steps of the job so far, this one included, that were skipped because their loss
     or gradient norm was not finite."""
+    loss_scale: float | None = None
+    """Factor of the step's loss in fp16; None in other precisions."""
 
 
 @dataclass(frozen=True)

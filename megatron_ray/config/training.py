@@ -56,6 +56,42 @@ class RecomputeConfig(Config):
         return self.modules or ("core_attention",)
 
 
+class LossScaleConfig(Config):
+    """Scaling of the loss in fp16, which keeps small gradients above the smallest number.
+
+    The loss, a mean over the step's tokens, is multiplied before the backward pass, and
+    gradients are divided before they are clipped and reported.
+    """
+
+    constant: float | None = Field(default=None, gt=0, le=2.0**64)
+    """A scale that stays as it is; the other fields are then left out. An overflow counts
+    for training.max_skipped_steps. Default: a dynamic scale, which is multiplied by
+    `backoff_factor` when gradients overflow, and by `growth_factor` after
+    `growth_interval` steps without. A step that overflows is skipped, and does not count
+    for training.max_skipped_steps unless the scale is `min_scale` already."""
+    initial_scale: float = Field(default=2.0**32, gt=0, le=2.0**64)
+    """Scale of the first step. From a high one the first steps are skipped, one for each
+    halving."""
+    min_scale: float = Field(default=1.0, gt=0, le=2.0**64)
+    """Smallest scale."""
+    growth_interval: int = Field(default=1000, ge=1, le=1 << 40)
+    """Steps in a row without an overflow after which the scale is raised."""
+    growth_factor: float = Field(default=2.0, ge=1, le=2.0**16)
+    """Factor by which the scale is raised; 1 never raises it."""
+    backoff_factor: float = Field(default=0.5, gt=0, lt=1)
+    """Factor by which the scale is lowered."""
+    hysteresis: int = Field(default=2, ge=1, le=1 << 40)
+    """Overflows after which the scale is lowered, counted since it was last raised: each
+    further one lowers it again."""
+
+    @property
+    def first_scale(self) -> float:
+        """Scale of the first step."""
+        if self.constant is not None:
+            return self.constant
+        return self.initial_scale
+
+
 class TrainingConfig(Config):
     """Batch, steps, precision, recomputation and evaluation."""
 
@@ -81,9 +117,23 @@ class TrainingConfig(Config):
     steps: int | None = Field(default=None, ge=1, le=1 << 40)
     """Number of optimizer steps of the whole job. Exactly one of `steps`, `epochs` and
     `tokens` is given."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Type of weights and activations in the forward and backward pass. bf16 keeps
-    master weights, gradients and optimizer state in fp32."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Type of weights and activations in the forward and backward pass. bf16 and fp16
+    keep master weights, gradients and optimizer state in fp32. fp16 has more digits and
+    a smaller range than bf16, and scales the loss; on CPUs its products are in fp32."""
+    loss_scale: LossScaleConfig | None = None
+    """Scaling of the loss; only with precision=fp16, which has a dynamic scale by
+    default."""
+    fp32_residual_connection: bool = False
+    """Whether hidden states between layers, to which each layer adds its output, are
+    fp32 while the layers themselves compute in bf16 or fp16. Deep models lose less in
+    the sums; hidden states and messages between pipeline stages have twice the bytes."""
+    grad_reduce_in_fp32: bool = True
+    """Whether gradients are added up over microbatches and reduced over ranks in fp32.
+    Otherwise they are in the type of `precision`, bf16 or fp16: half the bytes to send and
+    to keep, and less precise sums. The update and the norm are computed in fp32 either
+    way, for which each rank keeps fp32 copies of the gradients that it updates with.
+    Under zero=3 gradients are added up in fp32 and only reduced in that type."""
     recompute: RecomputeConfig = RecomputeConfig()
     """Activation recomputation, which saves memory. Default: none."""
     compile: Literal["none", "blocks"] = "none"
@@ -171,6 +221,20 @@ class TrainingConfig(Config):
     def clock(self, steps: int) -> Clock:
         """Returns what counts the samples of a run of so many steps."""
         return Clock(self.batch_sizes, self.seq_length, steps)
+
+    @property
+    def scaling(self) -> LossScaleConfig | None:
+        """How the loss is scaled; None where it is not."""
+        if self.precision != "fp16":
+            return None
+        return self.loss_scale or LossScaleConfig()
+
+    @property
+    def grad_precision(self) -> str:
+        """Precision in which gradients are added up and reduced."""
+        if self.grad_reduce_in_fp32:
+            return "fp32"
+        return self.precision
 
     @property
     def known_steps(self) -> int | None:

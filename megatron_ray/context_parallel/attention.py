@@ -3,13 +3,13 @@
 Must not know: how keys and values reach a rank.
 """
 
-import torch
 from torch import Tensor, nn
 
 from megatron_ray.distributed.collectives import Group
 from megatron_ray.distributed.device_kind import DeviceKind
 from megatron_ray.models.batch import Packed
 from megatron_ray.ops.autograd import AutogradFunction
+from megatron_ray.ops.dtypes import precision_of
 
 
 class ContextParallelAttention(nn.Module):
@@ -38,7 +38,7 @@ class ContextParallelAttention(nn.Module):
         documents = None
         if packed is not None:
             documents = packed.documents_BS
-        in_fp32 = self.device.needs_fp32(q_BNSD.dtype == torch.bfloat16)
+        in_fp32 = self.device.needs_fp32(precision_of(q_BNSD.dtype))
         return self.kernel.apply(
             q_BNSD, k_BGSD, v_BGSD, documents, self.group, self.window, in_fp32
         )

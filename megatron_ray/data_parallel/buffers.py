@@ -23,7 +23,7 @@ OnReduce = Callable[[Bucket], None]
 
 @dataclass(frozen=True)
 class FlatBuffers:
-    """One flat tensor of parameters and one of main gradients (fp32).
+    """One flat tensor of parameters and one of main gradients.
 
     Both are laid out by the same plan; padding is zero. Frozen parameters come last and
     have no gradients.
@@ -35,13 +35,17 @@ class FlatBuffers:
 
     @classmethod
     def allocate(
-        cls, plan: BucketPlan, dtype: torch.dtype, device: torch.device
+        cls,
+        plan: BucketPlan,
+        dtype: torch.dtype,
+        device: torch.device,
+        grad_dtype: torch.dtype = torch.float32,
     ) -> "FlatBuffers":
         """Returns zero-filled buffers, parameters of type `dtype`."""
         return cls(
             plan,
             torch.zeros(plan.num_elements, dtype=dtype, device=device),
-            torch.zeros(plan.num_trainable, device=device),
+            torch.zeros(plan.num_trainable, dtype=grad_dtype, device=device),
         )
 
     def views(self, buffer: Tensor) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 Each rank keeps an equal number of rows of each of its tensors (Zhao et al. 2023, FSDP),
 in fp32. A block's weights are gathered only for its forward and backward, in the type
-of the model, and its gradients are reduce-scattered as fp32 sums. With fewer shards
+of the model, and its gradients are reduce-scattered as sums and kept in fp32. With fewer shards
 than replicas (HSDP) each shard has copies, and gradients are summed over those too. The
 parameter table determines the rows of each rank. DTensor is used only here. Must not
 know: the optimizer's arithmetic, scaling.
@@ -42,11 +42,16 @@ class FullShard:
     """A model under fully_shard, with shards and gradients in flat buffers.
 
     `model` is on device meta, in fp32, and is the last module of `parts`, where inner
-    modules come before outer ones. `dtype` is the type of gathered weights.
+    modules come before outer ones. `dtype` is the type of gathered weights, `grad_dtype`
+    that in which gradients are reduced.
     """
 
     def __init__(
-        self, model: nn.Module, parts: Sequence[Shards], dtype: torch.dtype
+        self,
+        model: nn.Module,
+        parts: Sequence[Shards],
+        dtype: torch.dtype,
+        grad_dtype: torch.dtype,
     ) -> None:
         from torch.distributed.fsdp import (
             FSDPModule,
@@ -56,7 +61,7 @@ class FullShard:
         )
 
         policy = MixedPrecisionPolicy(
-            param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+            param_dtype=dtype, reduce_dtype=grad_dtype, cast_forward_inputs=False
         )
         for part in parts:
             if not part.modules:

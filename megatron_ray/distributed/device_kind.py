@@ -16,6 +16,12 @@ class DeviceKind:
     """Whether the device's library multiplies bf16; otherwise products of bf16 are done
     in fp32. CPUs with AVX-512 or AMX do, as oneDNN reports them (device.kind_of)."""
 
-    def needs_fp32(self, bf16: bool) -> bool:
-        """Returns whether products of inputs in bf16 (or not) are done in fp32."""
-        return self.type == "cpu" and bf16 and not self.bf16_products
+    def needs_fp32(self, precision: str) -> bool:
+        """Returns whether products of inputs in this precision are done in fp32.
+
+        `precision` is one of `training.precision`.
+        """
+        if self.type != "cpu":
+            return False
+        # Hardly any CPU multiplies fp16, and torch's own products of it are slow.
+        return precision == "fp16" or (precision == "bf16" and not self.bf16_products)

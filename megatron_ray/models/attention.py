@@ -23,6 +23,7 @@ from megatron_ray.ops.attention.choice import attention_kernel
 from megatron_ray.ops.attention.fp32 import fp32_causal_attention
 from megatron_ray.ops.attention.fused import band
 from megatron_ray.ops.attention.sliding_window import masked_attention, windowed_attention
+from megatron_ray.ops.dtypes import precision_of
 from megatron_ray.sharding.model_specs import attention_spec
 
 
@@ -213,17 +214,17 @@ class LocalAttention(nn.Module):
 
     def _attend_whole(self, q_BNSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor) -> Tensor:
         """Computes attention within rows of one sequence each, by the device's kernel."""
-        is_bf16 = q_BNSD.dtype == torch.bfloat16
+        precision = precision_of(q_BNSD.dtype)
         window = self.window
         kernel = attention_kernel(
-            self.device, bf16=is_bf16, sequence=q_BNSD.shape[2], window=window
+            self.device, precision=precision, sequence=q_BNSD.shape[2], window=window
         )
         if kernel == "masked":
             assert window is not None
             return masked_attention(q_BNSD, k_BGSD, v_BGSD, window)
         if kernel == "stripes":
             assert window is not None
-            in_fp32 = self.device.needs_fp32(is_bf16)
+            in_fp32 = self.device.needs_fp32(precision)
             return windowed_attention(q_BNSD, k_BGSD, v_BGSD, window, in_fp32=in_fp32)
         if kernel == "fused_in_fp32":
             return fp32_causal_attention(q_BNSD, k_BGSD, v_BGSD)

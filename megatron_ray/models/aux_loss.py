@@ -4,6 +4,7 @@ Owns: how their gradients join the backward pass, and their sums over a step. Mu
 know: the kinds of losses, reports.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,13 +29,15 @@ class AuxLoss(nn.Module):
         super().__init__()
         self.kind = kind
         self._divisor = divisor
+        self.grad_scale: Callable[[], Tensor] | None = None
+        """Factor of the gradient, where the losses are scaled."""
         self._total: Tensor | None = None
 
     def forward(self, activations: Tensor, loss: Tensor) -> Tensor:
         """Returns `activations` unchanged; their backward pass adds d(loss), a scalar.
 
-        The gradient of a loss is assumed to be one, since division by the tokens of the
-        step happens at its end.
+        The gradient of a loss is one, or `grad_scale`, since division by the tokens of
+        the step happens at its end.
         """
         return _Attach.apply(activations, loss, self)
 
@@ -70,5 +73,9 @@ class _Attach(AutogradFunction[Tensor]):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         (loss,) = ctx.saved_tensors
         # Counted here, because a recomputed forward runs twice.
-        ctx.aux_loss.count(loss)
-        return grad, torch.ones_like(loss), None
+        aux_loss: AuxLoss = ctx.aux_loss
+        aux_loss.count(loss)
+        grad_loss = torch.ones_like(loss)
+        if aux_loss.grad_scale is not None:
+            grad_loss *= aux_loss.grad_scale()
+        return grad, grad_loss, None

@@ -16,6 +16,7 @@ from megatron_ray.models.latent_attention import LatentAttention
 from megatron_ray.models.layers import LayerFactory
 from megatron_ray.models.mlp import GatedMLP, PlainMLP, make_mlp
 from megatron_ray.models.moe.layer import MoE
+from megatron_ray.ops.dtypes import add_residual_
 from megatron_ray.sharding.model_specs import block_spec
 
 RunBlocks = Callable[[Iterable[nn.Module], Tensor, ForwardContext], Tensor]
@@ -84,10 +85,9 @@ class Block(nn.Module):
         # no extra memory.
         sample = context.dropout_sample
         attended = self.attention(self.attention_norm(hidden_TH), None, context)
-        hidden_TH = self.attention_dropout(attended, sample).add_(hidden_TH)
+        hidden_TH = add_residual_(self.attention_dropout(attended, sample), hidden_TH)
         expanded = self._feed_forward(self.mlp_norm(hidden_TH), None, context)
-        output: Tensor = self.mlp_dropout(expanded, sample).add_(hidden_TH)
-        return output
+        return add_residual_(self.mlp_dropout(expanded, sample), hidden_TH)
 
 
 def make_attention(

@@ -7,9 +7,10 @@ Shapes: B batch, S sequence, T = B x S tokens, H hidden, V vocabulary, L layers,
 experts of a token.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
+import torch
 from torch import Tensor, nn
 
 from megatron_ray.config.model import ModelConfig
@@ -34,6 +35,10 @@ class GPT(nn.Module):
 
     Parameter names are those of the parameter table for any stages.
     """
+
+    activation_dtype: torch.dtype | None = None
+    """Type of activations inside of blocks where hidden states between them are fp32; None
+    where both have the same type."""
 
     def __init__(
         self,
@@ -116,7 +121,7 @@ class GPT(nn.Module):
         Returns hidden states [T, H], or the loss for the last stage.
         """
         if received_TH is None:
-            hidden_TH = self._embed(batch.tokens_BS, batch.position_ids)
+            hidden_TH = self._widened(self._embed(batch.tokens_BS, batch.position_ids))
         else:
             hidden_TH = received_TH
         context = self.forward_context(batch, mode, hidden_TH)
@@ -162,7 +167,7 @@ class GPT(nn.Module):
         ):
             assert isinstance(mtp_layer, MultiTokenPredictionLayer)
             hidden_TH = mtp_layer(
-                hidden_TH, self._embed_tokens(tokens_BS), context, self.run_blocks
+                hidden_TH, self._embed_tokens(tokens_BS), context, self._run_widened
             )
             # The mask contains the weight, because the gradient of the loss must be one.
             mtp_loss = self.head(
@@ -172,6 +177,18 @@ class GPT(nn.Module):
             # The next depth embeds the token that this depth predicts.
             tokens_BS = labels_BS
         return loss
+
+    def _run_widened(
+        self, blocks: Iterable[nn.Module], hidden_TH: Tensor, context: ForwardContext
+    ) -> Tensor:
+        """Runs blocks on states that do not come from a block."""
+        return self.run_blocks(blocks, self._widened(hidden_TH), context)
+
+    def _widened(self, hidden_TH: Tensor) -> Tensor:
+        """Returns hidden states in their type between blocks."""
+        if self.activation_dtype is None:
+            return hidden_TH
+        return hidden_TH.float()
 
     def _embed_tokens(self, tokens_BS: Tensor) -> Tensor:
         assert self.embedding is not None
@@ -233,7 +250,7 @@ class GPT(nn.Module):
     ) -> ForwardContext:
         """Returns the context of a batch for the blocks.
 
-        Its tensors have the device of `like` and match its type.
+        Its tensors have the device of `like` and the type of activations.
         """
         # Routers process tokens flattened to [B x S].
         routing_replay_TLK = None
@@ -263,7 +280,7 @@ class GPT(nn.Module):
             position_ids,
             self.config.rotated_width,
             self.config.rope_theta,
-            like.dtype,
+            self.activation_dtype or like.dtype,
             self.config.rope_scaling,
         )
         return ForwardContext(mode, batch_size, seq_length, cos, sin)

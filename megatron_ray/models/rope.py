@@ -23,10 +23,10 @@ from megatron_ray.ops.differentiable_op import DifferentiableOp
 def rotates_in_fp32(device: str, dtype: torch.dtype) -> bool:
     """Returns whether the rotation converts its inputs to fp32 first.
 
-    On CPU that is faster, since bf16 arithmetic uses fp32 anyway and heads rotate in
-    long rows, and it rounds once. On CUDA it would need four times the memory traffic.
+    On CPU that is faster, since bf16 and fp16 arithmetic use fp32 anyway and heads rotate
+    in long rows, and it rounds once. On CUDA it would need four times the memory traffic.
     """
-    return device == "cpu" and dtype == torch.bfloat16
+    return device == "cpu" and dtype.itemsize < 4
 
 
 def rotary_angles(

@@ -102,7 +102,13 @@ def _accumulate_tensor(gradient: Tensor, main_grad: Tensor, *, fresh: bool) -> N
 def _accumulate_rows(
     ids_T: Tensor, grad_TI: Tensor, main_grad: Tensor, *, fresh: bool
 ) -> None:
-    # A fresh buffer is cleared, because rows without a token are not written.
-    if fresh:
+    # In fp32, since a frequent token's small contributions would be rounded away.
+    target = main_grad
+    if main_grad.dtype.itemsize < 4:
+        target = torch.zeros_like(main_grad, dtype=torch.float32)
+    elif fresh:
+        # Cleared, because rows without a token are not written.
         main_grad.zero_()
-    main_grad.index_add_(0, ids_T, grad_TI.to(main_grad.dtype))
+    target.index_add_(0, ids_T, grad_TI.to(target.dtype))
+    if target is not main_grad:
+        _accumulate_tensor(target, main_grad, fresh=fresh)

@@ -5,8 +5,8 @@ Owns: the choice of the library that multiplies. Must not know: layers, groups.
 CUDA uses torch's own products. On x86 CPUs torch uses MKL for fp32, which uses AVX-512
 only on Intel's CPUs (measured: 110 against 250 GFLOP/s on one core). oneDNN uses it on
 all; torch includes oneDNN and already uses it for bf16. With AVX2 only, MKL is faster
-(80 against 60). Both are deterministic. On CPUs without bf16 instructions bf16 is
-multiplied in fp32 and rounded once.
+(80 against 60). Both are deterministic. On CPUs fp16, and without bf16 instructions bf16
+too, is multiplied in fp32 and rounded once.
 
 The grouped products multiply rows sorted by expert with each expert's matrix: one
 kernel on CUDA in bf16, which reads the counts on the device; otherwise one product per
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from megatron_ray.distributed.device import kind_of
+from megatron_ray.ops.dtypes import precision_of
 
 Library = Literal["torch", "onednn", "fp32"]
 """`fp32`: operands are converted to fp32, then the faster library for fp32 multiplies.
@@ -33,7 +34,7 @@ def library_for(device: str, dtype: torch.dtype) -> Library:
         return "torch"
     # If oneDNN does not support bf16, torch multiplies element by element (measured: 1 to
     # 20 GFLOP/s, against 80 in fp32).
-    if kind_of(device).needs_fp32(dtype == torch.bfloat16):
+    if kind_of(device).needs_fp32(precision_of(dtype)):
         return "fp32"
     # torch calls oneDNN for bf16 itself and MKL only for fp32.
     has_avx512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
@@ -113,7 +114,7 @@ def accumulate_weight_grad(
     fresh: bool,
     library: Library | None = None,
 ) -> None:
-    """Adds grad^T @ inputs to main [O, I] (fp32).
+    """Adds grad^T @ inputs to main [O, I].
 
     `fresh`: main has no contribution yet and is overwritten, whatever it contains.
     """
@@ -206,7 +207,7 @@ def accumulate_grouped_weight_grad(
     fresh: bool,
     library: Library | None = None,
 ) -> None:
-    """Adds each expert's grad^T @ inputs to main [E, O, I] (fp32).
+    """Adds each expert's grad^T @ inputs to main [E, O, I].
 
     `fresh`: main has no contribution yet and is overwritten, whatever it contains.
     """

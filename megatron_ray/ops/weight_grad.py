@@ -1,4 +1,4 @@
-"""Accumulates weight gradients into fp32 main gradients, at once or later.
+"""Accumulates weight gradients into main gradients, at once or later.
 
 A layer's backward computes its input gradient itself and contributes the computation of
 its weight gradient to the slot of that weight. The sink of the slots runs the
@@ -26,7 +26,7 @@ from torch import Tensor
 
 
 class Accumulate(Protocol):
-    """Computes a weight gradient into a main gradient (fp32).
+    """Computes a weight gradient into a main gradient.
 
     It overwrites a fresh gradient and adds to any other.
     """
@@ -38,7 +38,7 @@ class Accumulate(Protocol):
 
 @dataclass(eq=False)
 class GradSlot:
-    """The fp32 main gradient of a parameter and its state within a step."""
+    """The main gradient of a parameter and its state within a step."""
 
     name: str
     main_grad: Tensor

@@ -31,12 +31,15 @@ def finalize_grads(optimizer: ShardedOptimizer, mesh: ParallelMesh) -> None:
     _sum_over_tp(optimizer, mesh)
     _sum_shared_heads(optimizer, mesh)
     _sum_tied_embedding(optimizer, mesh)
+    optimizer.copy_gradients()
 
 
 def scale_and_clip(
     optimizer: ShardedOptimizer, sums: StepSums, clip_grad_norm: float
 ) -> None:
     """Multiplies this rank's gradients by 1/global_tokens and by the clipping factor.
+
+    Gradients of a scaled loss are unscaled by the same product.
 
     The clipping factor is Megatron's min(1, limit / (norm + 1e-6)); a limit of 0 clips
     nothing.
@@ -47,6 +50,8 @@ def scale_and_clip(
         # The norm of the sums, divided by the tokens, is the norm of the means.
         norm = sums.squared_norm.sqrt() * factor
         factor = factor * (clip_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+    if sums.grad_factor is not None:
+        factor = factor / sums.grad_factor
     factor = factor.float()
     if sums.skip is not None:
         # NaN would stay in the buffers' gaps, which no later step overwrites.
@@ -59,7 +64,8 @@ def scale_and_clip(
 def squared_grad_norm(optimizer: ShardedOptimizer, mesh: ParallelMesh) -> Tensor:
     """Returns this rank's share of the squared gradient norm, fp64.
 
-    The sum of all shares over the world counts each logical element once.
+    The sum of all shares over the world counts each logical element once. Gradients of a
+    scaled loss count unscaled.
     """
     total = torch.zeros((), dtype=torch.float64, device=mesh.device)
     for shard in optimizer.shards:
@@ -71,6 +77,9 @@ def squared_grad_norm(optimizer: ShardedOptimizer, mesh: ParallelMesh) -> Tensor
             # two pipeline stages or several tp ranks.
             if run.owns_norm and (run.tp_sharded or mesh.tp_rank == 0):
                 total += _squares(shard.gradient(run))
+    scaler = optimizer.loss_scaler
+    if scaler is not None:
+        total /= scaler.grad_factor(scaler.scale).square()
     return total
 
 

@@ -4,8 +4,8 @@ Owns: main parameters, optimizer state, the gather of updated weights. Must not 
 model, microbatches, files, the arithmetic of the update.
 
 ZeRO-1 (Rajbhandari et al. 2020): each data-parallel rank updates an equal part of every
-bucket. In fp32 the main parameters are the model's own memory; in bf16 they are a
-separate fp32 shard.
+bucket. In fp32 the main parameters are the model's own memory; in bf16 and fp16 they are
+a separate fp32 shard.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -17,6 +17,7 @@ from megatron_ray.config.optimizer import OptimizerConfig
 from megatron_ray.config.optimizer_kinds import optimizer_kind
 from megatron_ray.data_parallel.buffers import ParameterGroup
 from megatron_ray.distributed import collectives
+from megatron_ray.optimizer.loss_scale import LossScaler
 from megatron_ray.optimizer.partition import Piece, Run, flat_runs, owned_range, pieces
 from megatron_ray.optimizer.update_calls import RunTensors, UpdateCall, update_call
 from megatron_ray.optimizer.update_rule import UpdateRule
@@ -67,6 +68,9 @@ class OptimizerShard:
         device = self.buffers.parameters.device
         self.main_is_model = self.buffers.parameters.dtype == torch.float32
         self._main_shard: Tensor | None = None
+        self._gradient_shard: Tensor | None = None
+        if self.buffers.gradients.dtype != torch.float32:
+            self._gradient_shard = torch.zeros(num_elements, device=device)
         if not self.main_is_model:
             self._main_shard = torch.zeros(num_elements, device=device)
         self.state: dict[str, Tensor] = {}
@@ -92,8 +96,17 @@ class OptimizerShard:
         return self._main_shard[run.shard_range]
 
     def gradient(self, run: Run | Piece) -> Tensor:
-        """Returns the fp32 main gradients of a run or a piece, as a view."""
-        return self.buffers.gradients[run.start : run.end]
+        """Returns the fp32 gradients of a run or a piece, as a view."""
+        if self._gradient_shard is None:
+            return self.buffers.gradients[run.start : run.end]
+        return self._gradient_shard[run.shard_range]
+
+    def copy_gradients(self) -> None:
+        """Copies reduced gradients of a shorter type to fp32."""
+        if self._gradient_shard is None:
+            return
+        for run in self.runs:
+            self.gradient(run).copy_(self.buffers.gradients[run.start : run.end])
 
     def step(self, lr: float, skip: Tensor | None = None) -> None:
         """Updates the main parameters with the current gradients, unless `skip` is 1.
@@ -118,7 +131,7 @@ class OptimizerShard:
 
         To be called after an update, a load, or initialisation of the shard.
         """
-        # Rounded before the gather, since bf16 weights have half the bytes.
+        # Rounded before the gather, since short weights have half the bytes.
         if self._main_shard is not None:
             for run in self.runs:
                 self.buffers.parameters[run.start : run.end].copy_(self.main(run))
@@ -195,20 +208,35 @@ class ShardedOptimizer:
     """The optimizer of this rank, with one shard per parameter group.
 
     Dense parameters and experts have replicas on different ranks, hence two groups.
+    `loss_scaler` is None where the losses are not scaled.
     """
 
     def __init__(
-        self, config: OptimizerConfig, groups: Sequence[ParameterGroup], *, sharded: bool
+        self,
+        config: OptimizerConfig,
+        groups: Sequence[ParameterGroup],
+        *,
+        sharded: bool,
+        loss_scaler: LossScaler | None = None,
     ) -> None:
+        self.loss_scaler = loss_scaler
         self.shards = tuple(
             OptimizerShard(config, group, sharded=sharded) for group in groups
         )
 
     def gradients(self) -> Iterator[tuple[Piece, Tensor]]:
-        """Yields every piece that this rank updates and its flat gradient, in buffer order."""
+        """Yields every piece that this rank updates and its flat main gradient.
+
+        Pieces come in buffer order, gradients in the type in which they are reduced.
+        """
         for shard in self.shards:
             for piece in shard.pieces:
-                yield piece, shard.gradient(piece)
+                yield piece, shard.buffers.gradients[piece.start : piece.end]
+
+    def copy_gradients(self) -> None:
+        """Copies reduced gradients of a shorter type to fp32, for norm and update."""
+        for shard in self.shards:
+            shard.copy_gradients()
 
     @torch.no_grad()
     def step(self, lr: float, skip: Tensor | None = None) -> None:
@@ -252,8 +280,13 @@ class ShardedOptimizer:
                 shard.initialise(name, value)
 
     def sharded_state(self) -> ShardedState:
-        """Returns live views of this rank's state; see OptimizerShard.sharded_state."""
+        """Returns live views of this rank's state; see OptimizerShard.sharded_state.
+
+        A dynamic loss scale is part of it.
+        """
         state: ShardedState = {}
+        if self.loss_scaler is not None:
+            state |= self.loss_scaler.sharded_state()
         for shard in self.shards:
             state |= shard.sharded_state()
         return state

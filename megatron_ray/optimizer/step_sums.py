@@ -33,6 +33,11 @@ class StepSums:
     values: Tensor
     """fp64 [loss sum, tokens, squared gradient norm, auxiliary losses ..., votes ...]."""
     skip_rule: SkipRule = SkipRule.NEVER
+    loss_scale: Tensor | None = None
+    """Scale of the step's loss, an fp64 scalar; None where it is not scaled. The numbers
+    above are unscaled."""
+    grad_factor: Tensor | None = None
+    """Factor of the gradients by that scale."""
 
     @property
     def skip(self) -> Tensor | None:
@@ -41,6 +46,11 @@ class StepSums:
             return None
         if self.skip_rule is SkipRule.ALWAYS:
             return torch.ones((), device=self.values.device)
+        return self.overflow
+
+    @property
+    def overflow(self) -> Tensor:
+        """1.0 if the step's loss or gradient norm is not finite, else 0.0."""
         # On the device, so that the host does not wait for the step's end.
         return torch.isfinite(self.values[:NUM_FIXED]).all().logical_not().float()
 

@@ -25,7 +25,11 @@ from megatron_ray.models.mlp import GatedMLP
 from megatron_ray.models.rope import rotates_in_fp32
 from megatron_ray.ops.differentiable_op import DifferentiableOp
 from megatron_ray.ops.dtypes import to_fp32
-from megatron_ray.tensor_parallel.cross_entropy import SoftmaxStats, VocabParallelHead
+from megatron_ray.tensor_parallel.cross_entropy import (
+    FP16_ONE,
+    SoftmaxStats,
+    VocabParallelHead,
+)
 from megatron_ray.tensor_parallel.norm import RMSNorm
 
 
@@ -218,8 +222,11 @@ def _softmax_shares_(logits: Tensor, columns: Tensor) -> SoftmaxStats:
         return SoftmaxStats(largest, total, label_logit, torch.ones_like(total))
     # As probabilities, because without vocabulary sharding the later factor is one, which
     # adds no second rounding.
-    logits.copy_(shares / total[:, None])
-    return SoftmaxStats(largest, total, label_logit, total.clone())
+    unit = total.clone()
+    if logits.dtype == torch.float16:
+        unit = total / FP16_ONE
+    logits.copy_(shares / unit[:, None])
+    return SoftmaxStats(largest, total, label_logit, unit)
 
 
 FORMULAS = CompiledOps(

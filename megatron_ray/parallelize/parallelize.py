@@ -44,9 +44,10 @@ from megatron_ray.pipeline_parallel.schedules.plan import PipelinePlan, plan_pip
 from megatron_ray.sharding.layer_specs import ShardPosition
 from megatron_ray.sharding.parameter_types import LocalParameter
 from megatron_ray.sharding.parameters import freeze, local_parameters
+from megatron_ray.tensor_parallel.cross_entropy import VocabParallelHead
 from megatron_ray.tensor_parallel.group import TensorParallel
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,8 @@ class ParallelModel:
     dtype: torch.dtype
     """Type of activations. Under ZeRO-3 the buffers are fp32, and weights are gathered
     in this type."""
+    hidden_dtype: torch.dtype
+    """Type of hidden states between blocks, and so between stages."""
 
     @property
     def parameters(self) -> tuple[LocalParameter, ...]:
@@ -88,6 +91,16 @@ class ParallelModel:
     def has_loss(self) -> bool:
         """Whether the last stage is on this rank."""
         return self.module.has_head
+
+    def scale_losses(self, factor: Callable[[], Tensor]) -> None:
+        """Multiplies the gradients of all losses by `factor()` from now on.
+
+        The losses themselves stay as they are. The factor, an fp32 scalar on the device,
+        must not change within a step.
+        """
+        for part in self.module.modules():
+            if isinstance(part, AuxLoss | VocabParallelHead):
+                part.grad_scale = factor
 
     def begin_step(self) -> None:
         """Resets the state of the previous step."""
@@ -134,6 +147,10 @@ def parallelize(
     module = build_model(
         config.model, mesh, parallel, dtype=weight_dtype, stages=stages, seed=training.seed
     )
+    hidden_dtype = dtype
+    if training.fp32_residual_connection:
+        hidden_dtype = torch.float32
+        module.activation_dtype = dtype
     if training.compile == "blocks":
         apply_compile(module, compiled_ops())
     apply_recompute(module, training.recompute)
@@ -144,6 +161,7 @@ def parallelize(
 
     options = StorageOptions(
         dtype,
+        DTYPES[training.grad_precision],
         parallel.bucket_elements,
         shards_gradients=parallel.zero == 1,
         on_reduce=on_reduce,
@@ -165,6 +183,7 @@ def parallelize(
         ),
         sequence_parallel=parallel.sequence_parallel,
         dtype=dtype,
+        hidden_dtype=hidden_dtype,
     )
 
 

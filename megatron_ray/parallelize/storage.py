@@ -53,6 +53,8 @@ class StorageOptions:
 
     dtype: torch.dtype
     """Type of weights in the forward pass."""
+    grad_dtype: torch.dtype
+    """Type in which gradients are reduced, and added up except under ZeRO-3."""
     bucket_elements: int | None
     """None: by the size of the model."""
     shards_gradients: bool
@@ -83,7 +85,7 @@ def _reduced_group(
     options: StorageOptions,
 ) -> ParameterGroup:
     plan = plan_buckets(parameters, collectives.size(group), options.bucket_elements)
-    buffers = FlatBuffers.allocate(plan, options.dtype, device)
+    buffers = FlatBuffers.allocate(plan, options.dtype, device, options.grad_dtype)
     reducer = GradReducer(
         buffers, group, sharded=options.shards_gradients, on_start=options.on_reduce
     )
@@ -103,7 +105,7 @@ def shard_fully(
     """
     # Wrapping shards the (meta) parameters; afterwards torch's shapes can be compared with
     # the table's rows, and memory can be attached.
-    shards = _wrap(module, mesh, options.dtype)
+    shards = _wrap(module, mesh, options)
     groups = []
     parameters: list[LocalParameter] = []
     for part, tensors in zip((shards.dense, shards.experts), _split(table), strict=True):
@@ -130,7 +132,7 @@ class _WrappedModel:
     experts: Shards
 
 
-def _wrap(module: GPT, mesh: ParallelMesh, dtype: torch.dtype) -> _WrappedModel:
+def _wrap(module: GPT, mesh: ParallelMesh, options: StorageOptions) -> _WrappedModel:
     expert_modules: list[nn.Module] = []
     for part in module.modules():
         if isinstance(part, GatedExperts | PlainExperts):
@@ -140,7 +142,8 @@ def _wrap(module: GPT, mesh: ParallelMesh, dtype: torch.dtype) -> _WrappedModel:
     units = [*module.layers.values(), *module.mtp.values(), module]
     dense = Shards(units, mesh.shard_group, mesh.copy_group)
     # Experts are inside blocks, so they are wrapped first.
-    return _WrappedModel(FullShard(module, [experts, dense], dtype), dense, experts)
+    model = FullShard(module, [experts, dense], options.dtype, options.grad_dtype)
+    return _WrappedModel(model, dense, experts)
 
 
 def attach_grad_slots(module: GPT, storage: ParameterStorage) -> WeightGradSink:

@@ -7,9 +7,10 @@ CUDA a sliding window shorter than the sequence uses torch's attention with a ma
 keeps more: its output once more, keys and values of every query head, and masks.)
 
 Letters, per microbatch and rank: T = seq_length x micro_batch_size / cp tokens; s = tp
-with sequence parallelism, else 1; w bytes of an activation; z bytes of a norm's
-statistics per token; H hidden_size, D head width, N and G query and key/value heads, F
-inner width of the MLP, f = 2 F where it is gated, else F. In a layer with experts F is
+with sequence parallelism, else 1; w bytes of an activation, h those of hidden states
+between layers; z bytes of a norm's statistics per token; H hidden_size, D head width, N
+and G query and key/value heads, F inner width of the MLP, f = 2 F where it is gated, else
+F. In a layer with experts F is
 the sum of the widths of a token's experts, K chosen ones and a shared one; the load is
 assumed to be balanced. With latent attention Q and C are the widths of the latents (Q is
 0 without one), R that of the rotated part of a key, V that of a value.
@@ -27,6 +28,7 @@ from megatron_ray.ops.attention.choice import attention_kernel
 from megatron_ray.ops.loss_chunks import rows_at_once
 from megatron_ray.pipeline_parallel.schedules.layout import StageContents
 from megatron_ray.planning.microbatch import (
+    hidden_width_of,
     local_vocabulary,
     own_tokens_of,
     tokens_of,
@@ -45,7 +47,7 @@ class LayerActivations:
     """
 
     layer_input: int
-    """w T H / s"""
+    """h T H / s"""
     norm: int
     """Outputs of both norms, and their statistics: 2 w T H / s + 2 z T / s"""
     core_attention: int
@@ -64,7 +66,7 @@ class LayerActivations:
     (times etp too where everything is gathered), and what the router keeps
     (`_router_bytes`); 0 in a layer without experts."""
     rest: int
-    """w T H / s before the MLP's norm; w T (2 N + 2 G) D / tp around the attention (G at
+    """h T H / s before the MLP's norm; w T (2 N + 2 G) D / tp around the attention (G at
     least tp); (w D + z) T (N + G) / tp where queries and keys are normed; 2 T H / s of
     masks with hidden dropout. Around latent attention w T N (3 D + V) / tp, and of its
     latents w T (2 Q + 2 C + R) / s and the statistics of their norms."""
@@ -99,14 +101,16 @@ def layer_activations(
     """Returns what a layer (counted from 0) keeps on one rank."""
     model = config.model
     own = own_tokens_of(config)
-    residual = width_of(config) * own * model.hidden_size
+    residual = hidden_width_of(config) * own * model.hidden_size
+    normed = width_of(config) * own * model.hidden_size
+    statistics = _norm_statistics(config, device, hidden_width_of(config)) * own
     inner = _inner_bytes(config, index)
     dropout_masks = 0
     if model.hidden_dropout:
         dropout_masks = 2 * own * model.hidden_size  # one byte per element
     return LayerActivations(
         layer_input=residual,
-        norm=2 * residual + 2 * _norm_statistics(config, device) * own,
+        norm=2 * normed + 2 * statistics,
         core_attention=_core_bytes(config, index, device),
         pre_activation=inner * (2 if model.gated else 1),
         activation=inner,
@@ -115,16 +119,17 @@ def layer_activations(
     )
 
 
-def _norm_statistics(config: TrainConfig, device: DeviceKind) -> int:
+def _norm_statistics(config: TrainConfig, device: DeviceKind, width: int) -> int:
     """Returns the bytes of statistics that a norm keeps of each token.
 
     RMSNorm keeps the inverse root mean square in fp32, LayerNorm mean and inverse
-    deviation, which torch's kernel for CPUs makes in the type of the activations.
+    deviation, which torch's kernel for CPUs makes in the type of its input, of `width`
+    bytes.
     """
     if config.model.norm == "rmsnorm":
         return _FP32
     if device.type == "cpu":
-        return 2 * width_of(config)
+        return 2 * width
     return 2 * _FP32
 
 
@@ -148,7 +153,7 @@ def _kept_by_kernel(config: TrainConfig, index: int, device: DeviceKind) -> int:
     parallel = config.parallel
     kernel = attention_kernel(
         device,
-        bf16=config.training.precision == "bf16",
+        precision=config.training.precision,
         sequence=config.training.seq_length,
         window=config.model.window_on(index),
     )
@@ -185,14 +190,14 @@ def _around_attention(config: TrainConfig, device: DeviceKind) -> int:
         queries_and_keys = heads + tokens * max(model.kv_heads, tp) // tp
         kept = width * 2 * queries_and_keys * model.head_width
         if model.qk_norm:
-            normed = width * model.head_width + _norm_statistics(config, device)
+            normed = width * model.head_width + _norm_statistics(config, device, width)
             kept += queries_and_keys * normed
         return kept
     kept = width * heads * (3 * mla.qk_head_dim + mla.v_head_dim)
     # Latents before and after their norms, and the rotated part of the key.
     latents = 2 * (mla.q_lora_rank or 0) + 2 * mla.kv_lora_rank + mla.qk_rope_head_dim
     norms = 1 if mla.q_lora_rank is None else 2
-    per_token = width * latents + norms * _norm_statistics(config, device)
+    per_token = width * latents + norms * _norm_statistics(config, device, width)
     return kept + own_tokens_of(config) * per_token
 
 
@@ -356,20 +361,23 @@ def _kept_by_mtp_projection(config: TrainConfig, device: DeviceKind) -> int:
     hidden_states = 3
     if own < tokens_of(config):
         hidden_states = 4
-    per_token = hidden_states * width_of(config) * config.model.hidden_size
-    return (per_token + 2 * _norm_statistics(config, device)) * own
+    width = width_of(config)
+    per_token = hidden_states * width * config.model.hidden_size
+    return (per_token + 2 * _norm_statistics(config, device, width)) * own
 
 
 def _kept_by_head(config: TrainConfig, device: DeviceKind) -> int:
     """Returns what the last norm, the output head and the loss keep.
 
-    Those are (w H + z) T / s of the norm's input and statistics, w T H of its output
+    Those are (h H + z) T / s of the norm's input and statistics, w T H of its output
     (gathered with sequence parallelism), and (w V + 4) T with V the local vocabulary: the
     logits, which become their gradient, and one fp32 number per token.
     """
     tokens = tokens_of(config)
     hidden = width_of(config) * config.model.hidden_size
-    norm = (hidden + _norm_statistics(config, device)) * own_tokens_of(config)
+    wide = hidden_width_of(config)
+    statistics = _norm_statistics(config, device, wide)
+    norm = (wide * config.model.hidden_size + statistics) * own_tokens_of(config)
     logits = (width_of(config) * local_vocabulary(config) + _FP32) * tokens
     return norm + hidden * tokens + logits
 

@@ -23,7 +23,12 @@ from megatron_ray.planning.buffers import (
     rank_buffers,
 )
 from megatron_ray.planning.layer_communication import stage_communication
-from megatron_ray.planning.microbatch import num_microbatches, own_tokens_of, width_of
+from megatron_ray.planning.microbatch import (
+    grad_width_of,
+    hidden_width_of,
+    num_microbatches,
+    own_tokens_of,
+)
 from megatron_ray.planning.tally import Axis, Tally, group_sizes
 
 _FP32 = 4
@@ -53,7 +58,7 @@ def step_communication(config: TrainConfig, rank: int) -> Tally | None:
 
 def transfer_bytes(config: TrainConfig) -> int:
     """Returns the bytes of one message between stages."""
-    return own_tokens_of(config) * config.model.hidden_size * width_of(config)
+    return own_tokens_of(config) * config.model.hidden_size * hidden_width_of(config)
 
 
 def _num_receivers(pipeline: PipelinePlan, pp_rank: int, chunk: int) -> int:
@@ -83,8 +88,8 @@ def update_communication(
     """Returns what a rank sends once a step: gradients, weights and the step's numbers."""
     tally = Tally(group_sizes(dims))
     for buffer in buffers.buffers:
-        _add_buckets(tally, buffer)
-    _add_shared_gradients(tally, dims, buffers.buffers)
+        _add_buckets(tally, buffer, grad_width_of(config))
+    _add_shared_gradients(tally, dims, buffers.buffers, grad_width_of(config))
     _add_expert_biases(tally, config, dims, pipeline, buffers.pp_rank)
     # One all-reduce in fp64: loss, tokens and squared gradient norm, the auxiliary
     # losses, and the votes.
@@ -93,22 +98,22 @@ def update_communication(
     return tally
 
 
-def _add_buckets(tally: Tally, buffer: PlannedBuffer) -> None:
-    """Adds the reduction of fp32 gradients and, under ZeRO-1, gathering of weights."""
+def _add_buckets(tally: Tally, buffer: PlannedBuffer, grad_width: int) -> None:
+    """Adds the reduction of gradients and, under ZeRO-1, gathering of weights."""
     axis: Axis = "edp" if buffer.of_expert else "dp"
     for bucket in buffer.plan.buckets:
         size = bucket.end - bucket.start
         if buffer.sharded:
-            tally.add(axis, "reduce_scatter", _FP32 * size)
+            tally.add(axis, "reduce_scatter", grad_width * size)
             tally.add(axis, "all_gather", buffer.width * size // buffer.replicas)
         else:
-            tally.add(axis, "all_reduce", _FP32 * size)
+            tally.add(axis, "all_reduce", grad_width * size)
 
 
 def _add_shared_gradients(
-    tally: Tally, dims: ParallelDims, buffers: Sequence[PlannedBuffer]
+    tally: Tally, dims: ParallelDims, buffers: Sequence[PlannedBuffer], width: int
 ) -> None:
-    """Adds gradients of parameters that other ranks than the replicas hold too, fp32.
+    """Adds gradients of parameters that other ranks than the replicas hold too.
 
     A rank sends those elements that it updates.
     """
@@ -125,20 +130,20 @@ def _add_shared_gradients(
                     summed_over_tp += owned
                 # Tied word embeddings of the first and the last stage.
                 if parameter.is_shared_embedding:
-                    tally.add("embedding", "all_reduce", _FP32 * owned)
+                    tally.add("embedding", "all_reduce", width * owned)
                 for part in parameter.parts:
                     if part.num_kv_replicas > 1:
                         start = placed.part_start(part)
                         end = start + part.box.num_elements
                         replicated_heads += buffer.owned(start, end)
                         num_kv_replicas = part.num_kv_replicas
-    tally.add("tp", "all_reduce", _FP32 * summed_over_tp)
+    tally.add("tp", "all_reduce", width * summed_over_tp)
     # Replicas of one key/value head are summed with the others in one all-reduce over
     # tp, which has a row for each distinct head.
     distinct = 1
     if num_kv_replicas:
         distinct = dims.tp // num_kv_replicas
-    tally.add("tp", "all_reduce", _FP32 * replicated_heads * distinct)
+    tally.add("tp", "all_reduce", width * replicated_heads * distinct)
 
 
 def _add_expert_biases(

@@ -64,10 +64,13 @@ class Hardware:
 GPU = DeviceKind("cuda", bf16_products=True)
 """Every GPU in the tables; also the kind that a plan assumes when none is named."""
 
-_A100 = {"bf16": Efficiency(products=0.70, attention=0.10, memory=0.60, network=0.72)}
-"""Fitted to 10 runs of 2021, before fused attention."""
+_A100_BF16 = Efficiency(products=0.70, attention=0.10, memory=0.60, network=0.72)
+_A100 = {"bf16": _A100_BF16, "fp16": _A100_BF16}
+"""Fitted to 10 runs of 2021, before fused attention. GPUs multiply fp16 as fast as bf16."""
+_H100_BF16 = Efficiency(products=0.65, attention=0.19, memory=0.30, network=0.70)
 _H100 = {
-    "bf16": Efficiency(products=0.65, attention=0.19, memory=0.30, network=0.70),
+    "bf16": _H100_BF16,
+    "fp16": _H100_BF16,
     "fp8": Efficiency(products=0.73, attention=0.27, memory=0.36, network=2.0),
 }
 """Fitted to 43 runs under ZeRO-3 with the attention kernels of 2023 (bf16), and to 28 runs
@@ -80,7 +83,7 @@ _DEVICES = (
     Hardware(
         "A100",
         GPU,
-        {"bf16": 312e12},
+        {"bf16": 312e12, "fp16": 312e12},
         2039 * GB,
         80 * GIB,
         300 * GB,
@@ -94,7 +97,7 @@ _DEVICES = (
     Hardware(
         "H100",
         GPU,
-        {"bf16": 989e12, "fp8": 1979e12},
+        {"bf16": 989e12, "fp16": 989e12, "fp8": 1979e12},
         3350 * GB,
         80 * GIB,
         450 * GB,
@@ -107,7 +110,7 @@ _DEVICES = (
     Hardware(
         "H200",
         GPU,
-        {"bf16": 989e12, "fp8": 1979e12},
+        {"bf16": 989e12, "fp16": 989e12, "fp8": 1979e12},
         4800 * GB,
         140 * GIB,
         450 * GB,
@@ -121,7 +124,7 @@ _DEVICES = (
     Hardware(
         "B200",
         GPU,
-        {"bf16": 2250e12, "fp8": 4500e12},
+        {"bf16": 2250e12, "fp16": 2250e12, "fp8": 4500e12},
         8000 * GB,
         179 * GIB,
         900 * GB,
@@ -136,14 +139,15 @@ _DEVICES = (
     Hardware(
         name="CPU",
         device=DeviceKind("cpu", bf16_products=True),
-        peaks={"fp32": 180e9, "bf16": 1400e9},
+        # Products of fp16 are in fp32.
+        peaks={"fp32": 180e9, "bf16": 1400e9, "fp16": 180e9},
         memory_bandwidth=13 * GB,
         memory_bytes=None,
         link_bandwidth=4 * GB,
         network_bandwidth=1 * GB,
         node_size=8,
         latency_s=65e-6,
-        efficiencies={"fp32": _CPU, "bf16": _CPU},
+        efficiencies={"fp32": _CPU, "bf16": _CPU, "fp16": _CPU},
     ),
 )
 HARDWARE = MappingProxyType({device.name: device for device in _DEVICES})

@@ -23,7 +23,11 @@ from megatron_ray.planning.activations import (
     working_head,
 )
 from megatron_ray.planning.buffers import RankBuffers, distinct_buffers, is_fully_sharded
-from megatron_ray.planning.microbatch import all_num_microbatches, width_of
+from megatron_ray.planning.microbatch import (
+    all_num_microbatches,
+    grad_width_of,
+    width_of,
+)
 from megatron_ray.planning.pipeline import kept_and_released
 from megatron_ray.sharding.parameter_types import LocalParameter
 
@@ -40,10 +44,11 @@ class RankMemory:
     parameters_bytes: int
     """Weights; under ZeRO-3 this rank's rows in fp32."""
     gradients_bytes: int
-    """fp32 main gradients of parameters that are trained."""
+    """Main gradients of parameters that are trained and, where these are shorter, fp32
+    copies of those that this rank updates with."""
     optimizer_bytes: int
-    """Moments, and with bf16 the fp32 main parameters; this rank's share where they are
-    sharded over dp."""
+    """Moments, and with bf16 or fp16 the fp32 main parameters; this rank's share where
+    they are sharded over dp."""
     gathered_bytes_estimate: int
     """Weights and gradients that ZeRO-3 gathers: those of two layers, and of everything
     outside of layers."""
@@ -124,10 +129,10 @@ def state_memory(
 ) -> RankMemory:
     """Returns a rank's memory without activations."""
     is_sharded = is_fully_sharded(config, dims)
-    # State is fp32. With bf16 weights there are fp32 main parameters too; under ZeRO-3 the
+    # State is fp32. With short weights there are fp32 main parameters too; under ZeRO-3 the
     # weights themselves are fp32.
     optimizer_width = num_state_tensors(config.optimizer) * _FP32
-    if config.training.precision == "bf16" and not is_sharded:
+    if width_of(config) < _FP32 and not is_sharded:
         optimizer_width += _FP32
     parameters = 0
     trained = 0
@@ -142,11 +147,20 @@ def state_memory(
     return RankMemory(
         rank=buffers.rank,
         parameters_bytes=parameters,
-        gradients_bytes=trained * _FP32,
+        gradients_bytes=_gradients(config, trained, updated, is_sharded=is_sharded),
         optimizer_bytes=updated * optimizer_width,
         gathered_bytes_estimate=gathered,
         activations_bytes_estimate=0,
     )
+
+
+def _gradients(config: TrainConfig, trained: int, updated: int, *, is_sharded: bool) -> int:
+    """Returns the bytes of the gradients of so many elements."""
+    width = grad_width_of(config)
+    # ZeRO-3 keeps the sums in fp32.
+    if is_sharded or width == _FP32:
+        return trained * _FP32
+    return trained * width + updated * _FP32
 
 
 def _gathered(config: TrainConfig, table: Sequence[LocalParameter]) -> int:

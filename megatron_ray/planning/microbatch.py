@@ -6,12 +6,24 @@ Pure. Must not know: torch, layers.
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.sharding.parameters import padded_vocabulary
 
-_BYTES = {"fp32": 4, "bf16": 2}
+_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
 def width_of(config: TrainConfig) -> int:
     """Returns the bytes of an activation, and of a weight as products read it."""
     return _BYTES[config.training.precision]
+
+
+def hidden_width_of(config: TrainConfig) -> int:
+    """Returns the bytes of an element of the hidden states between layers."""
+    if config.training.fp32_residual_connection:
+        return _BYTES["fp32"]
+    return width_of(config)
+
+
+def grad_width_of(config: TrainConfig) -> int:
+    """Returns the bytes of a gradient as it is reduced."""
+    return _BYTES[config.training.grad_precision]
 
 
 def tokens_of(config: TrainConfig) -> int:

@@ -24,7 +24,7 @@ from megatron_ray.planning.communication import transfer_bytes, update_communica
 from megatron_ray.planning.flops import flops_per_token
 from megatron_ray.planning.hardware import Efficiency, Hardware
 from megatron_ray.planning.layer_communication import stage_communication
-from megatron_ray.planning.microbatch import num_microbatches, width_of
+from megatron_ray.planning.microbatch import grad_width_of, num_microbatches, width_of
 from megatron_ray.planning.network import Network
 from megatron_ray.planning.pipeline import bubble
 from megatron_ray.planning.tally import Axis, Kind, Tally
@@ -304,7 +304,7 @@ def _zero3_seconds(
     """Returns the seconds in which ZeRO-3 gathers weights and scatters gradients.
 
     Weights are gathered for the forward pass, for the backward pass and for a second
-    forward pass. Gradients are fp32.
+    forward pass.
     """
     width = width_of(config)
     passes = 2
@@ -324,7 +324,7 @@ def _zero3_seconds(
     seconds = 0.0
     for axis, elements, size in groups:
         seconds += passes * network.seconds(axis, "all_gather", elements * width / size)
-        seconds += network.seconds(axis, "reduce_scatter", 4 * elements)
+        seconds += network.seconds(axis, "reduce_scatter", grad_width_of(config) * elements)
     return seconds
 
 

@@ -23,7 +23,7 @@ from megatron_ray.planning.buffers import RankBuffers, distinct_buffers
 from megatron_ray.planning.flops import attention_parameters
 from megatron_ray.planning.hardware import Hardware
 from megatron_ray.planning.memory import RankMemory, state_memory, with_activations
-from megatron_ray.planning.microbatch import num_microbatches, width_of
+from megatron_ray.planning.microbatch import grad_width_of, num_microbatches, width_of
 from megatron_ray.planning.pipeline import bubble_share
 from megatron_ray.planning.step_time import StepTime, UpdateTime, step_parts, step_update
 from megatron_ray.validation import check
@@ -242,7 +242,7 @@ def _least_bytes(config: TrainConfig) -> tuple[float, float]:
             experts += moe.num_experts * matrices * model.expert_width
     bytes_per_weight = width_of(config)
     if not config.optimizer.freeze:
-        bytes_per_weight += 4
+        bytes_per_weight += grad_width_of(config)
     return float(dense * bytes_per_weight), float(experts * bytes_per_weight)
 
 

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.pipeline_parallel.schedules.layout import StageContents
 from megatron_ray.planning.microbatch import (
+    grad_width_of,
+    hidden_width_of,
     local_vocabulary,
     own_tokens_of,
     tokens_of,
@@ -125,10 +127,19 @@ class LayerWork:
     backward: Work
 
 
+def _hidden_bytes(config: TrainConfig) -> float:
+    """Returns the bytes of a pass over hidden states, the mean of a layer's.
+
+    Of the five passes of a norm and a residual addition, two are over outputs of layers.
+    """
+    width = (3 * hidden_width_of(config) + 2 * width_of(config)) / 5
+    return own_tokens_of(config) * config.model.hidden_size * width
+
+
 def layer_work(config: TrainConfig, index: int) -> LayerWork:
     """Returns the work of a layer (counted from 0) on one rank."""
     model = config.model
-    residual = own_tokens_of(config) * model.hidden_size * width_of(config)
+    residual = _hidden_bytes(config)
     projections = _attention_projections(config)
     mlp_elements, mlp_weights = _mlp_sizes(config, index)
     matrices = 3 if model.gated else 2
@@ -148,8 +159,8 @@ def layer_work(config: TrainConfig, index: int) -> LayerWork:
         memory=5 * residual + projections.moved_bytes,
     )
 
-    # Weight gradients are accumulated in fp32: 4 bytes read and 4 written per weight.
-    accumulated = 8.0 * (projections.num_weights + mlp_weights)
+    # Accumulating a weight gradient reads and writes the sum.
+    accumulated = 2.0 * grad_width_of(config) * (projections.num_weights + mlp_weights)
     # The backward pass has two products for each of the forward's. A fused attention
     # kernel has five in its backward where its forward has two.
     backward = Work(

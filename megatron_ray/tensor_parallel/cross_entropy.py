@@ -33,6 +33,9 @@ from megatron_ray.tensor_parallel.layers import Shape, start_input_grad_reductio
 # If a rank's largest logit is further below the global maximum, its probabilities are under
 # 1e-26 and are clamped to that, so that no quotient overflows.
 _FARTHEST = -60.0
+FP16_ONE = 1024.0
+"""Share of a probability of one in fp16, which rounds smaller ones to multiples of 6e-8:
+too few digits for most tokens of a large vocabulary."""
 
 
 class SoftmaxStats(NamedTuple):
@@ -73,15 +76,24 @@ class VocabParallelHead(SlottedModule):
         if tied is None:
             tied = nn.Parameter(torch.empty(weight_shape, dtype=dtype))
         self.weight = tied
+        self.grad_scale: Callable[[], Tensor] | None = None
+        """Factor of the loss's gradient, where the losses are scaled."""
         self.softmax_shares_: Callable[[Tensor, Tensor], SoftmaxStats] = softmax_shares_
 
     def forward(self, hidden_TH: Tensor, labels_T: Tensor, mask_T: Tensor) -> Tensor:
         """Returns the sum of mask x -log p(label) over this replica's tokens.
 
         It is fp32 and the same on every tp rank. Its backward assumes an incoming
-        gradient of one, because finalize_grads scales by the number of tokens.
+        gradient of one, because finalize_grads scales by the number of tokens, and
+        multiplies by `grad_scale`.
         """
         return _HeadLoss.apply(hidden_TH, self.weight, labels_T, mask_T, self)
+
+    def scaled(self, factor_T: Tensor) -> Tensor:
+        """Returns factors of the gradients of tokens, times that of the loss."""
+        if self.grad_scale is None:
+            return factor_T
+        return factor_T * self.grad_scale()
 
     def logits(self, hidden_TH: Tensor) -> Tensor:
         """Returns logits [T, vocabulary] on every rank, without padding, for inference."""
@@ -125,8 +137,9 @@ class _HeadLoss(AutogradFunction[Tensor]):
         )
         # Shares are as large as the logits, so evaluation must not save them.
         if any(ctx.needs_input_grad[:2]):
+            local = _within_range_(logits, local, total / rescale)
             _subtract_one_hot_(logits, columns, is_elsewhere, local, total / rescale)
-            factor = local.unit * rescale / total * mask
+            factor = module.scaled(local.unit * rescale / total * mask)
             ctx.save_for_backward(gathered, weight, logits, factor)
             ctx.module = module
         loss: Tensor = total.log().sub_(label_logit).mul_(mask).sum()
@@ -166,6 +179,19 @@ def _overwrite_with_shares(
     return stats._replace(
         total=torch.zeros_like(stats.total), unit=torch.ones_like(stats.unit)
     )
+
+
+def _within_range_(shares: Tensor, local: SoftmaxStats, one: Tensor) -> SoftmaxStats:
+    """Makes a probability of one the same share on all ranks, in fp16.
+
+    Relative to a rank with small logits only, a label's share is beyond its range. `one` is
+    a probability of one in exponentials of this rank.
+    """
+    if shares.dtype != torch.float16:
+        return local
+    unit = one / FP16_ONE
+    shares.mul_((local.unit / unit)[:, None])
+    return local._replace(unit=unit)
 
 
 def _subtract_one_hot_(
@@ -212,5 +238,9 @@ def softmax_shares_(logits: Tensor, columns: Tensor) -> SoftmaxStats:
     else:
         shares = torch.softmax(source, 1, dtype=largest.dtype)
     total = shares.amax(1).reciprocal_()
+    unit = total
+    if logits.dtype == torch.float16:
+        shares.mul_(FP16_ONE)
+        unit = total / FP16_ONE
     logits.copy_(shares)
-    return SoftmaxStats(largest, total, label_logit, total)
+    return SoftmaxStats(largest, total, label_logit, unit)

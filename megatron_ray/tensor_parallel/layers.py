@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from megatron_ray.distributed import collectives
 from megatron_ray.distributed.collectives import Group
 from megatron_ray.ops.autograd import AutogradFunction
+from megatron_ray.ops.dtypes import add_residual_
 from megatron_ray.ops.grad_slots import (
     SlottedModule,
     deliver_bias_grad,
@@ -162,6 +163,7 @@ def start_input_grad_reduction(
 class RowParallelLinear(SlottedModule):
     """Y = residual (if given) + sum over ranks of X W^T, + b.
 
+    Y has the type of the residual, which may be wider than that of X and W.
     The columns of W are sharded: [T, I/tp] -> [T or t, O]. The bias is replicated on
     every rank and is added after the sum.
     """
@@ -209,12 +211,14 @@ class _Row(AutogradFunction[Tensor]):
         ctx.module = module
         ctx.has_residual = residual is not None
         tp = module.tp
+        is_wide = residual is not None and residual.dtype != inputs.dtype
         if not is_output_needed:
             tokens = inputs.shape[0] // collectives.size(tp.sequence_group)
-            return inputs.new_empty(tokens, weight.shape[0])
+            like = residual if residual is not None else inputs
+            return like.new_empty(tokens, weight.shape[0])
         # On one rank the product adds the residual, with one rounding. On several ranks it
         # is added once, after the sum.
-        if tp.group is None and residual is not None:
+        if tp.group is None and residual is not None and not is_wide:
             output = forward_product_plus(inputs, weight, residual)
         else:
             output = forward_product(inputs, weight)
@@ -223,7 +227,7 @@ class _Row(AutogradFunction[Tensor]):
             else:
                 output = collectives.all_reduce(output, tp.group)
             if residual is not None:
-                output.add_(residual)
+                output = add_residual_(output, residual)
         if bias is not None:
             output.add_(bias)
         return output
@@ -233,9 +237,10 @@ class _Row(AutogradFunction[Tensor]):
         inputs, weight = ctx.saved_tensors
         module: RowParallelLinear = ctx.module
         # The forward scattered tokens, so the backward gathers them, also for the weight
-        # gradient.
+        # gradient. A wide gradient is that of the residual; products take the short one.
         grad = grad.contiguous()
-        gathered = collectives.all_gather_rows(grad, module.tp.sequence_group)
+        short = grad.to(inputs.dtype)
+        gathered = collectives.all_gather_rows(short, module.tp.sequence_group)
         grad_inputs = input_grad_product(gathered, weight)
         grad_residual = None
         if ctx.has_residual:

@@ -3,7 +3,8 @@
 Weights are replicated. Under sequence parallelism each rank processes its own tokens
 only, and the parameter table marks the gradients as summed over tp; those of norms of
 heads always are, since each rank has its own heads. Arithmetic is fp32 for any type of
-activations. Must not know: the model, groups.
+activations. Inputs may be wider than weights and outputs. Must not know: the model,
+groups.
 
 Shapes: T tokens (or heads of tokens), H hidden (or head width).
 """
@@ -93,7 +94,7 @@ class _RMSNorm(AutogradFunction[Tensor]):
         output, rstd = module.kernel.forward(x, module.scale(weight), module.eps)
         ctx.save_for_backward(x, weight, rstd)
         ctx.module = module
-        normed: Tensor = output
+        normed: Tensor = output.to(weight.dtype)
         return normed
 
     @staticmethod
@@ -124,20 +125,23 @@ class _LayerNorm(AutogradFunction[Tensor]):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, module: LayerNorm
     ) -> Tensor:
         output, mean, rstd = torch.native_layer_norm(
-            x, [x.shape[-1]], weight, bias, module.eps
+            x, [x.shape[-1]], weight.to(x.dtype), bias.to(x.dtype), module.eps
         )
         ctx.save_for_backward(x, weight, bias, mean, rstd)
         ctx.module = module
-        return output
+        return output.to(weight.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, mean, rstd = ctx.saved_tensors
         module: LayerNorm = ctx.module
         # A gradient that the mask excludes is None and is not delivered.
-        mask = [True, weight.requires_grad, bias.requires_grad]
+        mask = [True, module.weight.requires_grad, module.bias.requires_grad]
+        grad = grad.to(x.dtype).contiguous()
+        weight = weight.to(x.dtype)
+        bias = bias.to(x.dtype)
         grad_x, grad_weight, grad_bias = torch.ops.aten.native_layer_norm_backward(
-            grad.contiguous(), x, [x.shape[-1]], mean, rstd, weight, bias, mask
+            grad, x, [x.shape[-1]], mean, rstd, weight, bias, mask
         )
         grad_weight = deliver_computed_grad(module, "weight", grad_weight)
         grad_bias = deliver_computed_grad(module, "bias", grad_bias)

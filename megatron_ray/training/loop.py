@@ -119,7 +119,9 @@ def _skip_rule(training: TrainingConfig, step: int) -> SkipRule:
     """Returns when the step with this number leaves the model as it is."""
     if step in training.skip_steps:
         return SkipRule.ALWAYS
-    if training.max_skipped_steps > 0:
+    scaling = training.scaling
+    is_dynamic = scaling is not None and scaling.constant is None
+    if training.max_skipped_steps > 0 or is_dynamic:
         return SkipRule.IF_NOT_FINITE
     return SkipRule.NEVER
 

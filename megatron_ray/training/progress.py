@@ -18,11 +18,18 @@ class SkippedSteps:
     """Those among the last steps, without a finite one in between."""
     left_out: int = 0
     """Steps in training.skip_steps, which are not counted in the others."""
+    overflows: int = 0
+    """Steps whose gradients overflowed with a loss scale that could be lowered, which are
+    not counted in the others either."""
 
-    def after_step(self, *, is_finite: bool, is_left_out: bool) -> "SkippedSteps":
+    def after_step(
+        self, *, is_finite: bool, is_left_out: bool, is_overflow: bool = False
+    ) -> "SkippedSteps":
         """Returns the counts after one more step."""
         if is_left_out:
             return replace(self, left_out=self.left_out + 1)
+        if is_overflow:
+            return replace(self, overflows=self.overflows + 1)
         if is_finite:
             return replace(self, consecutive=0)
         return replace(self, total=self.total + 1, consecutive=self.consecutive + 1)
@@ -45,7 +52,8 @@ class Progress:
     @property
     def num_updates(self) -> int:
         """Number of updates of the optimizer."""
-        return self.step - self.skipped.total - self.skipped.left_out
+        skipped = self.skipped
+        return self.step - skipped.total - skipped.left_out - skipped.overflows
 
     def after_step(self, batch_sizes: BatchSizes) -> "Progress":
         """Returns the progress after one more step."""

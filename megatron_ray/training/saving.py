@@ -17,7 +17,7 @@ import torch
 from megatron_ray.checkpoint.directory import FORMAT_VERSION, checkpoint_path
 from megatron_ray.checkpoint.hf.published.files import read_published
 from megatron_ray.checkpoint.initial_weights import load_initial_weights
-from megatron_ray.checkpoint.load import load_into
+from megatron_ray.checkpoint.load import SavedCheckpoint
 from megatron_ray.checkpoint.resume_config import CORPORA
 from megatron_ray.checkpoint.train_state import TOKENIZER, read_train_state
 from megatron_ray.checkpoint.writer import CheckpointWriter
@@ -26,6 +26,7 @@ from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.data.prepared import PreparedData
 from megatron_ray.distributed.mesh import ParallelMesh
 from megatron_ray.models.initialization import init_local
+from megatron_ray.optimizer.loss_scale import LOSS_SCALE
 from megatron_ray.optimizer.sharded import ShardedOptimizer
 from megatron_ray.parallelize.parallelize import ParallelModel
 from megatron_ray.reports import CheckpointFailedReport, CheckpointReport
@@ -152,7 +153,7 @@ def read_file(path: str) -> bytes:
 def training_state(model: ParallelModel, optimizer: ShardedOptimizer) -> ShardedState:
     """Returns live views of all tensors in a checkpoint.
 
-    These are main parameters, moments and balancing biases of experts.
+    These are main parameters, moments, a loss scale and balancing biases of experts.
     """
     state = optimizer.sharded_state()
     for name, bias in model.expert_biases.items():
@@ -167,7 +168,12 @@ def resume(
 
     Returns the run's progress. Raises CheckpointError.
     """
-    load_into(path, training_state(model, optimizer))
+    saved = SavedCheckpoint(path)
+    state = training_state(model, optimizer)
+    # A run that changes to fp16 had no loss scale until now.
+    if LOSS_SCALE not in saved.tensors:
+        state.pop(LOSS_SCALE, None)
+    saved.load_into(state)
     return apply_train_state(read_train_state(path, rank), optimizer)
 
 

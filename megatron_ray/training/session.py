@@ -22,6 +22,7 @@ from megatron_ray.data.loader import BatchMaker, StepLoader, evaluation_batches
 from megatron_ray.data.prepared import PreparedData
 from megatron_ray.distributed.mesh import ParallelMesh
 from megatron_ray.models.initialization import init_local
+from megatron_ray.optimizer.loss_scale import LossScaler
 from megatron_ray.optimizer.sharded import ShardedOptimizer
 from megatron_ray.parallelize.parallelize import ParallelModel, parallelize
 from megatron_ray.reports import PhaseReport, Report
@@ -244,8 +245,15 @@ def build(
     Weights are drawn from the seed, or left zero for a checkpoint to fill.
     """
     model = parallelize(config, mesh)
+    loss_scaler: LossScaler | None = None
+    if config.training.scaling is not None:
+        loss_scaler = LossScaler(config.training, mesh.device)
+        model.scale_losses(loss_scaler.factor)
     optimizer = ShardedOptimizer(
-        config.optimizer, model.parameter_groups, sharded=config.parallel.zero == 1
+        config.optimizer,
+        model.parameter_groups,
+        sharded=config.parallel.zero == 1,
+        loss_scaler=loss_scaler,
     )
     if initialise:
         for parameter in model.parameters:

@@ -63,7 +63,7 @@ def _transfer(model: ParallelModel, mesh: ParallelMesh, batch: Batch) -> Transfe
     if model.sequence_parallel:
         num_tokens //= mesh.dims.tp
     shape = (num_tokens, model.module.config.hidden_size)
-    return Transfer(shape, model.dtype, mesh.device)
+    return Transfer(shape, model.hidden_dtype, mesh.device)
 
 
 def loss_sum(losses: Sequence[Tensor], mesh: ParallelMesh) -> Tensor:

@@ -5,6 +5,7 @@ schedules of learning rate or checkpoints, reports.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -61,7 +62,7 @@ def reduce_step(
 
     `num_tokens` are this replica's. `votes` are summed too, so that ranks agree on a
     command without a separate collective. `skip_rule` determines whether the step
-    changes the model.
+    changes the model. A scaled loss has its next scale afterwards.
     """
     model.finish_reductions()
     finalize_grads(optimizer, mesh)
@@ -84,5 +85,12 @@ def reduce_step(
         if vote:
             values[votes_start + index].fill_(vote)
     sums = StepSums(collectives.all_reduce(values, mesh.world_group), skip_rule)
+    scaler = optimizer.loss_scaler
+    if scaler is not None:
+        scale = scaler.scale
+        sums = replace(sums, loss_scale=scale, grad_factor=scaler.grad_factor(scale))
+        # The numbers of a step that is left out mean nothing.
+        if skip_rule is not SkipRule.ALWAYS:
+            scaler.update(sums.overflow)
     model.update_expert_biases(mesh, sums.skip)
     return sums

@@ -49,9 +49,17 @@ class StepNumbers:
     """The strongest command that any rank had received at the end of the step."""
     all_sent: bool = True
     """Whether every rank's last copy had arrived at its partner by then."""
+    loss_scale: float | None = None
+    """Scale of the loss; None where it is not scaled."""
 
     @classmethod
-    def from_sums(cls, host: HostNumbers, sums: Sequence[float], num_aux: int) -> Self:
+    def from_sums(
+        cls,
+        host: HostNumbers,
+        sums: Sequence[float],
+        num_aux: int,
+        loss_scale: float | None = None,
+    ) -> Self:
         """Converts sums over the world to means; see StepSums for their order."""
         loss_sum, num_tokens, squared_norm = sums[:NUM_FIXED]
         votes_start = NUM_FIXED + num_aux
@@ -65,7 +73,18 @@ class StepNumbers:
             tuple(aux_sum / divisor for aux_sum in sums[NUM_FIXED:votes_start]),
             strongest_voted(sums[votes_start:]),
             all_sent(sums[votes_start:]),
+            loss_scale,
         )
+
+
+@dataclass(frozen=True)
+class _Launched:
+    """A launched step."""
+
+    host: HostNumbers
+    read: Callable[[], list[float]]
+    """Waits for the numbers: the sums, and a loss scale at their end."""
+    has_loss_scale: bool
 
 
 class StepsInFlight:
@@ -81,14 +100,18 @@ class StepsInFlight:
         self._lag = 0
         if on.type == "cuda":
             self._lag = 1
-        self._queue: deque[tuple[HostNumbers, Callable[[], list[float]]]] = deque()
+        self._queue: deque[_Launched] = deque()
 
     def add(self, progress: Progress, lr: float, times: StepTimes, sums: StepSums) -> None:
         """Adds a step that was just launched and starts copying its sums to the host."""
         # The peak is that at the launch of the step.
         memory_bytes = device.peak_memory_bytes(self._device)
         host = HostNumbers(progress, lr, times, memory_bytes)
-        self._queue.append((host, start_copy_to_host(sums.values)))
+        values = sums.values
+        if sums.loss_scale is not None:
+            values = torch.cat([values, sums.loss_scale[None]])
+        read = start_copy_to_host(values)
+        self._queue.append(_Launched(host, read, sums.loss_scale is not None))
 
     def pop_arrived(self) -> list[StepNumbers]:
         """Returns the steps whose numbers have arrived: all but the newest on CUDA."""
@@ -101,8 +124,14 @@ class StepsInFlight:
     def _pop(self, keep: int) -> list[StepNumbers]:
         steps = []
         while len(self._queue) > keep:
-            host, read = self._queue.popleft()
-            steps.append(StepNumbers.from_sums(host, read(), self._num_aux))
+            launched = self._queue.popleft()
+            values = launched.read()
+            loss_scale = None
+            if launched.has_loss_scale:
+                loss_scale = values.pop()
+            steps.append(
+                StepNumbers.from_sums(launched.host, values, self._num_aux, loss_scale)
+            )
         return steps
 
 

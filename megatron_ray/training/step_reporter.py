@@ -30,13 +30,29 @@ class NonFiniteLossError(MegatronRayError):
     ) -> None:
         # Steps that are left out already stay so.
         left_out = ",".join(map(str, [*training.skip_steps, report.step]))
+        at_scale = ""
+        remedy = ""
+        if report.loss_scale is not None:
+            at_scale = f" at a loss scale of {report.loss_scale:g}"
+            remedy = _scale_remedy(report, training)
         super().__init__(
             f"the loss of step {report.step} is {report.loss} and its gradient norm "
-            f"{report.grad_norm}{_exceeded_limit(skipped, training)}; lower optimizer.lr, "
+            f"{report.grad_norm}{at_scale}{_exceeded_limit(skipped, training)}; {remedy}"
+            "lower optimizer.lr, "
             "lengthen schedule.warmup_steps, leave the step's samples out with "
             f"training.skip_steps=[{left_out}], or look at the data from an earlier "
             "checkpoint on"
         )
+
+
+def _scale_remedy(report: StepReport, training: TrainingConfig) -> str:
+    """Returns what to do about the range of fp16, as the first of several remedies."""
+    remedy = "use training.precision=bf16, which has the range of fp32, "
+    is_constant = training.scaling is not None and training.scaling.constant is not None
+    # The loss itself is not scaled in the forward pass.
+    if is_constant and isfinite(report.loss):
+        remedy += "or a smaller training.loss_scale.constant, "
+    return remedy
 
 
 def _exceeded_limit(skipped: SkippedSteps, training: TrainingConfig) -> str:
@@ -87,7 +103,10 @@ class StepReporter:
         host = numbers.host
         is_finite = isfinite(numbers.loss) and isfinite(numbers.grad_norm)
         is_left_out = host.progress.step in self._training.skip_steps
-        self.skipped = self.skipped.after_step(is_finite=is_finite, is_left_out=is_left_out)
+        is_overflow = not is_left_out and not is_finite and self._lowers_scale(numbers)
+        self.skipped = self.skipped.after_step(
+            is_finite=is_finite, is_left_out=is_left_out, is_overflow=is_overflow
+        )
         rate = numbers.num_tokens / host.times.total_s
         report = StepReport(
             step=host.progress.step,
@@ -102,11 +121,15 @@ class StepReporter:
             memory_bytes=host.memory_bytes,
             split_s=host.times.parts_s,
             other_losses=dict(zip(self._other_losses, numbers.other_losses, strict=True)),
-            skipped_steps=self.skipped.total,
+            skipped_steps=self.skipped.total + self.skipped.overflows,
+            loss_scale=numbers.loss_scale,
         )
         self._report(report)
         if is_left_out:
             self._report_skipped(report, "its samples are left out by training.skip_steps")
+        elif is_overflow:
+            reason = f"its gradients overflow fp16 at a loss scale of {report.loss_scale:g}"
+            self._report_skipped(report, reason)
         elif not is_finite:
             self._check_limits(report)
             allowed = self._training.max_skipped_steps
@@ -115,6 +138,16 @@ class StepReporter:
                 f"{self.skipped.total} of at most {allowed} skipped steps"
             )
             self._report_skipped(report, reason)
+
+    def _lowers_scale(self, numbers: StepNumbers) -> bool:
+        """Returns whether a lower loss scale may be the cure of a step that is not finite.
+
+        It is none for the loss, which is computed before it is scaled.
+        """
+        scaling = self._training.scaling
+        if scaling is None or scaling.constant is not None or numbers.loss_scale is None:
+            return False
+        return isfinite(numbers.loss) and numbers.loss_scale > scaling.min_scale
 
     def _check_limits(self, report: StepReport) -> None:
         """Raises NonFiniteLossError when the skipped step is one too many."""

@@ -41,6 +41,8 @@ _RULES = (
     training_rules.known_sample_problems,
     schedule.schedule_problems,
     training_rules.dropout_problems,
+    training_rules.loss_scale_problems,
+    training_rules.precision_problems,
     intervals.skipping_problems,
     recompute.recompute_problems,
     resume_rules.resume_changes_problems,

@@ -33,6 +33,8 @@ FREE_ON_RESUME = (
     "training.max_duration_s",
     "training.exit_every_steps",
     "training.skip_steps",
+    "training.loss_scale",
+    "training.grad_reduce_in_fp32",
     "data.cache",
     "checkpoint",
     "storage",

@@ -1,4 +1,4 @@
-"""Checks lengths, the number of samples and dropout.
+"""Checks lengths, the number of samples, dropout and the loss scale.
 
 Pure. Must not know: how many ranks there are.
 """
@@ -7,7 +7,7 @@ from megatron_ray.config.model import ModelConfig
 from megatron_ray.config.problem import Problem
 from megatron_ray.config.schedules.batch_sizes import MAX_INCREMENTS, RampupConfig
 from megatron_ray.config.train_config import TrainConfig
-from megatron_ray.config.training import TrainingConfig
+from megatron_ray.config.training import LossScaleConfig, TrainingConfig
 
 MAX_SAMPLES = 1 << 31
 """The order of samples is an index of 12 bytes per sample in memory-mapped files, built
@@ -166,6 +166,60 @@ def _vocabulary_problems(config: TrainConfig) -> list[Problem]:
         f"model.vocab_size={vocab_size}; lower the first or raise the second"
     )
     return [Problem("/data/tokenizer/vocab_size", "vocab_fits", detail)]
+
+
+def loss_scale_problems(config: TrainConfig) -> list[Problem]:
+    """Returns problems of `training.loss_scale`."""
+    training = config.training
+    given = training.loss_scale
+    if given is None:
+        return []
+    if training.scaling is None:
+        detail = (
+            f"loss_scale is for precision=fp16, not for {training.precision}, whose gradients "
+            "need none; leave it out, or set precision to fp16"
+        )
+        return [Problem("/training/loss_scale", "loss_scale", detail)]
+    problems = []
+    defaults = LossScaleConfig()
+    for name in LossScaleConfig.model_fields:
+        is_given = getattr(given, name) != getattr(defaults, name)
+        if given.constant is not None and name != "constant" and is_given:
+            detail = (
+                f"{name} is for a dynamic scale, and constant={given.constant:g} is given; "
+                "leave one of them out"
+            )
+            problems.append(Problem(f"/training/loss_scale/{name}", "loss_scale", detail))
+    if given.min_scale > given.initial_scale:
+        detail = (
+            f"min_scale={given.min_scale:g} is above initial_scale={given.initial_scale:g}; "
+            "lower the first or raise the second"
+        )
+        problems.append(Problem("/training/loss_scale/min_scale", "loss_scale", detail))
+    return problems
+
+
+def precision_problems(config: TrainConfig) -> list[Problem]:
+    """Returns problems of fields that are for precisions shorter than fp32."""
+    training = config.training
+    if training.precision != "fp32":
+        return []
+    problems = []
+    if not training.grad_reduce_in_fp32:
+        detail = (
+            "grad_reduce_in_fp32=false reduces gradients in the type of precision, which is "
+            "fp32 here; leave it out, or set precision to bf16"
+        )
+        problems.append(Problem("/training/grad_reduce_in_fp32", "short_precision", detail))
+    if training.fp32_residual_connection:
+        detail = (
+            "fp32_residual_connection is for precision=bf16 and fp16; with fp32 everything is "
+            "fp32 anyway; leave it out"
+        )
+        problems.append(
+            Problem("/training/fp32_residual_connection", "short_precision", detail)
+        )
+    return problems
 
 
 def dropout_problems(config: TrainConfig) -> list[Problem]:

@@ -285,6 +285,10 @@ class MetricsRow(Body):
     """Seconds of the step by part: data, forward_backward, reduce, optimizer."""
     other_losses: dict[str, float | None] | None = None
     """Auxiliary losses before weighting, such as load_balancing_loss and mtp_1_loss."""
+    skipped_steps: int | None = None
+    """Steps of the job so far that were skipped because their numbers were not finite."""
+    loss_scale: float | None = None
+    """Factor of the step's loss in fp16; null in other precisions."""
     val_loss: float | None = None
     """Validation loss after the step, in nats per token; null where nothing was evaluated."""
 

@@ -43,6 +43,7 @@ Finite = Annotated[float | None, AfterValidator(_finite_or_none)]
 _READ_AS: Mapping[Any, Any] = {
     int: int | None,
     float: Finite,
+    float | None: Finite,
     dict[str, float]: dict[str, Finite] | None,
 }
 

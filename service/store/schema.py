@@ -21,7 +21,7 @@ from sqlalchemy import (
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 Json = dict[str, Any]
-REVISION = "0007"
+REVISION = "0008"
 """The newest migration, after which a database has exactly these tables."""
 BigKey = BigInteger().with_variant(Integer, "sqlite")
 """64 bits everywhere: SQLite gives rows a number only when the type is called INTEGER."""
@@ -212,6 +212,7 @@ class MetricRow(Table):
     split_s: Mapped[Json | None]
     other_losses: Mapped[Json | None]
     skipped_steps: Mapped[int | None]
+    loss_scale: Mapped[float | None]
 
 
 class EvaluationRow(Table):

@@ -67,7 +67,9 @@ def train(
     attempt: int,
     resume_from: str | None,
 ) -> Any:
-    """Losses and norms by step, as rank 0 saw them; 0 is the evaluation at the end."""
+    """Losses, norms and scales by step, as rank 0 saw them; 0 is the evaluation at the
+    end.
+    """
     dims = ParallelDims.of(settings.parallel)
     reports: list[Report] = []
     mesh = ParallelMesh.create(dims, World(rank, world_size, rank, "cpu"))
@@ -80,14 +82,16 @@ def train(
         resume_from=resume_from,
     ).run()
     steps = {
-        report.step: (report.loss, report.grad_norm)
+        report.step: (report.loss, report.grad_norm, report.loss_scale or 1.0)
         for report in reports
         if isinstance(report, StepReport)
     }
     return steps | dict(
-        [(0, (report.loss, 0.0)) for report in reports if isinstance(report, EvalReport)][
-            -1:
-        ]
+        [
+            (0, (report.loss, 0.0, 1.0))
+            for report in reports
+            if isinstance(report, EvalReport)
+        ][-1:]
     )
 
 
@@ -171,6 +175,25 @@ def test_every_optimizer_goes_on_here_and_elsewhere(
         for degrees in ((1, 2), (2, 1))
     )
     goes_on_here_and_elsewhere(run_ranks, here, there, corpus, rel=1e-5)
+
+
+def test_fp16_goes_on_here_and_elsewhere_with_its_scale(
+    run_ranks: Run, tmp_path: Path, corpus: PreparedData
+) -> None:
+    def in_fp16(settings: TrainConfig) -> TrainConfig:
+        fields = settings.model_dump()
+        fields["training"] |= {
+            "precision": "fp16",
+            "loss_scale": {"initial_scale": 1024, "growth_interval": 3},
+        }
+        return TrainConfig.from_mapping(fields)
+
+    here, there = (in_fp16(config(tmp_path, *degrees)) for degrees in ((1, 2), (2, 1)))
+    whole, half = goes_on_here_and_elsewhere(run_ranks, here, there, corpus, rel=1e-2)
+    scales = [whole[step][2] for step in range(1, 9)]
+    assert scales == [1024] * 3 + [2048] * 3 + [4096] * 2
+    model, tokenizer = load_model(half)
+    assert len(generate(model, tokenizer, "line 7: ", 24, temperature=0).tokens) > 0
 
 
 def test_resuming_is_exact_and_other_layouts_go_on(

@@ -82,6 +82,16 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = [
         {},
     ),
     (
+        "short gradients, wide residuals, shared heads and embeddings",
+        SHAPE | {"tie_embeddings": True},
+        {"tp": 8, "sequence_parallel": True, "pp": 2},
+        {
+            "grad_reduce_in_fp32": False,
+            "fp32_residual_connection": True,
+            "precision": "fp16",
+        },
+    ),
+    (
         "zero bubble in a V",
         SHAPE | {"num_layers": 8},
         {"pp": 4, "vpp": 2, "schedule": "zb-v"},

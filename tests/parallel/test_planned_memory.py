@@ -31,7 +31,7 @@ from megatron_ray.training.session import batch_maker, build
 from tests.parallel.test_matrix import MATRIX
 from tests.parallel.test_meta_step import world
 from tests.support.layout_matrix import EXPERTS, Entry
-from tests.support.parity import RandomDataset, make_config
+from tests.support.parity import GPT2, LLAMA, RandomDataset, make_config
 
 PRECISIONS = ("fp32", "bf16")
 CPUS = {
@@ -81,13 +81,19 @@ def held_bytes(config: TrainConfig, rank: int) -> tuple[int, int, int]:
             initialise=False,
         )
     buffers = [family.buffers for family in model.parameter_groups]
+    gradients = [part.gradients for part in buffers]
+    gradients += [
+        shard._gradient_shard
+        for shard in optimizer.shards
+        if shard._gradient_shard is not None
+    ]
     state = [tensor for shard in optimizer.shards for tensor in shard.state.values()]
     state += [
         shard._main_shard for shard in optimizer.shards if shard._main_shard is not None
     ]
     return (
         size([part.parameters for part in buffers]),
-        size([part.gradients for part in buffers]),
+        size(gradients),
         size(state),
     )
 
@@ -123,6 +129,37 @@ def test_what_is_frozen_has_neither_gradients_nor_state() -> None:
     ) == held_bytes(config, 1)
 
 
+@pytest.mark.parametrize(
+    "parallel", [{"dp": 2}, {"dp": 2, "zero": 0}, {"dp": 2, "zero": 3}]
+)
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_short_gradients_have_fp32_copies_of_what_is_updated(
+    parallel: dict[str, Any], precision: str
+) -> None:
+    fields = make_config(LLAMA, parallel, steps=1, precision=precision).model_dump()
+    fields["training"]["grad_reduce_in_fp32"] = False
+    config = TrainConfig.from_mapping(fields)
+    memory = rank_memory(config, 1, CPUS["new"])
+    assert (
+        memory.parameters_bytes,
+        memory.gradients_bytes,
+        memory.optimizer_bytes,
+    ) == held_bytes(config, 1)
+
+
+@pytest.mark.parametrize("model", [LLAMA, GPT2 | {"hidden_dropout": 0.1}])
+@pytest.mark.parametrize("parallel", [{"tp": 2}, {"pp": 2}])
+def test_activations_in_fp16_with_wide_residuals_are_planned_as_they_are(
+    parallel: dict[str, Any], model: dict[str, Any]
+) -> None:
+    fields = make_config(
+        model, {"dp": 1} | parallel, steps=1, micro_batch=1, precision="fp16"
+    ).model_dump()
+    fields["training"] |= {"seq_length": 64, "fp32_residual_connection": True}
+    fields["model"]["max_sequence_length"] = 64
+    assert_kept(TrainConfig.from_mapping(fields), CPUS["new"], within=0.01)
+
+
 def kept(
     model: ParallelModel, stage: StageContents, config: TrainConfig, mesh: ParallelMesh
 ) -> int:
@@ -138,7 +175,7 @@ def kept(
         None
         if stage.embedding
         else torch.randn(
-            tokens, config.model.hidden_size, dtype=model.dtype, requires_grad=True
+            tokens, config.model.hidden_size, dtype=model.hidden_dtype, requires_grad=True
         )
     )
     saved: list[Tensor] = []

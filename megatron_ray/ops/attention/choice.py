@@ -20,11 +20,12 @@ _MIN_TOKENS_FOR_BLOCKS = 16
 
 
 def attention_kernel(
-    device: DeviceKind, *, bf16: bool, sequence: int, window: int | None
+    device: DeviceKind, *, precision: str, sequence: int, window: int | None
 ) -> AttentionKernel:
     """Returns the kernel of causal attention over `sequence` tokens.
 
-    Each token attends to all previous tokens, or to the last `window` tokens.
+    Each token attends to all previous tokens, or to the last `window` tokens;
+    `precision` is one of `training.precision`.
     """
     # A window as long as the sequence masks nothing, and causal kernels are cheaper.
     if window is not None and window < sequence:
@@ -33,9 +34,10 @@ def attention_kernel(
         return "stripes"
     # Before `blocks`: without bf16 instructions its products would be computed element by
     # element.
-    if device.needs_fp32(bf16):
+    if device.needs_fp32(precision):
         return "fused_in_fp32"
     # The backward of torch's CPU kernel gains nothing from bf16; batched products do.
-    if device.type == "cpu" and bf16 and sequence >= _MIN_TOKENS_FOR_BLOCKS:
+    is_long = sequence >= _MIN_TOKENS_FOR_BLOCKS
+    if device.type == "cpu" and precision == "bf16" and is_long:
         return "blocks"
     return "fused"

@@ -25,7 +25,7 @@ def checkpoint_bytes(config: TrainConfig) -> int:
     if model.vocab_size is None:
         model = model.model_copy(update={"vocab_size": _least_vocabulary(config)})
     frozen_bytes = _FP32_BYTES
-    if config.training.precision == "bf16":
+    if config.training.precision != "fp32":
         frozen_bytes = 2
     num_bytes = 0
     table = freeze(local_parameters(model, ParallelDims(), 0), config.optimizer.freeze)

@@ -531,6 +531,49 @@ def test_a_good_config_has_no_problem() -> None:
             "all 39 parameters are frozen, so nothing would be trained",
         ),
         (
+            {"training": {"precision": "bf16", "loss_scale": {"constant": 8}}},
+            None,
+            "/training/loss_scale",
+            "loss_scale is for precision=fp16, not for bf16, whose gradients need none; leave "
+            "it out, or set precision to fp16",
+        ),
+        (
+            {"training": {"grad_reduce_in_fp32": False}},
+            None,
+            "/training/grad_reduce_in_fp32",
+            "reduces gradients in the type of precision, which is fp32 here; leave it out, or "
+            "set precision to bf16",
+        ),
+        (
+            {"training": {"fp32_residual_connection": True}},
+            None,
+            "/training/fp32_residual_connection",
+            "with fp32 everything is fp32 anyway; leave it out",
+        ),
+        (
+            {
+                "training": {
+                    "precision": "fp16",
+                    "loss_scale": {"constant": 8, "growth_interval": 10},
+                }
+            },
+            None,
+            "/training/loss_scale/growth_interval",
+            "growth_interval is for a dynamic scale, and constant=8 is given; leave one of "
+            "them out",
+        ),
+        (
+            {
+                "training": {
+                    "precision": "fp16",
+                    "loss_scale": {"initial_scale": 8, "min_scale": 16},
+                }
+            },
+            None,
+            "/training/loss_scale/min_scale",
+            "min_scale=16 is above initial_scale=8; lower the first or raise the second",
+        ),
+        (
             {"parallel": {"dp": 3}},
             None,
             "/training/global_batch_size",

@@ -13,39 +13,51 @@ META = DeviceKind("meta", bf16_products=True)
 
 
 @pytest.mark.parametrize(
-    ("kind", "bf16", "sequence", "window", "chosen"),
+    ("kind", "precision", "sequence", "window", "chosen"),
     [
-        (NEW, True, 256, None, "blocks"),
-        (NEW, True, 4096, None, "blocks"),
-        (NEW, True, 16, None, "blocks"),
-        (NEW, True, 15, None, "fused"),
-        (NEW, True, 1, None, "fused"),
-        (NEW, True, 256, 256, "blocks"),
-        (NEW, True, 256, 255, "stripes"),
-        (NEW, False, 256, None, "fused"),
-        (OLD, True, 256, None, "fused_in_fp32"),
-        (OLD, True, 1, None, "fused_in_fp32"),
-        (OLD, True, 256, 255, "stripes"),
-        (OLD, False, 256, None, "fused"),
-        (GPU, True, 256, None, "fused"),
-        (GPU, False, 256, None, "fused"),
-        (GPU, True, 256, 255, "masked"),
-        (GPU, True, 256, 256, "fused"),
-        (META, True, 256, None, "fused"),
-        (META, True, 256, 7, "stripes"),
+        (NEW, "bf16", 256, None, "blocks"),
+        (NEW, "bf16", 4096, None, "blocks"),
+        (NEW, "bf16", 16, None, "blocks"),
+        (NEW, "bf16", 15, None, "fused"),
+        (NEW, "bf16", 1, None, "fused"),
+        (NEW, "bf16", 256, 256, "blocks"),
+        (NEW, "bf16", 256, 255, "stripes"),
+        (NEW, "fp32", 256, None, "fused"),
+        (OLD, "bf16", 256, None, "fused_in_fp32"),
+        (OLD, "bf16", 1, None, "fused_in_fp32"),
+        (OLD, "bf16", 256, 255, "stripes"),
+        (OLD, "fp32", 256, None, "fused"),
+        (NEW, "fp16", 256, None, "fused_in_fp32"),
+        (NEW, "fp16", 256, 255, "stripes"),
+        (GPU, "fp16", 256, None, "fused"),
+        (GPU, "bf16", 256, None, "fused"),
+        (GPU, "fp32", 256, None, "fused"),
+        (GPU, "bf16", 256, 255, "masked"),
+        (GPU, "bf16", 256, 256, "fused"),
+        (META, "bf16", 256, None, "fused"),
+        (META, "bf16", 256, 7, "stripes"),
     ],
 )
 def test_the_device_the_type_and_the_shape_decide(
-    kind: DeviceKind, bf16: bool, sequence: int, window: int | None, chosen: AttentionKernel
+    kind: DeviceKind,
+    precision: str,
+    sequence: int,
+    window: int | None,
+    chosen: AttentionKernel,
 ) -> None:
-    assert attention_kernel(kind, bf16=bf16, sequence=sequence, window=window) == chosen
+    kernel = attention_kernel(kind, precision=precision, sequence=sequence, window=window)
+    assert kernel == chosen
 
 
-def test_only_bf16_on_a_cpu_that_does_not_multiply_it_is_widened() -> None:
-    assert OLD.needs_fp32(bf16=True)
-    assert not OLD.needs_fp32(bf16=False)
+def test_only_what_a_cpu_does_not_multiply_is_widened() -> None:
+    assert OLD.needs_fp32("bf16")
+    assert not OLD.needs_fp32("fp32")
+    assert NEW.needs_fp32("fp16")
+    assert not any(NEW.needs_fp32(precision) for precision in ("bf16", "fp32"))
     assert not any(
-        kind.needs_fp32(bf16) for kind in (NEW, GPU, META) for bf16 in (True, False)
+        kind.needs_fp32(precision)
+        for kind in (GPU, META)
+        for precision in ("fp16", "bf16", "fp32")
     )
 
 
