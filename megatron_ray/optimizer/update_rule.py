@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Self
 
 from megatron_ray.config.optimizer import OptimizerConfig
-from megatron_ray.sharding.parameter_types import LogicalParameter
+from megatron_ray.sharding.parameter_types import LogicalParameter, RateFactors
 from megatron_ray.sharding.parameters import name_matcher
 
 
@@ -88,4 +88,17 @@ class UpdateRules:
         for is_member, numbers in self._groups:
             if is_member(parameter.name):
                 rule = replace(rule, **numbers)
-        return rule
+        return _with_factors(rule, parameter.rates)
+
+
+def _with_factors(rule: UpdateRule, rates: RateFactors) -> UpdateRule:
+    """Returns the rule with the factors of muP, of which all are 1 without it."""
+    weight_decay = rule.weight_decay
+    if rule.decay == "lr":
+        weight_decay *= rates.decay
+    return replace(
+        rule,
+        weight_decay=weight_decay,
+        lr_scale=rule.lr_scale * rates.lr,
+        eps=rule.eps * rates.eps,
+    )
