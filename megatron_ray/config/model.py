@@ -8,12 +8,15 @@ from typing import Any, Literal
 from pydantic import ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
+from megatron_ray.config.architecture.latent import (
+    LatentAttentionConfig,
+    MultiTokenPredictionConfig,
+)
+from megatron_ray.config.architecture.moe import MoEConfig
+from megatron_ray.config.architecture.mup import MuPConfig
+from megatron_ray.config.architecture.positions import RopeScaling
 from megatron_ray.config.base import Config
 from megatron_ray.config.errors.messages import short_value, suggestion
-from megatron_ray.config.latent import LatentAttentionConfig, MultiTokenPredictionConfig
-from megatron_ray.config.moe import MoEConfig
-from megatron_ray.config.mup import MuPConfig
-from megatron_ray.config.positions import RopeScaling
 from megatron_ray.config.presets.presets import PRESETS
 
 _NESTED_FIELDS = ("moe", "mla", "mtp", "mup")

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import sqrt
 
-from megatron_ray.config.latent import LatentAttentionConfig
+from megatron_ray.config.architecture.latent import LatentAttentionConfig
+from megatron_ray.config.architecture.moe import MoEConfig
 from megatron_ray.config.model import ModelConfig
-from megatron_ray.config.moe import MoEConfig
 from megatron_ray.sharding.expert_specs import GroupedColumnSpec, GroupedRowSpec
 from megatron_ray.sharding.layer_specs import (
     ColumnSpec,

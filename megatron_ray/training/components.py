@@ -14,7 +14,7 @@ from megatron_ray.optimizer.sharded import ShardedOptimizer
 from megatron_ray.parallelize.parallelize import ParallelModel
 from megatron_ray.training.evaluate import Evaluation
 from megatron_ray.training.progress import Progress
-from megatron_ray.training.step_numbers import StepNumbers
+from megatron_ray.training.reporting.step_numbers import StepNumbers
 
 
 class Saver(Protocol):

@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from megatron_ray.config.architecture.moe import MoEConfig
 from megatron_ray.config.model import ModelConfig
-from megatron_ray.config.moe import MoEConfig
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.distributed.mesh import ParallelMesh
 from megatron_ray.models.batch import Batch

@@ -8,7 +8,7 @@ Pure. Must not know: files, formats.
 from math import isclose
 from typing import Any
 
-from megatron_ray.config.latent import LatentAttentionConfig
+from megatron_ray.config.architecture.latent import LatentAttentionConfig
 from megatron_ray.config.model import ModelConfig
 from megatron_ray.config.problem import Problem
 
