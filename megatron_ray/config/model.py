@@ -8,14 +8,18 @@ from typing import Any, Literal
 from pydantic import ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
+from megatron_ray.config.architecture.latent import (
+    LatentAttentionConfig,
+    MultiTokenPredictionConfig,
+)
+from megatron_ray.config.architecture.moe import MoEConfig
+from megatron_ray.config.architecture.mup import MuPConfig
+from megatron_ray.config.architecture.positions import RopeScaling
 from megatron_ray.config.base import Config
 from megatron_ray.config.errors.messages import short_value, suggestion
-from megatron_ray.config.latent import LatentAttentionConfig, MultiTokenPredictionConfig
-from megatron_ray.config.moe import MoEConfig
-from megatron_ray.config.positions import RopeScaling
 from megatron_ray.config.presets.presets import PRESETS
 
-_NESTED_FIELDS = ("moe", "mla", "mtp")
+_NESTED_FIELDS = ("moe", "mla", "mtp", "mup")
 """Groups of fields that a preset fills field by field, instead of as a whole."""
 
 
@@ -29,7 +33,7 @@ class ModelConfig(Config):
     """A decoder-only transformer.
 
     `{preset: NAME}` fills every field. Fields given beside it take precedence, as do
-    single fields inside `moe`, `mla` and `mtp`.
+    single fields inside `moe`, `mla`, `mtp` and `mup`.
     """
 
     model_config = ConfigDict(json_schema_extra=_required_without_preset)
@@ -107,9 +111,14 @@ class ModelConfig(Config):
     """Uses the word embedding as the output head too."""
     embedding_scale: float = Field(default=1.0, gt=0)
     """Factor on word embeddings (Gemma: the square root of hidden_size)."""
+    residual_scale: float = Field(default=1.0, gt=0)
+    """Factor on the outputs of attention and MLP before they are added to the residual
+    stream (Granite's residual_multiplier)."""
+    logit_scale: float = Field(default=1.0, gt=0)
+    """Factor on the logits (the inverse of Granite's logits_scaling)."""
     init_std: float = Field(default=0.02, gt=0, le=1)
     """Standard deviation of the initial weights; output projections of attention and
-    MLP use init_std / sqrt(2 x num_layers)."""
+    MLP use init_std / sqrt(2 x num_layers). `mup` scales it for wider models."""
     vocab_multiple: int = Field(default=128, ge=1, le=65536)
     """The embedding is padded to a multiple of vocab_multiple x tp rows. The added rows
     are zero and are not part of checkpoints."""
@@ -119,6 +128,9 @@ class ModelConfig(Config):
     """Multi-head latent attention instead of grouped-query attention. Default: none."""
     mtp: MultiTokenPredictionConfig | None = None
     """Multi-token prediction layers behind the last block. Default: none."""
+    mup: MuPConfig | None = None
+    """Maximal update parametrization: numbers of a small base model fit this one. Default:
+    none."""
 
     @model_validator(mode="before")
     @classmethod
@@ -182,6 +194,33 @@ class ModelConfig(Config):
         if self.mla is not None:
             return self.mla.qk_rope_head_dim
         return self.head_width
+
+    @property
+    def width_ratio(self) -> float:
+        """Width as a multiple of muP's base model; 1 without muP."""
+        if self.mup is None:
+            return 1.0
+        return self.hidden_size / self.mup.base_hidden_size
+
+    @property
+    def depth_ratio(self) -> float:
+        """Layers as a multiple of CompleteP's base model; 1 without CompleteP."""
+        if self.mup is None or self.mup.base_num_layers is None:
+            return 1.0
+        return self.num_layers / self.mup.base_num_layers
+
+    @property
+    def residual_factor(self) -> float:
+        """Factor on what attention and MLP add to the residual stream."""
+        if self.mup is None:
+            return self.residual_scale
+        factor: float = self.depth_ratio**-self.mup.depth_alpha
+        return self.residual_scale * factor
+
+    @property
+    def logit_factor(self) -> float:
+        """Factor on the logits."""
+        return self.logit_scale / self.width_ratio
 
     @property
     def num_mtp_layers(self) -> int:

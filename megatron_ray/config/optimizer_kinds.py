@@ -31,6 +31,9 @@ class OptimizerKind:
     """Names of its fp32 tensors, one value per parameter each."""
     numbers: Mapping[str, Any] = field(default_factory=dict)
     """Defaults of the fields of `optimizer` that it uses beside lr and weight_decay."""
+    is_adaptive: bool = True
+    """Whether an update's size does not depend on the gradient's, as with Adam: the rates of
+    `model.mup` assume it."""
 
 
 def _two_moments(config: "OptimizerConfig") -> tuple[str, ...]:
@@ -71,6 +74,7 @@ BUILT_IN: Mapping[str, OptimizerKind] = {
         f"{_RULES}.sgd:sgd",
         _momentum,
         {"momentum": 0.9, "nesterov": False, "decay": "l2"},
+        is_adaptive=False,
     ),
     "adopt": OptimizerKind(f"{_RULES}.adopt:adopt", _two_moments, _ADOPT),
     "qhadamw": OptimizerKind(

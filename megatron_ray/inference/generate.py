@@ -294,7 +294,7 @@ def iterate_tokens(
         inputs = torch.tensor([tokens[num_cached:]], device=device)
         positions = torch.arange(num_cached, len(tokens), device=device)[None]
         hidden = model.hidden(inputs, positions, caches)
-        logits: Tensor = model.head.logits(hidden[-1:])  # type: ignore[operator]
+        logits: Tensor = model.head.logits(model.head_input(hidden[-1:]))  # type: ignore[operator]
         num_cached = len(tokens)
         token = choose(logits[0, :vocabulary].float().cpu(), sampling, generator)
         tokens.append(token)

@@ -7,6 +7,7 @@ Shapes: T tokens, H hidden.
 
 from collections.abc import Callable, Iterable
 
+import torch
 from torch import Tensor, nn
 
 from megatron_ray.config.model import ModelConfig
@@ -27,8 +28,8 @@ class Block(nn.Module):
     """hidden + attention(norm(hidden)), then hidden + mlp(norm(hidden)).
 
     The MLP may be a mixture of experts. Each residual is added inside the last product
-    of its half, which saves a pass over the hidden states. With dropout it is added
-    after the product instead.
+    of its half, which saves a pass over the hidden states. With dropout, or with a factor
+    on what is added, it is added after the product instead.
     """
 
     def __init__(self, config: ModelConfig, layers: LayerFactory, index: int) -> None:
@@ -44,6 +45,7 @@ class Block(nn.Module):
             self.mlp = make_mlp(config, layers, config.ffn_width)
         else:
             self.moe = MoE(config, moe, layers, index)
+        self.residual_factor = config.residual_factor
         self.attention_dropout = layers.hidden_dropout(f"layers.{index}.attention")
         self.mlp_dropout = layers.hidden_dropout(f"layers.{index}.mlp")
 
@@ -57,8 +59,9 @@ class Block(nn.Module):
 
         `cache` holds the keys and values of earlier tokens, in generation.
         """
-        if self.attention_dropout is not None and context.mode.is_training:
-            return self._forward_with_dropout(hidden_TH, context)
+        has_dropout = self.attention_dropout is not None and context.mode.is_training
+        if has_dropout or self.residual_factor != 1.0:
+            return self._forward_and_add(hidden_TH, context, cache)
         # Each half uses its input twice: normalised, and as the residual.
         hidden_TH = self.attention(
             self.attention_norm(hidden_TH), hidden_TH, context, cache
@@ -77,17 +80,30 @@ class Block(nn.Module):
         )
         return expanded
 
-    def _forward_with_dropout(self, hidden_TH: Tensor, context: ForwardContext) -> Tensor:
-        """Adds each residual after the dropout of its half, not inside a product."""
-        assert self.attention_dropout is not None
-        assert self.mlp_dropout is not None
+    def _forward_and_add(
+        self, hidden_TH: Tensor, context: ForwardContext, cache: KeyValueCache | None
+    ) -> Tensor:
+        """Adds each residual after its half, not inside a product."""
+        attended = self.attention(self.attention_norm(hidden_TH), None, context, cache)
+        hidden_TH = self._add(hidden_TH, attended, self.attention_dropout, context)
+        expanded = self._feed_forward(self.mlp_norm(hidden_TH), None, context)
+        return self._add(hidden_TH, expanded, self.mlp_dropout, context)
+
+    def _add(
+        self,
+        hidden_TH: Tensor,
+        output_TH: Tensor,
+        dropout: nn.Module | None,
+        context: ForwardContext,
+    ) -> Tensor:
+        if dropout is None or not context.mode.is_training:
+            return torch.add(hidden_TH, output_TH, alpha=self.residual_factor)
         # Dropout and the residual addition work in place on new results, so the sums need
         # no extra memory.
-        sample = context.dropout_sample
-        attended = self.attention(self.attention_norm(hidden_TH), None, context)
-        hidden_TH = add_residual_(self.attention_dropout(attended, sample), hidden_TH)
-        expanded = self._feed_forward(self.mlp_norm(hidden_TH), None, context)
-        return add_residual_(self.mlp_dropout(expanded, sample), hidden_TH)
+        dropped: Tensor = dropout(output_TH, context.dropout_sample)
+        if self.residual_factor != 1.0:
+            dropped = dropped.mul_(self.residual_factor)
+        return add_residual_(dropped, hidden_TH)
 
 
 def make_attention(

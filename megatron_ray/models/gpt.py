@@ -137,7 +137,9 @@ class GPT(nn.Module):
         # The last stage. MTP layers start from the normalised states, as the head does.
         hidden_TH = self.final_norm(hidden_TH)
         loss: Tensor = self.head(
-            hidden_TH, batch.labels_BS.reshape(-1), batch.loss_mask_BS.reshape(-1)
+            self.head_input(hidden_TH),
+            batch.labels_BS.reshape(-1),
+            batch.loss_mask_BS.reshape(-1),
         )
         # MTP layers only affect gradients, so other passes skip them.
         if self.mtp and mode.attaches_losses:
@@ -171,7 +173,9 @@ class GPT(nn.Module):
             )
             # The mask contains the weight, because the gradient of the loss must be one.
             mtp_loss = self.head(
-                hidden_TH, labels_BS.reshape(-1), mask_BS.reshape(-1) * weight
+                self.head_input(hidden_TH),
+                labels_BS.reshape(-1),
+                mask_BS.reshape(-1) * weight,
             )
             loss = mtp_layer.loss(loss, mtp_loss)
             # The next depth embeds the token that this depth predicts.
@@ -189,6 +193,12 @@ class GPT(nn.Module):
         if self.activation_dtype is None:
             return hidden_TH
         return hidden_TH.float()
+
+    def head_input(self, hidden_TH: Tensor) -> Tensor:
+        """Returns normalised hidden states with the factor of the logits."""
+        if self.config.logit_factor == 1.0:
+            return hidden_TH
+        return hidden_TH * self.config.logit_factor
 
     def _embed_tokens(self, tokens_BS: Tensor) -> Tensor:
         assert self.embedding is not None
@@ -242,7 +252,8 @@ class GPT(nn.Module):
         caches: Sequence[KeyValueCache] | None = None,
     ) -> Tensor:
         """Returns logits [B, S, V]; arguments as in `hidden`."""
-        logits: Tensor = self.head.logits(self.hidden(tokens_BS, position_ids, caches))  # type: ignore[operator]
+        hidden_TH = self.hidden(tokens_BS, position_ids, caches)
+        logits: Tensor = self.head.logits(self.head_input(hidden_TH))  # type: ignore[operator]
         return logits.reshape(*tokens_BS.shape, -1)
 
     def forward_context(

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_ray.config.latent import LatentAttentionConfig
+from megatron_ray.config.architecture.latent import LatentAttentionConfig
+from megatron_ray.config.architecture.positions import RopeScaling
 from megatron_ray.config.model import ModelConfig
-from megatron_ray.config.positions import RopeScaling
 from megatron_ray.models.attention import CausalAttention, KeyValueCache
 from megatron_ray.models.forward_context import ForwardContext
 from megatron_ray.models.layers import LayerFactory

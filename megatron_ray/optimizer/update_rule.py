@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Self
 
 from megatron_ray.config.optimizer import OptimizerConfig
-from megatron_ray.sharding.parameter_types import LogicalParameter
+from megatron_ray.sharding.parameter_types import LogicalParameter, RateFactors
 from megatron_ray.sharding.parameters import name_matcher
 
 
@@ -43,14 +43,32 @@ class UpdateRule:
     """`lr`, `schedule` or `l2`, see `OptimizerConfig.decay`."""
     fixed: frozenset[str] = frozenset()
     """Those of the run's varying numbers that do not vary here."""
+    rates: RateFactors = RateFactors()
+    """The factors of muP, which the numbers above have already."""
 
     def with_numbers(self, numbers: Mapping[str, float]) -> Self:
         """Returns the rule with other numbers, except for those that are fixed."""
         changes: dict[str, Any] = {}
         for name, value in numbers.items():
             if name not in self.fixed:
-                changes[name] = value
+                changes[name] = value * self._factor(name)
         return replace(self, **changes)
+
+    def with_factors(self, rates: RateFactors) -> Self:
+        """Returns the rule with the factors of muP, of which all are 1 without it."""
+        rule = replace(self, rates=rates, lr_scale=self.lr_scale * rates.lr)
+        numbers = {}
+        for name in ("weight_decay", "eps"):
+            numbers[name] = getattr(self, name) * rule._factor(name)
+        return replace(rule, **numbers)
+
+    def _factor(self, name: str) -> float:
+        """Returns muP's factor on one of the numbers."""
+        if name == "eps":
+            return self.rates.eps
+        if name == "weight_decay" and self.decay == "lr":
+            return self.rates.decay
+        return 1.0
 
     @classmethod
     def of(cls, config: OptimizerConfig) -> Self:
@@ -102,4 +120,5 @@ class UpdateRules:
             if is_member(parameter.name):
                 rule = replace(rule, **numbers)
                 own.update(numbers)
-        return replace(rule, fixed=self._varying & own)
+        rule = replace(rule, fixed=self._varying & own)
+        return rule.with_factors(parameter.rates)

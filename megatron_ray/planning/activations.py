@@ -21,7 +21,7 @@ Pure. Must not know: torch, nodes.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_ray.config.moe import MoEConfig
+from megatron_ray.config.architecture.moe import MoEConfig
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.distributed.device_kind import DeviceKind
 from megatron_ray.ops.attention.choice import attention_kernel

@@ -13,7 +13,7 @@ Letters as in `activations`: T tokens of a microbatch on a context-parallel rank
 from collections.abc import Iterable, Sequence
 from math import ceil
 
-from megatron_ray.config.moe import MoEConfig
+from megatron_ray.config.architecture.moe import MoEConfig
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.parallel_dims import ParallelDims
 from megatron_ray.pipeline_parallel.schedules.layout import StageContents

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import sqrt
 
-from megatron_ray.config.latent import LatentAttentionConfig
+from megatron_ray.config.architecture.latent import LatentAttentionConfig
+from megatron_ray.config.architecture.moe import MoEConfig
 from megatron_ray.config.model import ModelConfig
-from megatron_ray.config.moe import MoEConfig
 from megatron_ray.sharding.expert_specs import GroupedColumnSpec, GroupedRowSpec
 from megatron_ray.sharding.layer_specs import (
     ColumnSpec,
@@ -274,7 +274,7 @@ def vocabulary_spec(
         model.vocabulary,
         model.vocab_multiple,
         model.hidden_size,
-        _normal(model),
+        Init("normal", model.init_std),
         logical_name,
         is_shared_embedding,
         owns_norm,
@@ -284,7 +284,8 @@ def vocabulary_spec(
 def position_embedding_spec(model: ModelConfig) -> ReplicatedSpec:
     """Returns the table of learned positions."""
     # A row per position, as [outputs, inputs]; not sharded, because it is small.
-    return replicated_spec(model, model.hidden_size, model.max_sequence_length)
+    init = Init("normal", model.init_std)
+    return ReplicatedSpec(model.hidden_size, model.max_sequence_length, init)
 
 
 # ---- single layers
@@ -308,7 +309,7 @@ def norm_spec(
 
 
 def replicated_spec(model: ModelConfig, inputs: int, outputs: int) -> ReplicatedSpec:
-    """Returns a matrix that is replicated on every rank."""
+    """Returns a matrix of a block that is replicated on every rank."""
     return ReplicatedSpec(inputs, outputs, _normal(model))
 
 
@@ -357,10 +358,13 @@ def _grouped_row(model: ModelConfig, num_experts: int) -> GroupedRowSpec:
 
 
 def _normal(model: ModelConfig) -> Init:
-    return Init("normal", model.init_std)
+    # muP: sums over an n times wider input stay as large.
+    return Init("normal", model.init_std / sqrt(model.width_ratio))
 
 
 def _residual_init(model: ModelConfig) -> Init:
     # GPT-2: 2 x num_layers outputs are added to the residual stream; the scale keeps its
-    # variance independent of depth.
-    return Init("normal", model.init_std / sqrt(2 * model.num_layers))
+    # variance independent of depth. In CompleteP only the base model's depth counts here,
+    # because `residual_factor` makes up for the rest.
+    num_layers = model.num_layers / model.depth_ratio
+    return Init("normal", _normal(model).std / sqrt(2 * num_layers))

@@ -23,6 +23,16 @@ class Init:
 
 
 @dataclass(frozen=True)
+class RateFactors:
+    """Factors on the numbers of a parameter's update, see `sharding.mup`."""
+
+    lr: float = 1.0
+    eps: float = 1.0
+    decay: float = 1.0
+    """On a weight decay that is multiplied by the learning rate."""
+
+
+@dataclass(frozen=True)
 class LogicalParameter:
     """One unfused, unsharded tensor, as in a checkpoint."""
 
@@ -42,6 +52,7 @@ class LogicalParameter:
     of_expert: bool = False
     """Whether it belongs to the expert grid: sharded over etp, on one ep rank, with its
     gradient reduced over edp instead of dp x cp."""
+    rates: RateFactors = RateFactors()
 
     @property
     def num_elements(self) -> int:

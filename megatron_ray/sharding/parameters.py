@@ -14,6 +14,7 @@ from megatron_ray.config.model import ModelConfig
 from megatron_ray.parallel_dims import ParallelDims
 from megatron_ray.pipeline_parallel.schedules.layout import StageContents, split_into_stages
 from megatron_ray.sharding.layer_specs import ShardPosition, padded_rows
+from megatron_ray.sharding.mup import scale_rates
 from megatron_ray.sharding.named_layers import named_layers
 from megatron_ray.sharding.parameter_types import LocalParameter, LogicalParameter
 
@@ -46,7 +47,7 @@ def local_parameters(
     table: list[LocalParameter] = []
     for name, spec in named_layers(model, stages):
         table.extend(spec.parameters(name, position))
-    return tuple(table)
+    return scale_rates(table, model)
 
 
 def whole_model(model: ModelConfig) -> tuple[StageContents, ...]:

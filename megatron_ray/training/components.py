@@ -17,7 +17,7 @@ from megatron_ray.optimizer.step_rates import RunRates
 from megatron_ray.parallelize.parallelize import ParallelModel
 from megatron_ray.training.evaluate import Evaluation
 from megatron_ray.training.progress import Progress
-from megatron_ray.training.step_numbers import StepNumbers
+from megatron_ray.training.reporting.step_numbers import StepNumbers
 
 
 class Saver(Protocol):

@@ -17,10 +17,10 @@ from megatron_ray.reports import Report
 from megatron_ray.training.components import TrainingComponents
 from megatron_ray.training.evaluate import evaluate
 from megatron_ray.training.progress import Progress, is_due
+from megatron_ray.training.reporting.step_numbers import StepNumbers, StepsInFlight
+from megatron_ray.training.reporting.step_reporter import StepReporter
+from megatron_ray.training.reporting.step_timer import StepTimer
 from megatron_ray.training.step import forward_backward, reduce_step
-from megatron_ray.training.step_numbers import StepNumbers, StepsInFlight
-from megatron_ray.training.step_reporter import StepReporter
-from megatron_ray.training.step_timer import StepTimer
 
 Outcome = Literal["finished", "stopped", "exited"]
 """`stopped`: by a command; `exited`: at a limit of the config, before the last step."""

@@ -20,8 +20,8 @@ from megatron_ray.checkpoint.writer import allocate_host, copy_to_host, unregist
 from megatron_ray.optimizer.sharded import ShardedOptimizer
 from megatron_ray.parallelize.parallelize import ParallelModel
 from megatron_ray.training.progress import Progress
+from megatron_ray.training.reporting.step_numbers import StepNumbers
 from megatron_ray.training.saving import TrainingSaver, apply_train_state, training_state
-from megatron_ray.training.step_numbers import StepNumbers
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,8 @@
 Pure. Must not know: the world size.
 """
 
+from megatron_ray.config.architecture.moe import LayerPattern, MoEConfig
 from megatron_ray.config.model import ModelConfig
-from megatron_ray.config.moe import LayerPattern, MoEConfig
 from megatron_ray.config.parallelism import ParallelismConfig
 from megatron_ray.config.problem import Problem
 from megatron_ray.config.train_config import TrainConfig

@@ -8,7 +8,7 @@ Pure. Must not know: files, formats.
 from math import isclose
 from typing import Any
 
-from megatron_ray.config.latent import LatentAttentionConfig
+from megatron_ray.config.architecture.latent import LatentAttentionConfig
 from megatron_ray.config.model import ModelConfig
 from megatron_ray.config.problem import Problem
 
@@ -52,6 +52,10 @@ def model_signature(model: ModelConfig) -> dict[str, Any]:
         fields["sliding_window"] = [
             model.window_on(layer) for layer in range(model.num_layers)
         ]
+    # muP acts on the function by these two only.
+    del fields["mup"]
+    fields["residual_scale"] = model.residual_factor
+    fields["logit_scale"] = model.logit_factor
     # linear_bias implies all of them.
     del fields["linear_bias"]
     fields["qkv_bias"] = model.has_qkv_bias

@@ -1,15 +1,16 @@
-"""Checks that the parts of a model fit each other: windows, norms and rotary positions.
+"""Checks that the parts of a model fit each other, and its optimizer where they must.
 
 Pure. Must not know: ranks, experts, data.
 """
 
 from megatron_ray.config.model import ModelConfig
+from megatron_ray.config.optimizer_kinds import optimizer_kind
 from megatron_ray.config.problem import Problem
 from megatron_ray.config.train_config import TrainConfig
 
 
 def model_problems(config: TrainConfig) -> list[Problem]:
-    """Returns problems of windows, norms and rotary positions."""
+    """Returns problems of windows, norms, rotary positions and muP."""
     model = config.model
     problems = []
     if model.full_attention_every is not None and model.sliding_window is None:
@@ -24,7 +25,18 @@ def model_problems(config: TrainConfig) -> list[Problem]:
             "change norm"
         )
         problems.append(Problem("/model/zero_centered_norm", "zero_centered_norm", detail))
-    return problems + _rope_scaling_problems(model)
+    return problems + _rope_scaling_problems(model) + _mup_problems(config)
+
+
+def _mup_problems(config: TrainConfig) -> list[Problem]:
+    name = config.optimizer.name
+    if config.model.mup is None or optimizer_kind(name).is_adaptive:
+        return []
+    detail = (
+        f"mup scales the learning rates of Adam's kind of optimizer, not those of {name}; use "
+        "another optimizer.name, or leave mup out"
+    )
+    return [Problem("/model/mup", "mup_needs_adam", detail)]
 
 
 def _rope_scaling_problems(model: ModelConfig) -> list[Problem]:

@@ -10,17 +10,16 @@ import typer
 
 from service.cli.commands import (
     cancel,
-    convert,
     data,
     demo,
     diagnose,
-    generate,
     inspect,
     jobs,
     pausing,
     plan,
     stack,
 )
+from service.cli.commands.models import convert, generate, mup
 from service.cli.failure import CommandError, from_service, show_failure
 from service.client import ServiceError
 from workers.protocol.version import code_version
@@ -42,6 +41,7 @@ for commands in (
     diagnose,
     generate,
     convert,
+    mup,
     data,
     demo,
 ):

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from megatron_ray.distributed import collectives
 from megatron_ray.distributed.activity import PROCESS
 from megatron_ray.distributed.recording import name_groups
-from megatron_ray.training.step_timer import StepTimer
+from megatron_ray.training.reporting.step_timer import StepTimer
 from workers.decisions.ranks.diagnosis import Confidence, RankEvidence, diagnose
 from workers.decisions.ranks.stragglers import WINDOW_S, WINDOWS, Pace, StragglerWatch
 from workers.rank.evidence import gather_evidence

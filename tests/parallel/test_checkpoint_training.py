@@ -18,8 +18,8 @@ from megatron_ray.distributed.mesh import ParallelMesh, World
 from megatron_ray.inference.generate import generate, load_model
 from megatron_ray.parallel_dims import ParallelDims
 from megatron_ray.reports import EvalReport, Report, StepReport
+from megatron_ray.training.reporting.step_reporter import NonFiniteLossError
 from megatron_ray.training.session import TrainingSession
-from megatron_ray.training.step_reporter import NonFiniteLossError
 from tests.support.corpus_files import write_prepared
 
 pytestmark = pytest.mark.parallel

@@ -21,8 +21,8 @@ from megatron_ray.reports import Report, SkippedStepReport, StepReport
 from megatron_ray.training.components import TrainingComponents
 from megatron_ray.training.loop import train
 from megatron_ray.training.progress import Progress
+from megatron_ray.training.reporting.step_reporter import NonFiniteLossError
 from megatron_ray.training.session import batch_maker, build
-from megatron_ray.training.step_reporter import NonFiniteLossError
 from tests.support import parity
 from tests.support.parity import (
     GPT2,

@@ -5,7 +5,7 @@ Llama and all made like it, one for GPT-2, one for DeepSeek-V3.
 import torch
 from torch import Tensor
 
-from megatron_ray.config.latent import LatentAttentionConfig
+from megatron_ray.config.architecture.latent import LatentAttentionConfig
 from megatron_ray.config.model import ModelConfig
 from megatron_ray.optimizer.sharded import ShardedOptimizer
 from megatron_ray.parallelize.parallelize import ParallelModel

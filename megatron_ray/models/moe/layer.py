@@ -8,8 +8,8 @@ Shapes: T tokens, E experts, K experts of a token, H hidden.
 import torch
 from torch import Tensor, nn
 
+from megatron_ray.config.architecture.moe import MoEConfig
 from megatron_ray.config.model import ModelConfig
-from megatron_ray.config.moe import MoEConfig
 from megatron_ray.expert_parallel.dispatch import Capacity
 from megatron_ray.expert_parallel.layers import ExpertBias
 from megatron_ray.models.aux_loss import AuxLoss

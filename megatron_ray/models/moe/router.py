@@ -13,7 +13,7 @@ from math import ceil
 import torch
 from torch import Tensor
 
-from megatron_ray.config.moe import MoEConfig
+from megatron_ray.config.architecture.moe import MoEConfig
 
 _EPSILON = 1e-20
 """Avoids division by zero if all sigmoids are zero."""

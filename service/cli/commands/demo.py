@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from service.cli.commands.generate import run_generation
+from service.cli.commands.models.generate import run_generation
 from service.cli.commands.stack import INTERRUPTED, Cpus, with_stack
 from service.cli.commands.watch import watch_job
 from service.cli.failure import CommandError, from_service

@@ -24,8 +24,8 @@ from megatron_ray.checkpoint.hf.families.decoder import (
 from megatron_ray.checkpoint.hf.families.family import Family, UnsupportedFieldError
 from megatron_ray.checkpoint.hf.hf_config import HfConfig
 from megatron_ray.checkpoint.hf.tensor_locations import Rule, linear, linears
+from megatron_ray.config.architecture.moe import MoEConfig
 from megatron_ray.config.model import ModelConfig
-from megatron_ray.config.moe import MoEConfig
 
 _EXPERTS = LAYER + "moe.experts.{}."
 _STORED_MOE = STORED_LAYER + "mlp."

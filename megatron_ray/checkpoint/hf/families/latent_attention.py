@@ -25,7 +25,7 @@ from megatron_ray.checkpoint.hf.families.family import UnsupportedFieldError
 from megatron_ray.checkpoint.hf.families.rope import read_rope
 from megatron_ray.checkpoint.hf.hf_config import HfConfig
 from megatron_ray.checkpoint.hf.tensor_locations import InterleavedRotary, Rule, linear
-from megatron_ray.config.latent import LatentAttentionConfig
+from megatron_ray.config.architecture.latent import LatentAttentionConfig
 from megatron_ray.config.model import ModelConfig
 
 _LATENT_SIZES = {

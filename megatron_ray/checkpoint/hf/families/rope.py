@@ -8,8 +8,8 @@ from math import isclose, log
 from typing import Any
 
 from megatron_ray.checkpoint.hf.hf_config import HfConfig
+from megatron_ray.config.architecture.positions import RopeScaling
 from megatron_ray.config.model import ModelConfig
-from megatron_ray.config.positions import RopeScaling
 
 _FACTORS = {
     "llama3": ("low_freq_factor", "high_freq_factor"),

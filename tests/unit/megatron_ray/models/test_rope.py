@@ -7,7 +7,7 @@ import torch
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from megatron_ray.config.positions import RopeScaling
+from megatron_ray.config.architecture.positions import RopeScaling
 from megatron_ray.models.rope import concentration, inverse_frequencies, rotary_angles
 
 CPU = torch.device("cpu")

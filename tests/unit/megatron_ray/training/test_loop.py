@@ -10,9 +10,9 @@ from megatron_ray.distributed.mesh import ParallelMesh
 from megatron_ray.optimizer.step_sums import StepSums
 from megatron_ray.reports import Report, StepReport
 from megatron_ray.training.progress import Progress, SkippedSteps, is_due
-from megatron_ray.training.step_numbers import StepsInFlight
-from megatron_ray.training.step_reporter import NonFiniteLossError, StepReporter
-from megatron_ray.training.step_timer import StepTimer, StepTimes
+from megatron_ray.training.reporting.step_numbers import StepsInFlight
+from megatron_ray.training.reporting.step_reporter import NonFiniteLossError, StepReporter
+from megatron_ray.training.reporting.step_timer import StepTimer, StepTimes
 from tests.support.parity import LLAMA, make_config
 
 TIMES = StepTimes(0.5, {"data": 0.1})
@@ -66,7 +66,7 @@ def test_numbers_of_a_step_are_means_over_its_tokens() -> None:
 
 
 def test_on_cuda_numbers_are_read_one_step_late(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = "megatron_ray.training.step_numbers"
+    module = "megatron_ray.training.reporting.step_numbers"
     monkeypatch.setattr(f"{module}.device.peak_memory_bytes", lambda _: 0)
     in_flight = StepsInFlight(torch.device("cuda"), num_aux=0)
     popped = []

@@ -8,10 +8,10 @@ import torch
 
 from megatron_ray.commands import Command, all_sent, strongest_voted, votes_for
 from megatron_ray.training.progress import Progress
+from megatron_ray.training.reporting.step_numbers import HostNumbers, StepNumbers
+from megatron_ray.training.reporting.step_timer import StepTimes
 from megatron_ray.training.saving import TrainingSaver
 from megatron_ray.training.state_copy import StateCopier, StateCopy, load_copy
-from megatron_ray.training.step_numbers import HostNumbers, StepNumbers
-from megatron_ray.training.step_timer import StepTimes
 
 
 class Saver:

@@ -257,6 +257,13 @@ def test_a_good_config_has_no_problem() -> None:
             "leave it out, or change norm",
         ),
         (
+            {"model": {"mup": {"base_hidden_size": 32}}, "optimizer": {"name": "sgd"}},
+            None,
+            "/model/mup",
+            "mup scales the learning rates of Adam's kind of optimizer, not those of sgd; use "
+            "another optimizer.name, or leave mup out",
+        ),
+        (
             {
                 "model": {
                     "position_embedding": "none",

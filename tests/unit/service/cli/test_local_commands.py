@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from service.cli.commands import generate as generate_module
+from service.cli.commands.models import generate as generate_module
 from service.cli.failure import CommandError
 from service.cli.library import as_arguments
 from tests.support.fake_rest_service import FakeService, Run

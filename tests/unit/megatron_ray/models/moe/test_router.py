@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_ray.config.moe import LayerPattern, MoEConfig
+from megatron_ray.config.architecture.moe import LayerPattern, MoEConfig
 from megatron_ray.expert_parallel.layers import ExpertBias, update_expert_biases
 from megatron_ray.models.aux_loss import AuxLoss
 from megatron_ray.models.moe import router

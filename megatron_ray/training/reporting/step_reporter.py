@@ -14,7 +14,7 @@ from megatron_ray.exceptions import ErrorKind, MegatronRayError
 from megatron_ray.planning.flops import flops_per_token
 from megatron_ray.reports import Report, SkippedStepReport, StepReport
 from megatron_ray.training.progress import SkippedSteps
-from megatron_ray.training.step_numbers import StepNumbers
+from megatron_ray.training.reporting.step_numbers import StepNumbers
 
 
 class NonFiniteLossError(MegatronRayError):

@@ -17,7 +17,7 @@ from megatron_ray.distributed import device
 from megatron_ray.distributed.activity import DEVICE, PROCESS, Operation
 from megatron_ray.optimizer.step_sums import NUM_FIXED, StepSums
 from megatron_ray.training.progress import Progress
-from megatron_ray.training.step_timer import StepTimes
+from megatron_ray.training.reporting.step_timer import StepTimes
 
 
 @dataclass(frozen=True)
