@@ -9,7 +9,11 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Self
 
 from megatron_ray.config.optimizer import OptimizerConfig
-from megatron_ray.sharding.parameter_types import LogicalParameter, RateFactors
+from megatron_ray.sharding.parameter_types import (
+    NO_FACTORS,
+    LogicalParameter,
+    RateFactors,
+)
 from megatron_ray.sharding.parameters import name_matcher
 
 
@@ -43,7 +47,7 @@ class UpdateRule:
     """`lr`, `schedule` or `l2`, see `OptimizerConfig.decay`."""
     fixed: frozenset[str] = frozenset()
     """Those of the run's varying numbers that do not vary here."""
-    rates: RateFactors = RateFactors()
+    rates: RateFactors = NO_FACTORS
     """The factors of muP, which the numbers above have already."""
 
     def with_numbers(self, numbers: Mapping[str, float]) -> Self:

@@ -32,6 +32,10 @@ class RateFactors:
     """On a weight decay that is multiplied by the learning rate."""
 
 
+NO_FACTORS = RateFactors()
+"""The factors of a model without muP."""
+
+
 @dataclass(frozen=True)
 class LogicalParameter:
     """One unfused, unsharded tensor, as in a checkpoint."""
@@ -52,7 +56,7 @@ class LogicalParameter:
     of_expert: bool = False
     """Whether it belongs to the expert grid: sharded over etp, on one ep rank, with its
     gradient reduced over edp instead of dp x cp."""
-    rates: RateFactors = RateFactors()
+    rates: RateFactors = NO_FACTORS
 
     @property
     def num_elements(self) -> int:

@@ -114,3 +114,15 @@ def test_a_matrix_decays_as_much_as_in_the_base_model(
     assert rule.lr_scale == pytest.approx(0.5 / N)
     assert rule.eps == pytest.approx(1e-8 / N)
     assert rules.of(parameters["embedding.weight"]).weight_decay == 0.1
+
+
+def test_numbers_that_change_over_the_steps_keep_their_factors() -> None:
+    schedule = {"kind": "linear", "end": 0.0}
+    fields = {"lr": 1e-3, "weight_decay": 0.1, "weight_decay_schedule": schedule}
+    rules = UpdateRules(OptimizerConfig.model_validate(fields))
+    parameters = by_name(make_model(base_hidden_size=16))
+    rule = rules.of(parameters["layers.0.mlp.up.weight"])
+    later = rule.with_numbers({"weight_decay": 0.05, "eps": 1e-6})
+    assert later.weight_decay == pytest.approx(0.05 * N)
+    assert later.eps == pytest.approx(1e-6 / N)
+    assert later.lr_scale == rule.lr_scale
