@@ -240,7 +240,7 @@ def _explained_by_others(
     config: TrainConfig, saved: TrainConfig, fields: set[str]
 ) -> list[str]:
     """Returns fields whose difference only follows from that of another field."""
-    explained = []
+    explained = list[str]()
     if config.schedule.kind != saved.schedule.kind:
         explained += _OF_DECAY
     for field, derived in _DERIVED.items():

@@ -151,11 +151,14 @@ def _order_problems(span: _Span) -> list[Problem]:
     if not span.schedule.length_fields("decay") or lengths.decay_end > lengths.warmup:
         return []
     phase = span.phases[0]
+    start = "step 0"
+    if span.clock.steps_before:
+        start = "the switch"
     detail = (
         f"{span.field('decay')} is not after {span.field('warmup')}, so the rate would drop "
         f"from {phase.peak_name}={phase.peak_lr:g} to min_lr={span.schedule.min_lr:g} at "
-        f"once; {span.name('decay')} counts from step 0 with the warm-up included: leave it "
-        "out to decay until the last step"
+        f"once; {span.name('decay')} counts from {start} with the warm-up included: leave "
+        "it out to decay until the last step"
     )
     return [span.problem(span.name("decay"), "decay_after_warmup", detail)]
 

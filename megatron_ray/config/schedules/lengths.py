@@ -94,7 +94,7 @@ def _length(
             return samples(value)
         case "tokens":
             # Ceiling division.
-            return -(-value // clock.seq_length)
+            return -(-int(value) // clock.seq_length)
         case "fraction":
-            return max(1, round(value * clock.num_samples))
+            return max(1, round(float(value) * clock.num_samples))
     return int(value)

@@ -186,8 +186,8 @@ def test_switched_numbers_are_those_of_another_config(name: str) -> None:
             assert torch.equal(switched.weights, plain.weights)
             call.set_numbers(PEAK / 2, other)
             later.weights.copy_(switched.weights)
-            for key, value in switched.state.items():
-                later.state[key].copy_(value)
+            for key, tensor in switched.state.items():
+                later.state[key].copy_(tensor)
             later_call.set_steps_taken(3)
         for one, update in ((switched, call), (plain, plain_call), (later, later_call)):
             one.gradient.copy_(gradient)

@@ -53,13 +53,13 @@ def megatron(n: int, warmup: float, decay: int, wsd: float, kind: str, shape: st
         if ratio <= 0:
             return PEAK
         kind = shape
-    coefficient = {
+    shapes: dict[str, float] = {
         "linear": 1 - ratio,
         "cosine": (cos(pi * ratio) + 1) / 2,
         "exponential": 2 * 0.5**ratio - 1,
         "minus_sqrt": 1 - sqrt(ratio),
-    }[kind]
-    return MIN + coefficient * (PEAK - MIN)
+    }
+    return MIN + shapes[kind] * (PEAK - MIN)
 
 
 KINDS = [
