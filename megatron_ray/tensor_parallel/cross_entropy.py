@@ -33,7 +33,7 @@ from megatron_ray.tensor_parallel.layers import Shape, start_input_grad_reductio
 # If a rank's largest logit is further below the global maximum, its probabilities are under
 # 1e-26 and are clamped to that, so that no quotient overflows.
 _FARTHEST = -60.0
-FP16_ONE = 1024.0
+FP16_ONE = 64.0
 """Share of a probability of one in fp16, which rounds smaller ones to multiples of 6e-8:
 too few digits for most tokens of a large vocabulary."""
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from megatron_ray.checkpoint.directory import commit, latest_committed, list_checkpoints
+from megatron_ray.checkpoint.hf.exporting import export_folder
 from megatron_ray.config.optimizer import OptimizerConfig
 from megatron_ray.config.optimizer_kinds import BUILT_IN
 from megatron_ray.config.train_config import TrainConfig
@@ -194,6 +195,21 @@ def test_fp16_goes_on_here_and_elsewhere_with_its_scale(
     assert scales == [1024] * 3 + [2048] * 3 + [4096] * 2
     model, tokenizer = load_model(half)
     assert len(generate(model, tokenizer, "line 7: ", 24, temperature=0).tokens) > 0
+    assert export_folder(half, str(tmp_path / "hf")).tensors > 0
+
+
+def test_a_run_may_change_to_fp16(tmp_path: Path, corpus: PreparedData) -> None:
+    settings = config(tmp_path, 1, 1)
+    before = train(0, 1, settings, corpus, 1, None)
+    half = list_checkpoints(str(tmp_path / "tp1"))[0].path
+    commit(half, {}, [])
+    fields = settings.model_dump()
+    fields["training"] |= {"precision": "fp16", "loss_scale": {"initial_scale": 1024}}
+    fields["checkpoint"]["resume_changes"] = ["training.precision"]
+    after = train(0, 1, TrainConfig.from_mapping(fields), corpus, 2, half)
+    assert [after[step][2] for step in range(5, 9)] == [1024] * 4
+    for step in range(5, 9):
+        assert after[step][0] == pytest.approx(before[step][0], rel=2e-3)
 
 
 def test_resuming_is_exact_and_other_layouts_go_on(

@@ -7,6 +7,9 @@ import pytest
 import torch
 
 from megatron_ray.commands import Command, all_sent, strongest_voted, votes_for
+from megatron_ray.config.training import TrainingConfig
+from megatron_ray.optimizer.loss_scale import LossScaler
+from megatron_ray.sharding.sharded_state import ShardedState
 from megatron_ray.training.progress import Progress
 from megatron_ray.training.reporting.step_numbers import HostNumbers, StepNumbers
 from megatron_ray.training.reporting.step_timer import StepTimes
@@ -108,6 +111,55 @@ def test_a_vote_on_copies_leaves_commands_as_they_are() -> None:
     assert strongest_voted(counts) is Command.STOP
     assert not all_sent(counts)
     assert all_sent(stopping)
+
+
+class KeepingStore(Store):
+    """Keeps the last copy."""
+
+    copy: StateCopy
+
+    def keep(self, copy: StateCopy, wait: Callable[[], None]) -> None:
+        super().keep(copy, wait)
+        self.copy = copy
+
+
+class Optimizer:
+    """Nothing but the state of a loss scale."""
+
+    def __init__(self) -> None:
+        training = TrainingConfig(
+            seq_length=1, global_batch_size=1, steps=1, precision="fp16"
+        )
+        self.scaler = LossScaler(training, torch.device("cpu"))
+
+    def sharded_state(self) -> ShardedState:
+        return self.scaler.sharded_state()
+
+    def set_steps_taken(self, steps: int) -> None:
+        pass
+
+    def publish(self) -> None:
+        pass
+
+
+def test_a_copy_has_the_loss_scale() -> None:
+    optimizer = Optimizer()
+    saver: Any = Saver()
+    saver.state = optimizer.sharded_state
+    saver.train_state = lambda progress: {
+        "step": progress.step,
+        "consumed_samples": 0,
+        "planned_samples": [8],
+    }
+    store = KeepingStore()
+    made = StateCopier(3, saver, store, torch.device("cpu"), Progress())
+    for _ in range(4):
+        optimizer.scaler.update(torch.ones(()))
+    made.copy(Progress(step=4))
+    again: Any = Optimizer()
+    model: Any = type("Model", (), {"expert_biases": {}})()
+    assert load_copy(store.copy, model, again).step == 4
+    assert float(again.scaler.scale) == float(optimizer.scaler.scale) == 2.0**29
 
 
 def test_a_copy_of_another_layout_is_not_loaded() -> None:
