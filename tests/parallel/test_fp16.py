@@ -16,7 +16,7 @@ from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.data.loader import StepLoader
 from megatron_ray.models.batch import Batch
 from megatron_ray.optimizer.loss_scale import LOSS_SCALE
-from megatron_ray.optimizer.lr_schedule import learning_rate
+from megatron_ray.optimizer.step_rates import RunRates
 from megatron_ray.reports import Report, SkippedStepReport, StepReport
 from megatron_ray.training.components import TrainingComponents
 from megatron_ray.training.loop import train
@@ -181,11 +181,8 @@ def test_an_overflow_skips_exactly_its_step(experts: bool) -> None:
     result = one_rank(experts)
     check_skips(result)
     # A skipped step counts, so the rate is that of the schedule.
-    rates = [
-        learning_rate(step, config.optimizer, config.schedule, STEPS)
-        for step in range(1, STEPS + 1)
-    ]
-    assert column(result, "lr") == rates
+    rates = RunRates(config)
+    assert column(result, "lr") == [rates.at(step).lr for step in range(1, STEPS + 1)]
     message = "step 5 skipped, weights unchanged: its gradients overflow fp16 at a loss "
     assert result["skipped"][1].message == message + "scale of 65536"
     assert np.isfinite(column(result, "loss")).all()
