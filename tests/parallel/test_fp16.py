@@ -283,7 +283,8 @@ def test_wide_residuals_are_closer_to_float64() -> None:
     deep = LLAMA | {"num_layers": 12}
     truth = parity.float64_gradients(0, 1, fp16(deep, steps=1))
     distances = []
-    for fields in ({}, WIDE):
+    narrow: dict[str, Any] = {}
+    for fields in (narrow, WIDE):
         config = fp16(deep, steps=1, **BF16, **fields)
         (measured,) = gradients(0, 1, [config])
         distances.append(worst_relative_l2(assemble(config, [measured]), truth)[0])

@@ -2,6 +2,7 @@
 
 import random
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from megatron_ray.optimizer.loss_scale import LOSS_SCALE, LossScaler
 CPU = torch.device("cpu")
 
 
-def scaler(global_batch_size: int = 1, **fields: float) -> LossScaler:
+def scaler(global_batch_size: int = 1, **fields: Any) -> LossScaler:
     training = TrainingConfig(
         seq_length=1,
         global_batch_size=global_batch_size,
@@ -65,7 +66,7 @@ class Definition:
 @pytest.mark.parametrize("hysteresis", [1, 2, 5])
 @pytest.mark.parametrize("share", [0.02, 0.2, 0.6])
 def test_a_dynamic_scale_follows_its_definition(hysteresis: int, share: float) -> None:
-    fields = {
+    fields: dict[str, Any] = {
         "initial_scale": 2.0**20,
         "min_scale": 3.0,
         "growth_interval": 4,
@@ -105,7 +106,7 @@ def test_a_constant_scale_stays_and_has_no_state() -> None:
 
 
 def test_the_state_is_live_and_continues_where_it_was() -> None:
-    fields = {"initial_scale": 2.0**20, "growth_interval": 5}
+    fields: dict[str, Any] = {"initial_scale": 2.0**20, "growth_interval": 5}
     sequence = overflows(3, 60, 0.3)
     whole = scales(scaler(**fields), sequence)
     first = scaler(**fields)

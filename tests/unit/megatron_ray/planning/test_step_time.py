@@ -29,6 +29,7 @@ def plan(
     batch: int,
     recompute: dict[str, Any] | None = None,
     hardware: str = "H100",
+    **training: Any,
 ) -> StepTime:
     fields = {
         "model": {"preset": model},
@@ -40,7 +41,8 @@ def plan(
             "steps": 1,
             "precision": "bf16",
         }
-        | {"recompute": recompute or {}},
+        | {"recompute": recompute or {}}
+        | training,
         "optimizer": {"lr": 1e-4},
     }
     config = TrainConfig.from_mapping(fields)
@@ -62,6 +64,16 @@ def test_published_runs_are_met_by_the_constants_of_their_chip() -> None:
     assert sum(
         1 / (1 + TOLERANCE) <= ratio <= 1 + TOLERANCE for ratio in ratios
     ) >= GOAL * len(runs)
+
+
+def test_fp16_is_as_quick_as_bf16_and_short_gradients_are_sent_sooner() -> None:
+    layout = {"tp": 8, "dp": 8}
+    bf16 = plan("llama3-8b", layout, batch=64)
+    assert plan("llama3-8b", layout, batch=64, precision="fp16") == bf16
+    short = plan("llama3-8b", layout, batch=64, grad_reduce_in_fp32=False)
+    assert short.step_s < bf16.step_s
+    wide = plan("llama3-8b", layout, batch=64, fp32_residual_connection=True)
+    assert wide.step_s > bf16.step_s
 
 
 def test_interleaving_makes_405b_quicker_than_1f1b() -> None:
