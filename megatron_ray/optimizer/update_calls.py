@@ -37,10 +37,7 @@ class RunTensors:
 
 
 class UpdateCall(Protocol):
-    """Updates all runs that share a rule."""
-
-    def add(self, run: RunTensors) -> None:
-        """Adds a run."""
+    """Updates some elements of flat memory."""
 
     def step(self, lr: float, skip: Tensor | None) -> None:
         """Updates with the current gradients, unless the scalar `skip` is 1.
@@ -52,9 +49,16 @@ class UpdateCall(Protocol):
         """Sets the number of previous updates."""
 
 
+class RunUpdate(UpdateCall, Protocol):
+    """Updates all runs that share a rule."""
+
+    def add(self, run: RunTensors) -> None:
+        """Adds a run."""
+
+
 def update_call(
     config: OptimizerConfig, rule: UpdateRule, device: torch.device
-) -> UpdateCall:
+) -> RunUpdate:
     """Returns what updates runs by a rule."""
     module, _, function = optimizer_kind(config.name).rule.partition(":")
     elementwise: Rule = getattr(import_module(module), function)
@@ -174,16 +178,16 @@ class ElementwiseUpdate:
         if rule.decay == "l2" and rule.weight_decay > 0:
             gradient = gradient + rule.weight_decay * old.weights
         new = self._function(old, gradient, rule, rates)
-        _replace(old.weights, new.weights, skip)
+        replace_unless(skip, old.weights, new.weights)
         for name, values in new.state.items():
-            _replace(old.state[name], values, skip)
+            replace_unless(skip, old.state[name], values)
 
     def set_steps_taken(self, steps: int) -> None:
         """Sets the number of previous updates."""
         self._count.fill_(float(steps))
 
 
-def _replace(old: Tensor, new: Tensor, skip: Tensor | None) -> None:
+def replace_unless(skip: Tensor | None, old: Tensor, new: Tensor) -> None:
     """Writes new values over old ones, unless `skip` is 1."""
     if skip is not None:
         # Chosen, not multiplied: what is skipped may be NaN.

@@ -284,7 +284,9 @@ def vocabulary_spec(
 def position_embedding_spec(model: ModelConfig) -> ReplicatedSpec:
     """Returns the table of learned positions."""
     # A row per position, as [outputs, inputs]; not sharded, because it is small.
-    return replicated_spec(model, model.hidden_size, model.max_sequence_length)
+    return ReplicatedSpec(
+        model.hidden_size, model.max_sequence_length, _normal(model), is_table=True
+    )
 
 
 # ---- single layers

@@ -133,6 +133,9 @@ def decay_warnings(config: TrainConfig) -> list[Problem]:
     """Returns weight decays that turn weights to 0 or beyond in one step."""
     optimizer = config.optimizer
     decays = [("/optimizer/weight_decay", optimizer.lr, optimizer.weight_decay)]
+    if optimizer.adamw_lr_scale is not None:
+        lr = optimizer.lr * optimizer.adamw_lr_scale
+        decays.append(("/optimizer/adamw_lr_scale", lr, optimizer.weight_decay))
     for index, group in enumerate(optimizer.groups):
         weight_decay = group.weight_decay
         if weight_decay is None:

@@ -449,6 +449,20 @@ def test_a_good_config_has_no_problem() -> None:
         (
             {
                 "optimizer": {
+                    "name": "muon",
+                    "groups": [
+                        {"parameters": ["*.weight"], "beta1": 0.8},
+                        {"parameters": ["*.q.*", "*.down.*"], "lr_scale": 2, "eps": 1e-6},
+                    ],
+                }
+            },
+            None,
+            "/optimizer/groups/1/eps",
+            "the group has nothing but matrices, which muon updates without eps; leave it out",
+        ),
+        (
+            {
+                "optimizer": {
                     "freeze": ["embedding.*"],
                     "groups": [{"parameters": ["embedding.*"], "weight_decay": 0}],
                 }
@@ -918,6 +932,18 @@ def test_good_experts_have_no_problem() -> None:
                 }
             },
             "/optimizer/groups/0",
+            "lr x weight_decay = 2 x 1 = 2",
+        ),
+        (
+            {
+                "optimizer": {
+                    "name": "muon",
+                    "lr": 0.1,
+                    "weight_decay": 1.0,
+                    "adamw_lr_scale": 20,
+                }
+            },
+            "/optimizer/adamw_lr_scale",
             "lr x weight_decay = 2 x 1 = 2",
         ),
         (
