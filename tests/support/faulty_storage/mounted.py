@@ -42,14 +42,18 @@ class FaultyStorage:
             start_new_session=True,
             cwd=Path(__file__).parents[3],
         )
-        assert self._process.stdout is not None
-        assert self._process.stdout.readline() == "ready\n", "not mounted"
+        self._await_ready()
 
     def turn_on(self, fault: Fault) -> None:
-        """Switches a fault on, in place of the one before."""
+        """Switches a fault on, in place of the one before; returns once it is on."""
         assert self._process.stdin is not None
         self._process.stdin.write(fault.to_line())
         self._process.stdin.flush()
+        self._await_ready()
+
+    def _await_ready(self) -> None:
+        assert self._process.stdout is not None
+        assert self._process.stdout.readline() == "ready\n", "the server has ended"
 
     def fail_writes(self, seconds: float) -> None:
         """Writing fails with EIO."""

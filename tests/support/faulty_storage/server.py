@@ -1,7 +1,8 @@
 """Serves a folder as a file system whose operations fail on command; a process.
 
-`python -m tests.support.faulty_storage.server FOLDER MOUNT_POINT`, as root. Prints `ready`;
-then each line of standard input is a fault, and its end unmounts.
+`python -m tests.support.faulty_storage.server FOLDER MOUNT_POINT`, as root. Prints `ready`
+when it is mounted, and after each line of standard input, which is a fault, once that is on.
+The end of the input unmounts.
 
 Owns: the mount, the threads that answer the kernel. Must not know: what the faults are
 for.
@@ -97,12 +98,17 @@ def main(folder: str, mount_point: str) -> None:
     mount(device, mount_point)
     try:
         Server(device, Passthrough(folder), switch).start()
-        sys.stdout.write("ready\n")
-        sys.stdout.flush()
+        _print_ready()
         for line in sys.stdin:
             switch.turn_on(Fault.from_line(line))
+            _print_ready()
     finally:
         unmount(mount_point)
+
+
+def _print_ready() -> None:
+    sys.stdout.write("ready\n")
+    sys.stdout.flush()
 
 
 if __name__ == "__main__":
