@@ -148,9 +148,11 @@ def _joined(matrix: Matrix, shards: Sequence[Tensor]) -> Tensor:
     row = 0
     for part in matrix.parts:
         rows = part.box.size[0]
+        dim = part.logical.shard_dim
+        assert dim is not None
         # Of ranks with replicas of one key/value head the first.
         boxes = [shard[row : row + rows] for shard in shards[:: part.num_kv_replicas]]
-        weights.append(torch.cat(boxes, dim=part.logical.shard_dim))
+        weights.append(torch.cat(boxes, dim=dim))
         row += rows
     return torch.cat(weights)
 
@@ -185,7 +187,7 @@ def _exchange(
 
     `like` is any tensor of their type.
     """
-    pieces = []
+    pieces = list[Tensor]()
     for tensors in outgoing:
         pieces.extend(tensor.reshape(-1) for tensor in tensors)
     if group is None:

@@ -9,6 +9,7 @@ know: torch, nodes.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from megatron_ray.config.optimizer import OptimizerConfig
 from megatron_ray.config.optimizer_kinds import num_state_tensors, updates_matrices
@@ -51,15 +52,13 @@ class PlannedBuffer:
         values = each * self.num_updated
         if updates_matrices(optimizer):
             of_matrix = num_state_tensors(optimizer, of_matrix=True)
-            values += (of_matrix - each) * self.matrix_elements()[self._share]
+            share = 0
+            if self.sharded:
+                share = self.replica_rank
+            values += (of_matrix - each) * self.matrix_elements[share]
         return values
 
-    @property
-    def _share(self) -> int:
-        if self.sharded:
-            return self.replica_rank
-        return 0
-
+    @cached_property
     def matrix_elements(self) -> list[int]:
         """Returns how many elements of matrices each replica updates.
 
@@ -161,7 +160,7 @@ def _fullest_replica(config: TrainConfig, dims: ParallelDims, buffers: RankBuffe
     less -= num_state_tensors(optimizer, of_matrix=True)
     spared: dict[int, int] = {}
     matrix_elements = {
-        buffer.of_expert: buffer.matrix_elements() for buffer in buffers.buffers
+        buffer.of_expert: buffer.matrix_elements for buffer in buffers.buffers
     }
     for index, rank in enumerate(dims.group_of(buffers.rank, ("dp", "cp"))):
         spared[rank] = less * matrix_elements[False][index]

@@ -51,6 +51,7 @@ def step_communication(config: TrainConfig, rank: int) -> Tally | None:
         tally.add("pp", "send", transfer_bytes(config), messages)
     buffers = rank_buffers(config, dims, pipeline, rank)
     tally.add_all(update_communication(config, dims, pipeline, buffers))
+    tally.add_all(matrix_communication(dims, planned_matrices(config, dims, buffers)))
     return tally
 
 
@@ -83,13 +84,14 @@ def update_communication(
     pipeline: PipelinePlan,
     buffers: RankBuffers,
 ) -> Tally:
-    """Returns what a rank sends once a step: gradients, weights and the step's numbers."""
+    """Returns what a rank sends once a step: gradients, weights and the step's numbers.
+
+    What an optimizer of matrices sends is in `matrix_communication`.
+    """
     tally = Tally(group_sizes(dims))
     for buffer in buffers.buffers:
         _add_buckets(tally, buffer)
     _add_shared_gradients(tally, dims, buffers.buffers)
-    matrices = planned_matrices(config, dims, buffers)
-    tally.add_all(matrix_communication(dims, matrices))
     _add_expert_biases(tally, config, dims, pipeline, buffers.pp_rank)
     # One all-reduce in fp64: loss, tokens and squared gradient norm, the auxiliary
     # losses, and the votes.

@@ -11,16 +11,14 @@ the service.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from megatron_ray.config.optimizer import MuonConfig
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.parallel_dims import ParallelDims
 from megatron_ray.pipeline_parallel.schedules.plan import PipelinePlan, plan_pipeline
 from megatron_ray.pipeline_parallel.schedules.simulation import Costs
 from megatron_ray.planning.buffers import (
-    PlannedMatrices,
     RankBuffers,
     distinct_buffers,
     is_fully_sharded,
@@ -359,7 +357,6 @@ def _update(
     network: Network,
 ) -> UpdateTime:
     """Returns the time of the update on one pipeline rank."""
-    hardware = network.hardware
     updated = 0
     trained = 0
     values = 0
@@ -368,40 +365,43 @@ def _update(
         trained += buffer.plan.num_trainable
         values += buffer.num_state_values(config.optimizer)
     work = update_work(updated, trained, values)
-    memory = work.memory / hardware.memory_bandwidth
-    products = 0.0
-    matrices = planned_matrices(config, dims, buffers)
-    if config.optimizer.muon is not None:
-        products = _orthogonalization_seconds(config.optimizer.muon, matrices, hardware)
+    memory = work.memory / network.hardware.memory_bandwidth
+    matrices = _matrix_update(config, dims, buffers, network)
     if is_fully_sharded(config, dims):
         # Gradients arrive scattered, and weights are gathered by the next forward pass.
-        moved = matrix_communication(dims, matrices)
-        return UpdateTime(memory, products, 0.0, network.total(moved, moved.bytes))
+        return replace(matrices, memory=memory)
     communication = update_communication(config, dims, pipeline, buffers)
     reductions: list[tuple[Axis, Kind]] = []
     others: list[tuple[Axis, Kind]] = []
     for axis, kind in communication.bytes:
         # Buckets are reduced as soon as the backward pass has filled them.
-        if axis in ("dp", "edp") and kind in ("all_reduce", "reduce_scatter"):
+        if axis in ("dp", "edp") and kind != "all_gather":
             reductions.append((axis, kind))
         else:
             others.append((axis, kind))
     return UpdateTime(
         memory,
-        products,
+        matrices.products,
         network.total(communication, reductions),
-        network.total(communication, others),
+        network.total(communication, others) + matrices.published,
     )
 
 
-def _orthogonalization_seconds(
-    muon: MuonConfig, matrices: Sequence[PlannedMatrices], hardware: Hardware
-) -> float:
-    peak = hardware.peaks.get(muon.precision)
+def _matrix_update(
+    config: TrainConfig, dims: ParallelDims, buffers: RankBuffers, network: Network
+) -> UpdateTime:
+    """Returns the time in which matrices are put together and orthogonalized."""
+    muon = config.optimizer.muon
+    if muon is None:
+        return UpdateTime(0.0, 0.0, 0.0, 0.0)
+    matrices = planned_matrices(config, dims, buffers)
+    peaks = network.hardware.peaks
+    peak = peaks.get(muon.precision)
     if peak is None:
         # The tables have no fp32 of GPUs.
-        peak = hardware.peaks["bf16"] * _FP32_SHARE
+        peak = peaks["bf16"] * _FP32_SHARE
     flops = 0.0
     for entry in matrices:
         flops += orthogonalization_work(entry, muon.steps).products
-    return flops / peak
+    moved = matrix_communication(dims, matrices)
+    return UpdateTime(0.0, flops / peak, 0.0, network.total(moved, moved.bytes))

@@ -7,6 +7,7 @@ Pure Python. Must not know: torch, process groups, how a matrix is updated.
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 
 from megatron_ray.config.optimizer import MuonConfig
@@ -29,24 +30,24 @@ class Matrix:
     tensor: LocalParameter
     parts: tuple[Part, ...]
 
-    @property
+    @cached_property
     def start(self) -> int:
         """Its first element in the tensor."""
         return self.parts[0].start * self.parts[0].box.size[1]
 
-    @property
+    @cached_property
     def shape(self) -> tuple[int, int]:
         """Shape on this rank."""
         rows = sum(part.box.size[0] for part in self.parts)
         return rows, self.parts[0].box.size[1]
 
-    @property
+    @cached_property
     def full_shape(self) -> tuple[int, int]:
         """Shape of the whole matrix, over all tp ranks."""
         rows = sum(part.logical.shape[0] for part in self.parts)
         return rows, self.parts[0].logical.shape[1]
 
-    @property
+    @cached_property
     def num_elements(self) -> int:
         """Elements on this rank."""
         return prod(self.shape)
@@ -224,17 +225,18 @@ def _rounds(matrices: Iterable[SharedMatrix], replicas: int) -> tuple[Round, ...
 def _with_owners(matrices: Sequence[SharedMatrix], replicas: int) -> Round:
     """Returns matrices with owners: the only replica with elements, or the least busy."""
     owners = [shared.first_replica for shared in matrices]
+    work = [shared.matrix.flops(1) for shared in matrices]
     costs = [0] * replicas
     spread = []
     for index, shared in enumerate(matrices):
         if shared.first_replica == shared.last_replica:
-            costs[owners[index]] += shared.matrix.flops(1)
+            costs[owners[index]] += work[index]
         else:
             spread.append(index)
     # The largest first, so that small ones fill up what is uneven.
-    spread.sort(key=lambda index: -matrices[index].matrix.flops(1))
+    spread.sort(key=lambda index: -work[index])
     for index in spread:
-        owners[index] = least_busy(costs, matrices[index].matrix.flops(1))
+        owners[index] = least_busy(costs, work[index])
     round_ = []
     for shared, owner in zip(matrices, owners, strict=True):
         round_.append(OwnedMatrix(shared.matrix, shared.offset, shared.length, owner))

@@ -51,10 +51,12 @@ CASES: dict[str, tuple[str, dict[str, Any], int, dict[str, Any]]] = {
 }
 
 
-def settings(model: str, muon: dict[str, Any], parallel: dict[str, Any]) -> TrainConfig:
+def settings(
+    model: str, muon: dict[str, Any], parallel: dict[str, Any], precision: str = "fp32"
+) -> TrainConfig:
     """Buckets of a few matrices, so that the borders of shares go through matrices."""
     layout = {"dp": 1, "bucket_elements": 20_000} | parallel
-    config = make_config(MODELS[model], layout, steps=6)
+    config = make_config(MODELS[model], layout, steps=6, precision=precision)
     optimizer = {"name": "muon", "lr": 3e-3, "eps": 1e-4, "weight_decay": 0.01}
     return TrainConfig.from_mapping(
         {**config.model_dump(), "optimizer": optimizer | {"muon": muon}}
@@ -89,9 +91,13 @@ def test_a_matrix_is_updated_as_on_one_rank(case: str) -> None:
         assert np.abs(values - expected[key]).max() <= 2e-5, key
 
 
-def test_zero1_changes_no_bit_of_experts() -> None:
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_zero1_changes_no_bit_of_experts(precision: str) -> None:
     layout = {"tp": 2, "dp": 2, "etp": 1, "ep": 2}
-    flat, sharded = (settings("experts", {}, layout | {"zero": zero}) for zero in (0, 1))
+    muon = {"precision": precision}
+    flat, sharded = (
+        settings("experts", muon, layout | {"zero": zero}, precision) for zero in (0, 1)
+    )
     whole = weights(flat, run_ranks(run_layout, 4, flat))
     for key, values in weights(sharded, run_ranks(run_layout, 4, sharded)).items():
         assert np.array_equal(values, whole[key]), key

@@ -52,4 +52,5 @@ def newton_schulz(matrix: Tensor, muon: MuonConfig) -> Tensor:
         x = torch.addmm(x, polynomial, x, beta=a)
     if is_tall:
         x = x.mT
-    return x.to(matrix.dtype)
+    orthogonal: Tensor = x.to(matrix.dtype)
+    return orthogonal

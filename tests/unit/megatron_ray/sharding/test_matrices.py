@@ -31,17 +31,17 @@ GPT2 = model(preset="gpt2-tiny")
 DEEPSEEK = model(preset="deepseek-tiny", mtp={"num_layers": 1})
 
 
-def table(config: ModelConfig, **dims: int) -> tuple[LocalParameter, ...]:
-    return local_parameters(config, ParallelDims(**dims), 0)
+def table(config: ModelConfig, tp: int = 1) -> tuple[LocalParameter, ...]:
+    return local_parameters(config, ParallelDims(tp=tp), 0)
 
 
-def names(config: ModelConfig, muon: MuonConfig = MUON, **dims: int) -> list[str]:
-    found = []
-    for tensor in table(config, **dims):
+def names(config: ModelConfig, muon: MuonConfig = MUON, tp: int = 1) -> list[str]:
+    listed = []
+    for tensor in table(config, tp):
         for matrix in matrices_of(tensor, muon):
             parts = [part.logical.name.removesuffix(".weight") for part in matrix.parts]
-            found.append("+".join(parts))
-    return found
+            listed.append("+".join(parts))
+    return listed
 
 
 @pytest.mark.parametrize("config", [GPT2, DEEPSEEK])
@@ -80,28 +80,28 @@ def test_what_is_frozen_is_no_matrix() -> None:
 
 def covered(rounds: tuple[Round, ...]) -> list[OwnedMatrix]:
     """All matrices, of which every element has exactly one replica."""
-    found = [owned for round_ in rounds for owned in round_]
-    for owned in found:
+    listed = [owned for round_ in rounds for owned in round_]
+    for owned in listed:
         position = 0
         for share in owned.shares():
             assert share.start == position
             assert share == owned.share_of(share.replica)
             position = share.end
         assert position == owned.matrix.num_elements
-    return found
+    return listed
 
 
 @pytest.mark.parametrize("replicas", [1, 2, 3, 8])
 @pytest.mark.parametrize("bucket_elements", [1, 20_000, None])
 def test_shares_are_those_of_the_buckets(replicas: int, bucket_elements: Any) -> None:
     plan = plan_buckets(table(GPT2, tp=2), replicas, bucket_elements)
-    found = covered(rounds_of_buckets(plan, MUON, replicas))
-    assert len(found) == len(names(GPT2))
-    for owned in found:
+    listed = covered(rounds_of_buckets(plan, MUON, replicas))
+    assert len(listed) == len(names(GPT2))
+    for owned in listed:
         if owned.first_replica == owned.last_replica:
             assert owned.owner == owned.first_replica
         assert owned.share_of(owned.last_replica + 1) is None
-    by_name = {owned.matrix.parts[0].logical.name: owned for owned in found}
+    by_name = {owned.matrix.parts[0].logical.name: owned for owned in listed}
     for bucket in plan.buckets:
         for placed in bucket.placed:
             for part in placed.parameter.parts:
@@ -115,9 +115,9 @@ def test_shares_are_those_of_the_buckets(replicas: int, bucket_elements: Any) ->
 
 @pytest.mark.parametrize("replicas", [1, 3, 8])
 def test_rows_are_shared_as_torch_does(replicas: int) -> None:
-    found = covered(rounds_of_rows(table(GPT2, tp=2), MUON, replicas))
-    assert len(found) == len(names(GPT2))
-    for owned in found:
+    listed = covered(rounds_of_rows(table(GPT2, tp=2), MUON, replicas))
+    assert len(listed) == len(names(GPT2))
+    for owned in listed:
         rows = -(-owned.matrix.tensor.shape[0] // replicas)
         columns = owned.matrix.shape[1]
         first = owned.matrix.parts[0].start
@@ -155,9 +155,9 @@ def test_every_replica_has_work_in_a_round(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_tensor_parallel_ranks_take_turns() -> None:
-    found = covered(rounds_of_rows(table(GPT2, tp=2), MUON, 1))
-    owners = tp_owners([owned.matrix for owned in found], 2)
+    listed = covered(rounds_of_rows(table(GPT2, tp=2), MUON, 1))
+    owners = tp_owners([owned.matrix for owned in listed], 2)
     work = [0, 0]
-    for owned, owner in zip(found, owners, strict=True):
+    for owned, owner in zip(listed, owners, strict=True):
         work[owner] += owned.matrix.flops(1)
     assert max(work) < 1.3 * min(work)
