@@ -5,7 +5,7 @@ part. One rank of all of them applies the function to the whole. Owns: the two e
 Must not know: the function, weights, state.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -33,8 +33,54 @@ def apply_to_whole(
     replica = collectives.rank(replica_group)
     mine = [owned for owned in matrices if owned.owner == replica]
     wholes = _gather(matrices, mine, values, replica_group)
-    results = _over_tp(function, [owned.matrix for owned in mine], wholes, tp_group)
+    results = _over_tp(function, mine, wholes, tp_group)
     return _scatter(matrices, mine, results, values, replica_group)
+
+
+class _Exchange:
+    """Sends flat tensors between all ranks of a group, any number between any two.
+
+    Both sides name the tensors between two ranks in the same order.
+    """
+
+    def __init__(self, group: Group, like: Tensor) -> None:
+        """`like` is any tensor of their type."""
+        self._group = group
+        self._outgoing: dict[int, list[Tensor]] = {}
+        self._sizes: dict[int, list[int]] = {}
+        for rank in range(collectives.size(group)):
+            self._outgoing[rank] = [like.new_empty(0)]
+            self._sizes[rank] = [0]
+        self._arrived: dict[int, Iterator[Tensor]] = {}
+
+    def send(self, rank: int, tensor: Tensor) -> None:
+        """Adds a tensor for a rank."""
+        self._outgoing[rank].append(tensor.reshape(-1))
+
+    def expect(self, rank: int, num_elements: int) -> None:
+        """Adds a tensor that a rank sends to this one."""
+        self._sizes[rank].append(num_elements)
+
+    def run(self) -> None:
+        """Sends and receives everything."""
+        if self._group is None:
+            self._arrived[0] = iter(self._outgoing[0][1:])
+            return
+        pieces = list[Tensor]()
+        send = []
+        receive = []
+        for rank, tensors in self._outgoing.items():
+            pieces += tensors
+            send.append(sum(map(torch.numel, tensors)))
+            receive.append(sum(self._sizes[rank]))
+        flat = torch.cat(pieces)
+        received = collectives.all_to_all_rows(flat, self._group, send, receive)
+        for rank, part in enumerate(torch.split(received, receive)):
+            self._arrived[rank] = iter(torch.split(part, self._sizes[rank])[1:])
+
+    def next_of(self, rank: int) -> Tensor:
+        """Returns the next tensor of a rank."""
+        return next(self._arrived[rank])
 
 
 def _gather(
@@ -44,17 +90,17 @@ def _gather(
     group: Group,
 ) -> list[Tensor]:
     """Sends ranges to the owners of their matrices; returns this replica's own matrices."""
-    outgoing = _lists(group)
+    exchange = _Exchange(group, values[0])
     for owned, value in zip(matrices, values, strict=True):
-        outgoing[owned.owner].append(value)
-    incoming: list[list[int]] = [[] for _ in outgoing]
+        exchange.send(owned.owner, value)
     for owned in mine:
         for share in owned.shares():
-            incoming[share.replica].append(share.num_elements)
-    arrived = [iter(ranges) for ranges in _exchange(outgoing, incoming, values[0], group)]
+            exchange.expect(share.replica, share.num_elements)
+    # Empty ranges are sent but not expected, since they add nothing.
+    exchange.run()
     wholes = []
     for owned in mine:
-        ranges = [next(arrived[share.replica]) for share in owned.shares()]
+        ranges = [exchange.next_of(share.replica) for share in owned.shares()]
         wholes.append(torch.cat(ranges).view(owned.matrix.shape))
     return wholes
 
@@ -67,78 +113,74 @@ def _scatter(
     group: Group,
 ) -> list[Tensor]:
     """Returns the ranges of `values` to the replicas they are of, now of the results."""
-    outgoing = _lists(group)
+    exchange = _Exchange(group, values[0])
     for owned, result in zip(mine, results, strict=True):
         flat = result.reshape(-1)
         for share in owned.shares():
-            outgoing[share.replica].append(flat[share.start : share.end])
-    incoming: list[list[int]] = [[] for _ in outgoing]
+            exchange.send(share.replica, flat[share.start : share.end])
     for owned, value in zip(matrices, values, strict=True):
-        incoming[owned.owner].append(value.numel())
-    arrived = [iter(ranges) for ranges in _exchange(outgoing, incoming, values[0], group)]
-    return [next(arrived[owned.owner]) for owned in matrices]
+        exchange.expect(owned.owner, value.numel())
+    exchange.run()
+    return [exchange.next_of(owned.owner) for owned in matrices]
 
 
 def _over_tp(
-    function: OfMatrix, matrices: Sequence[Matrix], parts: Sequence[Tensor], group: Group
+    function: OfMatrix,
+    matrices: Sequence[OwnedMatrix],
+    parts: Sequence[Tensor],
+    group: Group,
 ) -> list[Tensor]:
     """Applies a function to matrices whose parts the tp ranks have.
 
     Each is put together on one tp rank, so that each rank computes a share of them.
     """
+    results = list(parts)
     sharded = []
-    for matrix in matrices:
-        if matrix.is_sharded:
-            sharded.append(matrix)
-    # Every rank of a replicated matrix has all of it, and gets the same result.
-    if group is None or not sharded:
-        return [function(part) for part in parts]
-    owners = tp_owners(sharded, collectives.size(group))
-    own_parts = []
-    for matrix, part in zip(matrices, parts, strict=True):
-        if matrix.is_sharded:
-            own_parts.append(part)
-    moved = iter(_owned_by_tp(function, sharded, own_parts, owners, group))
-    results = []
-    for matrix, part in zip(matrices, parts, strict=True):
-        if matrix.is_sharded:
-            results.append(next(moved))
+    places = []
+    for place, owned in enumerate(matrices):
+        if group is not None and owned.matrix.is_sharded:
+            sharded.append(owned.matrix)
+            places.append(place)
         else:
-            results.append(function(part))
+            # Every tp rank has all of it, and gets the same result.
+            results[place] = function(parts[place])
+    if sharded:
+        sharded_parts = [parts[place] for place in places]
+        moved = _owned_by_tp(function, sharded, sharded_parts, group)
+        for place, result in zip(places, moved, strict=True):
+            results[place] = result
     return results
 
 
 def _owned_by_tp(
-    function: OfMatrix,
-    matrices: Sequence[Matrix],
-    parts: Sequence[Tensor],
-    owners: Sequence[int],
-    group: Group,
+    function: OfMatrix, matrices: Sequence[Matrix], parts: Sequence[Tensor], group: Group
 ) -> list[Tensor]:
+    tp = collectives.size(group)
+    owners = tp_owners(matrices, tp)
+    exchange = _Exchange(group, parts[0])
+    returned = _Exchange(group, parts[0])
     mine = []
-    outgoing = _lists(group)
     for matrix, part, owner in zip(matrices, parts, owners, strict=True):
-        outgoing[owner].append(part)
+        exchange.send(owner, part)
+        # All tp ranks have parts of one size.
+        returned.expect(owner, matrix.num_elements)
         if owner == collectives.rank(group):
             mine.append(matrix)
-    # All tp ranks have parts of one size.
-    sizes = [matrix.num_elements for matrix in mine]
-    received = _exchange(outgoing, [sizes] * len(outgoing), parts[0], group)
-    returned = _lists(group)
-    for index, matrix in enumerate(mine):
-        shards = [tensors[index].view(matrix.shape) for tensors in received]
+    for matrix in mine:
+        for rank in range(tp):
+            exchange.expect(rank, matrix.num_elements)
+    exchange.run()
+    for matrix in mine:
+        shards = []
+        for rank in range(tp):
+            shards.append(exchange.next_of(rank).view(matrix.shape))
         result = function(_joined(matrix, shards))
-        for shard, to_rank in zip(
-            _shards(matrix, result, len(shards)), returned, strict=True
-        ):
-            to_rank.append(shard)
-    expected: list[list[int]] = [[] for _ in outgoing]
-    for matrix, owner in zip(matrices, owners, strict=True):
-        expected[owner].append(matrix.num_elements)
-    arrived = [iter(shards) for shards in _exchange(returned, expected, parts[0], group)]
+        for rank in range(tp):
+            returned.send(rank, _shard(matrix, result, rank))
+    returned.run()
     results = []
     for matrix, owner in zip(matrices, owners, strict=True):
-        results.append(next(arrived[owner]).view(matrix.shape))
+        results.append(returned.next_of(owner).view(matrix.shape))
     return results
 
 
@@ -157,46 +199,16 @@ def _joined(matrix: Matrix, shards: Sequence[Tensor]) -> Tensor:
     return torch.cat(weights)
 
 
-def _shards(matrix: Matrix, whole: Tensor, tp: int) -> list[Tensor]:
-    """Returns the parts that the tp ranks have of a whole matrix."""
-    weights = torch.split(whole, [part.logical.shape[0] for part in matrix.parts])
-    shards = []
-    for rank in range(tp):
-        boxes = []
-        for part, weight in zip(matrix.parts, weights, strict=True):
-            dim = part.logical.shard_dim
-            assert dim is not None
-            size = part.box.size[dim]
-            boxes.append(weight.narrow(dim, size * (rank // part.num_kv_replicas), size))
-        shards.append(torch.cat(boxes))
-    return shards
-
-
-def _lists(group: Group) -> list[list[Tensor]]:
-    """Returns an empty list for each rank."""
-    return [[] for _ in range(collectives.size(group))]
-
-
-def _exchange(
-    outgoing: Sequence[Sequence[Tensor]],
-    incoming: Sequence[Sequence[int]],
-    like: Tensor,
-    group: Group,
-) -> list[list[Tensor]]:
-    """Sends outgoing[r] to rank r, and returns flat tensors of incoming[r] elements of it.
-
-    `like` is any tensor of their type.
-    """
-    pieces = list[Tensor]()
-    for tensors in outgoing:
-        pieces.extend(tensor.reshape(-1) for tensor in tensors)
-    if group is None:
-        return [pieces]
-    send = [sum(tensor.numel() for tensor in tensors) for tensors in outgoing]
-    receive = [sum(sizes) for sizes in incoming]
-    flat = torch.cat([like.new_empty(0), *pieces])
-    received = collectives.all_to_all_rows(flat, group, send, receive)
-    by_rank = []
-    for sizes, part in zip(incoming, torch.split(received, receive), strict=True):
-        by_rank.append(list(torch.split(part, list(sizes))))
-    return by_rank
+def _shard(matrix: Matrix, whole: Tensor, rank: int) -> Tensor:
+    """Returns the part that a tp rank has of a whole matrix."""
+    boxes = []
+    row = 0
+    for part in matrix.parts:
+        rows = part.logical.shape[0]
+        dim = part.logical.shard_dim
+        assert dim is not None
+        size = part.box.size[dim]
+        weight = whole[row : row + rows]
+        boxes.append(weight.narrow(dim, size * (rank // part.num_kv_replicas), size))
+        row += rows
+    return torch.cat(boxes)

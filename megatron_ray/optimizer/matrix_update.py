@@ -63,13 +63,17 @@ class MatrixUpdate:
     def step(self, lr: float, skip: Tensor | None) -> None:
         """Updates with the current gradients, unless the scalar `skip` is 1."""
         for round_ in self._rounds:
+            matrices = []
             updates = []
             for matrix in round_:
-                ranges = [self._momentum(segment, skip) for segment in matrix.segments]
-                updates.append(torch.cat(ranges or [self._nothing]))
+                ranges = [self._nothing]
+                for segment in matrix.segments:
+                    ranges.append(self._momentum(segment, skip))
+                matrices.append(matrix.owned)
+                updates.append(torch.cat(ranges))
             results = apply_to_whole(
                 self._orthogonalize,
-                [matrix.owned for matrix in round_],
+                matrices,
                 updates,
                 self._replica_group,
                 self._tp_group,

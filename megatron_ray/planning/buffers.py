@@ -159,14 +159,13 @@ def _fullest_replica(config: TrainConfig, dims: ParallelDims, buffers: RankBuffe
     less = num_state_tensors(optimizer, of_matrix=False)
     less -= num_state_tensors(optimizer, of_matrix=True)
     spared: dict[int, int] = {}
-    matrix_elements = {
-        buffer.of_expert: buffer.matrix_elements for buffer in buffers.buffers
-    }
     for index, rank in enumerate(dims.group_of(buffers.rank, ("dp", "cp"))):
-        spared[rank] = less * matrix_elements[False][index]
-        if True in matrix_elements:
-            edp_rank = dims.experts.coordinates(rank)["edp"]
-            spared[rank] += less * matrix_elements[True][edp_rank]
+        spared[rank] = 0
+        for buffer in buffers.buffers:
+            replica = index
+            if buffer.of_expert:
+                replica = dims.experts.coordinates(rank)["edp"]
+            spared[rank] += less * buffer.matrix_elements[replica]
     return min(spared, key=spared.__getitem__)
 
 

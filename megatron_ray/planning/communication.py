@@ -130,6 +130,7 @@ def _add_matrices(tally: Tally, matrices: PlannedMatrices) -> None:
     for round_ in matrices.rounds:
         ranges = 0
         owned = 0
+        own_parts = 0
         sharded = []
         for entry in round_:
             share = entry.share_of(matrices.replica_rank)
@@ -139,10 +140,11 @@ def _add_matrices(tally: Tally, matrices: PlannedMatrices) -> None:
                 owned += entry.matrix.num_elements
                 if entry.matrix.is_sharded:
                     sharded.append(entry.matrix)
+                    own_parts += entry.matrix.num_elements
         if matrices.replicas > 1:
             tally.add(axis, "all_to_all", _FP32 * ranges)
             tally.add(axis, "all_to_all", _FP32 * owned)
-        tally.add(tp_axis, "all_to_all", _FP32 * sum(m.num_elements for m in sharded))
+        tally.add(tp_axis, "all_to_all", _FP32 * own_parts)
         owners = tp_owners(sharded, matrices.tp)
         returned = 0
         for matrix, owner in zip(sharded, owners, strict=True):

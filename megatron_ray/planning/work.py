@@ -91,16 +91,18 @@ def orthogonalization_work(matrices: PlannedMatrices, steps: int) -> Work:
     """Returns the Newton-Schulz products of the busiest rank of each round."""
     flops = 0
     for round_ in matrices.rounds:
-        sharded: list[list[Matrix]] = [[] for _ in range(matrices.replicas)]
-        replicated = [0] * matrices.replicas
+        sharded: dict[int, list[Matrix]] = {}
+        replicated: dict[int, int] = {}
         for owned in round_:
+            sharded.setdefault(owned.owner, [])
+            replicated.setdefault(owned.owner, 0)
             if owned.matrix.is_sharded:
                 sharded[owned.owner].append(owned.matrix)
             else:
                 replicated[owned.owner] += owned.matrix.flops(steps)
         busiest = 0
-        for own, common in zip(sharded, replicated, strict=True):
-            by_rank = [common] * matrices.tp
+        for replica, own in sharded.items():
+            by_rank = [replicated[replica]] * matrices.tp
             for matrix, rank in zip(own, tp_owners(own, matrices.tp), strict=True):
                 by_rank[rank] += matrix.flops(steps)
             busiest = max(busiest, *by_rank)

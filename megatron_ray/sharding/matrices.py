@@ -38,13 +38,16 @@ class Matrix:
     @cached_property
     def shape(self) -> tuple[int, int]:
         """Shape on this rank."""
-        rows = sum(part.box.size[0] for part in self.parts)
-        return rows, self.parts[0].box.size[1]
+        last = self.parts[-1]
+        rows = last.start + last.box.size[0] - self.parts[0].start
+        return rows, last.box.size[1]
 
     @cached_property
     def full_shape(self) -> tuple[int, int]:
         """Shape of the whole matrix, over all tp ranks."""
-        rows = sum(part.logical.shape[0] for part in self.parts)
+        rows = 0
+        for part in self.parts:
+            rows += part.logical.shape[0]
         return rows, self.parts[0].logical.shape[1]
 
     @cached_property
@@ -203,7 +206,9 @@ def _row_matrices(
 def _rounds(matrices: Iterable[SharedMatrix], replicas: int) -> tuple[Round, ...]:
     """Cuts a sequence of matrices into rounds, in which every replica has some."""
     matrices = list(matrices)
-    largest = max((prod(shared.matrix.full_shape) for shared in matrices), default=0)
+    largest = 0
+    for shared in matrices:
+        largest = max(largest, prod(shared.matrix.full_shape))
     # With fewer matrices most ranks would wait for those with the large ones; whole ones
     # count, since each tp rank updates some.
     most = replicas * max(ROUND_ELEMENTS, 2 * largest)
@@ -224,11 +229,13 @@ def _rounds(matrices: Iterable[SharedMatrix], replicas: int) -> tuple[Round, ...
 
 def _with_owners(matrices: Sequence[SharedMatrix], replicas: int) -> Round:
     """Returns matrices with owners: the only replica with elements, or the least busy."""
-    owners = [shared.first_replica for shared in matrices]
-    work = [shared.matrix.flops(1) for shared in matrices]
+    owners = []
+    work = []
     costs = [0] * replicas
     spread = []
     for index, shared in enumerate(matrices):
+        owners.append(shared.first_replica)
+        work.append(shared.matrix.flops(1))
         if shared.first_replica == shared.last_replica:
             costs[owners[index]] += work[index]
         else:

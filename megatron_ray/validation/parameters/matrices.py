@@ -7,8 +7,9 @@ from megatron_ray.config.optimizer_kinds import updates_matrices
 from megatron_ray.config.problem import Problem
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.sharding.matrices import matrices_of
+from megatron_ray.sharding.parameter_types import LocalParameter
 from megatron_ray.sharding.parameters import freeze, name_matcher
-from megatron_ray.validation.parameters.patterns import whole_table
+from megatron_ray.validation.parameters.patterns import names_of, whole_table
 
 _OF_ADAMW = ("beta1", "beta2", "eps")
 
@@ -18,10 +19,7 @@ def matrix_problems(config: TrainConfig) -> list[Problem]:
     optimizer = config.optimizer
     if not optimizer.groups or not updates_matrices(optimizer):
         return []
-    others = []
-    for parameter in freeze(whole_table(config), optimizer.freeze):
-        if parameter.trainable:
-            others += [p.logical.name for p in parameter.parts if not p.logical.is_matrix]
+    others = names_of(_others(config))
     problems = []
     for index, group in enumerate(optimizer.groups):
         if any(map(name_matcher(group.parameters), others)):
@@ -44,13 +42,19 @@ def matrix_notes(config: TrainConfig) -> list[str]:
     if muon is None:
         return []
     num_matrices = 0
-    num_others = 0
     for parameter in freeze(whole_table(config), config.optimizer.freeze):
-        if not parameter.trainable:
-            continue
         num_matrices += len(matrices_of(parameter, muon))
-        num_others += sum(not part.logical.is_matrix for part in parameter.parts)
+    num_others = len(names_of(_others(config)))
     return [
         f"optimizer.name={config.optimizer.name} updates {num_matrices} matrices by Muon and "
         f"{num_others} other tensors by AdamW"
     ]
+
+
+def _others(config: TrainConfig) -> list[LocalParameter]:
+    """Returns the trained tensors that have no matrix; parts of a tensor are alike."""
+    others = []
+    for parameter in freeze(whole_table(config), config.optimizer.freeze):
+        if parameter.trainable and not parameter.parts[0].logical.is_matrix:
+            others.append(parameter)
+    return others
