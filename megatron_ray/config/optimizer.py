@@ -4,6 +4,7 @@ Must not know: how optimizer state is sharded.
 """
 
 from collections.abc import Mapping
+from math import sqrt
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -27,6 +28,8 @@ OPTIONAL_NUMBERS = (
     "nu",
     "aggregated",
     "decay",
+    "adamw_lr_scale",
+    "muon",
 )
 """Fields of which each optimizer uses some."""
 
@@ -125,6 +128,47 @@ class SwitchConfig(Config):
         return numbers
 
 
+class MuonConfig(Config):
+    """How Muon (Jordan et al. 2024) orthogonalizes the momentum of a matrix.
+
+    Matrices are the weights of linear layers: those of attention, of MLPs, of each expert,
+    of routers, and of the projections of multi-token prediction. Embeddings, the output
+    head, norms and biases are updated by AdamW. A matrix is always a whole one, whatever
+    the layout: tensor-parallel shards and ZeRO's ranges are put together for its update.
+    """
+
+    steps: int = Field(default=5, ge=1, le=100)
+    """Newton-Schulz iterations."""
+    coefficients: Literal["quintic", "simple"] = "quintic"
+    """Polynomials of the iterations: `simple` has the same one in all of them, 3.4445 x -
+    4.7750 x^3 + 2.0315 x^5; `quintic` has five, which bring singular values closer to 1
+    and begin anew after the fifth iteration."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Type of the iterations' products; `bf16` is faster where the device multiplies it
+    faster. Momentum and weights are fp32 either way."""
+    scale: Literal["spectral", "unit_rms_norm", "shape_scaling"] = "spectral"
+    """Factor on the orthogonal matrix by its outputs and inputs: root of the larger one
+    (`spectral`), root of outputs / inputs (`unit_rms_norm`), or the same but at least 1
+    (`shape_scaling`)."""
+    scale_factor: float | None = Field(default=None, gt=0, le=1000)
+    """Another factor beside it. Default: 0.2 with `spectral`, with which updates are as
+    large as AdamW's, so that its learning rates fit (Liu et al. 2025); else 1."""
+    split_qkv: bool = True
+    """Whether queries, keys and values are a matrix each, or one together."""
+    split_gate_up: bool = True
+    """Whether gate and up of a gated MLP are a matrix each, or one together; the same for
+    each expert."""
+
+    def factor(self, outputs: int, inputs: int) -> float:
+        """Returns the factor on an orthogonalized matrix of this shape."""
+        if self.scale == "spectral":
+            return sqrt(max(outputs, inputs)) * (self.scale_factor or 0.2)
+        ratio = outputs / inputs
+        if self.scale == "shape_scaling":
+            ratio = max(1.0, ratio)
+        return sqrt(ratio) * (self.scale_factor or 1.0)
+
+
 class OptimizerConfig(Config):
     """The optimizer, by name.
 
@@ -136,8 +180,9 @@ class OptimizerConfig(Config):
     name: str = Field(default="adamw", max_length=64)
     """`adamw`, `decoupled_adamw` (its decay follows the shape of the schedule), `sgd`,
     `adopt` (Taniguchi et al. 2024), `qhadamw` (Ma and Yarats 2018), `qhadopt`,
-    `aggmo_adamw` and `aggmo_adopt` (several first moments, after Lucas et al. 2018), or
-    one of an installed package."""
+    `aggmo_adamw` and `aggmo_adopt` (several first moments, after Lucas et al. 2018),
+    `muon` (Jordan et al. 2024; AdamW for what is no matrix), or one of an installed
+    package."""
     lr: float = Field(gt=0, le=100)
     """Peak learning rate, reached at the end of the warm-up."""
     beta1: float | None = Field(default=None, ge=0, lt=1)
@@ -148,9 +193,10 @@ class OptimizerConfig(Config):
     """Added to the square root of the second moment; of ADOPT's kind its least value.
     Default: 1e-8, of ADOPT's kind 1e-6."""
     momentum: float | None = Field(default=None, ge=0, lt=1)
-    """Factor on the previous update of `sgd`; without it there is no state. Default: 0.9."""
+    """Factor on the previous update of `sgd`, and on that of matrices of `muon`; without
+    it they have no state. Default: 0.9, of `muon` 0.95."""
     nesterov: bool | None = None
-    """Whether `sgd` looks ahead (Nesterov). Default: false."""
+    """Whether `momentum` looks ahead (Nesterov). Default: false, of `muon` true."""
     nu: float | None = Field(default=None, ge=0, le=1)
     """Share of the first moment in an update of `qhadamw` and `qhadopt`; the rest is the
     gradient's. Default: 0.7, of `qhadopt` 0.9."""
@@ -163,8 +209,13 @@ class OptimizerConfig(Config):
     decay: Literal["lr", "schedule", "l2"] | None = None
     """How weight_decay acts: each step subtracts lr x weight_decay x weight (`lr`), or
     lr / peak lr x weight_decay x weight (`schedule`), or the gradient gains weight_decay x
-    weight (`l2`). Default: `lr` for `adamw`, `l2` for `sgd` and ADOPT's kind, else
-    `schedule`."""
+    weight (`l2`). Default: `lr` for `adamw` and `muon`, `l2` for `sgd` and ADOPT's kind,
+    else `schedule`."""
+    adamw_lr_scale: float | None = Field(default=None, gt=0, le=10000)
+    """Factor on the learning rate of what `muon` updates by AdamW; one of the `groups`
+    takes its place. Default: 1."""
+    muon: MuonConfig | None = None
+    """How `muon` updates matrices. Default: as its fields."""
     weight_decay: float = Field(default=0.0, ge=0, le=10)
     """Weight decay, see `decay`. Default: no decay."""
     weight_decay_schedule: WeightDecayScheduleConfig | None = None

@@ -34,6 +34,14 @@ class OptimizerKind:
     is_adaptive: bool = True
     """Whether an update's size does not depend on the gradient's, as with Adam: the rates of
     `model.mup` assume it."""
+    matrix_state: Callable[["OptimizerConfig"], tuple[str, ...]] | None = None
+    """Names of the fp32 tensors of matrices, which are updated by Muon; None where the
+    rule updates them too."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for state of matrices without the numbers of their update."""
+        if self.matrix_state is not None and not {"momentum", "muon"} <= set(self.numbers):
+            raise ValueError("matrix_state needs the numbers momentum and muon")
 
 
 def _two_moments(config: "OptimizerConfig") -> tuple[str, ...]:
@@ -98,12 +106,39 @@ BUILT_IN: Mapping[str, OptimizerKind] = {
             "decay": "l2",
         },
     ),
+    "muon": OptimizerKind(
+        f"{_RULES}.adam:adamw",
+        _two_moments,
+        {
+            **_ADAM,
+            "momentum": 0.95,
+            "nesterov": True,
+            "decay": "lr",
+            "adamw_lr_scale": 1.0,
+            "muon": {},
+        },
+        matrix_state=_momentum,
+        is_adaptive=False,
+    ),
 }
 
 
-def num_state_tensors(config: "OptimizerConfig") -> int:
-    """Returns how many fp32 values the optimizer keeps for each parameter."""
-    return len(optimizer_kind(config.name).state(config))
+def state_names(config: "OptimizerConfig", *, of_matrix: bool) -> tuple[str, ...]:
+    """Returns the names of the optimizer's tensors for a parameter."""
+    kind = optimizer_kind(config.name)
+    if of_matrix and kind.matrix_state is not None:
+        return kind.matrix_state(config)
+    return kind.state(config)
+
+
+def num_state_tensors(config: "OptimizerConfig", *, of_matrix: bool) -> int:
+    """Returns how many fp32 values the optimizer keeps for an element of a parameter."""
+    return len(state_names(config, of_matrix=of_matrix))
+
+
+def updates_matrices(config: "OptimizerConfig") -> bool:
+    """Returns whether matrices are updated whole, and not element by element."""
+    return optimizer_kind(config.name).matrix_state is not None
 
 
 def optimizer_kind(name: str) -> OptimizerKind:

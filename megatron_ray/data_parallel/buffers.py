@@ -17,6 +17,7 @@ from megatron_ray.distributed.collectives import Group, Pending
 from megatron_ray.ops.grad_slots import SlottedModule
 from megatron_ray.ops.weight_grad import GradSlot, WeightGradSink
 from megatron_ray.sharding.buckets import Bucket, BucketPlan
+from megatron_ray.sharding.parameter_types import LocalParameter
 
 OnReduce = Callable[[Bucket], None]
 
@@ -85,6 +86,15 @@ def _do_nothing() -> None:
 
 
 @dataclass(frozen=True)
+class RowShards:
+    """Tensors whose rows are sharded over a group, by `sharding.row_shards`."""
+
+    table: tuple[LocalParameter, ...]
+    """The whole tensors."""
+    group: Group
+
+
+@dataclass(frozen=True)
 class ParameterGroup:
     """Parameters with the same replicas: the dense ones, or those of experts."""
 
@@ -94,6 +104,10 @@ class ParameterGroup:
     """Ranks with the same buffers."""
     sync_model: Callable[[], None] = _do_nothing
     """Copies weights from the flat buffers to the model if it has its own memory."""
+    tp_group: Group = None
+    """Ranks with the other parts of the same tensors."""
+    rows: RowShards | None = None
+    """How the tensors are sharded, if the buffers have some of their rows only."""
 
 
 def buffer_views(

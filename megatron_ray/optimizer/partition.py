@@ -32,11 +32,34 @@ class Run:
     elements to the global norm."""
     owns_norm: bool = True
     """Whether the global norm counts this rank's copy of the elements."""
+    state_start: int = 0
+    """Start of the range in the state, which matrices may have apart."""
 
     @property
     def shard_range(self) -> slice:
         """The run's elements in this rank's shard."""
         return slice(self.shard_start, self.shard_start + self.end - self.start)
+
+    @property
+    def state_range(self) -> slice:
+        """The run's elements in the state of its kind of parameters."""
+        return slice(self.state_start, self.state_start + self.end - self.start)
+
+    @property
+    def of_matrix(self) -> bool:
+        """Whether its state is that of matrices."""
+        return self.rule.of_matrix
+
+    def cut(self, start: int, end: int) -> "Run":
+        """Returns a part of the run."""
+        shift = start - self.start
+        return replace(
+            self,
+            start=start,
+            end=end,
+            shard_start=self.shard_start + shift,
+            state_start=self.state_start + shift,
+        )
 
     def continues(self, other: "Run") -> bool:
         """Whether this run starts at the end of another one with the same rules."""
@@ -57,11 +80,20 @@ class Piece:
     end: int
     shard_start: int
     """Start of the piece in this rank's shard."""
+    state_start: int = 0
+    """Start of the piece in the state."""
+    of_matrix: bool = False
+    """Whether its state is that of matrices."""
 
     @property
     def shard_range(self) -> slice:
         """The piece's elements in this rank's shard."""
         return slice(self.shard_start, self.shard_start + self.end - self.start)
+
+    @property
+    def state_range(self) -> slice:
+        """The piece's elements in the state of its kind of parameters."""
+        return slice(self.state_start, self.state_start + self.end - self.start)
 
     def overlap(self, part: Part) -> tuple[int, int] | None:
         """Returns the range of the buffers that this piece shares with a part.
@@ -97,6 +129,8 @@ def flat_runs(
     rules = UpdateRules(config)
     runs: list[Run] = []
     shard_start = 0
+    # Matrices may have other state than the rest, so each kind is counted by itself.
+    state_starts = {False: 0, True: 0}
     for bucket in plan.buckets:
         owned_start, owned_end = owned_range(bucket, dp_rank, dp, sharded=sharded)
         for part_run in _part_runs(bucket, rules):
@@ -104,8 +138,16 @@ def flat_runs(
             end = min(part_run.end, owned_end)
             if start >= end:
                 continue
-            run = replace(part_run, start=start, end=end, shard_start=shard_start)
+            of_matrix = part_run.rule.of_matrix
+            run = replace(
+                part_run,
+                start=start,
+                end=end,
+                shard_start=shard_start,
+                state_start=state_starts[of_matrix],
+            )
             shard_start += end - start
+            state_starts[of_matrix] += end - start
             if runs and run.continues(runs[-1]):
                 runs[-1] = replace(runs[-1], end=end)
             else:
@@ -114,22 +156,10 @@ def flat_runs(
 
 
 def _part_runs(bucket: Bucket, rules: UpdateRules) -> Iterator[Run]:
-    """Yields one run per part of the bucket's parameters; together they fill the bucket.
-
-    Gaps (alignment, padding rows, rounding of the bucket) belong to the previous part.
-    They are always zero, and without gaps neighbours can form one run.
-    """
-    parts: list[tuple[PlacedParameter, Part]] = []
-    for placed in bucket.placed:
-        parts.extend((placed, part) for part in placed.parameter.parts)
-    for index, (placed, part) in enumerate(parts):
-        end = bucket.end
-        if index + 1 < len(parts):
-            next_placed, next_part = parts[index + 1]
-            end = next_placed.part_start(next_part)
-        parameter = placed.parameter
+    """Yields one run per part of the bucket's parameters; together they fill the bucket."""
+    for parameter, part, start, end in bucket.part_ranges():
         yield Run(
-            placed.part_start(part),
+            start,
             end,
             shard_start=0,
             rule=rules.of(part.logical),
@@ -145,4 +175,11 @@ def pieces(plan: BucketPlan, runs: tuple[Run, ...]) -> Iterator[Piece]:
             start = max(placed.start, run.start)
             end = min(placed.end, run.end)
             if start < end:
-                yield Piece(placed, start, end, run.shard_start + start - run.start)
+                yield Piece(
+                    placed,
+                    start,
+                    end,
+                    run.shard_start + start - run.start,
+                    run.state_start + start - run.start,
+                    run.rule.of_matrix,
+                )

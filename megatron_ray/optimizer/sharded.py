@@ -8,22 +8,36 @@ bucket. In fp32 the main parameters are the model's own memory; in bf16 and fp16
 a separate fp32 shard.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
+from math import prod
 
 import torch
 from torch import Tensor
 
-from megatron_ray.config.optimizer import OptimizerConfig
-from megatron_ray.config.optimizer_kinds import optimizer_kind
+from megatron_ray.config.optimizer import MuonConfig, OptimizerConfig
+from megatron_ray.config.optimizer_kinds import state_names
 from megatron_ray.data_parallel.buffers import ParameterGroup
 from megatron_ray.distributed import collectives
 from megatron_ray.optimizer.loss_scale import LossScaler
+from megatron_ray.optimizer.matrix_update import LocalMatrix, MatrixUpdate, Segment
 from megatron_ray.optimizer.partition import Piece, Run, flat_runs, owned_range, pieces
-from megatron_ray.optimizer.update_calls import RunTensors, UpdateCall, update_call
+from megatron_ray.optimizer.update_calls import (
+    RunTensors,
+    RunUpdate,
+    UpdateCall,
+    update_call,
+)
 from megatron_ray.optimizer.update_rule import UpdateRule
 from megatron_ray.sharding.boxes import Box
 from megatron_ray.sharding.flat_boxes import flat_range_to_boxes
+from megatron_ray.sharding.matrices import (
+    OwnedMatrix,
+    rounds_of_buckets,
+    rounds_of_rows,
+)
 from megatron_ray.sharding.parameter_types import Part
+from megatron_ray.sharding.row_shards import row_range
 from megatron_ray.sharding.sharded_state import ShardedState, ShardedTensor, TensorBox
 
 
@@ -31,6 +45,8 @@ class OptimizerShard:
     """This rank's shard of a parameter group.
 
     `state` are flat fp32 tensors in the order of `runs`, by the optimizer's names for them.
+    Where the optimizer updates matrices whole, `matrix_state` are those of their runs, and
+    `state` those of the others.
     """
 
     def __init__(
@@ -42,6 +58,7 @@ class OptimizerShard:
         # With a single rank nothing is sharded or gathered.
         self.sharded = sharded and self.group is not None
         self._sync_model = group.sync_model
+        self._rows = group.rows
         plan = self.buffers.plan
         dp_rank = collectives.rank(self.group)
         dp = collectives.size(self.group)
@@ -57,10 +74,12 @@ class OptimizerShard:
         for piece in self.pieces:
             name = piece.placed.parameter.name
             self._pieces_by_parameter.setdefault(name, []).append(piece)
-        self._allocate(optimizer_kind(config.name).state(config))
+        self._allocate(config)
         self._updates = self._update_calls(config)
+        if config.muon is not None:
+            self._updates.append(self._matrix_update(config, config.muon, group))
 
-    def _allocate(self, state_names: Iterable[str]) -> None:
+    def _allocate(self, config: OptimizerConfig) -> None:
         """Allocates the state and, unless the model is fp32, main parameters."""
         num_elements = 0
         if self.runs:
@@ -73,21 +92,95 @@ class OptimizerShard:
             self._gradient_shard = torch.zeros(num_elements, device=device)
         if not self.main_is_model:
             self._main_shard = torch.zeros(num_elements, device=device)
-        self.state: dict[str, Tensor] = {}
-        for name in state_names:
-            self.state[name] = torch.zeros(num_elements, device=device)
+        self.state = self._zeros(config, of_matrix=False)
+        self.matrix_state = self._zeros(config, of_matrix=True)
+
+    def _zeros(self, config: OptimizerConfig, *, of_matrix: bool) -> dict[str, Tensor]:
+        """Returns the state of one kind of runs."""
+        num_elements = 0
+        for run in self.runs:
+            if run.rule.of_matrix == of_matrix:
+                num_elements += run.end - run.start
+        state = {}
+        for name in state_names(config, of_matrix=of_matrix):
+            device = self.buffers.parameters.device
+            state[name] = torch.zeros(num_elements, device=device)
+        return state
 
     def _update_calls(self, config: OptimizerConfig) -> list[UpdateCall]:
         """Returns one call per rule, since its numbers are arguments of the call."""
-        calls: dict[UpdateRule, UpdateCall] = {}
+        calls: dict[UpdateRule, RunUpdate] = {}
         for run in self.runs:
+            if run.rule.of_matrix:
+                continue
             if run.rule not in calls:
                 device = self.buffers.parameters.device
                 calls[run.rule] = update_call(config, run.rule, device)
-            state = {name: flat[run.shard_range] for name, flat in self.state.items()}
-            tensors = RunTensors(self.main(run), self.gradient(run), state)
-            calls[run.rule].add(tensors)
+            calls[run.rule].add(self._tensors(run))
         return list(calls.values())
+
+    def _tensors(self, run: Run) -> RunTensors:
+        return RunTensors(self.main(run), self.gradient(run), self._state_of(run))
+
+    def _state_of(self, run: Run | Piece) -> dict[str, Tensor]:
+        """Returns the state of a run or a piece, as views."""
+        state = self.state
+        if run.of_matrix:
+            state = self.matrix_state
+        return {name: flat[run.state_range] for name, flat in state.items()}
+
+    def _matrix_update(
+        self, config: OptimizerConfig, muon: MuonConfig, group: ParameterGroup
+    ) -> MatrixUpdate:
+        """Returns the update of all matrices, which are whole on one replica each."""
+        replica_group = None
+        if self._rows is not None:
+            replica_group = self._rows.group
+            replicas = collectives.size(replica_group)
+            rounds = rounds_of_rows(self._rows.table, muon, replicas)
+        else:
+            if self.sharded:
+                replica_group = group.group
+            replicas = collectives.size(replica_group)
+            rounds = rounds_of_buckets(self.buffers.plan, muon, replicas)
+        replica = collectives.rank(replica_group)
+        local_rounds = []
+        for round_ in rounds:
+            local_rounds.append([self._local(owned, replica) for owned in round_])
+        return MatrixUpdate(
+            muon,
+            local_rounds,
+            replica_group,
+            group.tp_group,
+            config.lr,
+            self.buffers.parameters.device,
+        )
+
+    def _local(self, owned: OwnedMatrix, replica: int) -> LocalMatrix:
+        """Returns a matrix with this replica's range of it."""
+        share = owned.share_of(replica)
+        if share is None:
+            return LocalMatrix(owned, ())
+        matrix = owned.matrix
+        start = self._placed[matrix.tensor.name].start + matrix.start
+        if self._rows is not None:
+            # The buffer has the tensor from this replica's first row on.
+            num_rows, *inner = matrix.tensor.shape
+            replicas = collectives.size(self._rows.group)
+            start -= row_range(num_rows, replica, replicas)[0] * prod(inner)
+        return LocalMatrix(owned, self._segments(start + share.start, start + share.end))
+
+    def _segments(self, start: int, end: int) -> tuple[Segment, ...]:
+        """Returns a range of the buffers by the runs in it."""
+        segments = []
+        index = bisect_right(self.runs, start, key=lambda run: run.start) - 1
+        while start < end:
+            run = self.runs[index]
+            part = run.cut(start, min(end, run.end))
+            segments.append(Segment(run.rule, self._tensors(part)))
+            start = part.end
+            index += 1
+        return tuple(segments)
 
     def main(self, run: Run | Piece) -> Tensor:
         """Returns the fp32 main parameters of a run or a piece, as a view."""
@@ -184,8 +277,8 @@ class OptimizerShard:
         state: ShardedState = {}
         for piece in self.pieces:
             _add_boxes(state, "model/", piece, self.main(piece))
-            for name, flat in self.state.items():
-                _add_boxes(state, f"optimizer/{name}/", piece, flat[piece.shard_range])
+            for name, flat in self._state_of(piece).items():
+                _add_boxes(state, f"optimizer/{name}/", piece, flat)
         # Frozen parameters belong to no run, but a checkpoint contains the whole model.
         for placed in self.buffers.plan.frozen:
             whole = Piece(placed, placed.start, placed.end, shard_start=0)

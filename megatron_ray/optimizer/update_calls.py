@@ -37,10 +37,7 @@ class RunTensors:
 
 
 class UpdateCall(Protocol):
-    """Updates all runs that share a rule."""
-
-    def add(self, run: RunTensors) -> None:
-        """Adds a run."""
+    """Updates some elements of flat memory."""
 
     def step(self, lr: float, skip: Tensor | None) -> None:
         """Updates with the current gradients, unless the scalar `skip` is 1.
@@ -55,9 +52,16 @@ class UpdateCall(Protocol):
         """Sets numbers that replace those of the rule from the next update on."""
 
 
+class RunUpdate(UpdateCall, Protocol):
+    """Updates all runs that share a rule."""
+
+    def add(self, run: RunTensors) -> None:
+        """Adds a run."""
+
+
 def update_call(
     config: OptimizerConfig, rule: UpdateRule, device: torch.device
-) -> UpdateCall:
+) -> RunUpdate:
     """Returns what updates runs by a rule."""
     module, _, function = optimizer_kind(config.name).rule.partition(":")
     elementwise: Rule = getattr(import_module(module), function)
@@ -184,9 +188,9 @@ class ElementwiseUpdate:
         if rule.decay == "l2" and rule.weight_decay > 0:
             gradient = gradient + rule.weight_decay * old.weights
         new = self._function(old, gradient, rule, rates)
-        _replace(old.weights, new.weights, skip)
+        replace_unless(skip, old.weights, new.weights)
         for name, values in new.state.items():
-            _replace(old.state[name], values, skip)
+            replace_unless(skip, old.state[name], values)
 
     def set_steps_taken(self, steps: int) -> None:
         """Sets the number of previous updates."""
@@ -198,7 +202,7 @@ class ElementwiseUpdate:
         self._peak_lr = peak_lr
 
 
-def _replace(old: Tensor, new: Tensor, skip: Tensor | None) -> None:
+def replace_unless(skip: Tensor | None, old: Tensor, new: Tensor) -> None:
     """Writes new values over old ones, unless `skip` is 1."""
     if skip is not None:
         # Chosen, not multiplied: what is skipped may be NaN.

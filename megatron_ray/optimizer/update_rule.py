@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Self
 
 from megatron_ray.config.optimizer import OptimizerConfig
+from megatron_ray.config.optimizer_kinds import updates_matrices
 from megatron_ray.sharding.parameter_types import (
     NO_FACTORS,
     LogicalParameter,
@@ -45,6 +46,8 @@ class UpdateRule:
     aggregated: tuple[Moment, ...] = ()
     decay: str = "lr"
     """`lr`, `schedule` or `l2`, see `OptimizerConfig.decay`."""
+    of_matrix: bool = False
+    """Whether the parameter is a matrix that is updated as a whole."""
     fixed: frozenset[str] = frozenset()
     """Those of the run's varying numbers that do not vary here."""
     rates: RateFactors = NO_FACTORS
@@ -107,6 +110,8 @@ class UpdateRules:
     def __init__(self, config: OptimizerConfig) -> None:
         self._rule = UpdateRule.of(config)
         self._varying = config.varying_numbers
+        self._updates_matrices = updates_matrices(config)
+        self._adamw_lr_scale = config.adamw_lr_scale or 1.0
         self._groups: list[tuple[Callable[[str], bool], dict[str, Any]]] = []
         for group in config.groups:
             numbers = group.model_dump(exclude={"parameters"}, exclude_none=True)
@@ -119,6 +124,10 @@ class UpdateRules:
         if not parameter.decay:
             rule = replace(rule, weight_decay=0.0)
             own.add("weight_decay")
+        if self._updates_matrices and parameter.is_matrix:
+            rule = replace(rule, of_matrix=True)
+        else:
+            rule = replace(rule, lr_scale=self._adamw_lr_scale)
         # Later groups override earlier ones, number by number.
         for is_member, numbers in self._groups:
             if is_member(parameter.name):

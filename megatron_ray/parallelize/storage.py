@@ -18,6 +18,7 @@ from megatron_ray.data_parallel.buffers import (
     OnReduce,
     ParameterGroup,
     Reducer,
+    RowShards,
     attach_slots,
     bind_parameters,
     buffer_views,
@@ -70,10 +71,11 @@ def place_in_buffers(
 ) -> ParameterStorage:
     """Makes the model's parameters views of flat buffers (zeros), one pair per group."""
     dense, experts = _split(table)
-    groups = [_reduced_group(dense, mesh.replica_group, mesh.device, options)]
+    group = _reduced_group(dense, mesh.replica_group, mesh.device, options)
+    groups = [replace(group, tp_group=mesh.tp_group)]
     if experts:
         group = _reduced_group(experts, mesh.expert_replica_group, mesh.device, options)
-        groups.append(group)
+        groups.append(replace(group, tp_group=mesh.etp_group))
     bind_parameters(module, buffer_views(groups, _weights))
     return ParameterStorage(tuple(table), tuple(groups), uses_slots=True)
 
@@ -108,7 +110,11 @@ def shard_fully(
     shards = _wrap(module, mesh, options)
     groups = []
     parameters: list[LocalParameter] = []
-    for part, tensors in zip((shards.dense, shards.experts), _split(table), strict=True):
+    dense, experts = _split(table)
+    for part, tensors, tp_group in (
+        (shards.dense, dense, mesh.tp_group),
+        (shards.experts, experts, mesh.etp_group),
+    ):
         if not part.modules:
             continue
         rank = collectives.rank(part.group)
@@ -117,7 +123,15 @@ def shard_fully(
         # Buffers of shards belong to this rank only, like those of a single replica.
         plan = plan_buckets(rows, 1, options.bucket_elements)
         buffers = FlatBuffers.allocate(plan, torch.float32, mesh.device)
-        groups.append(ParameterGroup(buffers, TorchReducer(buffers), part.copies))
+        groups.append(
+            ParameterGroup(
+                buffers,
+                TorchReducer(buffers),
+                part.copies,
+                tp_group=tp_group,
+                rows=RowShards(tuple(tensors), part.group),
+            )
+        )
     # One call syncs the whole model, so only the first group has the function.
     groups[0] = replace(groups[0], sync_model=shards.model.sync_model)
     weights = buffer_views(groups, _weights)

@@ -9,12 +9,16 @@ know: torch, nodes.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
+from megatron_ray.config.optimizer import OptimizerConfig
+from megatron_ray.config.optimizer_kinds import num_state_tensors, updates_matrices
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.parallel_dims import ParallelDims
 from megatron_ray.pipeline_parallel.schedules.plan import PipelinePlan
 from megatron_ray.planning.microbatch import width_of
 from megatron_ray.sharding.buckets import BucketPlan, plan_buckets
+from megatron_ray.sharding.matrices import Round, rounds_of_buckets, rounds_of_rows
 from megatron_ray.sharding.parameter_types import LocalParameter
 from megatron_ray.sharding.parameters import freeze, local_parameters
 from megatron_ray.sharding.row_shards import shard_rows
@@ -41,6 +45,40 @@ class PlannedBuffer:
         if self.sharded:
             return self.plan.num_trainable // self.replicas
         return self.plan.num_trainable
+
+    def num_state_values(self, optimizer: OptimizerConfig) -> int:
+        """Returns the number of fp32 values of the optimizer's state on this rank."""
+        each = num_state_tensors(optimizer, of_matrix=False)
+        values = each * self.num_updated
+        if updates_matrices(optimizer):
+            of_matrix = num_state_tensors(optimizer, of_matrix=True)
+            share = 0
+            if self.sharded:
+                share = self.replica_rank
+            values += (of_matrix - each) * self.matrix_elements[share]
+        return values
+
+    @cached_property
+    def matrix_elements(self) -> list[int]:
+        """Returns how many elements of matrices each replica updates.
+
+        Gaps after a matrix are included. One number where every replica updates all.
+        """
+        num_shares = 1
+        if self.sharded:
+            num_shares = self.replicas
+        elements = [0] * num_shares
+        for bucket in self.plan.buckets:
+            length = (bucket.end - bucket.start) // num_shares
+            for _, part, start, end in bucket.part_ranges():
+                if not part.logical.is_matrix or start == end:
+                    continue
+                first = (start - bucket.start) // length
+                last = (end - 1 - bucket.start) // length
+                for share in range(first, last + 1):
+                    low = bucket.start + share * length
+                    elements[share] += min(end, low + length) - max(start, low)
+        return elements
 
     def owned(self, start: int, end: int) -> int:
         """Returns how many elements [start, end) of one bucket this rank updates."""
@@ -96,15 +134,90 @@ def distinct_buffers(
     """Returns the buffers of one rank of each kind of pipeline rank.
 
     Of pipeline ranks with equal contents it is the first, which keeps most activations:
-    a later rank never has more microbatches in flight.
+    a later rank never has more microbatches in flight. Of its replicas it is the one with
+    most optimizer state.
     """
     by_kind: dict[object, RankBuffers] = {}
     for pp_rank in range(dims.pp):
         kind = _kind(config, pipeline, pp_rank)
         if kind not in by_kind:
             rank = dims.rank_at(pp=pp_rank)
-            by_kind[kind] = rank_buffers(config, dims, pipeline, rank)
+            buffers = rank_buffers(config, dims, pipeline, rank)
+            fullest = _fullest_replica(config, dims, buffers)
+            if fullest != rank:
+                buffers = rank_buffers(config, dims, pipeline, fullest)
+            by_kind[kind] = buffers
     return list(by_kind.values())
+
+
+def _fullest_replica(config: TrainConfig, dims: ParallelDims, buffers: RankBuffers) -> int:
+    """Returns the first of a rank's replicas with most optimizer state."""
+    optimizer = config.optimizer
+    # Otherwise they have equally much, or the first one has most (ZeRO-3).
+    if config.parallel.zero != 1 or not updates_matrices(optimizer):
+        return buffers.rank
+    less = num_state_tensors(optimizer, of_matrix=False)
+    less -= num_state_tensors(optimizer, of_matrix=True)
+    spared: dict[int, int] = {}
+    for index, rank in enumerate(dims.group_of(buffers.rank, ("dp", "cp"))):
+        spared[rank] = 0
+        for buffer in buffers.buffers:
+            replica = index
+            if buffer.of_expert:
+                replica = dims.experts.coordinates(rank)["edp"]
+            spared[rank] += less * buffer.matrix_elements[replica]
+    return min(spared, key=spared.__getitem__)
+
+
+@dataclass(frozen=True)
+class PlannedMatrices:
+    """The matrices of a rank's buffer that are updated whole."""
+
+    rounds: tuple[Round, ...]
+    of_expert: bool
+    replicas: int
+    """Number of ranks among which they are spread."""
+    replica_rank: int
+    tp: int
+    """Number of ranks with parts of them."""
+    tp_rank: int
+
+
+def planned_matrices(
+    config: TrainConfig, dims: ParallelDims, buffers: RankBuffers
+) -> list[PlannedMatrices]:
+    """Returns the matrices of a rank by buffer; none if they are updated by element."""
+    muon = config.optimizer.muon
+    if muon is None:
+        return []
+    planned = []
+    experts = dims.experts.coordinates(buffers.rank)
+    shard_group = dims.shard_levels_of(buffers.rank)[0]
+    for buffer in buffers.buffers:
+        replicas = 1
+        replica_rank = 0
+        tp = dims.tp
+        tp_rank = dims.coordinates(buffers.rank)["tp"]
+        if buffer.of_expert:
+            tp = dims.expert_tp
+            tp_rank = experts["etp"]
+        if is_fully_sharded(config, dims):
+            replicas = len(shard_group)
+            replica_rank = shard_group.index(buffers.rank)
+            if buffer.of_expert:
+                replicas = buffer.replicas
+                replica_rank = buffer.replica_rank
+            table = [row for row in buffers.table if row.of_expert == buffer.of_expert]
+            rounds = rounds_of_rows(table, muon, replicas)
+        else:
+            if buffer.sharded:
+                replicas = buffer.replicas
+                replica_rank = buffer.replica_rank
+            rounds = rounds_of_buckets(buffer.plan, muon, replicas)
+        planned.append(
+            PlannedMatrices(rounds, buffer.of_expert, replicas, replica_rank, tp, tp_rank)
+        )
+    return planned
 
 
 def _kind(config: TrainConfig, pipeline: PipelinePlan, pp_rank: int) -> object:

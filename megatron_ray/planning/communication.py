@@ -10,7 +10,7 @@ in `layer_communication`. Pure. Must not know: torch, bandwidths, how a collecti
 carried out.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from megatron_ray.commands import NUM_VOTES
 from megatron_ray.config.train_config import TrainConfig
@@ -18,8 +18,10 @@ from megatron_ray.parallel_dims import ParallelDims
 from megatron_ray.pipeline_parallel.schedules.plan import PipelinePlan, plan_pipeline
 from megatron_ray.planning.buffers import (
     PlannedBuffer,
+    PlannedMatrices,
     RankBuffers,
     is_fully_sharded,
+    planned_matrices,
     rank_buffers,
 )
 from megatron_ray.planning.layer_communication import stage_communication
@@ -30,6 +32,7 @@ from megatron_ray.planning.microbatch import (
     own_tokens_of,
 )
 from megatron_ray.planning.tally import Axis, Tally, group_sizes
+from megatron_ray.sharding.matrices import tp_owners
 
 _FP32 = 4
 _FP64 = 8
@@ -53,6 +56,7 @@ def step_communication(config: TrainConfig, rank: int) -> Tally | None:
         tally.add("pp", "send", transfer_bytes(config), messages)
     buffers = rank_buffers(config, dims, pipeline, rank)
     tally.add_all(update_communication(config, dims, pipeline, buffers))
+    tally.add_all(matrix_communication(dims, planned_matrices(config, dims, buffers)))
     return tally
 
 
@@ -85,7 +89,10 @@ def update_communication(
     pipeline: PipelinePlan,
     buffers: RankBuffers,
 ) -> Tally:
-    """Returns what a rank sends once a step: gradients, weights and the step's numbers."""
+    """Returns what a rank sends once a step: gradients, weights and the step's numbers.
+
+    What an optimizer of matrices sends is in `matrix_communication`.
+    """
     tally = Tally(group_sizes(dims))
     for buffer in buffers.buffers:
         _add_buckets(tally, buffer, grad_width_of(config))
@@ -108,6 +115,47 @@ def _add_buckets(tally: Tally, buffer: PlannedBuffer, grad_width: int) -> None:
             tally.add(axis, "all_gather", buffer.width * size // buffer.replicas)
         else:
             tally.add(axis, "all_reduce", grad_width * size)
+
+
+def matrix_communication(dims: ParallelDims, matrices: Iterable[PlannedMatrices]) -> Tally:
+    """Returns what a rank sends for the update of whole matrices."""
+    tally = Tally(group_sizes(dims))
+    for entry in matrices:
+        _add_matrices(tally, entry)
+    return tally
+
+
+def _add_matrices(tally: Tally, matrices: PlannedMatrices) -> None:
+    """Adds the fp32 ranges that make matrices whole, and what is returned of them."""
+    axis: Axis = "dp"
+    tp_axis: Axis = "tp"
+    if matrices.of_expert:
+        axis = "edp"
+        tp_axis = "etp"
+    for round_ in matrices.rounds:
+        ranges = 0
+        owned = 0
+        own_parts = 0
+        sharded = []
+        for entry in round_:
+            share = entry.share_of(matrices.replica_rank)
+            if share is not None:
+                ranges += share.num_elements
+            if entry.owner == matrices.replica_rank:
+                owned += entry.matrix.num_elements
+                if entry.matrix.is_sharded:
+                    sharded.append(entry.matrix)
+                    own_parts += entry.matrix.num_elements
+        if matrices.replicas > 1:
+            tally.add(axis, "all_to_all", _FP32 * ranges)
+            tally.add(axis, "all_to_all", _FP32 * owned)
+        tally.add(tp_axis, "all_to_all", _FP32 * own_parts)
+        owners = tp_owners(sharded, matrices.tp)
+        returned = 0
+        for matrix, owner in zip(sharded, owners, strict=True):
+            if owner == matrices.tp_rank:
+                returned += matrix.num_elements
+        tally.add(tp_axis, "all_to_all", _FP32 * returned * matrices.tp)
 
 
 def _add_shared_gradients(

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
-from megatron_ray.config.optimizer_kinds import num_state_tensors
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.distributed.device_kind import DeviceKind
 from megatron_ray.parallel_dims import ParallelDims
@@ -100,12 +99,12 @@ def peer_copies_bytes(config: TrainConfig) -> int:
     dims = ParallelDims.of(config.parallel)
     largest = 0
     for buffers in distinct_buffers(config, dims, plan_pipeline(config)):
-        updated = 0
+        values = 0
         for buffer in buffers.buffers:
-            updated += buffer.num_updated
-        largest = max(largest, updated)
-    # A copy has main parameters and the optimizer's state, in fp32 whatever the precision.
-    return NUM_PEER_COPIES * largest * (1 + num_state_tensors(config.optimizer)) * _FP32
+            # Main parameters and the optimizer's state, in fp32 whatever the precision.
+            values += buffer.num_updated + buffer.num_state_values(config.optimizer)
+        largest = max(largest, values)
+    return NUM_PEER_COPIES * largest * _FP32
 
 
 def with_activations(
@@ -131,16 +130,18 @@ def state_memory(
     is_sharded = is_fully_sharded(config, dims)
     # State is fp32. With short weights there are fp32 main parameters too; under ZeRO-3 the
     # weights themselves are fp32.
-    optimizer_width = num_state_tensors(config.optimizer) * _FP32
-    if width_of(config) < _FP32 and not is_sharded:
-        optimizer_width += _FP32
+    has_main_parameters = width_of(config) < _FP32 and not is_sharded
     parameters = 0
     trained = 0
     updated = 0
+    values = 0
     for buffer in buffers.buffers:
         parameters += buffer.plan.num_elements * buffer.width
         trained += buffer.plan.num_trainable
         updated += buffer.num_updated
+        values += buffer.num_state_values(config.optimizer)
+        if has_main_parameters:
+            values += buffer.num_updated
     gathered = 0
     if is_sharded:
         gathered = _gathered(config, buffers.table)
@@ -148,7 +149,7 @@ def state_memory(
         rank=buffers.rank,
         parameters_bytes=parameters,
         gradients_bytes=_gradients(config, trained, updated, is_sharded=is_sharded),
-        optimizer_bytes=updated * optimizer_width,
+        optimizer_bytes=values * _FP32,
         gathered_bytes_estimate=gathered,
         activations_bytes_estimate=0,
     )

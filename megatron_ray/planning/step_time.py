@@ -11,16 +11,24 @@ the service.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from megatron_ray.config.optimizer_kinds import num_state_tensors
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.parallel_dims import ParallelDims
 from megatron_ray.pipeline_parallel.schedules.plan import PipelinePlan, plan_pipeline
 from megatron_ray.pipeline_parallel.schedules.simulation import Costs
-from megatron_ray.planning.buffers import RankBuffers, distinct_buffers, is_fully_sharded
-from megatron_ray.planning.communication import transfer_bytes, update_communication
+from megatron_ray.planning.buffers import (
+    RankBuffers,
+    distinct_buffers,
+    is_fully_sharded,
+    planned_matrices,
+)
+from megatron_ray.planning.communication import (
+    matrix_communication,
+    transfer_bytes,
+    update_communication,
+)
 from megatron_ray.planning.flops import flops_per_token
 from megatron_ray.planning.hardware import Efficiency, Hardware
 from megatron_ray.planning.layer_communication import stage_communication
@@ -28,7 +36,15 @@ from megatron_ray.planning.microbatch import grad_width_of, num_microbatches, wi
 from megatron_ray.planning.network import Network
 from megatron_ray.planning.pipeline import bubble
 from megatron_ray.planning.tally import Axis, Kind, Tally
-from megatron_ray.planning.work import Work, stage_work, update_work
+from megatron_ray.planning.work import (
+    Work,
+    orthogonalization_work,
+    stage_work,
+    update_work,
+)
+
+_FP32_SHARE = 1 / 16
+"""Peak of a GPU in fp32 by that in bf16; A100 and H100 data sheets."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +123,8 @@ class UpdateTime:
 
     memory: float
     """The optimizer's reads and writes."""
+    products: float
+    """Products of an optimizer of matrices."""
     reduced: float
     """Gradients that are reduced during the backward pass of the last microbatch."""
     published: float
@@ -160,6 +178,7 @@ class StepParts:
         reduced = self.update.reduced / efficiency.network
         return (
             self.update.memory / efficiency.memory
+            + self.update.products / efficiency.products
             + max(0.0, reduced - backward)
             + self.update.published / efficiency.network
         )
@@ -235,15 +254,17 @@ def step_update(
     pipeline = plan_pipeline(config)
     network = Network(dims, hardware)
     memory = 0.0
+    products = 0.0
     reduced = 0.0
     published = 0.0
     for buffers in ranks:
         update = _update(config, dims, pipeline, buffers, network)
-        # The ranks wait for each other in each of the three parts.
+        # The ranks wait for each other in each of these parts.
         memory = max(memory, update.memory)
+        products = max(products, update.products)
         reduced = max(reduced, update.reduced)
         published = max(published, update.published)
-    return UpdateTime(memory, reduced, published)
+    return UpdateTime(memory, products, reduced, published)
 
 
 def _microbatch(
@@ -338,14 +359,17 @@ def _update(
     """Returns the time of the update on one pipeline rank."""
     updated = 0
     trained = 0
+    values = 0
     for buffer in buffers.buffers:
         updated += buffer.num_updated
         trained += buffer.plan.num_trainable
-    work = update_work(updated, trained, num_state_tensors(config.optimizer))
+        values += buffer.num_state_values(config.optimizer)
+    work = update_work(updated, trained, values)
     memory = work.memory / network.hardware.memory_bandwidth
+    matrices = _matrix_update(config, dims, buffers, network)
     if is_fully_sharded(config, dims):
         # Gradients arrive scattered, and weights are gathered by the next forward pass.
-        return UpdateTime(memory, 0.0, 0.0)
+        return replace(matrices, memory=memory)
     communication = update_communication(config, dims, pipeline, buffers)
     reductions: list[tuple[Axis, Kind]] = []
     others: list[tuple[Axis, Kind]] = []
@@ -357,6 +381,27 @@ def _update(
             others.append((axis, kind))
     return UpdateTime(
         memory,
+        matrices.products,
         network.total(communication, reductions),
-        network.total(communication, others),
+        network.total(communication, others) + matrices.published,
     )
+
+
+def _matrix_update(
+    config: TrainConfig, dims: ParallelDims, buffers: RankBuffers, network: Network
+) -> UpdateTime:
+    """Returns the time in which matrices are put together and orthogonalized."""
+    muon = config.optimizer.muon
+    if muon is None:
+        return UpdateTime(0.0, 0.0, 0.0, 0.0)
+    matrices = planned_matrices(config, dims, buffers)
+    peaks = network.hardware.peaks
+    peak = peaks.get(muon.precision)
+    if peak is None:
+        # The tables have no fp32 of GPUs.
+        peak = peaks["bf16"] * _FP32_SHARE
+    flops = 0.0
+    for entry in matrices:
+        flops += orthogonalization_work(entry, muon.steps).products
+    moved = matrix_communication(dims, matrices)
+    return UpdateTime(0.0, flops / peak, 0.0, network.total(moved, moved.bytes))

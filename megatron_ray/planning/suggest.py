@@ -151,7 +151,7 @@ def _least_time(layout: TrainConfig, hardware: Hardware) -> float:
             hardware,
             precision,
             ranks=[first_rank],
-            update=UpdateTime(0, 0, 0),
+            update=UpdateTime(0, 0, 0, 0),
         )
         least = min(least, parts.step_time(hardware.efficiencies[precision]).step_s)
     return least

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.pipeline_parallel.schedules.layout import StageContents
+from megatron_ray.planning.buffers import PlannedMatrices
 from megatron_ray.planning.microbatch import (
     grad_width_of,
     hidden_width_of,
@@ -18,6 +19,7 @@ from megatron_ray.planning.microbatch import (
     tokens_of,
     width_of,
 )
+from megatron_ray.sharding.matrices import Matrix, tp_owners
 
 
 @dataclass(frozen=True)
@@ -75,15 +77,39 @@ def stage_work(config: TrainConfig, stage: StageContents) -> Work:
     return work
 
 
-def update_work(updated: int, trained: int, num_states: int) -> Work:
+def update_work(updated: int, trained: int, num_values: int) -> Work:
     """Returns the work of the optimizer update on one rank.
 
-    The rank has gradients of `trained` elements and updates `updated` of them. Per
-    trained element zeroing writes 4 bytes. Per updated element the gradient norm reads
-    4, scaling reads and writes 8, the optimizer reads weight, gradient and its
-    `num_states` values and writes all but the gradient, and the new bf16 weight takes 2.
+    The rank has gradients of `trained` elements and updates `updated` of them, with
+    `num_values` values of state. Per trained element zeroing writes 4 bytes. Per updated
+    element the gradient norm reads 4, scaling reads and writes 8, the optimizer reads
+    weight, gradient and state and writes all but the gradient, and the new bf16 weight
+    takes 2.
     """
-    return Work(memory=4.0 * trained + (26.0 + 8.0 * num_states) * updated)
+    return Work(memory=4.0 * trained + 26.0 * updated + 8.0 * num_values)
+
+
+def orthogonalization_work(matrices: PlannedMatrices, steps: int) -> Work:
+    """Returns the Newton-Schulz products of the busiest rank of each round."""
+    flops = 0
+    for round_ in matrices.rounds:
+        sharded: dict[int, list[Matrix]] = {}
+        replicated: dict[int, int] = {}
+        for owned in round_:
+            sharded.setdefault(owned.owner, [])
+            replicated.setdefault(owned.owner, 0)
+            if owned.matrix.is_sharded:
+                sharded[owned.owner].append(owned.matrix)
+            else:
+                replicated[owned.owner] += owned.matrix.flops(steps)
+        busiest = 0
+        for replica, own in sharded.items():
+            by_rank = [replicated[replica]] * matrices.tp
+            for matrix, rank in zip(own, tp_owners(own, matrices.tp), strict=True):
+                by_rank[rank] += matrix.flops(steps)
+            busiest = max(busiest, *by_rank)
+        flops += busiest
+    return Work(products=float(flops))
 
 
 def _head(config: TrainConfig) -> Work:

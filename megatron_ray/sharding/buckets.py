@@ -5,7 +5,7 @@ gradients arrive, so that sums are reproducible. Torch-free. Must not know: grad
 groups.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -49,6 +49,22 @@ class Bucket:
         length = (self.end - self.start) // dp
         start = self.start + dp_rank * length
         return start, start + length
+
+    def part_ranges(self) -> Iterator[tuple[LocalParameter, Part, int, int]]:
+        """Yields the parts of the bucket's parameters with ranges that fill the bucket.
+
+        Gaps (alignment, padding rows, rounding of the bucket) belong to the previous part.
+        They are always zero, and without gaps neighbours can form one run.
+        """
+        parts: list[tuple[PlacedParameter, Part]] = []
+        for placed in self.placed:
+            parts.extend((placed, part) for part in placed.parameter.parts)
+        for index, (placed, part) in enumerate(parts):
+            end = self.end
+            if index + 1 < len(parts):
+                next_placed, next_part = parts[index + 1]
+                end = next_placed.part_start(next_part)
+            yield placed.parameter, part, placed.part_start(part), end
 
 
 @dataclass(frozen=True)

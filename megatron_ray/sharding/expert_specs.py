@@ -85,7 +85,9 @@ class GroupedRowSpec(LayerSpec):
 
 def _expert_weight(name: str, shape: Shape, init: Init, shard_dim: int) -> LogicalParameter:
     # One logical tensor per expert, so a checkpoint fits any ep and etp.
-    return LogicalParameter(name, shape, init, shard_dim, decay=True, of_expert=True)
+    return LogicalParameter(
+        name, shape, init, shard_dim, decay=True, of_expert=True, is_matrix=True
+    )
 
 
 def _cut_experts(

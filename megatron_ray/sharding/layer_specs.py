@@ -8,7 +8,7 @@ Pure Python. Must not know: torch, process groups, the layers of a model.
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_ray.parallel_dims import ParallelDims
 from megatron_ray.sharding.boxes import Box
@@ -124,6 +124,7 @@ class ColumnSpec(LayerSpec):
                 init,
                 0,
                 decay=kind == "weight",
+                is_matrix=kind == "weight",
             )
             part = _column_part(siblings + output.name, output, logical, start, position)
             parts.append(part)
@@ -185,7 +186,12 @@ class RowSpec(LayerSpec):
         # Never fused, so it has one part.
         columns = _divide(name, self.inputs, position.tp)
         logical = LogicalParameter(
-            f"{name}.weight", (self.outputs, self.inputs), self.init, 1, decay=True
+            f"{name}.weight",
+            (self.outputs, self.inputs),
+            self.init,
+            1,
+            decay=True,
+            is_matrix=True,
         )
         box = Box((0, columns * position.tp_rank), (self.outputs, columns))
         weight = LocalParameter(logical.name, box.size, (Part(logical, box, 0),))
@@ -203,11 +209,16 @@ class ReplicatedSpec(LayerSpec):
     outputs: int
     init: Init
     bias: bool = False
+    is_table: bool = False
+    """Whether it is a table, whose rows are looked up."""
 
     def parameters(self, name: str, position: ShardPosition) -> list[LocalParameter]:
         """Returns the replicated weight and, if any, bias."""
         shape = (self.outputs, self.inputs)
-        table = [_whole(f"{name}.weight", shape, self.init, position, decay=True)]
+        weight = _whole(f"{name}.weight", shape, self.init, position, decay=True)
+        if not self.is_table:
+            weight = _as_matrix(weight)
+        table = [weight]
         if self.bias:
             table.append(_whole(f"{name}.bias", (self.outputs,), ZEROS, position))
         return table
@@ -314,6 +325,12 @@ def _whole(
     sum_over_tp = position.sequence_parallel or partial
     logical = LogicalParameter(name, shape, init, None, decay, sum_over_tp=sum_over_tp)
     return LocalParameter(name, shape, (Part(logical, Box(_zeros(shape), shape), 0),))
+
+
+def _as_matrix(weight: LocalParameter) -> LocalParameter:
+    (part,) = weight.parts
+    logical = replace(part.logical, is_matrix=True)
+    return replace(weight, parts=(replace(part, logical=logical),))
 
 
 def _zeros(shape: Sequence[int]) -> Shape:

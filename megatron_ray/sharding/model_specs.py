@@ -285,7 +285,7 @@ def position_embedding_spec(model: ModelConfig) -> ReplicatedSpec:
     """Returns the table of learned positions."""
     # A row per position, as [outputs, inputs]; not sharded, because it is small.
     init = Init("normal", model.init_std)
-    return ReplicatedSpec(model.hidden_size, model.max_sequence_length, init)
+    return ReplicatedSpec(model.hidden_size, model.max_sequence_length, init, is_table=True)
 
 
 # ---- single layers

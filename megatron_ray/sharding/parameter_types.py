@@ -56,6 +56,9 @@ class LogicalParameter:
     of_expert: bool = False
     """Whether it belongs to the expert grid: sharded over etp, on one ep rank, with its
     gradient reduced over edp instead of dp x cp."""
+    is_matrix: bool = False
+    """Whether it is the weight of a linear layer other than the output head, which some
+    optimizers update as a whole."""
     rates: RateFactors = NO_FACTORS
 
     @property

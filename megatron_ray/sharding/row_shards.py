@@ -21,14 +21,17 @@ def shard_rows(
     """
     sharded = []
     for parameter in table:
-        rows = parameter.shape[0]
-        # Equal to the sharding of torch's FSDP, whose shards use this table's buffers.
-        block = -(-rows // shards)
-        start = min(rank * block, rows)
-        end = min((rank + 1) * block, rows)
+        start, end = row_range(parameter.shape[0], rank, shards)
         if start < end:
             sharded.append(_rows_of_parameter(parameter, start, end))
     return tuple(sharded)
+
+
+def row_range(rows: int, rank: int, shards: int) -> tuple[int, int]:
+    """Returns the range of a tensor's rows on one of `shards` ranks."""
+    # Equal to the sharding of torch's FSDP, whose shards use this table's buffers.
+    block = -(-rows // shards)
+    return min(rank * block, rows), min((rank + 1) * block, rows)
 
 
 def _rows_of_parameter(parameter: LocalParameter, start: int, end: int) -> LocalParameter:

@@ -24,6 +24,7 @@ from megatron_ray.validation import resume as resume_rules
 from megatron_ray.validation import training as training_rules
 from megatron_ray.validation.parameters.freezing import freezing_problems
 from megatron_ray.validation.parameters.groups import group_problems
+from megatron_ray.validation.parameters.matrices import matrix_problems
 from megatron_ray.validation.resolution import expert_dp_multiple, least_dp
 from megatron_ray.validation.storage.path_rules import PathRules, path_problems
 
@@ -82,6 +83,7 @@ def find_problems(
     return [
         *freezing_problems(config),
         *group_problems(config),
+        *matrix_problems(config),
         *_batch_problems(config, world_size),
     ]
 

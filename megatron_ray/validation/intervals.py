@@ -151,6 +151,8 @@ def _decays(optimizer: OptimizerConfig) -> Iterator[tuple[str, float, float]]:
     lr = optimizer.lr
     weight_decay = optimizer.weight_decay
     yield "/optimizer/weight_decay", lr, weight_decay
+    if optimizer.adamw_lr_scale is not None:
+        yield "/optimizer/adamw_lr_scale", lr * optimizer.adamw_lr_scale, weight_decay
     for index, group in enumerate(optimizer.groups):
         own_decay = weight_decay
         if group.weight_decay is not None:

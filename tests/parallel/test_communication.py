@@ -308,7 +308,20 @@ def runs() -> list[Any]:
 def test_bytes_per_axis_and_kind_are_those_of_the_plan(
     parts: list[dict[str, Any]], rank: int
 ) -> None:
-    config = make(*parts)
+    assert_planned(make(*parts), rank)
+
+
+@pytest.mark.parametrize(
+    "case", ["more tp ranks than key/value heads", "deepseek in all directions"]
+)
+def test_bytes_of_whole_matrices_are_those_of_the_plan(case: str) -> None:
+    (parts,) = [parts for name, *parts in CASES if name == case]
+    fields = make(*parts).model_dump() | {"optimizer": {"name": "muon", "lr": 0.1}}
+    assert_planned(TrainConfig.from_mapping(fields), RANK)
+
+
+def assert_planned(config: TrainConfig, rank: int) -> None:
+    """What a step of the rank sends is what the plan has."""
     sent = Sent()
     meshes = list[ParallelMesh]()
 

@@ -88,6 +88,8 @@ def held_bytes(config: TrainConfig, rank: int) -> tuple[int, int, int]:
         if shard._gradient_shard is not None
     ]
     state = [tensor for shard in optimizer.shards for tensor in shard.state.values()]
+    for shard in optimizer.shards:
+        state.extend(shard.matrix_state.values())
     state += [
         shard._main_shard for shard in optimizer.shards if shard._main_shard is not None
     ]
@@ -113,6 +115,23 @@ def test_weights_gradients_and_optimizer_state_are_counted_to_the_byte(
         )
         assert planned_bytes == held_bytes(config, rank)
     assert fullest_rank(config, device).total_bytes == max(
+        memory.total_bytes for memory in planned
+    )
+
+
+SHARDED = [entry for entry in MATRIX if entry.parallel["zero"] == 1][:2]
+ROWS = [entry for entry in MATRIX if entry.parallel["zero"] == 3][:1]
+
+
+@pytest.mark.parametrize("entry", SHARDED + ROWS, ids=lambda entry: entry.name)
+def test_matrices_of_muon_have_one_moment_and_the_rest_two(entry: Entry) -> None:
+    fields = entry.config(steps=1, precision="bf16").model_dump()
+    fields["optimizer"] = {"name": "muon", "lr": 0.1}
+    config = TrainConfig.from_mapping(fields)
+    planned = [rank_memory(config, rank, CPUS["new"]) for rank in range(entry.world_size)]
+    for rank in (0, entry.world_size - 1):
+        assert planned[rank].optimizer_bytes == held_bytes(config, rank)[2]
+    assert fullest_rank(config, CPUS["new"]).total_bytes == max(
         memory.total_bytes for memory in planned
     )
 

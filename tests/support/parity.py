@@ -279,7 +279,7 @@ def run_layout(
         sum(
             flat.numel() * flat.element_size()
             for shard in optimizer.shards
-            for flat in shard.state.values()
+            for flat in (*shard.state.values(), *shard.matrix_state.values())
         ),
         sum(
             family.buffers.parameters.numel() * family.buffers.parameters.element_size()

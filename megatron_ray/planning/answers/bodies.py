@@ -19,6 +19,7 @@ from megatron_ray.planning.suggest import Suggestion, suggest
 from megatron_ray.planning.tally import Tally
 from megatron_ray.validation import check, resolution
 from megatron_ray.validation.parameters.groups import group_notes
+from megatron_ray.validation.parameters.matrices import matrix_notes
 from megatron_ray.validation.storage.disk_space import num_checkpoints
 
 _GIB = 2**30
@@ -151,7 +152,7 @@ def _spec_notes(config: TrainConfig) -> list[str]:
         )
     for warning in check.find_warnings(config):
         notes.append(f"warning: {warning.pointer}: {warning.detail}")
-    return notes + group_notes(config)
+    return notes + matrix_notes(config) + group_notes(config)
 
 
 def _estimate_notes(

@@ -33,7 +33,9 @@ def checkpoint_bytes(config: TrainConfig) -> int:
         for part in local.parts:
             width = frozen_bytes
             if local.trainable:
-                width = _FP32_BYTES * (1 + num_state_tensors(config.optimizer))
+                is_matrix = part.logical.is_matrix
+                num_states = num_state_tensors(config.optimizer, of_matrix=is_matrix)
+                width = _FP32_BYTES * (1 + num_states)
             num_bytes += part.logical.num_elements * width
     return num_bytes
 

@@ -7,7 +7,7 @@ import pytest
 from pydantic import ValidationError
 
 from megatron_ray.config import optimizer_kinds
-from megatron_ray.config.optimizer import OPTIONAL_NUMBERS, OptimizerConfig
+from megatron_ray.config.optimizer import OPTIONAL_NUMBERS, MuonConfig, OptimizerConfig
 from megatron_ray.config.optimizer_kinds import (
     BUILT_IN,
     OptimizerKind,
@@ -37,7 +37,30 @@ def test_every_optimizer_has_its_own_defaults(name: str) -> None:
     ],
 )
 def test_the_state_depends_on_the_numbers(fields: dict[str, Any], num_states: int) -> None:
-    assert num_state_tensors(OptimizerConfig(lr=0.1, **fields)) == num_states
+    config = OptimizerConfig(lr=0.1, **fields)
+    assert num_state_tensors(config, of_matrix=False) == num_states
+    assert num_state_tensors(config, of_matrix=True) == num_states
+
+
+@pytest.mark.parametrize(("momentum", "num_states"), [(None, 1), (0.5, 1), (0.0, 0)])
+def test_matrices_of_muon_have_one_moment(momentum: float | None, num_states: int) -> None:
+    config = OptimizerConfig(name="muon", lr=0.1, momentum=momentum)
+    assert num_state_tensors(config, of_matrix=True) == num_states
+    assert num_state_tensors(config, of_matrix=False) == 2
+
+
+def test_the_scale_factor_follows_from_the_scale() -> None:
+    assert MuonConfig().factor(30, 100) == pytest.approx(2.0)
+    assert MuonConfig(scale_factor=1.0).factor(100, 30) == pytest.approx(10.0)
+    assert MuonConfig(scale="unit_rms_norm").factor(25, 100) == pytest.approx(0.5)
+    assert MuonConfig(scale="shape_scaling").factor(25, 100) == pytest.approx(1.0)
+    halved = MuonConfig(scale="shape_scaling", scale_factor=0.5)
+    assert halved.factor(400, 100) == pytest.approx(1.0)
+
+
+def test_state_of_matrices_needs_the_numbers_of_their_update() -> None:
+    with pytest.raises(ValueError, match="needs the numbers momentum and muon"):
+        OptimizerKind("lion:lion", lambda config: (), matrix_state=lambda config: ())
 
 
 @pytest.mark.parametrize(
@@ -47,6 +70,10 @@ def test_the_state_depends_on_the_numbers(fields: dict[str, Any], num_states: in
         ({"name": "x"}, "there is no optimizer 'x'; known: adamw, adopt"),
         ({"nu": 0.5}, "adamw does not use nu; leave it out"),
         ({"name": "sgd", "beta1": 0.9}, "sgd does not use beta1; leave it out"),
+        ({"muon": {"steps": 3}}, "adamw does not use muon; leave it out"),
+        ({"adamw_lr_scale": 2}, "adamw does not use adamw_lr_scale; leave it out"),
+        ({"name": "muon", "nu": 0.5}, "muon does not use nu; leave it out"),
+        ({"name": "muon", "muon": {"steps": 0}}, "greater than or equal to 1"),
         (
             {"name": "aggmo_adamw", "aggregated": [SAME, SAME]},
             "the weights of aggregated add up to 1.2; make it at most 1",
@@ -71,6 +98,6 @@ def test_an_installed_package_adds_an_optimizer(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(EntryPoint, "load", lambda self: globals()[self.attr])
     config = OptimizerConfig(name="lion", lr=0.1)
     assert config.beta1 == 0.9
-    assert num_state_tensors(config) == 1
+    assert num_state_tensors(config, of_matrix=True) == 1
     with pytest.raises(ValidationError, match=r"of optimizer 'tiger' is no OptimizerKind"):
         OptimizerConfig(name="tiger", lr=0.1)

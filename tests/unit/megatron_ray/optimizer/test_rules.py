@@ -79,6 +79,8 @@ MANY = [(0.5, 0.3), (0.99, 0.6)]
 CASES: dict[str, tuple[dict[str, Any], Callable[[], Step]]] = {
     "adamw": ({}, lambda: adam(0.95, 1e-8, [(0.9, 1.0)])),
     "decoupled_adamw": ({}, lambda: adam(0.95, 1e-8, [(0.9, 1.0)])),
+    # Of what is no matrix; those are in test_matrix_update.py.
+    "muon": ({}, lambda: adam(0.95, 1e-8, [(0.9, 1.0)])),
     "sgd": ({}, lambda: sgd(0.9, nesterov=False)),
     "sgd-nesterov": ({"nesterov": True}, lambda: sgd(0.9, nesterov=True)),
     "sgd-plain": ({"momentum": 0.0}, lambda: sgd(0.0, nesterov=False)),

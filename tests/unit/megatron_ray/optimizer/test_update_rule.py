@@ -70,3 +70,22 @@ def test_rules_without_varying_numbers_stay_as_few() -> None:
     for decay in (True, False):
         rules.add(plain.of(LogicalParameter("a", (4,), Init("zeros"), None, decay)))
     assert len(rules) == 1
+
+
+def test_only_matrices_of_muon_are_updated_whole() -> None:
+    groups = [{"parameters": ["*.router.weight", "head.*"], "lr_scale": 3.0}]
+    fields = {"lr": 1.0, "adamw_lr_scale": 0.5, "groups": groups}
+    config = OptimizerConfig.model_validate({"name": "muon", **fields})
+    expected = {
+        ("embedding.weight", False): (False, 0.5),
+        ("head.weight", False): (False, 3.0),
+        ("layers.0.attention.q.weight", True): (True, 1.0),
+        ("layers.0.moe.router.weight", True): (True, 3.0),
+    }
+    for (name, is_matrix), numbers in expected.items():
+        parameter = LogicalParameter(
+            name, (4, 4), Init("zeros"), None, decay=True, is_matrix=is_matrix
+        )
+        rule = UpdateRules(config).of(parameter)
+        assert (rule.of_matrix, rule.lr_scale) == numbers
+        assert not UpdateRules(CONFIG).of(parameter).of_matrix

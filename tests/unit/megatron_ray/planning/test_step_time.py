@@ -13,6 +13,7 @@ from megatron_ray.planning.flops import matmul_parameters
 from megatron_ray.planning.hardware import HARDWARE, hardware_named
 from megatron_ray.planning.step_time import StepTime, step_time
 from megatron_ray.planning.work import stage_work
+from megatron_ray.sharding.parameters import logical_parameters
 from megatron_ray.validation import check
 from tests.bench.plan import FILE, GOAL, TOLERANCE, load
 
@@ -29,6 +30,7 @@ def plan(
     batch: int,
     recompute: dict[str, Any] | None = None,
     hardware: str = "H100",
+    optimizer: dict[str, Any] | None = None,
     **training: Any,
 ) -> StepTime:
     fields = {
@@ -43,7 +45,7 @@ def plan(
         }
         | {"recompute": recompute or {}}
         | training,
-        "optimizer": {"lr": 1e-4},
+        "optimizer": {"lr": 1e-4} | (optimizer or {}),
     }
     config = TrainConfig.from_mapping(fields)
     assert check.find_problems(config) == []
@@ -157,6 +159,27 @@ def test_products_of_all_ranks_are_those_of_the_model(model: str) -> None:
     expected = 6.0 * 8192 * (matmul_parameters(whole) - routers)
     assert products() == products(tp=4, sequence_parallel=True, etp=1) == expected
     assert (products(tp=4, etp=1) > expected) == (whole.mla is not None)
+
+
+@pytest.mark.parametrize(
+    "parallel", [{"dp": 32}, {"tp": 4, "dp": 8}, {"dp": 32, "zero": 3}]
+)
+def test_orthogonalization_is_shared_by_all_ranks(parallel: dict[str, Any]) -> None:
+    def update_s(**muon: Any) -> float:
+        optimizer = {"name": "muon", "muon": muon}
+        return plan("llama3-8b", parallel, batch=32, optimizer=optimizer).update_s
+
+    config = ModelConfig.model_validate({"preset": "llama3-8b", "vocab_size": 2})
+    flops = 0
+    for parameter in logical_parameters(config):
+        if parameter.is_matrix:
+            small, large = sorted(parameter.shape)
+            flops += 5 * (4 * small**2 * large + 2 * small**3)
+    even = flops / (0.65 * 989e12 * 32)
+    once = update_s(precision="bf16")
+    twice = update_s(precision="bf16", steps=10)
+    assert even < twice - once < 1.5 * even
+    assert update_s() > once
 
 
 def test_parts_add_up() -> None:

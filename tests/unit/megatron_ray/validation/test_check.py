@@ -509,6 +509,20 @@ def test_a_good_config_has_no_problem() -> None:
         (
             {
                 "optimizer": {
+                    "name": "muon",
+                    "groups": [
+                        {"parameters": ["*.weight"], "beta1": 0.8},
+                        {"parameters": ["*.q.*", "*.down.*"], "lr_scale": 2, "eps": 1e-6},
+                    ],
+                }
+            },
+            None,
+            "/optimizer/groups/1/eps",
+            "the group has nothing but matrices, which muon updates without eps; leave it out",
+        ),
+        (
+            {
+                "optimizer": {
                     "freeze": ["embedding.*"],
                     "groups": [{"parameters": ["embedding.*"], "weight_decay": 0}],
                 }
@@ -1054,6 +1068,18 @@ def test_good_experts_have_no_problem() -> None:
             "/training/rampup_batch_size/samples",
             "samples=80 is not below the run's 80 samples, so no step has "
             "global_batch_size=16 samples",
+        ),
+        (
+            {
+                "optimizer": {
+                    "name": "muon",
+                    "lr": 0.1,
+                    "weight_decay": 1.0,
+                    "adamw_lr_scale": 20,
+                }
+            },
+            "/optimizer/adamw_lr_scale",
+            "lr x weight_decay = 2 x 1 = 2",
         ),
         (
             {"training": {"eval_every_steps": 11}},

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from megatron_ray.config.train_config import TrainConfig
+from megatron_ray.sharding.parameters import logical_parameters
 from megatron_ray.validation.storage.disk_space import (
     checkpoint_bytes,
     num_checkpoints,
@@ -32,6 +33,17 @@ def test_frozen_parameters_have_no_moments_and_the_models_precision() -> None:
     halved = config(optimizer={"freeze": ["*"]}, training={"precision": "bf16"})
     assert checkpoint_bytes(halved) * 6 == whole
     assert checkpoint_bytes(config(training={"precision": "bf16"})) == whole
+
+
+def test_matrices_of_muon_have_one_moment() -> None:
+    whole = checkpoint_bytes(config())
+    muon = config(optimizer={"name": "muon"})
+    matrices = sum(
+        parameter.num_elements
+        for parameter in logical_parameters(muon.model)
+        if parameter.is_matrix
+    )
+    assert checkpoint_bytes(muon) == whole - 4 * matrices
 
 
 def test_an_unknown_vocabulary_counts_as_small_as_it_can_be() -> None:
