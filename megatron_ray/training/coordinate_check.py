@@ -123,8 +123,9 @@ def _config(fields: Mapping[str, Any], width: int, base: int | None) -> TrainCon
         wider["moe"] |= _wider_experts(model.moe, factor)
     if base is not None:
         wider["mup"] = {"base_hidden_size": base}
-    # Groups name layers that the small model may not have.
-    optimizer = {**fields["optimizer"], "groups": (), "freeze": ()}
+    # Groups name layers that the small model may not have, switches steps.
+    optimizer = {**fields["optimizer"], "groups": (), "freeze": (), "switches": ()}
+    optimizer["weight_decay_schedule"] = None
     config = TrainConfig.from_mapping(
         {
             "model": wider,
