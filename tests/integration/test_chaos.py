@@ -31,8 +31,10 @@ PER_JOB = 6
 NUM_DOUBLE = 7
 NUM_NODES = 2
 NODE_CPUS = 8
-STEPS = 140
-EVERY_STEPS = 10
+STEPS = 400
+"""So many that no job ends before its last strike: most of them do not stop it, and a service
+that is away may take half a minute to return."""
+EVERY_STEPS = 25
 JOB_S = 900.0
 """Enough for the slowest of its strikes on a busy machine."""
 
