@@ -17,7 +17,6 @@ from megatron_ray.sharding.parameter_types import (
 _BLOCKS = ("layers.", "mtp.")
 """Prefixes of the parameters of blocks; the others are those of embeddings, the last norm
 and the head."""
-_MATRIX_DIMS = 2
 
 
 def scale_rates(
@@ -48,7 +47,7 @@ def _rates(parameter: LogicalParameter, model: ModelConfig) -> RateFactors:
     eps = depth**-alpha / width
     lr = depth ** (alpha - 1)
     # Norms and biases have a size that does not grow with their input.
-    if len(parameter.shape) < _MATRIX_DIMS:
+    if not parameter.is_matrix:
         return RateFactors(lr, eps)
     # With its rate divided by the width, a matrix would decay that much less.
     return RateFactors(lr / width, eps, decay=width)

@@ -136,16 +136,21 @@ def test_matrices_of_muon_have_one_moment_and_the_rest_two(entry: Entry) -> None
     )
 
 
-def test_what_is_frozen_has_neither_gradients_nor_state() -> None:
-    fields = MATRIX[0].config(steps=1, precision="bf16").model_dump()
-    fields["optimizer"]["freeze"] = ("layers.[01].*", "embedding.weight")
-    config = TrainConfig.from_mapping(fields)
+def assert_planned_state(config: TrainConfig) -> None:
+    """Weights, gradients and state of rank 1 have the bytes of its plan."""
     memory = rank_memory(config, 1, CPUS["new"])
     assert (
         memory.parameters_bytes,
         memory.gradients_bytes,
         memory.optimizer_bytes,
     ) == held_bytes(config, 1)
+
+
+def test_what_is_frozen_has_neither_gradients_nor_state() -> None:
+    fields = MATRIX[0].config(steps=1, precision="bf16").model_dump()
+    fields["optimizer"]["freeze"] = ("layers.[01].*", "embedding.weight")
+    config = TrainConfig.from_mapping(fields)
+    assert_planned_state(config)
 
 
 @pytest.mark.parametrize(
@@ -158,12 +163,7 @@ def test_short_gradients_have_fp32_copies_of_what_is_updated(
     fields = make_config(LLAMA, parallel, steps=1, precision=precision).model_dump()
     fields["training"]["grad_reduce_in_fp32"] = False
     config = TrainConfig.from_mapping(fields)
-    memory = rank_memory(config, 1, CPUS["new"])
-    assert (
-        memory.parameters_bytes,
-        memory.gradients_bytes,
-        memory.optimizer_bytes,
-    ) == held_bytes(config, 1)
+    assert_planned_state(config)
 
 
 @pytest.mark.parametrize("model", [LLAMA, GPT2 | {"hidden_dropout": 0.1}])
