@@ -55,7 +55,9 @@ def model_signature(model: ModelConfig) -> dict[str, Any]:
     # muP acts on the function by these two only.
     del fields["mup"]
     fields["residual_scale"] = model.residual_factor
-    fields["logit_scale"] = model.logit_factor
+    # Files have its inverse, whose own inverse may differ in the last bit.
+    fields["logit_scale"] = float(f"{model.logit_factor:.12g}")
+    fields["attention_scale"] = model.score_scale
     # linear_bias implies all of them.
     del fields["linear_bias"]
     fields["qkv_bias"] = model.has_qkv_bias
