@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron_ray.config.optimizer import MuonConfig, OptimizerConfig
-from megatron_ray.config.optimizer_kinds import state_names
+from megatron_ray.config.optimizer_kinds import state_dtype, state_names
 from megatron_ray.data_parallel.buffers import ParameterGroup
 from megatron_ray.distributed import collectives
 from megatron_ray.optimizer.loss_scale import LossScaler
@@ -40,11 +40,13 @@ from megatron_ray.sharding.parameter_types import Part
 from megatron_ray.sharding.row_shards import row_range
 from megatron_ray.sharding.sharded_state import ShardedState, ShardedTensor, TensorBox
 
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
 
 class OptimizerShard:
     """This rank's shard of a parameter group.
 
-    `state` are flat fp32 tensors in the order of `runs`, by the optimizer's names for them.
+    `state` are flat tensors in the order of `runs`, by the optimizer's names for them.
     Where the optimizer updates matrices whole, `matrix_state` are those of their runs, and
     `state` those of the others.
     """
@@ -103,8 +105,11 @@ class OptimizerShard:
                 num_elements += run.end - run.start
         state = {}
         for name in state_names(config, of_matrix=of_matrix):
-            device = self.buffers.parameters.device
-            state[name] = torch.zeros(num_elements, device=device)
+            state[name] = torch.zeros(
+                num_elements,
+                dtype=_DTYPES[state_dtype(config, name)],
+                device=self.buffers.parameters.device,
+            )
         return state
 
     def _update_calls(self, config: OptimizerConfig) -> list[UpdateCall]:

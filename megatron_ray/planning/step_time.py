@@ -359,12 +359,12 @@ def _update(
     """Returns the time of the update on one pipeline rank."""
     updated = 0
     trained = 0
-    values = 0
+    state = 0
     for buffer in buffers.buffers:
         updated += buffer.num_updated
         trained += buffer.plan.num_trainable
-        values += buffer.num_state_values(config.optimizer)
-    work = update_work(updated, trained, values)
+        state += buffer.state_bytes(config.optimizer)
+    work = update_work(updated, trained, state)
     memory = work.memory / network.hardware.memory_bandwidth
     matrices = _matrix_update(config, dims, buffers, network)
     if is_fully_sharded(config, dims):

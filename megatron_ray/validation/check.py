@@ -25,6 +25,7 @@ from megatron_ray.validation import training as training_rules
 from megatron_ray.validation.parameters.freezing import freezing_problems
 from megatron_ray.validation.parameters.groups import group_problems
 from megatron_ray.validation.parameters.matrices import matrix_problems
+from megatron_ray.validation.parameters.moments import moment_problems
 from megatron_ray.validation.resolution import expert_dp_multiple, least_dp
 from megatron_ray.validation.storage.path_rules import PathRules, path_problems
 
@@ -44,6 +45,7 @@ _RULES = (
     training_rules.dropout_problems,
     training_rules.loss_scale_problems,
     training_rules.precision_problems,
+    moment_problems,
     intervals.skipping_problems,
     recompute.recompute_problems,
     resume_rules.resume_changes_problems,

@@ -167,6 +167,14 @@ def test_short_gradients_have_fp32_copies_of_what_is_updated(
     assert_planned_state(config)
 
 
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.parametrize("parallel", [{"dp": 2}, {"dp": 2, "zero": 3}])
+def test_short_moments_have_two_bytes(parallel: dict[str, Any], name: str) -> None:
+    fields = make_config(LLAMA, parallel, steps=1, precision="bf16").model_dump()
+    fields["optimizer"] = {"name": name, "lr": 0.1, "exp_avg_dtype": "bf16"}
+    assert_planned_state(TrainConfig.from_mapping(fields))
+
+
 @pytest.mark.parametrize(
     "model", [LLAMA, GPT2 | {"hidden_dropout": 0.1}, LLAMA | PERI_NORM, GPT2 | PERI_NORM]
 )
