@@ -18,6 +18,7 @@ from torch import Tensor
 from megatron_ray.config.optimizer import MuonConfig, OptimizerConfig
 from megatron_ray.config.optimizer_kinds import state_dtype, state_names
 from megatron_ray.data_parallel.buffers import ParameterGroup
+from megatron_ray.data_parallel.weight_gathers import WeightGathers
 from megatron_ray.distributed import collectives
 from megatron_ray.optimizer.loss_scale import LossScaler
 from megatron_ray.optimizer.matrix_update import LocalMatrix, MatrixUpdate, Segment
@@ -60,6 +61,7 @@ class OptimizerShard:
         # With a single rank nothing is sharded or gathered.
         self.sharded = sharded and self.group is not None
         self._sync_model = group.sync_model
+        self._gathers = group.gathers
         self._rows = group.rows
         plan = self.buffers.plan
         dp_rank = collectives.rank(self.group)
@@ -211,6 +213,8 @@ class OptimizerShard:
 
         The new weights are not published yet.
         """
+        # Those of the update before may still be on their way to other ranks.
+        self.wait_for_weights()
         for update in self._updates:
             update.step(lr, skip)
 
@@ -229,6 +233,7 @@ class OptimizerShard:
 
         To be called after an update, a load, or initialisation of the shard.
         """
+        self.wait_for_weights()
         # Rounded before the gather, since short weights have half the bytes.
         if self._main_shard is not None:
             for run in self.runs:
@@ -242,15 +247,22 @@ class OptimizerShard:
             return
         flat = self.buffers.parameters
         buckets = self.buffers.plan.buckets
-        # Starts all buckets before waiting for the first.
-        gathers = []
-        for bucket, (start, end) in zip(buckets, self._owned, strict=True):
-            whole = flat[bucket.start : bucket.end]
-            gathers.append(
-                collectives.start_all_gather_into(whole, flat[start:end], self.group)
+        gathers = self._gathers or WeightGathers()
+        # Starts all buckets, in the order in which a forward pass reads them, before
+        # anything waits for the first.
+        for bucket in reversed(buckets):
+            start, end = self._owned[bucket.index]
+            gather = collectives.start_all_gather_into(
+                flat[bucket.start : bucket.end], flat[start:end], self.group
             )
-        for gather in gathers:
-            gather.wait()
+            gathers.start(bucket, gather)
+        if gathers is not self._gathers:
+            gathers.wait_for_all()
+
+    def wait_for_weights(self) -> None:
+        """Waits until all published weights have arrived."""
+        if self._gathers is not None:
+            self._gathers.wait_for_all()
 
     def has_parameter(self, name: str) -> bool:
         """Returns whether a parameter is in this group."""
@@ -367,6 +379,11 @@ class ShardedOptimizer:
         """
         for shard in self.shards:
             shard.publish()
+
+    def wait_for_weights(self) -> None:
+        """Waits until all published weights have arrived, for what is no forward pass."""
+        for shard in self.shards:
+            shard.wait_for_weights()
 
     def initialise(self, name: str, value: Tensor) -> None:
         """Sets one parameter in the model and in this rank's main parameters.

@@ -164,6 +164,7 @@ def parallelize(
         DTYPES[training.grad_precision],
         parallel.bucket_elements,
         shards_gradients=parallel.zero == 1,
+        overlaps_gathers=parallel.overlap_param_gather,
         on_reduce=on_reduce,
     )
     if is_fully_sharded:

@@ -86,3 +86,8 @@ class TrainingComponents:
     def batch_sizes(self) -> BatchSizes:
         """The samples of every step."""
         return self.config.training.batch_sizes
+
+    def finish(self) -> None:
+        """Waits for the last checkpoint, and for weights that no forward pass will."""
+        self.saver.wait()
+        self.optimizer.wait_for_weights()

@@ -71,9 +71,9 @@ def train(
         # After the last step the run has finished, so a stop command has no effect.
         if command.stops and not is_last:
             reporter.steps(in_flight.pop_all())
-            components.saver.wait()
+            components.finish()
             return "exited" if command is Command.EXIT else "stopped"
-    components.saver.wait()
+    components.finish()
     return "finished"
 
 

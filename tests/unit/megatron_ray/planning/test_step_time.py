@@ -78,6 +78,15 @@ def test_fp16_is_as_quick_as_bf16_and_short_gradients_are_sent_sooner() -> None:
     assert wide.step_s > bf16.step_s
 
 
+def test_gathers_in_the_forward_pass_take_time_only_where_they_are_longer() -> None:
+    layout = {"tp": 8, "dp": 8}
+    overlap = {"overlap_param_gather": True}
+    plain = plan("llama3-8b", layout, batch=64)
+    overlapped = plan("llama3-8b", layout | overlap, batch=64)
+    assert overlapped.update_s < plain.update_s
+    assert overlapped.step_s - overlapped.update_s == plain.step_s - plain.update_s
+
+
 def test_interleaving_makes_405b_quicker_than_1f1b() -> None:
     plain, interleaved = (
         plan(
