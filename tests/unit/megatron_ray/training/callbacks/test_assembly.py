@@ -1,8 +1,14 @@
 """Callbacks of installed packages report beside ours; broken ones are refused."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
+import torch.distributed as dist
+from torch import Tensor
 
 from megatron_ray.config.problem import ConfigError
+from megatron_ray.training.callbacks import runner
 from tests.support.installed_callback import install
 from tests.support.parity import LLAMA
 from tests.support.watched_run import EVERY, run_watched, watched_config
@@ -46,3 +52,27 @@ def test_callbacks_that_cannot_be_used_are_refused(
         run_watched(0, 1, config)
     assert words in str(caught.value)
     assert str(caught.value).startswith("/callbacks")
+
+
+@pytest.mark.parametrize(
+    ("due", "reductions"),
+    [
+        ({}, []),
+        ({"unigram": EVERY, "optimizer": EVERY}, ["SUM"]),
+        ({"unigram": EVERY, "optimizer": EVERY, "activations": EVERY}, ["SUM", "MAX"]),
+        ({"unigram": {"every_steps": 7}, "optimizer": {"every_steps": 7}}, []),
+    ],
+    ids=["none", "sums", "maxima", "not due"],
+)
+def test_all_numbers_of_a_step_are_reduced_together(
+    due: dict[str, Any], reductions: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+
+    def all_reduce(tensor: Tensor, group: Any, op: Any) -> Tensor:
+        calls.append(op)
+        return tensor
+
+    monkeypatch.setattr(runner, "collectives", SimpleNamespace(all_reduce=all_reduce))
+    run_watched(0, 1, watched_config(LLAMA, callbacks=due, steps=1))
+    assert calls == [getattr(dist.ReduceOp, name) for name in reductions]
