@@ -39,7 +39,7 @@ EXPERTS: dict[str, Any] = LLAMA | {
     "mtp": {"num_layers": 1, "loss_coeff": 0.3},
 }
 WINDOWS = LLAMA | {"sliding_window": 5, "full_attention_every": 2}
-PARTS = {"separate_documents": True}
+PARTS: dict[str, Any] = {"separate_documents": True}
 LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "tp2-sp": (WINDOWS, {"tp": 2, "sequence_parallel": True}, PARTS),
     "cp2": (WINDOWS, {"cp": 2}, PARTS),

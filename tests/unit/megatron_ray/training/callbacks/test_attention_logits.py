@@ -16,7 +16,7 @@ def plain(
     """Over every pair that sees each other, one by one."""
     window = limits.get("window")
     documents = limits.get("documents")
-    logits = []
+    logits = list[float]()
     repeats = q.shape[1] // k.shape[1]
     for row, head in product(range(q.shape[0]), range(q.shape[1])):
         for i, j in product(range(len(places)), range(len(keys))):
@@ -28,7 +28,7 @@ def plain(
                 continue
             query = q[row, head, i].double()
             logits.append(float(query @ k[row, head // repeats, j].double()))
-    return max(logits) / q.shape[-1] ** 0.5
+    return max(logits) / float(q.shape[-1]) ** 0.5
 
 
 @pytest.mark.parametrize("block", [1 << 24, 100])
