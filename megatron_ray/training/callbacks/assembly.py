@@ -73,21 +73,21 @@ def _load(name: str, path: str) -> Callable[..., object]:
 
 def _check_names(callbacks: list[NamedCallback]) -> None:
     """Raises ConfigError for names that cannot be stored, or too many."""
-    num_numbers = 0
+    taken = set[str]()
     for entry in callbacks:
-        names = entry.names
-        num_numbers += len(names)
-        for name in names:
+        pointer = f"/callbacks/{entry.field}"
+        for name in entry.names:
             if _NAME.fullmatch(name) is None or len(name) > _MAX_NAME_CHARS:
                 raise ConfigError(
-                    f"{_pointer(entry.name)}: it has a number {name!r}; names are letters, "
-                    f"digits, _ . - and / between words, at most {_MAX_NAME_CHARS} characters"
+                    f"{pointer}: it has a number {name!r}; names are letters, digits, _ . - "
+                    f"and / between words, at most {_MAX_NAME_CHARS} characters"
                 )
-        if len(set(names)) < len(names):
-            raise ConfigError(f"{_pointer(entry.name)}: it has two numbers of one name")
-    if num_numbers > MAX_NUMBERS:
+            if name in taken:
+                raise ConfigError(f"{pointer}: there are two numbers {name!r}")
+            taken.add(name)
+    if len(taken) > MAX_NUMBERS:
         raise ConfigError(
-            f"/callbacks: all callbacks together report {num_numbers} numbers a step, at "
+            f"/callbacks: all callbacks together report {len(taken)} numbers a step, at "
             f"most {MAX_NUMBERS} are possible; leave some out"
         )
 

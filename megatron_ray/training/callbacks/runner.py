@@ -18,7 +18,7 @@ from megatron_ray.optimizer.step_sums import StepSums
 from megatron_ray.sharding.sharded_state import ShardedState, whole_tensor
 from megatron_ray.training.callbacks.protocol import Callback, Partials
 
-STATE_PREFIX = "callbacks/"
+_STATE_PREFIX = "callbacks/"
 """Beginning of the names of their state in checkpoints."""
 
 
@@ -27,10 +27,17 @@ class NamedCallback:
     """A callback and when it is due."""
 
     name: str
-    """Its name in a spec."""
+    """Its name; no two of ours, and no two installed ones, have the same."""
     every_steps: int
     callback: Callback
     is_installed: bool = False
+
+    @property
+    def field(self) -> str:
+        """Its field in `callbacks`."""
+        if self.is_installed:
+            return f"installed/{self.name}"
+        return self.name
 
     @property
     def names(self) -> list[str]:
@@ -118,6 +125,7 @@ class CallbackRunner:
         """Returns live views of all state, by name."""
         state: ShardedState = {}
         for entry in self._callbacks:
+            prefix = f"{_STATE_PREFIX}{entry.field}/"
             for name, tensor in entry.callback.state().items():
-                state[f"{STATE_PREFIX}{entry.name}/{name}"] = whole_tensor(tensor)
+                state[f"{prefix}{name}"] = whole_tensor(tensor)
         return state

@@ -38,7 +38,7 @@ def test_an_installed_callback_reports_under_its_name(
             "module named 'no_such_package'; repair its package, which every node needs",
         ),
         ("no_callback", "made int, which is no megatron_ray.training.callbacks.protocol"),
-        ("two_of_a_name", "it has two numbers of one name"),
+        ("two_of_a_name", "there are two numbers 'two_of_a_name/same'"),
         ("bad_name", "it has a number 'bad_name/with, comma'; names are letters"),
         ("too_many", "report 3000 numbers a step, at most 2048 are possible"),
     ],

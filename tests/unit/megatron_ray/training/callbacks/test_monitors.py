@@ -155,12 +155,34 @@ def test_muons_matrices_have_their_own_state() -> None:
     assert "momentum_buffer_norm/embedding" not in numbers
 
 
+PRECISIONS: dict[str, dict[str, Any]] = {
+    "fp32": {"precision": "fp32"},
+    "bf16": {"precision": "bf16", "grad_reduce_in_fp32": False},
+    "fp16": {"precision": "fp16", "loss_scale": {"initial_scale": 2.0**10}},
+}
+
+
 @pytest.mark.parametrize("model", [LLAMA, GPT2, EXPERTS], ids=["llama", "gpt2", "experts"])
-def test_the_whole_models_norm_is_that_of_the_step(model: dict[str, Any]) -> None:
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_the_whole_models_norm_is_that_of_the_step(
+    model: dict[str, Any], precision: str
+) -> None:
     config = watched_config(model, callbacks={"optimizer": EVERY | {"by": "model"}})
-    run = run_watched(0, 1, config)
+    fields = config.model_dump()
+    fields["training"] |= PRECISIONS[precision]
+    run = run_watched(0, 1, TrainConfig.from_mapping(fields))
     measured = [numbers["grad_norm/model"] for numbers in run.numbers.values()]
-    assert measured == pytest.approx(run.grad_norms, rel=1e-8)
+    assert measured == pytest.approx(run.grad_norms, rel=1e-7)
+
+
+def test_a_step_that_is_left_out_has_no_update() -> None:
+    config = watched_config(LLAMA, callbacks={"optimizer": EVERY | {"by": "model"}})
+    fields = config.model_dump()
+    fields["training"] |= {"skip_steps": [2]}
+    numbers = run_watched(0, 1, TrainConfig.from_mapping(fields)).numbers
+    assert numbers[1]["update_norm/model"] > 0
+    assert numbers[2]["update_norm/model"] == numbers[2]["update_ratio/model"] == 0
+    assert numbers[2]["exp_avg_norm/model"] == numbers[1]["exp_avg_norm/model"]
 
 
 class Plain:
