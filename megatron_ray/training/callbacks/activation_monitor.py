@@ -95,10 +95,12 @@ class ActivationMonitor(Callback):
 
     def _watch_hidden(self, scope: str, block: Block) -> None:
         def before(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-            self._add(0, inputs[0])
+            if self._is_first_run:
+                self._add(0, inputs[0])
 
         def after(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
-            self._add(index, output)
+            if self._is_first_run:
+                self._add(index, output)
 
         index = self._scopes.index(scope)
         if scope == "layers.0":
@@ -106,8 +108,6 @@ class ActivationMonitor(Callback):
         self._hooks.append(block.register_forward_hook(after))
 
     def _add(self, index: int, hidden: Tensor) -> None:
-        if not self._is_first_run:
-            return
         rows = hidden.detach().flatten(0, -2)
         norms = torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float32)
         self._squares[index] += norms.double().square().sum()
