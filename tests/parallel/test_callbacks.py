@@ -40,6 +40,7 @@ EXPERTS: dict[str, Any] = LLAMA | {
 }
 WINDOWS = LLAMA | {"sliding_window": 5, "full_attention_every": 2}
 PARTS: dict[str, Any] = {"separate_documents": True}
+STAGES = {"tp": 2, "pp": 2, "sequence_parallel": True, "first_stage_layers": 2}
 LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "tp2-sp": (WINDOWS, {"tp": 2, "sequence_parallel": True}, PARTS),
     "cp2": (WINDOWS, {"cp": 2}, PARTS),
@@ -48,10 +49,10 @@ LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "zero3": (EXPERTS, {"dp": 2, "zero": 3}, {}),
 }
 MORE: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
-    "tp2": (EXPERTS, {"tp": 2}, {}),
+    "tp2": (GPT2, {"tp": 2}, PARTS),
     "zero0": (LLAMA, {"dp": 2, "zero": 0}, PARTS),
     "cp2-a2a": (LLAMA, {"cp": 2, "cp_method": "a2a"}, PARTS),
-    "tp2-pp2": (EXPERTS, {"tp": 2, "pp": 2, "sequence_parallel": True}, {}),
+    "tp2-pp2": (EXPERTS, STAGES, {}),
     "tp2-cp2-zero3": (LLAMA, {"tp": 2, "cp": 2, "zero": 3}, PARTS),
     "kv-heads": (LLAMA | {"num_query_groups": 1}, {"tp": 2}, {}),
 }
@@ -84,9 +85,7 @@ def test_every_layout_measures_what_one_rank_does(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "parallel",
-    [{"tp": 2, "pp": 2, "sequence_parallel": True}, {"cp": 2, "dp": 2}],
-    ids=["tp2-pp2", "cp2-dp2"],
+    "parallel", [STAGES, {"cp": 2, "dp": 2}], ids=["tp2-pp2", "cp2-dp2"]
 )
 def test_a_measured_step_never_waits_for_the_device(parallel: dict[str, Any]) -> None:
     config = watched_config(EXPERTS | {"moe": None}, parallel, micro_batch=1, **PARTS)
