@@ -127,9 +127,9 @@ class OptimizerShard:
         return list(calls.values())
 
     def _tensors(self, run: Run) -> RunTensors:
-        return RunTensors(self.main(run), self.gradient(run), self._state_of(run))
+        return RunTensors(self.main(run), self.gradient(run), self.state_of(run))
 
-    def _state_of(self, run: Run | Piece) -> dict[str, Tensor]:
+    def state_of(self, run: Run | Piece) -> dict[str, Tensor]:
         """Returns the state of a run or a piece, as views."""
         state = self.state
         if run.of_matrix:
@@ -294,7 +294,7 @@ class OptimizerShard:
         state: ShardedState = {}
         for piece in self.pieces:
             _add_boxes(state, "model/", piece, self.main(piece))
-            for name, flat in self._state_of(piece).items():
+            for name, flat in self.state_of(piece).items():
                 _add_boxes(state, f"optimizer/{name}/", piece, flat)
         # Frozen parameters belong to no run, but a checkpoint contains the whole model.
         for placed in self.buffers.plan.frozen:

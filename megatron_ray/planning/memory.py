@@ -46,8 +46,8 @@ class RankMemory:
     """Main gradients of parameters that are trained and, where these are shorter, fp32
     copies of those that this rank updates with."""
     optimizer_bytes: int
-    """Moments, and with bf16 or fp16 the fp32 main parameters; this rank's share where
-    they are sharded over dp."""
+    """Moments, with bf16 or fp16 the fp32 main parameters, and the copy of these that
+    callbacks.optimizer makes; this rank's share where they are sharded over dp."""
     gathered_bytes_estimate: int
     """Weights and gradients that ZeRO-3 gathers: those of two layers, and of everything
     outside of layers."""
@@ -142,6 +142,9 @@ def state_memory(
         state += buffer.state_bytes(config.optimizer)
         if has_main_parameters:
             state += buffer.num_updated * _FP32
+    monitor = config.callbacks.optimizer
+    if monitor is not None and monitor.compares_weights:
+        state += updated * _FP32
     gathered = 0
     if is_sharded:
         gathered = _gathered(config, buffers.table)

@@ -5,6 +5,7 @@ formats.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 from megatron_ray.commands import Command, votes_for
@@ -14,6 +15,7 @@ from megatron_ray.models.batch import Batch
 from megatron_ray.optimizer.finalize_grads import scale_and_clip
 from megatron_ray.optimizer.step_sums import SkipRule, StepSums
 from megatron_ray.reports import Report
+from megatron_ray.training.callbacks.runner import Monitored
 from megatron_ray.training.components import TrainingComponents
 from megatron_ray.training.evaluate import evaluate
 from megatron_ray.training.progress import Progress, is_due
@@ -44,9 +46,11 @@ def train(
     # One iteration is one step and its boundary. All ranks perform an action at the same
     # boundary: due times are equal on all ranks, and commands are agreed on.
     while progress.step < config.training.num_steps:
-        sums, lr = _train_step(components, progress, poll, timer)
+        launched = _train_step(components, progress, poll, timer)
         progress = progress.after_step(components.batch_sizes)
-        in_flight.add(progress, lr, timer.finish(), sums)
+        in_flight.add(
+            progress, launched.lr, timer.finish(), launched.sums, launched.monitored
+        )
 
         is_last = progress.step == config.training.num_steps
         steps = in_flight.pop_all() if is_last else in_flight.pop_arrived()
@@ -77,17 +81,28 @@ def train(
     return "finished"
 
 
+@dataclass(frozen=True)
+class _LaunchedStep:
+    """The numbers of a step, those from the device still on it."""
+
+    sums: StepSums
+    lr: float
+    monitored: Monitored | None
+
+
 def _train_step(
     components: TrainingComponents,
     progress: Progress,
     poll: Callable[[], Command],
     timer: StepTimer,
-) -> tuple[StepSums, float]:
-    """Launches one step; returns its sums, still on the device, and its learning rate."""
+) -> _LaunchedStep:
+    """Launches one step."""
     config = components.config
+    callbacks = components.callbacks
     PROCESS.phase = "data"
     batches = components.loader.step(progress.consumed_samples)
     timer.mark("data")
+    callbacks.begin_step(progress.step + 1, batches)
     PROCESS.phase = "forward_backward"
     loss_sum = forward_backward(components.model, components.mesh, batches)
     timer.mark("forward_backward")
@@ -105,14 +120,16 @@ def _train_step(
     )
     timer.mark("reduce")
     PROCESS.phase = "optimizer"
+    callbacks.after_backward(sums)
     rates = components.rates.at(progress.step + 1)
     scale_and_clip(components.optimizer, sums, rates.clip_grad_norm)
     if components.rates.varies:
         components.optimizer.set_numbers(rates.peak_lr, rates.numbers)
     components.optimizer.step(rates.lr, sums.skip)
+    monitored = callbacks.after_update()
     timer.mark("optimizer")
     PROCESS.phase = "reports"
-    return sums, rates.lr
+    return _LaunchedStep(sums, rates.lr, monitored)
 
 
 def _skip_rule(training: TrainingConfig, step: int) -> SkipRule:

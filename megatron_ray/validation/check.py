@@ -26,6 +26,7 @@ from megatron_ray.validation.parameters.freezing import freezing_problems
 from megatron_ray.validation.parameters.groups import group_problems
 from megatron_ray.validation.parameters.matrices import matrix_problems
 from megatron_ray.validation.parameters.moments import moment_problems
+from megatron_ray.validation.parameters.monitored import monitor_problems
 from megatron_ray.validation.resolution import expert_dp_multiple, least_dp
 from megatron_ray.validation.storage.path_rules import PathRules, path_problems
 
@@ -86,6 +87,7 @@ def find_problems(
         *freezing_problems(config),
         *group_problems(config),
         *matrix_problems(config),
+        *monitor_problems(config),
         *_batch_problems(config, world_size),
     ]
 

@@ -21,7 +21,7 @@ from sqlalchemy import (
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 Json = dict[str, Any]
-REVISION = "0008"
+REVISION = "0009"
 """The newest migration, after which a database has exactly these tables."""
 BigKey = BigInteger().with_variant(Integer, "sqlite")
 """64 bits everywhere: SQLite gives rows a number only when the type is called INTEGER."""
@@ -229,6 +229,20 @@ class EvaluationRow(Table):
     loss: Mapped[float | None]
     num_tokens: Mapped[int | None]
     source_losses: Mapped[Json] = mapped_column(default=dict)
+
+
+class MonitorRow(Table):
+    """What the callbacks of a job have measured in one step of one attempt.
+
+    Apart from the metrics, whose rows are small: there may be thousands of numbers.
+    """
+
+    __tablename__ = "monitors"
+    job: Mapped[int] = _job_key()
+    step: Mapped[int] = mapped_column(primary_key=True)
+    attempt: Mapped[int] = mapped_column(primary_key=True)
+    numbers: Mapped[Json]
+    """By name; null where one was not finite."""
 
 
 class AttemptRow(Table):

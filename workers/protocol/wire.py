@@ -201,7 +201,8 @@ class Record(Message):
         problem     {problems: [{pointer, code, detail}]}: user error found in preparation
         diagnosis   {trigger, reason, confidence, culprits, ranks, stacks, ...}: see
                     `decisions.ranks.diagnosis_report`
-        step, eval  the fields of StepReport, EvalReport
+        step, eval, monitors
+                    the fields of StepReport, EvalReport, MonitorReport
     """
 
     n: int = Field(ge=1)

@@ -24,6 +24,7 @@ from megatron_ray.reports import (
     CheckpointFailedReport,
     CheckpointReport,
     EvalReport,
+    MonitorReport,
     PeerCopiesRefusedReport,
     PhaseReport,
     Report,
@@ -116,7 +117,7 @@ class RankAttempt:
             if not self.step:
                 self._is_urgent.set()  # the job counts as running from its first step on
             self.step = item.step
-        else:
+        elif not isinstance(item, MonitorReport):
             self._log(_log_message(item))
         urgent = CheckpointReport | CheckpointFailedReport | PhaseReport | SpeedReport
         if isinstance(item, urgent):
@@ -230,7 +231,7 @@ class RankAttempt:
 
 
 def _without_steps(lines: list[Line]) -> list[Line]:
-    kinds = (StepReport.kind, EvalReport.kind)
+    kinds = (StepReport.kind, EvalReport.kind, MonitorReport.kind)
     return [line for line in lines if line.kind not in kinds]
 
 
@@ -253,4 +254,4 @@ def _log_message(item: Report) -> str:
         return f"the copies of step {item.step} are not used: {item.cause}"
     if isinstance(item, SpeedReport):
         return describe_speed(vars(item))
-    return f"step {item.step}: loss {item.loss:.4f}"
+    return f"step {item.step}: {item.kind}"

@@ -10,6 +10,7 @@ from megatron_ray.parallel_dims import ParallelDims
 from megatron_ray.sharding.parameters import freeze, local_parameters
 
 _FP32_BYTES = 4
+_COUNT_BYTES = 8
 _BYTES_TOKENIZER = 257
 
 
@@ -36,6 +37,8 @@ def checkpoint_bytes(config: TrainConfig) -> int:
                 is_matrix = part.logical.is_matrix
                 width = _FP32_BYTES + state_bytes(config.optimizer, of_matrix=is_matrix)
             num_bytes += part.logical.num_elements * width
+    if config.callbacks.unigram is not None:
+        num_bytes += model.vocabulary * _COUNT_BYTES
     return num_bytes
 
 

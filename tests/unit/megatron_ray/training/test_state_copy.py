@@ -22,6 +22,9 @@ class Saver:
 
     published: ClassVar[dict[str, bytes]] = {}
 
+    def complete_state(self) -> None:
+        pass
+
     def state(self) -> dict[str, Any]:
         return {}
 
@@ -158,7 +161,7 @@ def test_a_copy_has_the_loss_scale() -> None:
     made.copy(Progress(step=4))
     again: Any = Optimizer()
     model: Any = type("Model", (), {"expert_biases": {}})()
-    assert load_copy(store.copy, model, again).step == 4
+    assert load_copy(store.copy, model, again, {}).step == 4
     assert float(again.scaler.scale) == float(optimizer.scaler.scale) == 2.0**29
 
 
@@ -167,4 +170,4 @@ def test_a_copy_of_another_layout_is_not_loaded() -> None:
     model: Any = type("Model", (), {"expert_biases": {}})()
     optimizer: Any = type("Optimizer", (), {"sharded_state": lambda self: {}})()
     with pytest.raises(ValueError, match="the copy of step 5 has another layout"):
-        load_copy(copy, model, optimizer)
+        load_copy(copy, model, optimizer, {})
