@@ -5,6 +5,7 @@ formulas of scales, the order of assembly.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from torch import nn
 
@@ -52,13 +53,14 @@ def apply_fp8(
 def recipe_of(config: Fp8Config, device: DeviceKind) -> Recipe:
     """Returns how operands are quantized and multiplied on a device."""
     grad_dtype = E5M2 if config.grad_format == "e5m2" else E4M3
-    is_fast = device.multiplies_fp8(config.recipe)
+    recipe = Recipe(grad_dtype, "tensorwise")
     if config.recipe == "mxfp8":
-        return Recipe(grad_dtype, "mxfp8" if is_fast else "emulated", (1, 32), (1, 32))
-    if config.recipe == "blockwise":
-        kernel = "blockwise" if is_fast else "emulated"
-        return Recipe(grad_dtype, kernel, (1, 128), (128, 128))
-    return Recipe(grad_dtype, "tensorwise" if is_fast else "emulated")
+        recipe = Recipe(grad_dtype, "mxfp8", (1, 32), (1, 32))
+    elif config.recipe == "blockwise":
+        recipe = Recipe(grad_dtype, "blockwise", (1, 128), (128, 128))
+    if not device.multiplies_fp8(config.recipe):
+        return replace(recipe, kernel="emulated")
+    return recipe
 
 
 def _linear_layers(module: GPT, config: Fp8Config) -> Iterator[tuple[str, nn.Module]]:

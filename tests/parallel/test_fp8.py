@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from megatron_ray.checkpoint.directory import commit, list_checkpoints
+from megatron_ray.checkpoint.hf.exporting import export_folder
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.data.prepared import PreparedData
 from megatron_ray.distributed.mesh import ParallelMesh
+from megatron_ray.inference.generate import generate, load_model
 from megatron_ray.ops.fp8.products import Fp8Multiplication
 from megatron_ray.ops.fp8.quantize import E5M2
 from megatron_ray.ops.fp8.recipe import Recipe
@@ -183,10 +185,10 @@ def test_a_run_goes_on_here_and_elsewhere_with_its_scales(
         in_fp8(resuming.config(tmp_path, *degrees)) for degrees in ((1, 2), (2, 1))
     )
     _, half = resuming.goes_on_here_and_elsewhere(run_ranks, here, there, corpus, rel=1e-2)
-    model, tokenizer = resuming.load_model(half)
-    text = resuming.generate(model, tokenizer, "line 7: ", 8, temperature=0)
+    model, tokenizer = load_model(half)
+    text = generate(model, tokenizer, "line 7: ", 8, temperature=0)
     assert len(text.tokens) > 0
-    assert resuming.export_folder(half, str(tmp_path / "hf")).tensors > 0
+    assert export_folder(half, str(tmp_path / "hf")).tensors > 0
 
 
 def test_a_run_may_change_to_fp8_and_to_another_history(

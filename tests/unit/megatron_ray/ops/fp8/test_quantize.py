@@ -22,7 +22,7 @@ def rounded(number: float, dtype: torch.dtype) -> float:
     exponent = max(frexp(number)[1] - 1, smallest)
     step = 2.0 ** (exponent - bits)
     # Python rounds halves to even.
-    return min(max(round(number / step) * step, -most), most)
+    return float(min(max(round(number / step) * step, -most), most))
 
 
 def scale_of(amax: float, dtype: torch.dtype, *, power_of_two: bool) -> float:
