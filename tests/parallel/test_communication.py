@@ -74,7 +74,7 @@ WIDE_LATENTS = DEEPSEEK | {
         "qk_rope_head_dim": 16,
         "v_head_dim": 16,
     },
-    "moe": DEEPSEEK["moe"] | {"ffn_hidden_size": 64},
+    "moe": DEEPSEEK["moe"] | {"ffn_hidden_size": 64, "shared_expert_ffn_hidden_size": 64},
 }
 """Sizes that FP8 multiplies."""
 IN_MOST_DIRECTIONS = {"tp": 4, "sequence_parallel": True, "ep": 8, "etp": 2, "pp": 2}
