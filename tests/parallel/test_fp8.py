@@ -90,18 +90,24 @@ def test_losses_stay_within_a_hundredth_of_those_in_bf16(recipe: str, steps: int
     assert not np.array_equal(losses(recipe, steps), expected)
 
 
-LAYOUTS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+Layouts = list[tuple[str, dict[str, Any], dict[str, Any]]]
+STEPS = 4
+LAYOUTS: Layouts = [
+    ("delayed", MODEL, {"dp": 2, "zero": 3}),
     ("delayed", MODEL, {"tp": 2, "sequence_parallel": True}),
+    ("current", EXPERTS, {"tp": 2, "sequence_parallel": True, "etp": 2}),
+    ("blockwise", EXPERTS, {"dp": 2, "ep": 2}),
+    ("mxfp8", MODEL, {"pp": 2, "vpp": 2, "schedule": "zb-v", "layout": "E|t|t|L"}),
+]
+MORE_LAYOUTS: Layouts = [
     ("delayed", MODEL, {"pp": 2}),
     ("delayed", MODEL, {"dp": 2}),
-    ("delayed", MODEL, {"dp": 2, "zero": 3}),
     ("delayed", EXPERTS, {"dp": 2, "ep": 2}),
+    ("delayed", MODEL, {"cp": 2}),
     ("current", MODEL, {"tp": 2, "sequence_parallel": True}),
-    ("current", EXPERTS, {"tp": 2, "sequence_parallel": True, "etp": 2}),
+    ("current", MODEL, {"cp": 2}),
     ("blockwise", MODEL, {"dp": 2}),
-    ("blockwise", EXPERTS, {"dp": 2, "ep": 2}),
     ("mxfp8", MODEL, {"tp": 2}),
-    ("mxfp8", MODEL, {"pp": 2, "vpp": 2, "schedule": "zb-v", "layout": "E|t|t|L"}),
 ]
 
 
@@ -109,20 +115,25 @@ def run_all(rank: int, world_size: int, configs: list[TrainConfig]) -> list[list
     return [parity.run_layout(rank, world_size, config).losses for config in configs]
 
 
-def test_every_layout_has_the_losses_of_one_rank() -> None:
+@pytest.mark.parametrize(
+    "layouts",
+    [LAYOUTS, pytest.param(MORE_LAYOUTS, marks=pytest.mark.parity)],
+    ids=["some", "more"],
+)
+def test_every_layout_has_the_losses_of_one_rank(layouts: Layouts) -> None:
     configs = [
-        config_of(recipe, parallel, steps=5, model=model)
-        for recipe, model, parallel in LAYOUTS
+        config_of(recipe, parallel, steps=STEPS, model=model)
+        for recipe, model, parallel in layouts
     ]
     for results in run_ranks(run_all, 2, configs, timeout_s=180):
-        for (recipe, model, parallel), measured in zip(LAYOUTS, results, strict=True):
+        for (recipe, model, parallel), measured in zip(layouts, results, strict=True):
             expected = one_rank(recipe, model is EXPERTS)
-            np.testing.assert_allclose(measured, expected, 1e-2, err_msg=str(parallel))
+            np.testing.assert_allclose(measured, expected, 5e-3, err_msg=str(parallel))
 
 
 @cache
 def one_rank(recipe: str, experts: bool) -> list[float]:
-    config = config_of(recipe, steps=5, model=EXPERTS if experts else MODEL)
+    config = config_of(recipe, steps=STEPS, model=EXPERTS if experts else MODEL)
     return parity.run_layout(0, 1, config).losses
 
 
