@@ -1,6 +1,6 @@
 """Values and scales are, bit for bit, those of a definition in float64 written here."""
 
-from math import ceil, floor, frexp
+from math import ceil, floor, frexp, isnan
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ FORMATS = {E4M3: (3, -6, 448.0), E5M2: (2, -14, 57344.0)}
 def rounded(number: float, dtype: torch.dtype) -> float:
     """The nearest FP8 number, ties to even; what is too large becomes the largest."""
     bits, smallest, most = FORMATS[dtype]
-    if number == 0 or np.isnan(number):
+    if number == 0 or isnan(number):
         return number
     exponent = max(frexp(number)[1] - 1, smallest)
     step = 2.0 ** (exponent - bits)
