@@ -196,11 +196,28 @@ def step_time(
     The vocabulary must be known. `precision` is that of matrix products; by default the
     config's. None when the device has no figures for it.
     """
-    precision = precision or config.training.precision
+    precision = precision or precision_on(config, hardware)
     if precision not in hardware.efficiencies:
         return None
     efficiency = hardware.efficiencies[precision]
     return step_parts(config, hardware, precision).step_time(efficiency)
+
+
+def precision_on(config: TrainConfig, hardware: Hardware) -> str:
+    """Returns the precision that a device computes a config's matrix products in.
+
+    All of them count as FP8 where layers multiply in FP8, as in the published runs that
+    efficiencies are fitted to. Emulated products take CPUs as long as fp32 and GPUs as
+    long as bf16, and the conversions are not counted.
+    """
+    fp8 = config.training.fp8
+    if fp8 is None:
+        return config.training.precision
+    if hardware.device.multiplies_fp8(fp8.recipe) and "fp8" in hardware.efficiencies:
+        return "fp8"
+    if hardware.device.type == "cpu":
+        return "fp32"
+    return config.training.precision
 
 
 def step_parts(

@@ -36,6 +36,9 @@ from megatron_ray.storage.storage import open_storage
 from megatron_ray.training.callbacks.runner import CallbackRunner
 from megatron_ray.training.progress import Progress, SkippedSteps
 
+_FP8 = "fp8/"
+"""Prefix of the names of FP8 scales in checkpoints."""
+
 
 @dataclass(frozen=True)
 class Extras:
@@ -168,11 +171,15 @@ def read_file(path: str) -> bytes:
 def training_state(model: ParallelModel, optimizer: ShardedOptimizer) -> ShardedState:
     """Returns live views of all tensors in a checkpoint.
 
-    These are main parameters, moments, a loss scale and balancing biases of experts.
+    These are main parameters, moments, a loss scale, balancing biases of experts and
+    FP8 scales.
     """
     state = optimizer.sharded_state()
     for name, bias in model.expert_biases.items():
         state[f"model/{name}"] = whole_tensor(bias.value)
+    if model.delayed_scaling is not None:
+        for name, tensor in model.delayed_scaling.state().items():
+            state[_FP8 + name] = whole_tensor(tensor)
     return state
 
 
@@ -189,13 +196,17 @@ def resume(
     """
     saved = SavedCheckpoint(path)
     state = training_state(model, optimizer)
-    for name, tensor in callbacks.items():
+    for name in tuple(state):
+        # A run that changes to fp16 or FP8 had no scales until now, or histories of another
+        # length; it starts with new ones.
+        is_scale = name == LOSS_SCALE or name.startswith(_FP8)
+        tensor = saved.tensors.get(name)
+        if is_scale and (tensor is None or tensor.shape != state[name].shape):
+            del state[name]
+    for name, watched in callbacks.items():
         # What the run did not watch until now begins here.
         if name in saved.tensors:
-            state[name] = tensor
-    # A run that changes to fp16 had no loss scale until now.
-    if LOSS_SCALE not in saved.tensors:
-        state.pop(LOSS_SCALE, None)
+            state[name] = watched
     saved.load_into(state)
     return apply_train_state(read_train_state(path, rank), optimizer)
 

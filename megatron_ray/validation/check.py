@@ -13,6 +13,7 @@ from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.parallel_dims import ParallelDims
 from megatron_ray.validation import (
     experts,
+    fp8,
     intervals,
     latent_attention,
     layout,
@@ -47,6 +48,7 @@ _RULES = (
     training_rules.loss_scale_problems,
     training_rules.precision_problems,
     moment_problems,
+    fp8.fp8_problems,
     intervals.skipping_problems,
     recompute.recompute_problems,
     resume_rules.resume_changes_problems,
