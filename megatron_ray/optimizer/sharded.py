@@ -23,6 +23,7 @@ from megatron_ray.distributed import collectives
 from megatron_ray.optimizer.loss_scale import LossScaler
 from megatron_ray.optimizer.matrix_update import LocalMatrix, MatrixUpdate, Segment
 from megatron_ray.optimizer.partition import Piece, Run, flat_runs, owned_range, pieces
+from megatron_ray.optimizer.piece_boxes import add_boxes
 from megatron_ray.optimizer.update_calls import (
     RunTensors,
     RunUpdate,
@@ -30,16 +31,13 @@ from megatron_ray.optimizer.update_calls import (
     update_call,
 )
 from megatron_ray.optimizer.update_rule import UpdateRule
-from megatron_ray.sharding.boxes import Box
-from megatron_ray.sharding.flat_boxes import flat_range_to_boxes
 from megatron_ray.sharding.matrices import (
     OwnedMatrix,
     rounds_of_buckets,
     rounds_of_rows,
 )
-from megatron_ray.sharding.parameter_types import Part
 from megatron_ray.sharding.row_shards import row_range
-from megatron_ray.sharding.sharded_state import ShardedState, ShardedTensor, TensorBox
+from megatron_ray.sharding.sharded_state import ShardedState
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -293,14 +291,14 @@ class OptimizerShard:
         """
         state: ShardedState = {}
         for piece in self.pieces:
-            _add_boxes(state, "model/", piece, self.main(piece))
+            add_boxes(state, "model/", piece, self.main(piece))
             for name, flat in self.state_of(piece).items():
-                _add_boxes(state, f"optimizer/{name}/", piece, flat)
+                add_boxes(state, f"optimizer/{name}/", piece, flat)
         # Frozen parameters belong to no run, but a checkpoint contains the whole model.
         for placed in self.buffers.plan.frozen:
             whole = Piece(placed, placed.start, placed.end, shard_start=0)
             values = self.buffers.parameters[placed.start : placed.end]
-            _add_boxes(state, "model/", whole, values)
+            add_boxes(state, "model/", whole, values)
         return state
 
     def sharded_gradients(self) -> ShardedState:
@@ -310,7 +308,7 @@ class OptimizerShard:
         """
         state: ShardedState = {}
         for piece in self.pieces:
-            _add_boxes(state, "", piece, self.gradient(piece))
+            add_boxes(state, "", piece, self.gradient(piece))
         return state
 
 
@@ -412,44 +410,3 @@ class ShardedOptimizer:
         for shard in self.shards:
             state |= shard.sharded_gradients()
         return state
-
-
-def _add_boxes(state: ShardedState, prefix: str, piece: Piece, flat: Tensor) -> None:
-    """Adds the flat range of a piece to the state, as boxes of logical tensors.
-
-    A parameter may fuse several logical tensors along dim 0; padding rows belong to none
-    and are left out.
-    """
-    for part in piece.placed.parameter.parts:
-        boxes = _part_boxes(piece, part, flat)
-        if boxes:
-            logical = part.logical
-            empty = ShardedTensor(logical.shape, [])
-            state.setdefault(prefix + logical.name, empty).boxes.extend(boxes)
-
-
-def _part_boxes(piece: Piece, part: Part, flat: Tensor) -> list[TensorBox]:
-    """Returns the boxes of one part in a piece, as views of the piece's memory."""
-    overlap = piece.overlap(part)
-    if overlap is None:
-        return []
-    start, end = overlap
-    part_start = piece.placed.part_start(part)
-    shift = part_start - piece.start
-    boxes = []
-    # A flat range is in general not a box, since it may start and end within a row. It is
-    # split into as few boxes as possible, which are contiguous and so views.
-    for box, box_start, box_end in flat_range_to_boxes(
-        part.box.size, start - part_start, end - part_start
-    ):
-        view = flat[shift + box_start : shift + box_end].view(box.size)
-        boxes.append(TensorBox(_shifted(box, part.box.offset), view))
-    return boxes
-
-
-def _shifted(box: Box, offset: Sequence[int]) -> Box:
-    """Returns a box of a part as a box of the logical tensor."""
-    shifted = []
-    for part_offset, inner_offset in zip(offset, box.offset, strict=True):
-        shifted.append(part_offset + inner_offset)
-    return Box(tuple(shifted), box.size)
