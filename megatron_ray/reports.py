@@ -4,7 +4,23 @@ Owns: the fields of reports. Torch-free. Must not know: readers of reports.
 """
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, get_args
+
+StepPart = Literal[
+    "data", "forward", "backward", "communication", "optimizer", "checkpoint", "other"
+]
+"""What a rank spends the time of a step on; the parts add up to the whole.
+
+- `data`: reading samples and making batches of them.
+- `forward` and `backward`: the passes, the latter with what they recompute.
+- `communication`: waits for other ranks in collectives and messages, wherever they occur.
+  What overlaps with computation costs no time and does not count.
+- `optimizer`: gradient norm, clipping and the update.
+- `checkpoint`: copying the state for a checkpoint after the step before, and waits for the
+  checkpoint before that one.
+- `other`: the rest, such as reports and the gaps between steps.
+"""
+STEP_PARTS: tuple[StepPart, ...] = get_args(StepPart)
 
 
 @dataclass(frozen=True)
@@ -34,7 +50,7 @@ class StepReport:
     memory_bytes: int
     """Peak device memory (RSS on CPU)."""
     split_s: dict[str, float] = field(default_factory=dict)
-    """Seconds of the step by part: data, forward_backward, reduce, optimizer."""
+    """Seconds of the step by part, see StepPart, as this rank has measured them."""
     other_losses: dict[str, float] = field(default_factory=dict)
     """Auxiliary losses before weighting, per loss token: load_balancing_loss (or
     seq_load_balancing_loss) and z_loss, means over the layers with experts, and

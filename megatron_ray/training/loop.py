@@ -19,7 +19,7 @@ from megatron_ray.training.evaluate import evaluate
 from megatron_ray.training.progress import Progress, is_due
 from megatron_ray.training.reporting.step_numbers import StepNumbers, StepsInFlight
 from megatron_ray.training.reporting.step_reporter import StepReporter
-from megatron_ray.training.reporting.step_timer import StepTimer
+from megatron_ray.training.reporting.step_timer import StepTimer, step_timer
 from megatron_ray.training.step import forward_backward, reduce_step
 
 Outcome = Literal["finished", "stopped", "exited"]
@@ -40,7 +40,7 @@ def train(
     config = components.config
     reporter = StepReporter(config, components.mesh, report, progress.skipped)
     in_flight = StepsInFlight(components.mesh.device, len(config.model.aux_losses))
-    timer = StepTimer()
+    timer = step_timer(components.mesh.device)
     # One iteration is one step and its boundary. All ranks perform an action at the same
     # boundary: due times are equal on all ranks, and commands are agreed on.
     while progress.step < config.training.num_steps:
@@ -59,15 +59,14 @@ def train(
         saves = is_last or is_due(config.checkpoint.every_steps, progress)
         copies = components.copier.is_due(progress) and not is_last
         if saves or copies or command.saves:
+            timer.mark("other")
             # Non-finite weights must never be saved, so the numbers of all previous steps
             # are read first, although the host waits for the device here.
             PROCESS.phase = "checkpoint"
             command = max(command, _take(components, reporter, in_flight.pop_all()))
             progress = progress.with_skipped(reporter.skipped)
-            if saves or command.saves:
-                components.saver.save(progress)
-            if copies:
-                components.copier.copy(progress)
+            _save(components, progress, saves=saves or command.saves, copies=copies)
+            timer.mark("checkpoint")
         # After the last step the run has finished, so a stop command has no effect.
         if command.stops and not is_last:
             reporter.steps(in_flight.pop_all())
@@ -85,12 +84,12 @@ def _train_step(
 ) -> tuple[StepSums, float]:
     """Launches one step; returns its sums, still on the device, and its learning rate."""
     config = components.config
+    timer.mark("other")
     PROCESS.phase = "data"
     batches = components.loader.step(progress.consumed_samples)
     timer.mark("data")
     PROCESS.phase = "forward_backward"
-    loss_sum = forward_backward(components.model, components.mesh, batches)
-    timer.mark("forward_backward")
+    loss_sum = forward_backward(components.model, components.mesh, batches, timer.mark)
     PROCESS.phase = "reduce"
     # Every rank votes for its received command. The votes are reduced with the step's
     # numbers, so all ranks act on the same command at the same boundary.
@@ -103,7 +102,6 @@ def _train_step(
         votes_for(poll(), is_sending=components.copier.is_sending),
         _skip_rule(config.training, progress.step + 1),
     )
-    timer.mark("reduce")
     PROCESS.phase = "optimizer"
     rates = components.rates.at(progress.step + 1)
     scale_and_clip(components.optimizer, sums, rates.clip_grad_norm)
@@ -124,6 +122,16 @@ def _skip_rule(training: TrainingConfig, step: int) -> SkipRule:
     if training.max_skipped_steps > 0 or is_dynamic:
         return SkipRule.IF_NOT_FINITE
     return SkipRule.NEVER
+
+
+def _save(
+    components: TrainingComponents, progress: Progress, *, saves: bool, copies: bool
+) -> None:
+    """Saves the state to the storage, copies it to memory, or both."""
+    if saves:
+        components.saver.save(progress)
+    if copies:
+        components.copier.copy(progress)
 
 
 def _evaluate(

@@ -16,6 +16,7 @@ import httpx
 import pytest
 import yaml
 
+from megatron_ray.reports import STEP_PARTS
 from tests.support.fault_injection import (
     Observer,
     assert_nothing_left,
@@ -201,7 +202,7 @@ def test_while_running_on_rays_metrics_port_and_with_a_log_in_rays_dashboard(
         names = {line.partition("{")[0] for line in lines}
         assert names == {f"ray_{gauge.name}" for gauge in GAUGES.values()}
         parts = set(re.findall(r'part="(\w+)"', "\n".join(lines)))
-        assert parts == {"data", "forward_backward", "reduce", "optimizer"}
+        assert parts == set(STEP_PARTS)
         assert all('group="trainer"' in line for line in lines)
         assert road.client.show(job_id)["status"] == "running"
         end(road, observer, job_id)
