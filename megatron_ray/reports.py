@@ -127,6 +127,42 @@ class PeerCopiesRefusedReport:
 
 
 @dataclass(frozen=True)
+class ProfileReport:
+    """A rank has written a profile of some steps, or could not."""
+
+    kind: ClassVar[str] = "profile"
+    rank: int
+    number: int
+    """Number of the request within the run; 0 is that of its config."""
+    first_step: int
+    last_step: int
+    folder: str = ""
+    """Path or URI of the folder with its files."""
+    files: tuple[str, ...] = ()
+    """Names of the files: the trace and the memory."""
+    seconds: float = 0.0
+    """Time of the steps, with the cost of recording them."""
+    operators: tuple[dict[str, Any], ...] = ()
+    """The most expensive operators, {name, calls, seconds, share}: their own time, on the
+    device where there is one, and its share of that of all."""
+    problem: str | None = None
+    """Why there is no profile."""
+
+    @property
+    def steps(self) -> str:
+        """The steps as people write them."""
+        if self.first_step == self.last_step:
+            return f"step {self.first_step}"
+        return f"steps {self.first_step}-{self.last_step}"
+
+    def sentence(self) -> str:
+        """Returns what has happened, in one line."""
+        if self.problem is not None:
+            return f"no profile of {self.steps} on rank {self.rank}: {self.problem}"
+        return f"wrote a profile of {self.steps} on rank {self.rank} to {self.folder}"
+
+
+@dataclass(frozen=True)
 class PhaseReport:
     """A rank has finished a phase of its start-up: rendezvous, model, load, data ..."""
 
@@ -164,6 +200,7 @@ Report = (
     | CheckpointReport
     | CheckpointFailedReport
     | PeerCopiesRefusedReport
+    | ProfileReport
     | PhaseReport
     | SpeedReport
 )

@@ -16,6 +16,7 @@ from megatron_ray.optimizer.step_sums import SkipRule, StepSums
 from megatron_ray.reports import Report
 from megatron_ray.training.components import TrainingComponents
 from megatron_ray.training.evaluate import evaluate
+from megatron_ray.training.profiling.profiler import NO_PROFILER, Profiler
 from megatron_ray.training.progress import Progress, is_due
 from megatron_ray.training.reporting.step_numbers import StepNumbers, StepsInFlight
 from megatron_ray.training.reporting.step_reporter import StepReporter
@@ -31,6 +32,7 @@ def train(
     progress: Progress,
     report: Callable[[Report], None],
     poll: Callable[[], Command],
+    profiler: Profiler = NO_PROFILER,
 ) -> Outcome:
     """Trains from `progress` to the last step, a limit, or until all ranks agree to stop.
 
@@ -44,13 +46,18 @@ def train(
     # One iteration is one step and its boundary. All ranks perform an action at the same
     # boundary: due times are equal on all ranks, and commands are agreed on.
     while progress.step < config.training.num_steps:
+        profiler.begin_step(progress.step + 1)
         sums, lr = _train_step(components, progress, poll, timer)
         progress = progress.after_step(components.batch_sizes)
         in_flight.add(progress, lr, timer.finish(), sums)
+        profiler.end_step(progress.step)
 
         is_last = progress.step == config.training.num_steps
-        steps = in_flight.pop_all() if is_last else in_flight.pop_arrived()
-        command = _take(components, reporter, steps)
+        command = _take(
+            components,
+            reporter,
+            in_flight.pop_all() if is_last else in_flight.pop_arrived(),
+        )
         if is_due(config.training.exit_every_steps, progress):
             command = Command.EXIT
 

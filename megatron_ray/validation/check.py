@@ -25,6 +25,7 @@ from megatron_ray.validation import training as training_rules
 from megatron_ray.validation.parameters.freezing import freezing_problems
 from megatron_ray.validation.parameters.groups import group_problems
 from megatron_ray.validation.parameters.matrices import matrix_problems
+from megatron_ray.validation.profiling import profile_problems, profile_warnings
 from megatron_ray.validation.resolution import expert_dp_multiple, least_dp
 from megatron_ray.validation.storage.path_rules import PathRules, path_problems
 
@@ -45,6 +46,7 @@ _RULES = (
     training_rules.loss_scale_problems,
     training_rules.precision_problems,
     intervals.skipping_problems,
+    profile_problems,
     recompute.recompute_problems,
     resume_rules.resume_changes_problems,
 )
@@ -61,6 +63,7 @@ _WARNINGS = (
     intervals.decay_warnings,
     intervals.clipping_warnings,
     intervals.model_warnings,
+    profile_warnings,
 )
 """Such rules for any number of steps."""
 
