@@ -32,6 +32,7 @@ from megatron_ray.training.evaluate import Evaluation
 from megatron_ray.training.exits import with_time_limit
 from megatron_ray.training.loop import Outcome, train
 from megatron_ray.training.origin import RunOrigin, raise_for
+from megatron_ray.training.profiling.out_of_memory import explained_out_of_memory
 from megatron_ray.training.profiling.profiler import ProfileSource, StepProfiler
 from megatron_ray.training.saving import TrainingSaver
 from megatron_ray.training.state_copy import CopyStore, StateCopier, StateCopy
@@ -64,7 +65,7 @@ class TrainingSession:
     that it restores, not from `resume_from`.
 
     Raises ConfigError when the config contradicts the mesh, the data, the weights it
-    begins with or the checkpoint that it resumes from.
+    begins with or the checkpoint that it resumes from, and RankOutOfMemoryError.
     """
 
     def __init__(
@@ -98,9 +99,10 @@ class TrainingSession:
         )
         torch.manual_seed(self.config.training.seed)
         is_same_order = origin.check_changes(self.config, data)
-        self.model, self.optimizer = build(
-            self.config, mesh, initialise=not origin.has_weights
-        )
+        with explained_out_of_memory(self.config, mesh, attempt):
+            self.model, self.optimizer = build(
+                self.config, mesh, initialise=not origin.has_weights
+            )
         self._end_phase("model")
         self._saver = self._make_saver(data, attempt, origin)
         progress = origin.load(
@@ -132,13 +134,14 @@ class TrainingSession:
 
         `profiles` is called once a step, too, and returns the newest request of a profile on
         this rank; a ProfileReport follows. The last checkpoint is durable when it returns.
-        Raises NonFiniteLossError.
+        Raises NonFiniteLossError, RankOutOfMemoryError.
         """
         profiler = self._make_profiler(profiles)
         try:
-            outcome = train(
-                self._components, self.progress, self._report, self._poll, profiler
-            )
+            with explained_out_of_memory(self.config, self.mesh, self._attempt):
+                outcome = train(
+                    self._components, self.progress, self._report, self._poll, profiler
+                )
         except BaseException:
             # A rank that has lost its peers must be able to restart without waiting for
             # slow storage.

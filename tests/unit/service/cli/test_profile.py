@@ -68,7 +68,13 @@ def test_a_rank_without_files_is_an_error_after_the_files_of_the_others(
     run: Run, service: FakeService, pending: dict[str, Any], written: dict[str, Any]
 ) -> None:
     written["reports"].append(
-        {"rank": 1, "files": [], "seconds": 0, "operators": [], "problem": "it came too late"}
+        {
+            "rank": 1,
+            "files": [],
+            "seconds": 0,
+            "operators": [],
+            "problem": "it came too late",
+        }
     )
     service.routes[f"POST {PATH}"] = (202, pending)
     service.routes[f"GET {PATH}"] = (200, page(written))
