@@ -39,9 +39,9 @@ def config_of(folder: Path) -> TrainConfig:
 
 
 def message_of(error: Exception, config: TrainConfig, mesh: ParallelMesh) -> str:
-    with pytest.raises(RankOutOfMemoryError) as caught:
-        with explained_out_of_memory(config, mesh, attempt=3):
-            raise error
+    explained = explained_out_of_memory(config, mesh, attempt=3)
+    with pytest.raises(RankOutOfMemoryError) as caught, explained:
+        raise error
     assert caught.value.__cause__ is error
     reported = {
         "type": type(caught.value).__name__,
@@ -113,7 +113,7 @@ def test_on_cuda_a_snapshot_of_the_allocator_is_written(
 def test_other_errors_stay_as_they_are(tmp_path: Path) -> None:
     error = RuntimeError("mat1 and mat2 shapes cannot be multiplied")
     assert not is_out_of_memory(error)
-    with pytest.raises(RuntimeError) as caught:
-        with explained_out_of_memory(config_of(tmp_path), ParallelMesh.single(), 1):
-            raise error
+    explained = explained_out_of_memory(config_of(tmp_path), ParallelMesh.single(), 1)
+    with pytest.raises(RuntimeError) as caught, explained:
+        raise error
     assert caught.value is error
