@@ -96,10 +96,17 @@ MAX_PROFILED_STEPS = 100
 """Steps of one profile: a trace of more is too large to be opened."""
 
 
+STEPS_PATTERN = "^[0-9]{1,13}(-[0-9]{1,13})?$"
+STEPS_RULE = (
+    "must be a first and a last step, counted from 1, such as 10-12, with at most "
+    f"{MAX_PROFILED_STEPS} steps"
+)
+
+
 class ProfileConfig(Config):
     """A profile of some steps: where their time and memory go."""
 
-    steps: str = Field(pattern="^[0-9]{1,13}(-[0-9]{1,13})?$")
+    steps: str = Field(pattern=STEPS_PATTERN)
     """First and last step, such as 10-12, counted from 1; at most 100 of them. The first
     steps of a process also compile, allocate and connect, so later ones say more. Steps
     that are done before a resume are not profiled again."""
@@ -119,14 +126,8 @@ class ProfileConfig(Config):
     @field_validator("steps")
     @classmethod
     def _few_steps(cls, steps: str) -> str:
-        first, last = step_range(steps)
-        if first < 1 or last < first or last - first >= MAX_PROFILED_STEPS:
-            raise PydanticCustomError(
-                "step_range",
-                "must be a first and a last step, counted from 1, such as 10-12, with at "
-                "most {most} steps",
-                {"most": MAX_PROFILED_STEPS},
-            )
+        if not is_profilable(*step_range(steps)):
+            raise PydanticCustomError("step_range", STEPS_RULE)
         return steps
 
     @property
@@ -139,6 +140,11 @@ def step_range(steps: str) -> tuple[int, int]:
     """Returns the first and the last step of `10-12`, or of a single one."""
     first, _, last = steps.partition("-")
     return int(first), int(last or first)
+
+
+def is_profilable(first: int, last: int) -> bool:
+    """Whether a profile may have these steps."""
+    return 1 <= first <= last < first + MAX_PROFILED_STEPS
 
 
 class TrainingConfig(Config):

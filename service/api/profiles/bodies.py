@@ -4,12 +4,24 @@ Owns: their fields and descriptions. Must not know: tables, how ranks are profil
 """
 
 from datetime import datetime
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import ConfigDict
+from pydantic import ConfigDict, Field
 
+from megatron_ray.config.training import STEPS_PATTERN
 from service.api.models import Body
 from service.jobs.reports.profiles import ProfileStatus
+
+
+class ProfileRequest(Body):
+    """Which coming steps are to be profiled, and by which ranks."""
+
+    steps: str = Field(pattern=STEPS_PATTERN)
+    """First and last step, such as `10-12`, or a single one; at most 100."""
+    ranks: tuple[Annotated[int, Field(ge=0, lt=1 << 20)], ...] = Field(
+        default=(0,), min_length=1, max_length=64
+    )
+    """Ranks that record them."""
 
 
 class _Part(Body):

@@ -7,11 +7,10 @@ from fastapi import APIRouter, Depends
 from fastapi.responses import Response
 from sqlalchemy.orm import Session
 
-from megatron_ray.config.training import ProfileConfig
 from service.api import render
 from service.api.jobs import IdempotencyKey, change_job
 from service.api.models import JobId, Page
-from service.api.profiles.bodies import Profile
+from service.api.profiles.bodies import Profile, ProfileRequest
 from service.http.bodies import BoundedBodyRoute
 from service.http.dependencies import ContextDep, CurrentCaller
 from service.http.idempotency import IdempotentRequest
@@ -42,7 +41,7 @@ def list_profiles(job_id: JobId, context: ContextDep) -> Page[Profile]:
 )
 def profile_job(
     job_id: JobId,
-    body: ProfileConfig,
+    body: ProfileRequest,
     context: ContextDep,
     caller: CurrentCaller,
     key: IdempotencyKey = None,
@@ -55,7 +54,7 @@ def profile_job(
     path = f"/v1/jobs/{job_id}/profiles"
     options = body.model_dump(mode="json")
     repeatable = IdempotentRequest.of(key, caller.token_id, path, options)
-    request = partial(profiles.request, profile=body)
+    request = partial(profiles.request, steps=body.steps, ranks=body.ranks)
     return change_job(context, job_id, repeatable, request, _rendered)
 
 

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy.orm import Session
 
 from megatron_ray.commands import ProfileRequest
-from megatron_ray.config.training import ProfileConfig
+from megatron_ray.config.training import STEPS_RULE, is_profilable, step_range
 from service.exceptions import (
     JobEndedError,
     JobNotRunningError,
@@ -64,8 +64,8 @@ class _Report(BaseModel):
 # ---- requests
 
 
-def request(session: Session, job: JobRow, profile: ProfileConfig) -> ProfileRow:
-    """Requests that ranks of a running job profile some of its steps.
+def request(session: Session, job: JobRow, steps: str, ranks: Sequence[int]) -> ProfileRow:
+    """Requests that ranks of a running job profile some of its steps, such as `10-12`.
 
     Raises JobEndedError, JobNotRunningError, ProfileRunningError while an earlier profile
     is not written, RequestInvalidError for steps and ranks that the job does not have.
@@ -76,15 +76,15 @@ def request(session: Session, job: JobRow, profile: ProfileConfig) -> ProfileRow
             raise ProfileRunningError(
                 f"a profile of steps {_steps(row)} is not written yet; try again when it is"
             )
-    first, last = profile.first_and_last
-    _check_steps(job, profile.steps, first, last)
-    _check_ranks(session, job, profile.ranks)
+    first, last = step_range(steps)
+    _check_steps(job, steps, first, last)
+    _check_ranks(session, job, ranks)
     order = ProfileOrder(
         number=(job.profile_order or {}).get("number", 0) + 1,
         attempt=job.attempt,
         first_step=first,
         last_step=last,
-        ranks=tuple(sorted(set(profile.ranks))),
+        ranks=tuple(sorted(set(ranks))),
     )
     row = _new_row(session, job, order.attempt, order, order.ranks, time.time())
     job.profile_order = order.model_dump(mode="json")
@@ -110,6 +110,8 @@ def _require_running(job: JobRow) -> None:
 
 
 def _check_steps(job: JobRow, steps: str, first: int, last: int) -> None:
+    if not is_profilable(first, last):
+        raise RequestInvalidError.of_field("/steps", "step_range", f"steps {STEPS_RULE}")
     progress = job.progress
     step = progress.get("step", 0)
     # The progress may still be that of an earlier attempt, which was further.

@@ -107,11 +107,11 @@ def test_a_profile_is_requested_reported_by_its_ranks_and_listed(service: Any) -
 def test_one_profile_at_a_time_and_the_next_one_has_the_next_number(service: Any) -> None:
     job_id, driver = training(service)
     assert service.user.post(path_of(job_id), json=BODY).status_code == 202
-    again = service.user.post(path_of(job_id), json={**BODY, "steps": 70})
+    again = service.user.post(path_of(job_id), json={**BODY, "steps": "70"})
     assert (again.status_code, again.json()["code"]) == (409, "profile_running")
     assert "steps 60-62 is not written yet" in again.json()["detail"]
     driver.send(report(), attempt=1)
-    following = service.user.post(path_of(job_id), json={**BODY, "steps": 70})
+    following = service.user.post(path_of(job_id), json={**BODY, "steps": "70"})
     assert following.status_code == 202
     assert driver.desired()["profile"]["number"] == 2
 
