@@ -17,7 +17,7 @@ from megatron_ray.pipeline_parallel.schedules.actions import Action, Op, Order
 from megatron_ray.pipeline_parallel.schedules.layout import StageContents
 from megatron_ray.reports import StepPart
 
-_PART_OF = {
+_PART_OF: dict[Op, StepPart] = {
     Op.FORWARD: "forward",
     Op.SEND_FORWARD: "forward",
     Op.RECV_FORWARD: "forward",

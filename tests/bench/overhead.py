@@ -305,7 +305,7 @@ def record_cost() -> dict[str, Any]:
 
 def step_report(step: int, rng: random.Random) -> StepReport:
     """A report as the loop fills it: all digits of every number."""
-    split = {part: rng.random() for part in STEP_PARTS}
+    split: dict[str, float] = {part: rng.random() for part in STEP_PARTS}
     return StepReport(
         step,
         10 * rng.random(),

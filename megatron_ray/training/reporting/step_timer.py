@@ -75,6 +75,10 @@ class HostTimer:
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock = clock
+        self._step_start = 0.0
+        self._part_start = 0.0
+        self._waited_s = 0.0
+        self._parts_s: dict[StepPart, float] = {}
         self.restart()
 
     def mark(self, part: StepPart) -> None:
@@ -153,7 +157,7 @@ class StreamTimer:
 
     def _mark_wait(self, *, begins: bool) -> None:
         # What comes before a wait belongs to the part that the next mark ends.
-        part = None
+        part: StepPart | None = None
         if not begins:
             part = "communication"
         self._marks.append((part, self._record()))
@@ -225,7 +229,7 @@ def with_rest(parts_s: dict[StepPart, float], total_s: float) -> dict[str, float
     named_s = sum(parts_s.values())
     # Rounding may leave less than nothing.
     parts_s["other"] = max(0.0, total_s - named_s)
-    return {**parts_s}
+    return dict[str, float](parts_s.items())
 
 
 def _record(times: StepTimes) -> None:

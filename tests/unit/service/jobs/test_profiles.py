@@ -125,7 +125,7 @@ def test_a_repeated_request_gets_the_first_answer(service: Any) -> None:
     assert second.headers["Idempotent-Replayed"] == "true"
 
 
-WRONG = {
+WRONG: dict[str, tuple[dict[str, Any], str, str, str]] = {
     "past": (
         {"steps": "10-12"},
         "/steps",

@@ -9,7 +9,7 @@ import torch
 
 from megatron_ray.distributed.activity import PROCESS
 from megatron_ray.distributed.recording import Recorded
-from megatron_ray.reports import STEP_PARTS
+from megatron_ray.reports import STEP_PARTS, StepPart
 from megatron_ray.training.reporting.step_timer import (
     HostTimer,
     StepTimes,
@@ -71,7 +71,7 @@ def test_a_step_is_split_and_the_rest_is_other(clock: Clock) -> None:
     assert parts_of(times) == expected
 
 
-PARTS = ("data", "forward", "backward", "optimizer", "checkpoint")
+PARTS: tuple[StepPart, ...] = ("data", "forward", "backward", "optimizer", "checkpoint")
 
 
 @pytest.mark.parametrize("slow", PARTS)
@@ -87,7 +87,7 @@ def test_what_is_slow_shows_in_its_part_and_a_wait_within_it_in_communication(
         elif name == slow:
             clock.work(9.0)
         timer.mark(name)
-    expected = dict.fromkeys(PARTS, 1.0)
+    expected: dict[str, float] = dict.fromkeys(PARTS, 1.0)
     if waits:
         expected["communication"] = 9.0
     else:
