@@ -13,7 +13,7 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,7 @@ class StepRecording:
         self._profiler.start()
         self._started = time.perf_counter()
         self._step = record_function("")
+        self._averages: Iterable[Any] | None = None
         self.seconds = 0.0
         """Time from the first step to the end."""
 
@@ -109,7 +110,10 @@ class StepRecording:
 
     def _events(self) -> Iterator[Any]:
         """Yields the operators: neither kernels, whose time they have, nor the steps."""
-        for event in self._profiler.key_averages():
+        # Adding up the events of a large model takes seconds.
+        if self._averages is None:
+            self._averages = self._profiler.key_averages()
+        for event in self._averages:
             is_operator = event.device_type.name == "CPU"
             if is_operator and not event.key.startswith(_STEP):
                 yield event
