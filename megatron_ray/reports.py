@@ -89,6 +89,16 @@ class EvalReport:
 
 
 @dataclass(frozen=True)
+class MonitorReport:
+    """What the callbacks of a run have measured in a step, the same on every rank."""
+
+    kind: ClassVar[str] = "monitors"
+    step: int
+    numbers: dict[str, float]
+    """By name, such as `grad_norm/layers.3`."""
+
+
+@dataclass(frozen=True)
 class CheckpointReport:
     """A rank's part of a checkpoint is durable.
 
@@ -197,6 +207,7 @@ Report = (
     StepReport
     | SkippedStepReport
     | EvalReport
+    | MonitorReport
     | CheckpointReport
     | CheckpointFailedReport
     | PeerCopiesRefusedReport

@@ -147,6 +147,56 @@ def is_profilable(first: int, last: int) -> bool:
     return 1 <= first <= last < first + MAX_PROFILED_STEPS
 
 
+class Fp8Config(Config):
+    """Matrix products in FP8, numbers of one byte with scales.
+
+    The linear layers of every layer multiply in FP8: attention's projections, MLPs and
+    experts, forward and backward. Their inputs, weights and gradients of outputs are
+    quantized right before the product; everything else stays in bf16: embedding, norms,
+    attention itself, routers, the output layer and all activations that are kept. GPUs
+    from Ada and Hopper on multiply in FP8 (`blockwise`: Hopper with CUDA 12.9; `mxfp8`:
+    Blackwell); elsewhere the numbers are the same and products slower than in bf16.
+    """
+
+    recipe: Literal["delayed", "current", "blockwise", "mxfp8"]
+    """Where scales come from. `delayed`: one for each input, weight and gradient, from
+    their largest values in the steps before, which are part of checkpoints. `current`:
+    one for each tensor, from its own largest value, which takes another pass over it.
+    `blockwise`: a power of two for each 128 elements of a row, in weights for each 128 x
+    128. `mxfp8`: a power of two for each 32 elements of a row."""
+    format: Literal["e4m3", "hybrid"] | None = None
+    """`e4m3` has 3 bits of mantissa and numbers up to 448; `hybrid` uses it for inputs
+    and weights, and E5M2, with 2 bits and numbers up to 57,344, for gradients. Default:
+    hybrid for delayed and current, e4m3 for blockwise and mxfp8, which have no other."""
+    margin: int = Field(default=0, ge=0, le=16)
+    """`delayed` only: scales are divided by 2^margin, which leaves room for values that
+    grow from one step to the next."""
+    amax_history_length: int = Field(default=1, ge=1, le=4096)
+    """`delayed` only: number of steps whose largest values are kept."""
+    amax_algorithm: Literal["most_recent", "max"] = "most_recent"
+    """`delayed` only: the step that a scale is made from, the last one or, of those
+    that are kept, the one with the largest value."""
+    first_layers_in_bf16: int = Field(default=0, ge=0, le=1024)
+    """Number of layers at the start of the model that multiply in bf16."""
+    last_layers_in_bf16: int = Field(default=0, ge=0, le=1024)
+    """Number of layers at the end of the model that multiply in bf16; from 1 on with
+    those of multi-token prediction."""
+
+    @property
+    def grad_format(self) -> str:
+        """Format of gradients: `e4m3` or `e5m2`."""
+        if self.recipe in ("blockwise", "mxfp8") or self.format == "e4m3":
+            return "e4m3"
+        return "e5m2"
+
+    def covers(self, layer: int, num_layers: int) -> bool:
+        """Returns whether a layer (from 0; MTP layers follow) multiplies in FP8."""
+        # MTP layers come after the last one.
+        end = num_layers - self.last_layers_in_bf16
+        is_before_end = layer < end or self.last_layers_in_bf16 == 0
+        return self.first_layers_in_bf16 <= layer and is_before_end
+
+
 class TrainingConfig(Config):
     """Batch, steps, precision, recomputation and evaluation."""
 
@@ -179,6 +229,9 @@ class TrainingConfig(Config):
     loss_scale: LossScaleConfig | None = None
     """Scaling of the loss; only with precision=fp16, which has a dynamic scale by
     default."""
+    fp8: Fp8Config | None = None
+    """Matrix products of linear layers in FP8; only with precision=bf16. Default: all
+    products are in the type of `precision`."""
     fp32_residual_connection: bool = False
     """Whether hidden states between layers, to which each layer adds its output, are
     fp32 while the layers themselves compute in bf16 or fp16. Deep models lose less in

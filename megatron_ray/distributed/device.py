@@ -34,6 +34,9 @@ def kind_of(device_type: str) -> DeviceKind:
     On CPUs oneDNN computes products, so oneDNN is queried for bf16: supported from
     AVX-512 on (without bf16 instructions), and limited by ONEDNN_MAX_CPU_ISA.
     """
+    if device_type == "cuda" and torch.cuda.is_available():
+        capability = torch.cuda.get_device_capability()
+        return DeviceKind(device_type, bf16_products=True, capability=capability)
     if device_type != "cpu":
         return DeviceKind(device_type, bf16_products=True)
     supported: bool = torch.ops.mkldnn._is_mkldnn_bf16_supported()

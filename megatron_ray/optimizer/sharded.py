@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from megatron_ray.config.optimizer import MuonConfig, OptimizerConfig
-from megatron_ray.config.optimizer_kinds import state_names
+from megatron_ray.config.optimizer_kinds import state_dtype, state_names
 from megatron_ray.data_parallel.buffers import ParameterGroup
+from megatron_ray.data_parallel.weight_gathers import WeightGathers
 from megatron_ray.distributed import collectives
 from megatron_ray.optimizer.loss_scale import LossScaler
 from megatron_ray.optimizer.matrix_update import LocalMatrix, MatrixUpdate, Segment
@@ -40,11 +41,13 @@ from megatron_ray.sharding.parameter_types import Part
 from megatron_ray.sharding.row_shards import row_range
 from megatron_ray.sharding.sharded_state import ShardedState, ShardedTensor, TensorBox
 
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
 
 class OptimizerShard:
     """This rank's shard of a parameter group.
 
-    `state` are flat fp32 tensors in the order of `runs`, by the optimizer's names for them.
+    `state` are flat tensors in the order of `runs`, by the optimizer's names for them.
     Where the optimizer updates matrices whole, `matrix_state` are those of their runs, and
     `state` those of the others.
     """
@@ -58,6 +61,7 @@ class OptimizerShard:
         # With a single rank nothing is sharded or gathered.
         self.sharded = sharded and self.group is not None
         self._sync_model = group.sync_model
+        self._gathers = group.gathers
         self._rows = group.rows
         plan = self.buffers.plan
         dp_rank = collectives.rank(self.group)
@@ -103,8 +107,11 @@ class OptimizerShard:
                 num_elements += run.end - run.start
         state = {}
         for name in state_names(config, of_matrix=of_matrix):
-            device = self.buffers.parameters.device
-            state[name] = torch.zeros(num_elements, device=device)
+            state[name] = torch.zeros(
+                num_elements,
+                dtype=_DTYPES[state_dtype(config, name)],
+                device=self.buffers.parameters.device,
+            )
         return state
 
     def _update_calls(self, config: OptimizerConfig) -> list[UpdateCall]:
@@ -120,9 +127,9 @@ class OptimizerShard:
         return list(calls.values())
 
     def _tensors(self, run: Run) -> RunTensors:
-        return RunTensors(self.main(run), self.gradient(run), self._state_of(run))
+        return RunTensors(self.main(run), self.gradient(run), self.state_of(run))
 
-    def _state_of(self, run: Run | Piece) -> dict[str, Tensor]:
+    def state_of(self, run: Run | Piece) -> dict[str, Tensor]:
         """Returns the state of a run or a piece, as views."""
         state = self.state
         if run.of_matrix:
@@ -206,6 +213,8 @@ class OptimizerShard:
 
         The new weights are not published yet.
         """
+        # Those of the update before may still be on their way to other ranks.
+        self.wait_for_weights()
         for update in self._updates:
             update.step(lr, skip)
 
@@ -224,6 +233,7 @@ class OptimizerShard:
 
         To be called after an update, a load, or initialisation of the shard.
         """
+        self.wait_for_weights()
         # Rounded before the gather, since short weights have half the bytes.
         if self._main_shard is not None:
             for run in self.runs:
@@ -237,15 +247,22 @@ class OptimizerShard:
             return
         flat = self.buffers.parameters
         buckets = self.buffers.plan.buckets
-        # Starts all buckets before waiting for the first.
-        gathers = []
-        for bucket, (start, end) in zip(buckets, self._owned, strict=True):
-            whole = flat[bucket.start : bucket.end]
-            gathers.append(
-                collectives.start_all_gather_into(whole, flat[start:end], self.group)
+        gathers = self._gathers or WeightGathers()
+        # Starts all buckets, in the order in which a forward pass reads them, before
+        # anything waits for the first.
+        for bucket in reversed(buckets):
+            start, end = self._owned[bucket.index]
+            gather = collectives.start_all_gather_into(
+                flat[bucket.start : bucket.end], flat[start:end], self.group
             )
-        for gather in gathers:
-            gather.wait()
+            gathers.start(bucket, gather)
+        if gathers is not self._gathers:
+            gathers.wait_for_all()
+
+    def wait_for_weights(self) -> None:
+        """Waits until all published weights have arrived."""
+        if self._gathers is not None:
+            self._gathers.wait_for_all()
 
     def has_parameter(self, name: str) -> bool:
         """Returns whether a parameter is in this group."""
@@ -277,7 +294,7 @@ class OptimizerShard:
         state: ShardedState = {}
         for piece in self.pieces:
             _add_boxes(state, "model/", piece, self.main(piece))
-            for name, flat in self._state_of(piece).items():
+            for name, flat in self.state_of(piece).items():
                 _add_boxes(state, f"optimizer/{name}/", piece, flat)
         # Frozen parameters belong to no run, but a checkpoint contains the whole model.
         for placed in self.buffers.plan.frozen:
@@ -362,6 +379,11 @@ class ShardedOptimizer:
         """
         for shard in self.shards:
             shard.publish()
+
+    def wait_for_weights(self) -> None:
+        """Waits until all published weights have arrived, for what is no forward pass."""
+        for shard in self.shards:
+            shard.wait_for_weights()
 
     def initialise(self, name: str, value: Tensor) -> None:
         """Sets one parameter in the model and in this rank's main parameters.

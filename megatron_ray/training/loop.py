@@ -5,6 +5,7 @@ formats.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 from megatron_ray.commands import Command, votes_for
@@ -14,6 +15,7 @@ from megatron_ray.models.batch import Batch
 from megatron_ray.optimizer.finalize_grads import scale_and_clip
 from megatron_ray.optimizer.step_sums import SkipRule, StepSums
 from megatron_ray.reports import Report
+from megatron_ray.training.callbacks.runner import Monitored
 from megatron_ray.training.components import TrainingComponents
 from megatron_ray.training.evaluate import evaluate
 from megatron_ray.training.profiling.profiler import NO_PROFILER, Profiler
@@ -47,9 +49,11 @@ def train(
     # boundary: due times are equal on all ranks, and commands are agreed on.
     while progress.step < config.training.num_steps:
         profiler.begin_step(progress.step + 1)
-        sums, lr = _train_step(components, progress, poll, timer)
+        launched = _train_step(components, progress, poll, timer)
         progress = progress.after_step(components.batch_sizes)
-        in_flight.add(progress, lr, timer.finish(), sums)
+        in_flight.add(
+            progress, launched.lr, timer.finish(), launched.sums, launched.monitored
+        )
         profiler.end_step(progress.step)
 
         is_last = progress.step == config.training.num_steps
@@ -77,10 +81,19 @@ def train(
         # After the last step the run has finished, so a stop command has no effect.
         if command.stops and not is_last:
             reporter.steps(in_flight.pop_all())
-            components.saver.wait()
+            components.finish()
             return "exited" if command is Command.EXIT else "stopped"
-    components.saver.wait()
+    components.finish()
     return "finished"
+
+
+@dataclass(frozen=True)
+class _LaunchedStep:
+    """The numbers of a step, those from the device still on it."""
+
+    sums: StepSums
+    lr: float
+    monitored: Monitored | None
 
 
 def _train_step(
@@ -88,13 +101,15 @@ def _train_step(
     progress: Progress,
     poll: Callable[[], Command],
     timer: StepTimer,
-) -> tuple[StepSums, float]:
-    """Launches one step; returns its sums, still on the device, and its learning rate."""
+) -> _LaunchedStep:
+    """Launches one step."""
     config = components.config
+    callbacks = components.callbacks
     timer.mark("other")
     PROCESS.phase = "data"
     batches = components.loader.step(progress.consumed_samples)
     timer.mark("data")
+    callbacks.begin_step(progress.step + 1, batches)
     PROCESS.phase = "forward_backward"
     loss_sum = forward_backward(components.model, components.mesh, batches, timer.mark)
     PROCESS.phase = "reduce"
@@ -110,14 +125,16 @@ def _train_step(
         _skip_rule(config.training, progress.step + 1),
     )
     PROCESS.phase = "optimizer"
+    callbacks.after_backward(sums)
     rates = components.rates.at(progress.step + 1)
     scale_and_clip(components.optimizer, sums, rates.clip_grad_norm)
     if components.rates.varies:
         components.optimizer.set_numbers(rates.peak_lr, rates.numbers)
     components.optimizer.step(rates.lr, sums.skip)
+    monitored = callbacks.after_update()
     timer.mark("optimizer")
     PROCESS.phase = "reports"
-    return sums, rates.lr
+    return _LaunchedStep(sums, rates.lr, monitored)
 
 
 def _skip_rule(training: TrainingConfig, step: int) -> SkipRule:

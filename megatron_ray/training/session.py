@@ -27,6 +27,8 @@ from megatron_ray.optimizer.sharded import ShardedOptimizer
 from megatron_ray.parallelize.parallelize import ParallelModel, parallelize
 from megatron_ray.reports import PhaseReport, Report
 from megatron_ray.sharding.sequence_split import SequenceCut
+from megatron_ray.training.callbacks.assembly import make_callbacks
+from megatron_ray.training.callbacks.protocol import CallbackContext
 from megatron_ray.training.components import Copier, NoCopies, TrainingComponents
 from megatron_ray.training.evaluate import Evaluation
 from megatron_ray.training.exits import with_time_limit
@@ -34,7 +36,7 @@ from megatron_ray.training.loop import Outcome, train
 from megatron_ray.training.origin import RunOrigin, raise_for
 from megatron_ray.training.profiling.out_of_memory import explained_out_of_memory
 from megatron_ray.training.profiling.profiler import ProfileSource, StepProfiler
-from megatron_ray.training.saving import TrainingSaver
+from megatron_ray.training.saving import Extras, TrainingSaver
 from megatron_ray.training.state_copy import CopyStore, StateCopier, StateCopy
 from megatron_ray.validation import check, resolution
 
@@ -103,10 +105,17 @@ class TrainingSession:
             self.model, self.optimizer = build(
                 self.config, mesh, initialise=not origin.has_weights
             )
+        self._callbacks = make_callbacks(
+            CallbackContext(self.config, mesh, self.model, self.optimizer)
+        )
         self._end_phase("model")
         self._saver = self._make_saver(data, attempt, origin)
         progress = origin.load(
-            self.model, self.optimizer, mesh.rank, self.config.training.seed
+            self.model,
+            self.optimizer,
+            self._callbacks.state(),
+            mesh.rank,
+            self.config.training.seed,
         )
         self.progress = progress.planned_for(
             self.config.training.num_steps,
@@ -126,6 +135,7 @@ class TrainingSession:
                 self._evaluation(data),
                 self._saver,
                 copier,
+                self._callbacks,
             )
         self._end_phase("data")
 
@@ -185,7 +195,7 @@ class TrainingSession:
             data,
             attempt=attempt,
             report=self._report,
-            published=published,
+            extras=Extras(published, self._callbacks),
         )
 
     def _make_copier(self, copies: CopyStore | None) -> Copier:

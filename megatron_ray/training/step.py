@@ -104,4 +104,5 @@ def reduce_step(
         if skip_rule is not SkipRule.ALWAYS:
             scaler.update(sums.overflow)
     model.update_expert_biases(mesh, sums.skip)
+    model.update_scales(mesh, sums.skip)
     return sums

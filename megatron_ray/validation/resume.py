@@ -37,6 +37,7 @@ FREE_ON_RESUME = (
     "training.loss_scale",
     "training.grad_reduce_in_fp32",
     "data.cache",
+    "callbacks",
     "checkpoint",
     "storage",
     "model.preset",

@@ -292,6 +292,8 @@ class MetricsRow(Body):
     """Factor of the step's loss in fp16; null in other precisions."""
     val_loss: float | None = None
     """Validation loss after the step, in nats per token; null where nothing was evaluated."""
+    monitors: dict[str, float | None] | None = None
+    """Numbers of the job's callbacks by name, null in steps in which none were due."""
 
 
 class RankSlowness(Body):

@@ -233,6 +233,20 @@ class EvaluationRow(Table):
     source_losses: Mapped[Json] = mapped_column(default=dict)
 
 
+class MonitorRow(Table):
+    """What the callbacks of a job have measured in one step of one attempt.
+
+    Apart from the metrics, whose rows are small: there may be thousands of numbers.
+    """
+
+    __tablename__ = "monitors"
+    job: Mapped[int] = _job_key()
+    step: Mapped[int] = mapped_column(primary_key=True)
+    attempt: Mapped[int] = mapped_column(primary_key=True)
+    numbers: Mapped[Json]
+    """By name; null where one was not finite."""
+
+
 class AttemptRow(Table):
     """One attempt to run a job, and where its ranks run."""
 

@@ -11,6 +11,7 @@ from megatron_ray.reports import (
     CheckpointFailedReport,
     CheckpointReport,
     EvalReport,
+    MonitorReport,
     PeerCopiesRefusedReport,
     PhaseReport,
     ProfileReport,
@@ -22,13 +23,14 @@ from workers.decisions.failures import FailureKind, describe_error
 from workers.decisions.preflight.figures import describe_speed
 from workers.rank.spool import Line
 
-METRICS = (StepReport.kind, EvalReport.kind)
+METRICS = (StepReport.kind, EvalReport.kind, MonitorReport.kind)
 
 
 def to_record(line: Line) -> Line:
     """Returns a report of rank 0 as the record that is sent, with the same number.
 
-    Steps and evaluations are sent as they are; everything else becomes an event.
+    Steps, evaluations and what is monitored are sent as they are; everything else becomes
+    an event.
     """
     if line.kind in METRICS:
         return line

@@ -216,7 +216,8 @@ class Record(Message):
         diagnosis   {trigger, reason, confidence, culprits, ranks, stacks, ...}: see
                     `decisions.ranks.diagnosis_report`
         profile     the fields of ProfileReport, of any rank
-        step, eval  the fields of StepReport, EvalReport
+        step, eval, monitors
+                    the fields of StepReport, EvalReport, MonitorReport
     """
 
     n: int = Field(ge=1)

@@ -24,6 +24,7 @@ from megatron_ray.reports import (
     CheckpointFailedReport,
     CheckpointReport,
     EvalReport,
+    MonitorReport,
     PeerCopiesRefusedReport,
     PhaseReport,
     ProfileReport,
@@ -131,7 +132,7 @@ class RankAttempt:
             if not self.step:
                 self._is_urgent.set()  # the job counts as running from its first step on
             self.step = item.step
-        else:
+        elif not isinstance(item, MonitorReport):
             self._log(_log_message(item))
         if isinstance(item, _URGENT):
             self._is_urgent.set()
@@ -246,7 +247,7 @@ class RankAttempt:
 
 
 def _without_steps(lines: list[Line]) -> list[Line]:
-    kinds = (StepReport.kind, EvalReport.kind)
+    kinds = (StepReport.kind, EvalReport.kind, MonitorReport.kind)
     return [line for line in lines if line.kind not in kinds]
 
 
@@ -271,4 +272,4 @@ def _log_message(item: Report) -> str:
         return f"the copies of step {item.step} are not used: {item.cause}"
     if isinstance(item, SpeedReport):
         return describe_speed(vars(item))
-    return f"step {item.step}: loss {item.loss:.4f}"
+    return f"step {item.step}: {item.kind}"

@@ -4,8 +4,8 @@ Owns: the transfer of a step's sums on the device to numbers on the host.
 """
 
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from math import sqrt
 from typing import Self
 
@@ -16,6 +16,7 @@ from megatron_ray.commands import Command, all_sent, strongest_voted
 from megatron_ray.distributed import device
 from megatron_ray.distributed.activity import DEVICE, PROCESS, Operation
 from megatron_ray.optimizer.step_sums import NUM_FIXED, StepSums
+from megatron_ray.training.callbacks.runner import Monitored
 from megatron_ray.training.progress import Progress
 from megatron_ray.training.reporting.step_timer import PendingTimes, StepTimes
 
@@ -52,6 +53,8 @@ class StepNumbers:
     """Whether every rank's last copy had arrived at its partner by then."""
     loss_scale: float | None = None
     """Scale of the loss; None where it is not scaled."""
+    monitored: Mapping[str, float] = field(default_factory=dict)
+    """Numbers of the callbacks that were due, by name."""
 
     @classmethod
     def from_sums(
@@ -87,8 +90,10 @@ class _Launched:
     times: PendingTimes
     memory_bytes: int
     read: Callable[[], list[float]]
-    """Waits for the numbers: the sums, and a loss scale at their end."""
+    """Waits for the numbers: the sums, a loss scale, and what is monitored."""
     has_loss_scale: bool
+    monitored: tuple[str, ...]
+    """Names of the last numbers."""
 
 
 class StepsInFlight:
@@ -107,7 +112,12 @@ class StepsInFlight:
         self._queue: deque[_Launched] = deque()
 
     def add(
-        self, progress: Progress, lr: float, times: PendingTimes, sums: StepSums
+        self,
+        progress: Progress,
+        lr: float,
+        times: PendingTimes,
+        sums: StepSums,
+        monitored: Monitored | None = None,
     ) -> None:
         """Adds a step that was just launched and starts copying its sums to the host."""
         # The peak is that at the launch of the step.
@@ -115,10 +125,15 @@ class StepsInFlight:
         values = sums.values
         if sums.loss_scale is not None:
             values = torch.cat([values, sums.loss_scale[None]])
+        names: tuple[str, ...] = ()
+        if monitored is not None:
+            names = monitored.names
+            values = torch.cat([values, monitored.values])
         read = start_copy_to_host(values)
         has_loss_scale = sums.loss_scale is not None
-        launched = _Launched(progress, lr, times, memory_bytes, read, has_loss_scale)
-        self._queue.append(launched)
+        self._queue.append(
+            _Launched(progress, lr, times, memory_bytes, read, has_loss_scale, names)
+        )
 
     def pop_arrived(self) -> list[StepNumbers]:
         """Returns the steps whose numbers have arrived: all but the newest on CUDA."""
@@ -133,6 +148,9 @@ class StepsInFlight:
         while len(self._queue) > keep:
             launched = self._queue.popleft()
             values = launched.read()
+            end = len(values) - len(launched.monitored)
+            monitored = dict(zip(launched.monitored, values[end:], strict=True))
+            del values[end:]
             loss_scale = None
             if launched.has_loss_scale:
                 loss_scale = values.pop()
@@ -143,7 +161,8 @@ class StepsInFlight:
                 launched.times.read(),
                 launched.memory_bytes,
             )
-            steps.append(StepNumbers.from_sums(host, values, self._num_aux, loss_scale))
+            numbers = StepNumbers.from_sums(host, values, self._num_aux, loss_scale)
+            steps.append(replace(numbers, monitored=monitored))
         return steps
 
 

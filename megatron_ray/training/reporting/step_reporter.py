@@ -12,7 +12,7 @@ from megatron_ray.distributed import device
 from megatron_ray.distributed.mesh import ParallelMesh
 from megatron_ray.exceptions import ErrorKind, MegatronRayError
 from megatron_ray.planning.flops import flops_per_token
-from megatron_ray.reports import Report, SkippedStepReport, StepReport
+from megatron_ray.reports import MonitorReport, Report, SkippedStepReport, StepReport
 from megatron_ray.training.progress import SkippedSteps
 from megatron_ray.training.reporting.step_numbers import StepNumbers
 
@@ -124,6 +124,9 @@ class StepReporter:
             skipped_steps=self.skipped.total + self.skipped.overflows,
             loss_scale=numbers.loss_scale,
         )
+        # Before the step, so that a checkpoint with its report has these too.
+        if numbers.monitored:
+            self._report(MonitorReport(report.step, dict(numbers.monitored)))
         self._report(report)
         if is_left_out:
             self._report_skipped(report, "its samples are left out by training.skip_steps")

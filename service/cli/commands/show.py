@@ -23,6 +23,7 @@ from service.cli.output import (
 )
 from service.client import Client
 from workers.protocol.states import JobState
+from workers.protocol.wording import counted
 
 _NUM_PROBLEM_EVENTS = 6
 _NUM_SLOW_RANKS = 4
@@ -76,6 +77,7 @@ def _print_job(client: Client, job: Json) -> None:
         "step time": step_time,
         **_history(job, attempts, started, recovered),
         "slow ranks": _slow_ranks(job, slow),
+        "watched": _watched(job),
         **_storage(job),
     }
     for label, value in fields.items():
@@ -274,6 +276,19 @@ def _restarts(job: Json, attempts: Sequence[Json]) -> str:
     if job.get("preemptions"):
         text += f", plus {job['preemptions']} preemptions"
     return text
+
+
+def _watched(job: Json) -> str:
+    """Returns the job's callbacks, and the command that lists their numbers."""
+    callbacks = nested(job, "resolved_spec.callbacks") or {}
+    parts = []
+    for name, callback in {**callbacks, **callbacks.get("installed", {})}.items():
+        if callback and "every_steps" in callback:
+            parts.append(f"{name} every {counted(callback['every_steps'], 'step')}")
+    if not parts:
+        return ""
+    command = f"megatron-ray metrics {job['id']} --keys monitors"
+    return f"{', '.join(parts)}; `{command}`"
 
 
 def _storage(job: Json) -> dict[str, str]:
