@@ -92,8 +92,8 @@ class LossScaleConfig(Config):
         return self.initial_scale
 
 
-MAX_PROFILED_STEPS = 100
-"""Steps of one profile: a trace of more is too large to be opened."""
+MAX_PROFILED_STEPS = 20
+"""Steps of one profile: a trace of more takes minutes to write and cannot be opened."""
 
 
 STEPS_PATTERN = "^[0-9]{1,13}(-[0-9]{1,13})?$"
@@ -107,7 +107,7 @@ class ProfileConfig(Config):
     """A profile of some steps: where their time and memory go."""
 
     steps: str = Field(pattern=STEPS_PATTERN)
-    """First and last step, such as 10-12, counted from 1; at most 100 of them. The first
+    """First and last step, such as 10-12, counted from 1; at most 20 of them. The first
     steps of a process also compile, allocate and connect, so later ones say more. Steps
     that are done before a resume are not profiled again."""
     ranks: tuple[Annotated[int, Field(ge=0, lt=1 << 20)], ...] = Field(

@@ -17,7 +17,7 @@ class ProfileRequest(Body):
     """Which coming steps are to be profiled, and by which ranks."""
 
     steps: str = Field(pattern=STEPS_PATTERN)
-    """First and last step, such as `10-12`, or a single one; at most 100."""
+    """First and last step, such as `10-12`, or a single one; at most 20."""
     ranks: tuple[Annotated[int, Field(ge=0, lt=1 << 20)], ...] = Field(
         default=(0,), min_length=1, max_length=64
     )

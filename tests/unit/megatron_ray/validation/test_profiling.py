@@ -33,7 +33,7 @@ def test_steps_are_a_range_or_one(steps: Any, expected: tuple[int, int]) -> None
     assert profile.ranks == (0,)
 
 
-@pytest.mark.parametrize("steps", ["0-3", "12-10", "1-101", "soon", "1-", "-3", True, 1.5])
+@pytest.mark.parametrize("steps", ["0-3", "12-10", "1-21", "soon", "1-", "-3", True, 1.5])
 def test_other_steps_are_refused(steps: Any) -> None:
     with pytest.raises(ValidationError) as refused:
         config({"steps": steps}, steps=500)

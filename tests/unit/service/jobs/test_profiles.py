@@ -140,7 +140,7 @@ WRONG: dict[str, tuple[dict[str, Any], str, str, str]] = {
     ),
     "no rank": ({"ranks": [0, 2]}, "/ranks", "no_rank", "has 2 ranks, 0 to 1"),
     "backwards": ({"steps": "70-60"}, "/steps", "step_range", "a first and a last step"),
-    "too many": ({"steps": "20-320"}, "/steps", "step_range", "at most 100 steps"),
+    "too many": ({"steps": "20-40"}, "/steps", "step_range", "at most 20 steps"),
     "no number": ({"steps": "soon"}, "/steps", "string_pattern_mismatch", ""),
     "negative": ({"ranks": [-1]}, "/ranks/0", "greater_than_equal", ""),
     "unknown": ({"memory": True}, "/memory", "extra_forbidden", ""),
