@@ -27,6 +27,7 @@ or, if it inherits the kind, its module:
     │       ├── MixedRunsError        checkpoint.resume_point (user)
     │       └── TakenOverError        checkpoint.claim (user)
     ├── NonFiniteLossError            numerics
+    ├── RankOutOfMemoryError          memory
     ├── ScheduleError                 pipeline_parallel.schedules.simulation
     └── WriteAbandonedError           checkpoint.writer
 """
@@ -75,6 +76,8 @@ class ErrorKind(StrEnum):
     """A damaged checkpoint; a retry may succeed with an older one."""
     NUMERICS = "numerics"
     """The training itself, which a retry would only repeat."""
+    MEMORY = "memory"
+    """A rank needs more memory than there is, which a retry would only repeat."""
     INTERNAL = "internal"
     """Any other cause: a bug, or a lost peer."""
 

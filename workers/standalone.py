@@ -26,6 +26,7 @@ from megatron_ray.exceptions import ErrorKind, MegatronRayError
 from megatron_ray.reports import (
     CheckpointFailedReport,
     PhaseReport,
+    ProfileReport,
     Report,
     SkippedStepReport,
 )
@@ -296,7 +297,9 @@ class RankRun:
             self._write_report(item)
             if isinstance(item, SkippedStepReport):
                 self._notify(f"warning: {item.message}")
-            # The other ranks know nothing of it.
+            # The other ranks know nothing of these.
+            if isinstance(item, ProfileReport):
+                sys.stderr.write(f"{item.sentence()}\n")
             if isinstance(item, CheckpointFailedReport):
                 message = describe_failed_save(self._env.rank, vars(item))
                 sys.stderr.write(f"warning: {message}\n")

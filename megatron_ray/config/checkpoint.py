@@ -52,7 +52,7 @@ class CheckpointConfig(Config):
     `checkpoint`, `storage`, `data.cache`, and of `training` micro_batch_size, recompute,
     compile, deterministic, eval_every_steps, eval_samples, skip_steps,
     max_skipped_steps, max_consecutive_skipped_steps, loss_scale, grad_reduce_in_fp32,
-    max_duration_s and exit_every_steps. Default: nothing else may change."""
+    max_duration_s, exit_every_steps and profile. Default: nothing else may change."""
 
 
 class StorageConfig(Config):

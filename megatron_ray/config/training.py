@@ -3,7 +3,7 @@
 Must not know: the model, the layout over ranks.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
@@ -90,6 +90,61 @@ class LossScaleConfig(Config):
         if self.constant is not None:
             return self.constant
         return self.initial_scale
+
+
+MAX_PROFILED_STEPS = 20
+"""Steps of one profile: a trace of more takes minutes to write and cannot be opened."""
+
+
+STEPS_PATTERN = "^[0-9]{1,13}(-[0-9]{1,13})?$"
+STEPS_RULE = (
+    "must be a first and a last step, counted from 1, such as 10-12, with at most "
+    f"{MAX_PROFILED_STEPS} steps"
+)
+
+
+class ProfileConfig(Config):
+    """A profile of some steps: where their time and memory go."""
+
+    steps: str = Field(pattern=STEPS_PATTERN)
+    """First and last step, such as 10-12, counted from 1; at most 20 of them. The first
+    steps of a process also compile, allocate and connect, so later ones say more. Steps
+    that are done before a resume are not profiled again."""
+    ranks: tuple[Annotated[int, Field(ge=0, lt=1 << 20)], ...] = Field(
+        default=(0,), min_length=1, max_length=64
+    )
+    """Ranks that record them. The others wait for these, whose steps take longer."""
+
+    @field_validator("steps", mode="before")
+    @classmethod
+    def _single_step(cls, steps: Any) -> Any:
+        # YAML reads a single step as a number.
+        if isinstance(steps, int) and not isinstance(steps, bool):
+            return str(steps)
+        return steps
+
+    @field_validator("steps")
+    @classmethod
+    def _few_steps(cls, steps: str) -> str:
+        if not is_profilable(*step_range(steps)):
+            raise PydanticCustomError("step_range", STEPS_RULE)
+        return steps
+
+    @property
+    def first_and_last(self) -> tuple[int, int]:
+        """The first and the last step."""
+        return step_range(self.steps)
+
+
+def step_range(steps: str) -> tuple[int, int]:
+    """Returns the first and the last step of `10-12`, or of a single one."""
+    first, _, last = steps.partition("-")
+    return int(first), int(last or first)
+
+
+def is_profilable(first: int, last: int) -> bool:
+    """Whether a profile may have these steps."""
+    return 1 <= first <= last < first + MAX_PROFILED_STEPS
 
 
 class Fp8Config(Config):
@@ -227,6 +282,11 @@ class TrainingConfig(Config):
     """Steps, counted from 1, whose samples are left out: they are skipped like steps
     that are not finite, whatever their numbers are, and are not counted as such. For a
     run that is resumed before a batch that it cannot train on. Default: none."""
+
+    profile: ProfileConfig | None = None
+    """Steps whose time and memory are recorded, in files below `profiles/` in storage.path:
+    a trace of every operator, and the memory. `megatron-ray profile` does it for a job that
+    runs. Default: none."""
 
     @field_validator("steps")
     @classmethod

@@ -97,7 +97,7 @@ class MallocTuning:
         """
         if not self.keeps:
             return
-        resident = _resident_bytes()
+        resident = resident_bytes()
         if self._settling_steps > 0:
             self._settling_steps -= 1
             self._baseline_bytes = resident
@@ -106,7 +106,8 @@ class MallocTuning:
             self._settling_steps = 2
 
 
-def _resident_bytes() -> int:
+def resident_bytes() -> int:
+    """Returns the memory of the process that is in RAM."""
     with open("/proc/self/statm", "rb") as file:
         return int(file.read().split()[1]) * resource.getpagesize()
 

@@ -18,10 +18,11 @@ from megatron_ray.reports import Report
 from megatron_ray.training.callbacks.runner import Monitored
 from megatron_ray.training.components import TrainingComponents
 from megatron_ray.training.evaluate import evaluate
+from megatron_ray.training.profiling.profiler import NO_PROFILER, Profiler
 from megatron_ray.training.progress import Progress, is_due
 from megatron_ray.training.reporting.step_numbers import StepNumbers, StepsInFlight
 from megatron_ray.training.reporting.step_reporter import StepReporter
-from megatron_ray.training.reporting.step_timer import StepTimer
+from megatron_ray.training.reporting.step_timer import StepTimer, step_timer
 from megatron_ray.training.step import forward_backward, reduce_step
 
 Outcome = Literal["finished", "stopped", "exited"]
@@ -33,6 +34,7 @@ def train(
     progress: Progress,
     report: Callable[[Report], None],
     poll: Callable[[], Command],
+    profiler: Profiler = NO_PROFILER,
 ) -> Outcome:
     """Trains from `progress` to the last step, a limit, or until all ranks agree to stop.
 
@@ -42,19 +44,24 @@ def train(
     config = components.config
     reporter = StepReporter(config, components.mesh, report, progress.skipped)
     in_flight = StepsInFlight(components.mesh.device, len(config.model.aux_losses))
-    timer = StepTimer()
+    timer = step_timer(components.mesh.device)
     # One iteration is one step and its boundary. All ranks perform an action at the same
     # boundary: due times are equal on all ranks, and commands are agreed on.
     while progress.step < config.training.num_steps:
+        profiler.begin_step(progress.step + 1)
         launched = _train_step(components, progress, poll, timer)
         progress = progress.after_step(components.batch_sizes)
         in_flight.add(
             progress, launched.lr, timer.finish(), launched.sums, launched.monitored
         )
+        profiler.end_step(progress.step)
 
         is_last = progress.step == config.training.num_steps
-        steps = in_flight.pop_all() if is_last else in_flight.pop_arrived()
-        command = _take(components, reporter, steps)
+        command = _take(
+            components,
+            reporter,
+            in_flight.pop_all() if is_last else in_flight.pop_arrived(),
+        )
         if is_due(config.training.exit_every_steps, progress):
             command = Command.EXIT
 
@@ -63,15 +70,14 @@ def train(
         saves = is_last or is_due(config.checkpoint.every_steps, progress)
         copies = components.copier.is_due(progress) and not is_last
         if saves or copies or command.saves:
+            timer.mark("other")
             # Non-finite weights must never be saved, so the numbers of all previous steps
             # are read first, although the host waits for the device here.
             PROCESS.phase = "checkpoint"
             command = max(command, _take(components, reporter, in_flight.pop_all()))
             progress = progress.with_skipped(reporter.skipped)
-            if saves or command.saves:
-                components.saver.save(progress)
-            if copies:
-                components.copier.copy(progress)
+            _save(components, progress, saves=saves or command.saves, copies=copies)
+            timer.mark("checkpoint")
         # After the last step the run has finished, so a stop command has no effect.
         if command.stops and not is_last:
             reporter.steps(in_flight.pop_all())
@@ -99,13 +105,13 @@ def _train_step(
     """Launches one step."""
     config = components.config
     callbacks = components.callbacks
+    timer.mark("other")
     PROCESS.phase = "data"
     batches = components.loader.step(progress.consumed_samples)
     timer.mark("data")
     callbacks.begin_step(progress.step + 1, batches)
     PROCESS.phase = "forward_backward"
-    loss_sum = forward_backward(components.model, components.mesh, batches)
-    timer.mark("forward_backward")
+    loss_sum = forward_backward(components.model, components.mesh, batches, timer.mark)
     PROCESS.phase = "reduce"
     # Every rank votes for its received command. The votes are reduced with the step's
     # numbers, so all ranks act on the same command at the same boundary.
@@ -118,7 +124,6 @@ def _train_step(
         votes_for(poll(), is_sending=components.copier.is_sending),
         _skip_rule(config.training, progress.step + 1),
     )
-    timer.mark("reduce")
     PROCESS.phase = "optimizer"
     callbacks.after_backward(sums)
     rates = components.rates.at(progress.step + 1)
@@ -141,6 +146,16 @@ def _skip_rule(training: TrainingConfig, step: int) -> SkipRule:
     if training.max_skipped_steps > 0 or is_dynamic:
         return SkipRule.IF_NOT_FINITE
     return SkipRule.NEVER
+
+
+def _save(
+    components: TrainingComponents, progress: Progress, *, saves: bool, copies: bool
+) -> None:
+    """Saves the state to the storage, copies it to memory, or both."""
+    if saves:
+        components.saver.save(progress)
+    if copies:
+        components.copier.copy(progress)
 
 
 def _evaluate(

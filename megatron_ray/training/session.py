@@ -13,7 +13,7 @@ from contextlib import contextmanager
 
 import torch
 
-from megatron_ray.commands import Command
+from megatron_ray.commands import Command, ProfileRequest
 from megatron_ray.config.problem import ConfigError
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.data.datasets import build_dataset, evaluation_sources
@@ -34,6 +34,8 @@ from megatron_ray.training.evaluate import Evaluation
 from megatron_ray.training.exits import with_time_limit
 from megatron_ray.training.loop import Outcome, train
 from megatron_ray.training.origin import RunOrigin, raise_for
+from megatron_ray.training.profiling.out_of_memory import explained_out_of_memory
+from megatron_ray.training.profiling.profiler import ProfileSource, StepProfiler
 from megatron_ray.training.saving import Extras, TrainingSaver
 from megatron_ray.training.state_copy import CopyStore, StateCopier, StateCopy
 from megatron_ray.validation import check, resolution
@@ -48,6 +50,11 @@ def no_command() -> Command:
     return Command.CONTINUE
 
 
+def no_profile() -> ProfileRequest | None:
+    """Returns no request to the loop."""
+    return None
+
+
 class TrainingSession:
     """Runs a resolved config on one rank.
 
@@ -60,7 +67,7 @@ class TrainingSession:
     that it restores, not from `resume_from`.
 
     Raises ConfigError when the config contradicts the mesh, the data, the weights it
-    begins with or the checkpoint that it resumes from.
+    begins with or the checkpoint that it resumes from, and RankOutOfMemoryError.
     """
 
     def __init__(
@@ -94,9 +101,10 @@ class TrainingSession:
         )
         torch.manual_seed(self.config.training.seed)
         is_same_order = origin.check_changes(self.config, data)
-        self.model, self.optimizer = build(
-            self.config, mesh, initialise=not origin.has_weights
-        )
+        with explained_out_of_memory(self.config, mesh, attempt):
+            self.model, self.optimizer = build(
+                self.config, mesh, initialise=not origin.has_weights
+            )
         self._callbacks = make_callbacks(
             CallbackContext(self.config, mesh, self.model, self.optimizer)
         )
@@ -115,6 +123,7 @@ class TrainingSession:
             is_same_order=is_same_order,
         )
         copier = self._make_copier(copies)
+        self._attempt = attempt
         self._end_phase("load" if origin.has_weights else "saver")
         with _readable_corpora(self.config):
             self._components = TrainingComponents(
@@ -130,20 +139,47 @@ class TrainingSession:
             )
         self._end_phase("data")
 
-    def run(self) -> Outcome:
+    def run(self, profiles: ProfileSource = no_profile) -> Outcome:
         """Trains to the end, to an agreed stop or to a limit of the config.
 
-        The last checkpoint is durable when it returns. Raises NonFiniteLossError.
+        `profiles` is called once a step, too, and returns the newest request of a profile on
+        this rank; a ProfileReport follows. The last checkpoint is durable when it returns.
+        Raises NonFiniteLossError, RankOutOfMemoryError.
         """
+        profiler = self._make_profiler(profiles)
         try:
-            outcome = train(self._components, self.progress, self._report, self._poll)
+            with explained_out_of_memory(self.config, self.mesh, self._attempt):
+                outcome = train(
+                    self._components, self.progress, self._report, self._poll, profiler
+                )
         except BaseException:
             # A rank that has lost its peers must be able to restart without waiting for
             # slow storage.
             self._saver.abandon()
+            profiler.discard()
             raise
+        profiler.close()
         self._saver.close()
         return outcome
+
+    def _make_profiler(self, source: ProfileSource) -> StepProfiler:
+        storage = self.config.storage
+        assert storage is not None  # checkpoints need one, too
+        profile = self.config.training.profile
+        planned = None
+        if profile is not None and self.mesh.rank in profile.ranks:
+            planned = ProfileRequest(*profile.first_and_last)
+        # Not again after a resume.
+        if planned is not None and planned.first_step <= self.progress.step:
+            planned = None
+        return StepProfiler(
+            storage.path,
+            self._attempt,
+            self.mesh,
+            report=self._report,
+            source=source,
+            planned=planned,
+        )
 
     def _make_saver(
         self, data: PreparedData, attempt: int, origin: RunOrigin

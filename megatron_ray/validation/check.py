@@ -28,6 +28,7 @@ from megatron_ray.validation.parameters.groups import group_problems
 from megatron_ray.validation.parameters.matrices import matrix_problems
 from megatron_ray.validation.parameters.moments import moment_problems
 from megatron_ray.validation.parameters.monitored import monitor_problems
+from megatron_ray.validation.profiling import profile_problems, profile_warnings
 from megatron_ray.validation.resolution import expert_dp_multiple, least_dp
 from megatron_ray.validation.storage.path_rules import PathRules, path_problems
 
@@ -50,6 +51,7 @@ _RULES = (
     moment_problems,
     fp8.fp8_problems,
     intervals.skipping_problems,
+    profile_problems,
     recompute.recompute_problems,
     resume_rules.resume_changes_problems,
 )
@@ -66,6 +68,7 @@ _WARNINGS = (
     intervals.decay_warnings,
     intervals.clipping_warnings,
     intervals.model_warnings,
+    profile_warnings,
 )
 """Such rules for any number of steps."""
 

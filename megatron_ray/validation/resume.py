@@ -33,6 +33,7 @@ FREE_ON_RESUME = (
     "training.max_duration_s",
     "training.exit_every_steps",
     "training.skip_steps",
+    "training.profile",
     "training.loss_scale",
     "training.grad_reduce_in_fp32",
     "data.cache",

@@ -18,7 +18,7 @@ from megatron_ray.config.problem import Problem
 from service.exceptions import RequestInvalidError
 from service.jobs import lifecycle, queue
 from service.jobs.lifecycle import NewEvent
-from service.jobs.reports import diagnoses
+from service.jobs.reports import diagnoses, profiles
 from service.store import evaluations, metrics, monitors, node_exclusions
 from service.store.database import Store, wake
 from service.store.evaluations import parse_evaluation
@@ -113,6 +113,7 @@ class RecordApplier:
             "checkpoint": self._apply_checkpoint,
             "problem": self._apply_problem,
             "diagnosis": lambda record: diagnoses.apply(session, job, source, record),
+            "profile": lambda record: profiles.apply(session, job, source, record),
             "step": self._apply_step,
             "eval": self._apply_eval,
             "monitors": self._apply_monitors,

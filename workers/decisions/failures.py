@@ -91,6 +91,7 @@ _KIND_OF_ERROR: dict[str, FailureKind] = {
     ErrorKind.DISK_FULL: FailureKind.DISK_FULL,
     ErrorKind.CHECKPOINT: FailureKind.CHECKPOINT,
     ErrorKind.NUMERICS: FailureKind.NAN_LOSS,
+    ErrorKind.MEMORY: FailureKind.OOM,
 }
 
 FOREIGN_TYPES = {
@@ -161,6 +162,10 @@ _TRACE = ("Exception raised from ", "C++ CapturedTraceback:")
 _ASSERT_TEXT = "device-side assert triggered"
 
 
+_COMPLETE_MESSAGES = (FailureKind.USER, FailureKind.DISK_FULL, FailureKind.CHECKPOINT)
+"""Kinds with messages of the project's own."""
+
+
 @dataclass(frozen=True)
 class Failure:
     """One failure, as the driver observed it."""
@@ -197,7 +202,8 @@ def describe_error(error: Mapping[str, Any]) -> tuple[FailureKind, str]:
     message = str(error.get("message", ""))
     kind = classify(type_name, message, error.get("failure_kind"))
     # These messages are complete without the class name.
-    if kind in (FailureKind.USER, FailureKind.DISK_FULL, FailureKind.CHECKPOINT):
+    is_explained = error.get("failure_kind") == ErrorKind.MEMORY
+    if is_explained or kind in _COMPLETE_MESSAGES:
         return kind, message
     sentence = f"{type_name or 'error'}: {_without_advice(message)}"
     if _ASSERT_TEXT in message:

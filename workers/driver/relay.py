@@ -14,6 +14,7 @@ from megatron_ray.reports import (
     MonitorReport,
     PeerCopiesRefusedReport,
     PhaseReport,
+    ProfileReport,
     SkippedStepReport,
     SpeedReport,
     StepReport,
@@ -68,11 +69,22 @@ def _describe(kind: str, data: dict[str, Any]) -> tuple[str, str]:
         )
     if kind == SpeedReport.kind:
         return "info", describe_speed(data)
+    if kind == ProfileReport.kind:
+        return describe_profile(data)
     if kind == "failed":
         return _describe_failure(data)
     if kind == "ended":
         return "info", f"{data['outcome']} at step {data['step']}"
     return "info", ""
+
+
+def describe_profile(data: Mapping[str, Any]) -> tuple[str, str]:
+    """Returns level and message of the event of a rank's profile."""
+    report = ProfileReport(**data)
+    level = "info"
+    if report.problem is not None:
+        level = "warn"
+    return level, report.sentence()
 
 
 def describe_failed_save(rank: int, data: Mapping[str, Any]) -> str:

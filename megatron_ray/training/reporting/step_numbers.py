@@ -18,17 +18,18 @@ from megatron_ray.distributed.activity import DEVICE, PROCESS, Operation
 from megatron_ray.optimizer.step_sums import NUM_FIXED, StepSums
 from megatron_ray.training.callbacks.runner import Monitored
 from megatron_ray.training.progress import Progress
-from megatron_ray.training.reporting.step_timer import StepTimes
+from megatron_ray.training.reporting.step_timer import PendingTimes, StepTimes
 
 
 @dataclass(frozen=True)
 class HostNumbers:
-    """The numbers of a step that are known on the host at its launch."""
+    """The numbers of a step that are this rank's own."""
 
     progress: Progress
     """Progress after this step."""
     lr: float
     times: StepTimes
+    """As this rank has measured them; on CUDA they arrive with the sums."""
     memory_bytes: int
     """Peak so far; device memory, or the process's on CPU."""
 
@@ -84,7 +85,10 @@ class StepNumbers:
 class _Launched:
     """A launched step."""
 
-    host: HostNumbers
+    progress: Progress
+    lr: float
+    times: PendingTimes
+    memory_bytes: int
     read: Callable[[], list[float]]
     """Waits for the numbers: the sums, a loss scale, and what is monitored."""
     has_loss_scale: bool
@@ -111,14 +115,13 @@ class StepsInFlight:
         self,
         progress: Progress,
         lr: float,
-        times: StepTimes,
+        times: PendingTimes,
         sums: StepSums,
         monitored: Monitored | None = None,
     ) -> None:
         """Adds a step that was just launched and starts copying its sums to the host."""
         # The peak is that at the launch of the step.
         memory_bytes = device.peak_memory_bytes(self._device)
-        host = HostNumbers(progress, lr, times, memory_bytes)
         values = sums.values
         if sums.loss_scale is not None:
             values = torch.cat([values, sums.loss_scale[None]])
@@ -127,7 +130,10 @@ class StepsInFlight:
             names = monitored.names
             values = torch.cat([values, monitored.values])
         read = start_copy_to_host(values)
-        self._queue.append(_Launched(host, read, sums.loss_scale is not None, names))
+        has_loss_scale = sums.loss_scale is not None
+        self._queue.append(
+            _Launched(progress, lr, times, memory_bytes, read, has_loss_scale, names)
+        )
 
     def pop_arrived(self) -> list[StepNumbers]:
         """Returns the steps whose numbers have arrived: all but the newest on CUDA."""
@@ -148,9 +154,14 @@ class StepsInFlight:
             loss_scale = None
             if launched.has_loss_scale:
                 loss_scale = values.pop()
-            numbers = StepNumbers.from_sums(
-                launched.host, values, self._num_aux, loss_scale
+            host = HostNumbers(
+                launched.progress,
+                launched.lr,
+                # Marked before the copy was started, so they have arrived with it.
+                launched.times.read(),
+                launched.memory_bytes,
             )
+            numbers = StepNumbers.from_sums(host, values, self._num_aux, loss_scale)
             steps.append(replace(numbers, monitored=monitored))
         return steps
 

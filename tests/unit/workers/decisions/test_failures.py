@@ -30,6 +30,7 @@ EXPECTED = {
     ErrorKind.DISK_FULL: FailureKind.DISK_FULL,
     ErrorKind.CHECKPOINT: FailureKind.CHECKPOINT,
     ErrorKind.NUMERICS: FailureKind.NAN_LOSS,
+    ErrorKind.MEMORY: FailureKind.OOM,
     ErrorKind.INTERNAL: FailureKind.EXCEPTION,
 }
 

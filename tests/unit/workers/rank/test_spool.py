@@ -187,7 +187,7 @@ def test_a_report_costs_microseconds(tmp_path: Path) -> None:
         "step": 1,
         "loss": 1.0,
         "lr": 1e-3,
-        "split_s": {"data": 0.1, "forward_backward": 0.2},
+        "split_s": {"data": 0.1, "forward": 0.2},
     }
     times = []
     for _ in range(2000):
