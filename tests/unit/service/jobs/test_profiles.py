@@ -133,7 +133,7 @@ WRONG: dict[str, tuple[dict[str, Any], str, str, str]] = {
         "has done 10 steps; name later ones",
     ),
     "beyond": (
-        {"steps": "90-110"},
+        {"steps": "95-110"},
         "/steps",
         "beyond_the_run",
         "the job's last step is 100",
