@@ -1,6 +1,6 @@
 """Values and scales are, bit for bit, those of a definition in float64 written here."""
 
-from math import ceil, floor, frexp, isnan
+from math import ceil, floor, frexp, isnan, log2
 
 import numpy as np
 import pytest
@@ -31,7 +31,7 @@ def scale_of(amax: float, dtype: torch.dtype, *, power_of_two: bool) -> float:
         return 1.0
     scale = float(np.float32(FORMATS[dtype][2] / amax))
     if power_of_two:
-        return 2.0 ** floor(np.log2(scale))
+        return float(2.0 ** floor(log2(scale)))
     return scale
 
 
