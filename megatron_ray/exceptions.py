@@ -27,6 +27,10 @@ or, if it inherits the kind, its module:
     │       ├── MixedRunsError        checkpoint.resume_point (user)
     │       └── TakenOverError        checkpoint.claim (user)
     ├── NonFiniteLossError            numerics
+    ├── RuleError                     training.rules.errors
+    │   ├── RuleStopError             training.rules.errors (rule)
+    │   ├── RollbackError             training.rules.errors (rollback)
+    │   └── RecheckError              training.rules.errors (recheck)
     ├── ScheduleError                 pipeline_parallel.schedules.simulation
     └── WriteAbandonedError           checkpoint.writer
 """
@@ -75,6 +79,12 @@ class ErrorKind(StrEnum):
     """A damaged checkpoint; a retry may succeed with an older one."""
     NUMERICS = "numerics"
     """The training itself, which a retry would only repeat."""
+    RULE = "rule"
+    """A rule of the config, which ends the run."""
+    ROLLBACK = "rollback"
+    """A rule of the config, by which the run goes on from an earlier state."""
+    RECHECK = "recheck"
+    """A step that may have been computed wrongly, and is to be computed elsewhere."""
     INTERNAL = "internal"
     """Any other cause: a bug, or a lost peer."""
 

@@ -17,9 +17,10 @@ from megatron_ray.reports import Report
 from megatron_ray.training.components import TrainingComponents
 from megatron_ray.training.evaluate import evaluate
 from megatron_ray.training.progress import Progress, is_due
-from megatron_ray.training.reporting.step_numbers import StepNumbers, StepsInFlight
+from megatron_ray.training.reporting.step_numbers import StepsInFlight
 from megatron_ray.training.reporting.step_reporter import StepReporter
 from megatron_ray.training.reporting.step_timer import StepTimer
+from megatron_ray.training.rules.checks import StepChecks
 from megatron_ray.training.step import forward_backward, reduce_step
 
 Outcome = Literal["finished", "stopped", "exited"]
@@ -31,26 +32,28 @@ def train(
     progress: Progress,
     report: Callable[[Report], None],
     poll: Callable[[], Command],
+    checks: StepChecks | None = None,
 ) -> Outcome:
     """Trains from `progress` to the last step, a limit, or until all ranks agree to stop.
 
-    `poll` returns the newest command to this rank; it is called once per step. Raises
+    `poll` returns the newest command to this rank; it is called once per step. `checks`
+    follow the steps that break a rule, see `training.rules.run`. Raises
     NonFiniteLossError.
     """
     config = components.config
-    reporter = StepReporter(config, components.mesh, report, progress.skipped)
+    checks = checks or StepChecks(config.training, report)
+    reporter = StepReporter(config, components.mesh, report, progress, checks)
     in_flight = StepsInFlight(components.mesh.device, len(config.model.aux_losses))
     timer = StepTimer()
     # One iteration is one step and its boundary. All ranks perform an action at the same
     # boundary: due times are equal on all ranks, and commands are agreed on.
     while progress.step < config.training.num_steps:
-        sums, lr = _train_step(components, progress, poll, timer)
+        sums, lr = _train_step(components, progress, poll, timer, checks)
         progress = progress.after_step(components.batch_sizes)
         in_flight.add(progress, lr, timer.finish(), sums)
 
         is_last = progress.step == config.training.num_steps
-        steps = in_flight.pop_all() if is_last else in_flight.pop_arrived()
-        command = _take(components, reporter, steps)
+        command = _take(components, reporter, in_flight, waits=is_last)
         if is_due(config.training.exit_every_steps, progress):
             command = Command.EXIT
 
@@ -62,12 +65,9 @@ def train(
             # Non-finite weights must never be saved, so the numbers of all previous steps
             # are read first, although the host waits for the device here.
             PROCESS.phase = "checkpoint"
-            command = max(command, _take(components, reporter, in_flight.pop_all()))
+            command = max(command, _take(components, reporter, in_flight, waits=True))
             progress = progress.with_skipped(reporter.skipped)
-            if saves or command.saves:
-                components.saver.save(progress)
-            if copies:
-                components.copier.copy(progress)
+            _save(components, progress, saves=saves or command.saves, copies=copies)
         # After the last step the run has finished, so a stop command has no effect.
         if command.stops and not is_last:
             reporter.steps(in_flight.pop_all())
@@ -77,11 +77,22 @@ def train(
     return "finished"
 
 
+def _save(
+    components: TrainingComponents, progress: Progress, *, saves: bool, copies: bool
+) -> None:
+    """Starts a checkpoint and a copy of the state, each if it is due."""
+    if saves:
+        components.saver.save(progress)
+    if copies:
+        components.copier.copy(progress)
+
+
 def _train_step(
     components: TrainingComponents,
     progress: Progress,
     poll: Callable[[], Command],
     timer: StepTimer,
+    checks: StepChecks,
 ) -> tuple[StepSums, float]:
     """Launches one step; returns its sums, still on the device, and its learning rate."""
     config = components.config
@@ -102,6 +113,7 @@ def _train_step(
         _count_tokens(batches),
         votes_for(poll(), is_sending=components.copier.is_sending),
         _skip_rule(config.training, progress.step + 1),
+        is_confirmed=checks.is_confirmed(progress.step + 1),
     )
     timer.mark("reduce")
     PROCESS.phase = "optimizer"
@@ -150,9 +162,19 @@ def _evaluate(
 
 
 def _take(
-    components: TrainingComponents, reporter: StepReporter, steps: list[StepNumbers]
+    components: TrainingComponents,
+    reporter: StepReporter,
+    in_flight: StepsInFlight,
+    *,
+    waits: bool,
 ) -> Command:
-    """Reports steps; returns the command that all ranks agree on in them."""
+    """Reports steps whose numbers have arrived, or all; returns the command in them.
+
+    All ranks agree on it.
+    """
+    steps = in_flight.pop_arrived()
+    if waits:
+        steps += in_flight.pop_all()
     reporter.steps(steps)
     components.copier.observe(steps)
     return max((step.command for step in steps), default=Command.CONTINUE)

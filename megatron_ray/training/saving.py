@@ -28,6 +28,7 @@ from megatron_ray.distributed.mesh import ParallelMesh
 from megatron_ray.models.initialization import init_local
 from megatron_ray.optimizer.loss_scale import LOSS_SCALE
 from megatron_ray.optimizer.sharded import ShardedOptimizer
+from megatron_ray.optimizer.step_rules import RULES
 from megatron_ray.parallelize.parallelize import ParallelModel
 from megatron_ray.reports import CheckpointFailedReport, CheckpointReport
 from megatron_ray.sharding.sharded_state import ShardedState, whole_tensor
@@ -77,12 +78,16 @@ class TrainingSaver:
         # Plans collectively which rank writes which box, so that a save needs no
         # collective.
         self._writer.prepare(self.state())
+        self._saved_step: int | None = None
 
     def save(self, progress: Progress) -> None:
         """Copies the shard and starts writing it in the background.
 
-        Waits for a running save first.
+        Waits for a running save first. Saves a step once.
         """
+        if progress.step == self._saved_step:
+            return
+        self._saved_step = progress.step
         path = checkpoint_path(self._storage_path, progress.step, self._attempt)
         self._writer.save(
             progress.step,
@@ -153,7 +158,8 @@ def read_file(path: str) -> bytes:
 def training_state(model: ParallelModel, optimizer: ShardedOptimizer) -> ShardedState:
     """Returns live views of all tensors in a checkpoint.
 
-    These are main parameters, moments, a loss scale and balancing biases of experts.
+    These are main parameters, moments, a loss scale, baselines of rules and balancing
+    biases of experts.
     """
     state = optimizer.sharded_state()
     for name, bias in model.expert_biases.items():
@@ -170,9 +176,11 @@ def resume(
     """
     saved = SavedCheckpoint(path)
     state = training_state(model, optimizer)
-    # A run that changes to fp16 had no loss scale until now.
-    if LOSS_SCALE not in saved.tensors:
-        state.pop(LOSS_SCALE, None)
+    # A run that changes to fp16 had no loss scale until now, and new rules no baseline.
+    for name in list(state):
+        is_of_run = name == LOSS_SCALE or name.startswith(RULES)
+        if is_of_run and name not in saved.tensors:
+            del state[name]
     saved.load_into(state)
     return apply_train_state(read_train_state(path, rank), optimizer)
 

@@ -24,14 +24,18 @@ from megatron_ray.distributed.mesh import ParallelMesh
 from megatron_ray.models.initialization import init_local
 from megatron_ray.optimizer.loss_scale import LossScaler
 from megatron_ray.optimizer.sharded import ShardedOptimizer
+from megatron_ray.optimizer.step_rules import StepRules
 from megatron_ray.parallelize.parallelize import ParallelModel, parallelize
 from megatron_ray.reports import PhaseReport, Report
 from megatron_ray.sharding.sequence_split import SequenceCut
 from megatron_ray.training.components import Copier, NoCopies, TrainingComponents
 from megatron_ray.training.evaluate import Evaluation
 from megatron_ray.training.exits import with_time_limit
-from megatron_ray.training.loop import Outcome, train
+from megatron_ray.training.loop import Outcome
 from megatron_ray.training.origin import RunOrigin, raise_for
+from megatron_ray.training.rules.checks import Recheck
+from megatron_ray.training.rules.errors import RuleError
+from megatron_ray.training.rules.run import train_by_rules
 from megatron_ray.training.saving import TrainingSaver
 from megatron_ray.training.state_copy import CopyStore, StateCopier, StateCopy
 from megatron_ray.validation import check, resolution
@@ -120,13 +124,24 @@ class TrainingSession:
             )
         self._end_phase("data")
 
-    def run(self) -> Outcome:
+    def run(self, recheck: Recheck | None = None) -> Outcome:
         """Trains to the end, to an agreed stop or to a limit of the config.
 
-        The last checkpoint is durable when it returns. Raises NonFiniteLossError.
+        `recheck` is the step that rules have rejected on other devices. The last
+        checkpoint is durable when it returns. Raises NonFiniteLossError, and RuleError,
+        before which checkpoints are durable too.
         """
         try:
-            outcome = train(self._components, self.progress, self._report, self._poll)
+            outcome = train_by_rules(
+                self._components,
+                self.progress,
+                self._report,
+                self._poll,
+                recheck or Recheck(),
+            )
+        except RuleError:
+            self._saver.close()
+            raise
         except BaseException:
             # A rank that has lost its peers must be able to restart without waiting for
             # slow storage.
@@ -249,11 +264,15 @@ def build(
     if config.training.scaling is not None:
         loss_scaler = LossScaler(config.training, mesh.device)
         model.scale_losses(loss_scaler.factor)
+    rules: StepRules | None = None
+    if config.training.rules:
+        rules = StepRules(config.training, mesh.device)
     optimizer = ShardedOptimizer(
         config.optimizer,
         model.parameter_groups,
         sharded=config.parallel.zero == 1,
         loss_scaler=loss_scaler,
+        rules=rules,
     )
     if initialise:
         for parameter in model.parameters:

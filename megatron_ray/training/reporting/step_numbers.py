@@ -6,7 +6,7 @@ Owns: the transfer of a step's sums on the device to numbers on the host.
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import sqrt
+from math import inf, sqrt
 from typing import Self
 
 import torch
@@ -51,6 +51,10 @@ class StepNumbers:
     """Whether every rank's last copy had arrived at its partner by then."""
     loss_scale: float | None = None
     """Scale of the loss; None where it is not scaled."""
+    broken_rule: int | None = None
+    """Index of the rule that the step breaks."""
+    limit: float = inf
+    """What that rule has compared with."""
 
     @classmethod
     def from_sums(
@@ -59,12 +63,22 @@ class StepNumbers:
         sums: Sequence[float],
         num_aux: int,
         loss_scale: float | None = None,
+        verdict: Sequence[float] = (),
     ) -> Self:
-        """Converts sums over the world to means; see StepSums for their order."""
+        """Converts sums over the world to means; see StepSums for their order.
+
+        `verdict` are which rules are broken, and then their limits.
+        """
         loss_sum, num_tokens, squared_norm = sums[:NUM_FIXED]
         votes_start = NUM_FIXED + num_aux
         # A step may have no tokens in the loss, when all its documents are padding.
         divisor = max(num_tokens, 1.0)
+        broken = list(verdict[: len(verdict) // 2])
+        broken_rule = None
+        limit = inf
+        if any(broken):
+            broken_rule = broken.index(1.0)
+            limit = verdict[len(broken) + broken_rule]
         return cls(
             host,
             num_tokens,
@@ -74,6 +88,8 @@ class StepNumbers:
             strongest_voted(sums[votes_start:]),
             all_sent(sums[votes_start:]),
             loss_scale,
+            broken_rule,
+            limit,
         )
 
 
@@ -83,8 +99,10 @@ class _Launched:
 
     host: HostNumbers
     read: Callable[[], list[float]]
-    """Waits for the numbers: the sums, and a loss scale at their end."""
+    """Waits for the numbers: the sums, a loss scale and a verdict at their end."""
     has_loss_scale: bool
+    num_verdict: int
+    """Numbers of the verdict."""
 
 
 class StepsInFlight:
@@ -110,8 +128,13 @@ class StepsInFlight:
         values = sums.values
         if sums.loss_scale is not None:
             values = torch.cat([values, sums.loss_scale[None]])
+        num_verdict = 0
+        if sums.verdict is not None:
+            values = torch.cat([values, sums.verdict.broken, sums.verdict.limits])
+            num_verdict = 2 * len(sums.verdict.broken)
         read = start_copy_to_host(values)
-        self._queue.append(_Launched(host, read, sums.loss_scale is not None))
+        has_loss_scale = sums.loss_scale is not None
+        self._queue.append(_Launched(host, read, has_loss_scale, num_verdict))
 
     def pop_arrived(self) -> list[StepNumbers]:
         """Returns the steps whose numbers have arrived: all but the newest on CUDA."""
@@ -126,11 +149,15 @@ class StepsInFlight:
         while len(self._queue) > keep:
             launched = self._queue.popleft()
             values = launched.read()
+            num_sums = len(values) - launched.num_verdict
+            sums, verdict = values[:num_sums], values[num_sums:]
             loss_scale = None
             if launched.has_loss_scale:
-                loss_scale = values.pop()
+                loss_scale = sums.pop()
             steps.append(
-                StepNumbers.from_sums(launched.host, values, self._num_aux, loss_scale)
+                StepNumbers.from_sums(
+                    launched.host, sums, self._num_aux, loss_scale, verdict
+                )
             )
         return steps
 
