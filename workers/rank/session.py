@@ -7,7 +7,7 @@ Owns: process group, mesh and session of one attempt. Must not know: Ray, HTTP.
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -23,6 +23,7 @@ from megatron_ray.parallel_dims import ParallelDims
 from megatron_ray.parallelize.parallelize import DTYPES
 from megatron_ray.reports import PhaseReport, Report
 from megatron_ray.training.loop import Outcome
+from megatron_ray.training.rules.checks import Recheck
 from megatron_ray.training.session import TrainingSession
 from workers.preflight import Preflight, await_stop
 from workers.protocol.job import JobSpec
@@ -75,7 +76,7 @@ def train(
         report(PhaseReport("rendezvous", time.monotonic() - started))
         with attempt_copies(peers, request, store, mesh, report) as copies:
             session = TrainingSession(
-                spec,
+                _leaving_out(spec, request.left_out),
                 mesh,
                 data,
                 report=report,
@@ -84,7 +85,23 @@ def train(
                 resume_from=request.resume_from,
                 copies=copies,
             )
-            return session.run()
+            return session.run(_recheck(request))
+
+
+def _leaving_out(spec: JobSpec, steps: Sequence[int]) -> JobSpec:
+    """Returns the spec with more steps whose samples are left out."""
+    if not steps:
+        return spec
+    skip_steps = tuple(sorted({*spec.training.skip_steps, *steps}))
+    training = spec.training.model_copy(update={"skip_steps": skip_steps})
+    return spec.model_copy(update={"training": training})
+
+
+def _recheck(request: StartRequest) -> Recheck:
+    order = request.recheck
+    if order is None:
+        return Recheck()
+    return Recheck(can_move=True, step=order.step, rank=order.rank)
 
 
 def run_preflight(

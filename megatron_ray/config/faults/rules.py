@@ -42,7 +42,8 @@ class RuleConfig(Config):
     back_steps: int = Field(default=1, ge=1, le=1 << 40)
     """`rollback` only: the run goes on from the newest checkpoint, or copy in the memory
     of peers, that was made at least so many steps before the end of the step that broke
-    the rule."""
+    the rule, and before all steps that are left out. One step back is the state before
+    that step, which is saved then."""
     leave_out: int = Field(default=1, ge=1, le=256)
     """`rollback` only: number of steps whose samples are left out, the last of which is
     the one that broke the rule."""
@@ -66,6 +67,6 @@ class RuleConfig(Config):
         return self.when != "not_finite" and self.limit is None
 
     @property
-    def halts(self) -> bool:
-        """Whether the run leaves off at a step that breaks the rule."""
-        return self.action != "skip" or self.rerun
+    def steps_back(self) -> int:
+        """Steps that a rollback goes back at least."""
+        return max(self.back_steps, self.leave_out)

@@ -128,12 +128,14 @@ class StepChecks:
         if rule.action == "rollback":
             facts = {
                 "step": step,
-                "max_step": max(0, step - rule.back_steps),
+                "max_step": max(0, step - rule.steps_back),
                 "leave_out": min(rule.leave_out, step),
             }
             message = f"{text}; {describe_rollback(facts)}"
             self._announce(numbers, "rollback", message)
-            raise RollbackError(message, accepted, facts)
+            # One step back is the state on the device.
+            has_state = facts["max_step"] == accepted.step
+            raise RollbackError(message, accepted, facts, has_state=has_state)
 
     def describe(self, numbers: StepNumbers) -> str:
         """Returns which rule a step breaks, and how."""

@@ -64,10 +64,11 @@ def rule_warnings(config: TrainConfig) -> list[Problem]:
                 "no step can break the rule; lower it"
             )
             warnings.append(Problem(f"{pointer}/samples", "beyond_the_run", detail))
-        if rule.action == "rollback" and config.checkpoint.every_steps is None:
+        needs_checkpoints = rule.action == "rollback" and rule.steps_back > 1
+        if needs_checkpoints and config.checkpoint.every_steps is None:
             detail = (
-                "action=rollback without checkpoint.every_steps goes back to the beginning of "
-                "the run; set it"
+                f"action=rollback by {rule.steps_back} steps or more goes back to the beginning "
+                "of the run without checkpoint.every_steps; set it"
             )
             warnings.append(Problem(f"{pointer}/action", "no_checkpoints", detail))
     return warnings
