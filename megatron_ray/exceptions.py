@@ -85,6 +85,8 @@ class ErrorKind(StrEnum):
     """A rule of the config, by which the run goes on from an earlier state."""
     RECHECK = "recheck"
     """A step that may have been computed wrongly, and is to be computed elsewhere."""
+    HARDWARE = "hardware"
+    """A device that computes or keeps wrong numbers; a retry may succeed elsewhere."""
     INTERNAL = "internal"
     """Any other cause: a bug, or a lost peer."""
 

@@ -158,6 +158,17 @@ def _folder(step: int, attempt: int) -> str:
     return f"{FOLDER}/step-{step:08d}-a{attempt:04d}"
 
 
+def attempt_of(path: str) -> int:
+    """Returns the attempt in the name of a checkpoint's folder.
+
+    Raises ValueError for another folder.
+    """
+    match = _NAME.fullmatch(path.rpartition("/")[2])
+    if match is None:
+        raise ValueError(f"{path} is no checkpoint of a run")
+    return int(match[2])
+
+
 def list_checkpoints(storage_path: str) -> list[CheckpointInfo]:
     """Returns all checkpoint folders, committed or not, oldest first.
 

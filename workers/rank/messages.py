@@ -76,6 +76,8 @@ class RecheckOrder:
     """None: there is none, but the run may be restarted for one."""
     rank: int = 0
     """Rank there that may have computed it wrongly."""
+    has_moved: bool = False
+    """Whether no rank is on that rank's node any more."""
 
 
 @dataclass(frozen=True)

@@ -101,7 +101,7 @@ def _recheck(request: StartRequest) -> Recheck:
     order = request.recheck
     if order is None:
         return Recheck()
-    return Recheck(can_move=True, step=order.step, rank=order.rank)
+    return Recheck(True, order.step, order.rank, has_moved=order.has_moved)
 
 
 def run_preflight(

@@ -30,6 +30,8 @@ class Recheck:
     """Step that broke a rule on other devices, twice; None: there is none."""
     rank: int = 0
     """Rank there that may have computed it wrongly."""
+    has_moved: bool = True
+    """Whether the run has other devices now than that rank had."""
 
 
 class StepChecks:
@@ -68,12 +70,14 @@ class StepChecks:
         rule: RuleConfig | None = None
         if numbers.broken_rule is not None:
             rule = self._rules[numbers.broken_rule]
+        recheck = self._recheck
         conclusion = conclude(
             is_broken=rule is not None,
             reruns=rule is not None and rule.rerun,
-            is_second=step == self._again,
-            was_elsewhere=step == self._recheck.step,
-            can_move=self._recheck.can_move,
+            is_second=step in (self._again, recheck.step),
+            was_elsewhere=step == recheck.step and recheck.has_moved,
+            # One move is enough, also where the cluster had no other node.
+            can_move=recheck.can_move and step != recheck.step,
         )
         if conclusion is Conclusion.GOOD or conclusion is Conclusion.CONFIRMED:
             return rule
