@@ -30,7 +30,10 @@ or, if it inherits the kind, its module:
     ├── RuleError                     training.rules.errors
     │   ├── RuleStopError             training.rules.errors (rule)
     │   ├── RollbackError             training.rules.errors (rollback)
-    │   └── RecheckError              training.rules.errors (recheck)
+    │   ├── RecheckError              training.rules.errors (recheck)
+    │   └── RerunError                training.rules.errors
+    ├── ReplicaError                  training.rules.replicas (replicas)
+    │   └── FaultyReplicaError        training.rules.replicas (hardware)
     ├── ScheduleError                 pipeline_parallel.schedules.simulation
     └── WriteAbandonedError           checkpoint.writer
 """
@@ -87,6 +90,8 @@ class ErrorKind(StrEnum):
     """A step that may have been computed wrongly, and is to be computed elsewhere."""
     HARDWARE = "hardware"
     """A device that computes or keeps wrong numbers; a retry may succeed elsewhere."""
+    REPLICAS = "replicas"
+    """Replicas with different weights, of which none is known to be wrong."""
     INTERNAL = "internal"
     """Any other cause: a bug, or a lost peer."""
 

@@ -145,8 +145,10 @@ class TrainingConfig(Config):
     seed: int = Field(default=1234, ge=0, le=(1 << 63) - 1)
     """Seed of the initial weights, the order of samples and every random stream."""
     deterministic: bool = False
-    """Uses only bit-reproducible kernels on GPUs, which are slower. Runs on CPUs are
-    bit-reproducible without it."""
+    """Uses only bit-reproducible kernels on GPUs, which are slower: torch's deterministic
+    algorithms, cuDNN's, a fixed workspace of cuBLAS, and no reductions in NCCL's switches.
+    A kernel without such a form ends the run at its first step, with its name. Runs on
+    CPUs are bit-reproducible without it."""
     eval_every_steps: int | None = Field(default=None, ge=1, le=1 << 40)
     """Steps between evaluations on the validation data; the last step is evaluated too.
     Default: evaluation after the last step only."""

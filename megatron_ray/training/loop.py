@@ -96,6 +96,7 @@ def _train_step(
 ) -> tuple[StepSums, float]:
     """Launches one step; returns its sums, still on the device, and its learning rate."""
     config = components.config
+    components.replicas.run(progress)
     PROCESS.phase = "data"
     batches = components.loader.step(progress.consumed_samples)
     timer.mark("data")

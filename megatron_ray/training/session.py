@@ -94,6 +94,7 @@ class TrainingSession:
         torch.set_deterministic_debug_mode(
             "error" if self.config.training.deterministic else "default"
         )
+        torch.backends.cudnn.deterministic = self.config.training.deterministic
         torch.manual_seed(self.config.training.seed)
         is_same_order = origin.check_changes(self.config, data)
         self.model, self.optimizer = build(

@@ -22,7 +22,11 @@ from megatron_ray.validation import (
 from megatron_ray.validation import model as model_rules
 from megatron_ray.validation import resume as resume_rules
 from megatron_ray.validation import training as training_rules
-from megatron_ray.validation.faults.rules import rule_problems, rule_warnings
+from megatron_ray.validation.faults.rules import (
+    replica_problems,
+    rule_problems,
+    rule_warnings,
+)
 from megatron_ray.validation.parameters.freezing import freezing_problems
 from megatron_ray.validation.parameters.groups import group_problems
 from megatron_ray.validation.parameters.matrices import matrix_problems
@@ -47,6 +51,7 @@ _RULES = (
     training_rules.precision_problems,
     intervals.skipping_problems,
     rule_problems,
+    replica_problems,
     recompute.recompute_problems,
     resume_rules.resume_changes_problems,
 )

@@ -14,7 +14,7 @@ from megatron_ray.models.batch import Batch
 
 
 class Fault(Enum):
-    """As Megatron's error injector tells them apart."""
+    """The kinds of faults that a rerun distinguishes."""
 
     TRANSIENT = "transient"
     """Gone when the step is computed for the second time."""

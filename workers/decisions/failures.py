@@ -107,6 +107,7 @@ _KIND_OF_ERROR: dict[str, FailureKind] = {
     ErrorKind.ROLLBACK: FailureKind.ROLLBACK,
     ErrorKind.RECHECK: FailureKind.RECHECK,
     ErrorKind.HARDWARE: FailureKind.GPU,
+    ErrorKind.REPLICAS: FailureKind.EXCEPTION,
 }
 
 _COMPLETE = (

@@ -28,7 +28,7 @@ from megatron_ray.training.session import TrainingSession
 from workers.preflight import Preflight, await_stop
 from workers.protocol.job import JobSpec
 from workers.protocol.network import NetworkConfig
-from workers.rank.environment import choose_interface, export_credentials
+from workers.rank.environment import choose_interface, export_credentials, fix_kernels
 from workers.rank.messages import StartRequest
 from workers.rank.peer_attempt import attempt_copies
 from workers.rank.process_copies import ProcessCopies
@@ -56,6 +56,8 @@ def train(
     data = PreparedData.model_validate(request.data)
     # Before any path is opened; the process belongs to this job alone.
     export_credentials(spec.credentials)
+    if spec.training.deterministic:
+        fix_kernels()
     # On CPU, ranks of one machine share its cores and its memory.
     if request.device == "cpu":
         poll = _with_memory_bound(device.MallocTuning(), poll)

@@ -24,10 +24,11 @@ class RuleConfig(Config):
     and `large_grad_norm` a gradient norm, before clipping, that are finite and above
     `factor` times the baseline, or above `limit`."""
     action: Literal["skip", "stop", "rollback"]
-    """`skip` leaves the step's samples out and goes on; training.max_skipped_steps says
-    how often. `stop` saves a checkpoint of the state before the step and ends the job.
-    `rollback` goes on from an earlier state, and leaves out the samples of the step when
-    the run comes to it again; training.max_rollbacks says how often."""
+    """`skip` leaves the step's samples out and goes on, at most
+    training.max_skipped_steps times. `stop` saves a checkpoint of the state before the
+    step and ends the job. `rollback` goes on from an earlier state, and leaves out the
+    samples of the step when the run comes to it again, at most training.max_rollbacks
+    times."""
     factor: float = Field(default=10.0, gt=1, le=2.0**64)
     """Multiple of the baseline above which a number breaks the rule."""
     baseline: Literal["first_max", "recent_median"] = "first_max"

@@ -14,7 +14,7 @@ from megatron_ray.training.progress import Progress
 from megatron_ray.training.reporting.step_numbers import StepNumbers
 from megatron_ray.training.rules.errors import (
     RecheckError,
-    RerunRequested,
+    RerunError,
     RollbackError,
     RuleStopError,
 )
@@ -64,7 +64,7 @@ class StepChecks:
     def examine(self, numbers: StepNumbers, accepted: Progress) -> RuleConfig | None:
         """Returns the rule that a step breaks, once that is certain; None for a good step.
 
-        `accepted` is the progress before the step. Raises RerunRequested, RecheckError.
+        `accepted` is the progress before the step. Raises RerunError, RecheckError.
         """
         step = numbers.host.progress.step
         rule: RuleConfig | None = None
@@ -89,7 +89,7 @@ class StepChecks:
                 self._again = step
                 message = f"{text}; the step is computed again"
                 self._announce(numbers, conclusion, message)
-                raise RerunRequested(accepted)
+                raise RerunError(message, accepted)
             case Conclusion.RECHECK:
                 rank = self._suspect()
                 message = (

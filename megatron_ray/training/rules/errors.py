@@ -57,9 +57,5 @@ class RecheckError(RuleError):
     failure_kind: ClassVar[ErrorKind] = ErrorKind.RECHECK
 
 
-class RerunRequested(Exception):  # noqa: N818 - leaves the loop, which starts again
-    """The step after `progress` is to be computed again in place."""
-
-    def __init__(self, progress: Progress) -> None:
-        super().__init__()
-        self.progress = progress
+class RerunError(RuleError):
+    """A step is to be computed again in place: `training.rules.run` catches it."""

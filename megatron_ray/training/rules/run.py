@@ -15,7 +15,7 @@ from megatron_ray.training.components import TrainingComponents
 from megatron_ray.training.loop import Outcome, train
 from megatron_ray.training.progress import Progress
 from megatron_ray.training.rules.checks import Recheck, StepChecks
-from megatron_ray.training.rules.errors import RerunRequested, RuleError
+from megatron_ray.training.rules.errors import RerunError, RuleError
 from megatron_ray.training.rules.verdicts import suspect_rank
 
 
@@ -42,7 +42,7 @@ def train_by_rules(
     while True:
         try:
             return train(components, progress, report, commands.poll, checks)
-        except RerunRequested as rerun:
+        except RerunError as rerun:
             # The device has left out the step and those after it, so its state is still
             # that before the step.
             progress = rerun.progress

@@ -38,6 +38,18 @@ def rule_problems(config: TrainConfig) -> list[Problem]:
     return problems
 
 
+def replica_problems(config: TrainConfig) -> list[Problem]:
+    """Returns a problem when replicas are to be compared and have different shards."""
+    every = config.training.check_replicas_every_steps
+    if every is None or config.parallel.zero != 3:
+        return []
+    detail = (
+        f"check_replicas_every_steps={every} compares whole weights, of which every rank has "
+        "another shard with parallel.zero=3; leave it out, or use zero=1"
+    )
+    return [Problem("/training/check_replicas_every_steps", "no_replicas", detail)]
+
+
 def _unused_fields(rule: RuleConfig) -> Iterator[tuple[str, str]]:
     """Yields fields that are set and have no effect on a rule, with the reason."""
     fields = RuleConfig.model_fields

@@ -27,7 +27,7 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def bad_samples(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The samples of one step are bad, whoever trains on them."""
+    """The samples of one step are bad on every rank."""
 
     class Loader(FaultySteps):
         steps = (BAD,)

@@ -33,7 +33,7 @@ def test_every_combination_has_one_conclusion(flags: tuple[int, ...]) -> None:
     rows = []
     for pattern, conclusion in EXPECTED:
         pairs = zip(pattern, flags, strict=True)
-        if all(wanted is None or wanted == flag for wanted, flag in pairs):
+        if all(value is None or value == flag for value, flag in pairs):
             rows.append(conclusion)
     values = dict(zip(FLAGS, map(bool, flags), strict=True))
     assert rows == [conclude(**values)]
