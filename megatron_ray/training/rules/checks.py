@@ -49,6 +49,7 @@ class StepChecks:
         suspect: Callable[[], int] = lambda: 0,
     ) -> None:
         self._rules = training.rules
+        self._left_out = training.skip_steps
         self._report = report
         self._recheck = recheck or Recheck()
         self._suspect = suspect
@@ -123,9 +124,11 @@ class StepChecks:
         step = numbers.host.progress.step
         text = self._describe(rule, numbers)
         if rule.action == "stop":
+            left_out = ",".join(map(str, sorted({*self._left_out, step})))
             message = (
                 f"{text}; the weights are those of step {accepted.step}. Leave the step's "
-                f"samples out with training.skip_steps, lower optimizer.lr, or change the rule"
+                f"samples out with training.skip_steps=[{left_out}], lower optimizer.lr, or "
+                "change the rule"
             )
             self._announce(numbers, "stop", message)
             raise RuleStopError(message, accepted)
