@@ -17,7 +17,6 @@ from starlette.concurrency import run_in_threadpool
 
 from service.api import (
     checkpoints,
-    cluster,
     events,
     examples,
     health,
@@ -25,10 +24,11 @@ from service.api import (
     jobs,
     logs,
     metrics,
-    plans,
 )
+from service.api.clusters import routes as clusters
 from service.api.diagnoses import routes as diagnoses
 from service.api.models import ProblemDocument, StreamEnd, StreamMetrics
+from service.api.plans import routes as plans
 from service.http import errors, idempotency, openapi
 from service.http.auth import Authenticator
 from service.http.dependencies import Context
@@ -51,7 +51,7 @@ _ROUTERS = (
     logs.router,
     checkpoints.router,
     diagnoses.router,
-    cluster.router,
+    clusters.router,
     health.router,
     internal.router,
 )

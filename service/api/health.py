@@ -1,7 +1,7 @@
 """Serves /healthz, /readyz and /metrics."""
 
 import asyncio
-from typing import Any
+from typing import Any, Literal
 
 from anyio.to_thread import run_sync
 from fastapi import APIRouter, Depends, Response
@@ -9,7 +9,7 @@ from fastapi.responses import PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from sqlalchemy.exc import SQLAlchemyError
 
-from service.api.cluster_models import Liveness, Readiness
+from service.api.models import Body
 from service.http.dependencies import Context, ContextDep
 from service.http.parameters import check_query
 from service.store.schema import ClusterRow
@@ -18,6 +18,42 @@ from workers.protocol.wire import AgentReport
 _ANSWER_S = 5.0
 """How long the database may take before requests count as not served."""
 router = APIRouter(tags=["health"], dependencies=[Depends(check_query)])
+
+
+class AgentHealth(Body):
+    """One cluster's agent, as seen by the service."""
+
+    cluster: str
+    """Name of the cluster."""
+    live: bool
+    """Whether the agent has been in contact recently."""
+    seen_s_ago: float | None
+    """Seconds since the agent's last request; null before its first one."""
+    ray_reachable: bool
+    """Whether the agent is live and its last report has nodes."""
+    nodes: int
+    """Nodes that are alive."""
+
+
+class Readiness(Body):
+    """Whether the service can do its work."""
+
+    status: Literal["ok", "degraded", "unavailable"]
+    """`ok`; `degraded` when an agent is lost or a job's storage is silent; `unavailable`
+    without the database."""
+    database: str
+    """`ok`, or what is wrong with it."""
+    storage: str
+    """`ok`, or `does not answer` while reads of a job's storage hang."""
+    agents: list[AgentHealth]
+    """The agents of all clusters."""
+
+
+class Liveness(Body):
+    """That the process runs."""
+
+    status: Literal["ok"]
+    """Always `ok`."""
 
 
 @router.get("/healthz", response_model=Liveness)

@@ -16,7 +16,7 @@ from sqlalchemy.orm import Session
 
 from megatron_ray.config.schedules.batch_sizes import batch_sizes_of
 from megatron_ray.exceptions import redacted
-from service.api.cluster_models import (
+from service.api.clusters.bodies import (
     Cluster,
     Driver,
     Node,

@@ -24,11 +24,10 @@ def settings(name: str, **parallel: Any) -> TrainConfig:
         "name": name,
         "lr": LR.get(name, 3e-3),
         "weight_decay": 0.01,
-        # Where a gradient is nearly 0, its sign depends on the order of sums.
-        "eps": 1e-4,
     }
-    if name == "sgd":
-        del optimizer["eps"]
+    if "eps" in BUILT_IN[name].numbers:
+        # Where a gradient is nearly 0, its sign depends on the order of sums.
+        optimizer["eps"] = 1e-4
     if name.startswith("aggmo"):
         optimizer["aggregated"] = TWO_MOMENTS
     return TrainConfig.from_mapping({**config.model_dump(), "optimizer": optimizer})

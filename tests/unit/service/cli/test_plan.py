@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from service.api.plan_models import Plan, Suggestions
+from service.api.plans.bodies import Plan, Suggestions
 from service.client import Client
 from tests.support.fake_rest_service import FakeService, Run
 

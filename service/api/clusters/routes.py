@@ -10,7 +10,7 @@ from fastapi import APIRouter, Depends, Path
 from sqlalchemy.orm import Session
 
 from service.api import render
-from service.api.cluster_models import Cluster, ExcludeRequest
+from service.api.clusters.bodies import Cluster, ExcludeRequest
 from service.api.models import Page
 from service.exceptions import NotFoundError
 from service.http.bodies import BoundedBodyRoute

@@ -14,7 +14,7 @@ from megatron_ray.planning.answers import estimates, without_cluster
 from megatron_ray.planning.answers.bodies import plan_body, suggestions_body
 from megatron_ray.planning.hardware import HARDWARE, Hardware, hardware_named
 from megatron_ray.validation import check
-from service.api.plan_models import (
+from service.api.plans.bodies import (
     Plan,
     Suggestions,
 )

@@ -1,4 +1,4 @@
-"""Defines the bodies of the public API about clusters and the service's own health.
+"""Defines the bodies of the public API about clusters.
 
 Owns: their fields and descriptions. Must not know: what an agent sends.
 """
@@ -129,39 +129,3 @@ class Cluster(Body):
     """The drivers of all jobs."""
     orphans: list[str]
     """Actors in the namespace that belong to no known job."""
-
-
-class AgentHealth(Body):
-    """One cluster's agent, as seen by the service."""
-
-    cluster: str
-    """Name of the cluster."""
-    live: bool
-    """Whether the agent has been in contact recently."""
-    seen_s_ago: float | None
-    """Seconds since the agent's last request; null before its first one."""
-    ray_reachable: bool
-    """Whether the agent is live and its last report has nodes."""
-    nodes: int
-    """Nodes that are alive."""
-
-
-class Readiness(Body):
-    """Whether the service can do its work."""
-
-    status: Literal["ok", "degraded", "unavailable"]
-    """`ok`; `degraded` when an agent is lost or a job's storage is silent; `unavailable`
-    without the database."""
-    database: str
-    """`ok`, or what is wrong with it."""
-    storage: str
-    """`ok`, or `does not answer` while reads of a job's storage hang."""
-    agents: list[AgentHealth]
-    """The agents of all clusters."""
-
-
-class Liveness(Body):
-    """That the process runs."""
-
-    status: Literal["ok"]
-    """Always `ok`."""
