@@ -123,3 +123,23 @@ def test_the_part_of_the_rejected_step_is_kept() -> None:
     rules.judge(StepSums(values), PART + 1)
     rules.judge(StepSums(values), PART + 2)
     assert rules.rejected_part.tolist() == [1.0, 1.0, 1.0]
+
+
+def test_the_host_reads_no_number() -> None:
+    meta = torch.device("meta")
+    values = {"seq_length": 8, "global_batch_size": 1, "steps": 9, "precision": "fp16"}
+    listed = [
+        {"when": "not_finite", "action": "stop"},
+        {"when": "loss_spike", "action": "rollback", "rerun": True},
+        {"when": "large_grad_norm", "action": "skip", "baseline": "recent_median"},
+    ]
+    training = TrainingConfig.model_validate(values | {"rules": listed})
+    rules = StepRules(training, meta)
+    sums = StepSums(
+        torch.zeros(NUM_FIXED, dtype=torch.float64, device=meta),
+        loss_scale=torch.zeros((), dtype=torch.float64, device=meta),
+    )
+    # On this device there is none: reading it would raise.
+    verdict = rules.judge(sums, torch.zeros(NUM_FIXED, dtype=torch.float64, device=meta))
+    assert verdict.skip.device == meta
+    assert verdict.broken.shape == verdict.limits.shape == (3,)

@@ -1,5 +1,6 @@
 """Runs of one rank with rules: what a bad step leads to."""
 
+from dataclasses import replace
 from math import inf
 from typing import Any
 
@@ -13,8 +14,14 @@ from megatron_ray.distributed.mesh import ParallelMesh
 from megatron_ray.reports import Report, RuleReport, SkippedStepReport, StepReport
 from megatron_ray.training.components import TrainingComponents
 from megatron_ray.training.progress import Progress
+from megatron_ray.training.reporting.step_numbers import StepsInFlight
 from megatron_ray.training.rules.checks import Recheck
-from megatron_ray.training.rules.errors import RecheckError, RollbackError, RuleStopError
+from megatron_ray.training.rules.errors import (
+    RecheckError,
+    RollbackError,
+    RuleError,
+    RuleStopError,
+)
 from megatron_ray.training.rules.run import train_by_rules
 from megatron_ray.training.session import batch_maker, build
 from tests.support.faulty_steps import Fault, FaultySteps
@@ -202,6 +209,58 @@ def test_faults_at_a_rate_are_all_survived() -> None:
     assert len(run.verdicts) >= 4
     assert {verdict for _, verdict in run.verdicts} == {"rerun", "transient"}
     assert run.losses == clean(steps=8).losses
+
+
+@pytest.fixture
+def late_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host reads a step's numbers one step late, as on GPUs."""
+    init = StepsInFlight.__init__
+
+    def one_step_late(self: StepsInFlight, on: torch.device, num_aux: int) -> None:
+        init(self, on, num_aux)
+        self._lag = 1
+
+    monkeypatch.setattr(StepsInFlight, "__init__", one_step_late)
+
+
+def unsaved(rules: list[dict[str, Any]], **training: Any) -> Run:
+    """A run without checkpoints, before which all numbers are read."""
+    run = Run(rules, **training)
+    config = run.config.model_dump(mode="json")
+    config["checkpoint"]["every_steps"] = None
+    changed = TrainConfig.from_mapping(config)
+    run._components = replace(run._components, config=changed)
+    return run
+
+
+@pytest.mark.usefixtures("late_numbers")
+def test_late_verdicts_lead_to_the_same_run() -> None:
+    rule = {"when": "loss_spike", "limit": 100, "action": "skip", "rerun": True}
+    transient = unsaved([rule])
+    transient.loader.steps = (BAD, 5)
+    transient.loader.fault = Fault.TRANSIENT
+    transient.train()
+    assert transient.losses == clean().losses
+    skipped = unsaved([rule])
+    skipped.loader.steps = (2, BAD)
+    skipped.train()
+    assert skipped.verdicts == [(2, "rerun"), (BAD, "rerun")]
+    assert skipped.skipped == [2, BAD]
+    expected = clean(skip_steps=(2, BAD))
+    assert skipped.losses[4] == expected.losses[4]
+    same(skipped.states[-1], expected.states[-1])
+
+
+@pytest.mark.usefixtures("late_numbers")
+@pytest.mark.parametrize("action", ["stop", "rollback"])
+def test_a_late_verdict_saves_the_state_before_the_step(action: str) -> None:
+    run = unsaved([{"when": "loss_spike", "limit": 100, "action": action}])
+    run.loader.steps = (BAD,)
+    with pytest.raises(RuleError):
+        run.train()
+    assert [progress.step for progress in run.saved] == [BAD - 1]
+    assert run.saved[0].consumed_samples == 8 * (BAD - 1)
+    same(run.states[0], clean().states[BAD - 2])
 
 
 def same(state: Any, other: Any) -> None:
