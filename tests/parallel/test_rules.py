@@ -131,7 +131,7 @@ def test_a_flipped_bit_is_found_and_named() -> None:
         assert whole["error"] == ""
         assert flipped["error"] == (
             "replicas: after step 2 the replicas on ranks 0, 1 have different weights in "
-            "embedding.weight, and which of them is right is not known; the run goes on from "
+            "head.weight, and which of them is right is not known; the run goes on from "
             "a checkpoint"
         )
         assert len(flipped["losses"]) == 2
