@@ -68,6 +68,9 @@ class StepChecks:
         `accepted` is the progress before the step. Raises RerunError, RecheckError.
         """
         step = numbers.host.progress.step
+        # Rejected before, it has no verdict now.
+        if step in self._left_out:
+            return None
         rule: RuleConfig | None = None
         if numbers.broken_rule is not None:
             rule = self._rules[numbers.broken_rule]

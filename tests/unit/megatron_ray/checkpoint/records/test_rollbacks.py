@@ -32,7 +32,9 @@ def write(root: Path, *orders: tuple[int, int]) -> None:
 def newest(root: Path) -> tuple[int, int] | None:
     info = choose_resume_point(str(root)).checkpoint
     assert info == latest_committed(str(root))
-    return info and info.order
+    if info is None:
+        return None
+    return info.order
 
 
 def test_later_states_of_earlier_attempts_are_left_behind(tmp_path: Path) -> None:

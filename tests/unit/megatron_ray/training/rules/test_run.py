@@ -191,6 +191,13 @@ def test_a_fault_that_stays_is_judged_on_other_devices(fault: Fault) -> None:
         assert other.skipped == [BAD]
 
 
+def test_a_step_that_is_left_out_proves_no_fault() -> None:
+    run = Run([SPIKE | {"action": "rollback", "rerun": True}], skip_steps=(BAD,))
+    run.loader.steps = (BAD,)
+    run.train(Recheck(can_move=True, step=BAD, rank=0))
+    assert run.verdicts == []
+
+
 def test_without_other_devices_the_action_follows() -> None:
     run = Run([SPIKE | {"action": "skip", "rerun": True}])
     run.loader.steps = (BAD,)
