@@ -1,10 +1,11 @@
 """Defines commands to a running training loop, and how all ranks agree on one.
 
-Owns: the commands, their precedence, the form of all votes. Torch-free. Must not know: the
-sender of a command.
+Owns: the commands, their precedence, the form of all votes, requests of profiles and where
+their files are. Torch-free. Must not know: the sender of a command.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from enum import IntEnum
 
 
@@ -63,3 +64,24 @@ def strongest_voted(counts: Sequence[float]) -> Command:
 def all_sent(counts: Sequence[float]) -> bool:
     """Whether the last copy of every rank has arrived; `counts` as in `strongest_voted`."""
     return not counts[-1]
+
+
+@dataclass(frozen=True)
+class ProfileRequest:
+    """Steps of which one rank writes a profile; others need not know of it."""
+
+    first_step: int
+    last_step: int
+    number: int = 0
+    """Number of the request within the run; 0 is that of its config."""
+
+    def __str__(self) -> str:
+        """Returns the steps as people write them, such as `10-12`."""
+        if self.first_step == self.last_step:
+            return str(self.first_step)
+        return f"{self.first_step}-{self.last_step}"
+
+    def folder(self, storage_path: str, attempt: int) -> str:
+        """Returns where the ranks of an attempt write their files."""
+        steps = f"steps-{self.first_step:08d}-{self.last_step:08d}"
+        return f"{storage_path.rstrip('/')}/profiles/{steps}-a{attempt:04d}"

@@ -34,6 +34,7 @@ or, if it inherits the kind, its module:
     │   └── RerunError                training.rules.errors
     ├── ReplicaError                  training.rules.replicas (replicas)
     │   └── FaultyReplicaError        training.rules.replicas (hardware)
+    ├── RankOutOfMemoryError          memory
     ├── ScheduleError                 pipeline_parallel.schedules.simulation
     └── WriteAbandonedError           checkpoint.writer
 """
@@ -92,6 +93,8 @@ class ErrorKind(StrEnum):
     """A device that computes or keeps wrong numbers; a retry may succeed elsewhere."""
     REPLICAS = "replicas"
     """Replicas with different weights, of which none is known to be wrong."""
+    MEMORY = "memory"
+    """A rank needs more memory than there is, which a retry would only repeat."""
     INTERNAL = "internal"
     """Any other cause: a bug, or a lost peer."""
 

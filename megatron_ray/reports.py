@@ -4,7 +4,23 @@ Owns: the fields of reports. Torch-free. Must not know: readers of reports.
 """
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, get_args
+
+StepPart = Literal[
+    "data", "forward", "backward", "communication", "optimizer", "checkpoint", "other"
+]
+"""What a rank spends the time of a step on; the parts add up to the whole.
+
+- `data`: reading samples and making batches of them.
+- `forward` and `backward`: the passes, the latter with what they recompute.
+- `communication`: waits for other ranks in collectives and messages, wherever they occur.
+  What overlaps with computation costs no time and does not count.
+- `optimizer`: gradient norm, clipping and the update.
+- `checkpoint`: copying the state for a checkpoint after the step before, and waits for the
+  checkpoint before that one.
+- `other`: the rest, such as reports and the gaps between steps.
+"""
+STEP_PARTS: tuple[StepPart, ...] = get_args(StepPart)
 
 
 @dataclass(frozen=True)
@@ -34,7 +50,7 @@ class StepReport:
     memory_bytes: int
     """Peak device memory (RSS on CPU)."""
     split_s: dict[str, float] = field(default_factory=dict)
-    """Seconds of the step by part: data, forward_backward, reduce, optimizer."""
+    """Seconds of the step by part, see StepPart, as this rank has measured them."""
     other_losses: dict[str, float] = field(default_factory=dict)
     """Auxiliary losses before weighting, per loss token: load_balancing_loss (or
     seq_load_balancing_loss) and z_loss, means over the layers with experts, and
@@ -90,6 +106,16 @@ class EvalReport:
 
 
 @dataclass(frozen=True)
+class MonitorReport:
+    """What the callbacks of a run have measured in a step, the same on every rank."""
+
+    kind: ClassVar[str] = "monitors"
+    step: int
+    numbers: dict[str, float]
+    """By name, such as `grad_norm/layers.3`."""
+
+
+@dataclass(frozen=True)
 class CheckpointReport:
     """A rank's part of a checkpoint is durable.
 
@@ -128,6 +154,42 @@ class PeerCopiesRefusedReport:
 
 
 @dataclass(frozen=True)
+class ProfileReport:
+    """A rank has written a profile of some steps, or could not."""
+
+    kind: ClassVar[str] = "profile"
+    rank: int
+    number: int
+    """Number of the request within the run; 0 is that of its config."""
+    first_step: int
+    last_step: int
+    folder: str = ""
+    """Path or URI of the folder with its files."""
+    files: tuple[str, ...] = ()
+    """Names of the files: the trace and the memory."""
+    seconds: float = 0.0
+    """Time of the steps, with the cost of recording them."""
+    operators: tuple[dict[str, Any], ...] = ()
+    """The most expensive operators, {name, calls, seconds, share}: their own time, on the
+    device where there is one, and its share of that of all."""
+    problem: str | None = None
+    """Why there is no profile."""
+
+    @property
+    def steps(self) -> str:
+        """The steps as people write them."""
+        if self.first_step == self.last_step:
+            return f"step {self.first_step}"
+        return f"steps {self.first_step}-{self.last_step}"
+
+    def sentence(self) -> str:
+        """Returns what has happened, in one line."""
+        if self.problem is not None:
+            return f"no profile of {self.steps} on rank {self.rank}: {self.problem}"
+        return f"wrote a profile of {self.steps} on rank {self.rank} to {self.folder}"
+
+
+@dataclass(frozen=True)
 class PhaseReport:
     """A rank has finished a phase of its start-up: rendezvous, model, load, data ..."""
 
@@ -163,9 +225,11 @@ Report = (
     | SkippedStepReport
     | RuleReport
     | EvalReport
+    | MonitorReport
     | CheckpointReport
     | CheckpointFailedReport
     | PeerCopiesRefusedReport
+    | ProfileReport
     | PhaseReport
     | SpeedReport
 )

@@ -29,6 +29,7 @@ from service.api.clusters import routes as clusters
 from service.api.diagnoses import routes as diagnoses
 from service.api.models import ProblemDocument, StreamEnd, StreamMetrics
 from service.api.plans import routes as plans
+from service.api.profiles import routes as profiles
 from service.http import errors, idempotency, openapi
 from service.http.auth import Authenticator
 from service.http.dependencies import Context
@@ -51,6 +52,7 @@ _ROUTERS = (
     logs.router,
     checkpoints.router,
     diagnoses.router,
+    profiles.router,
     clusters.router,
     health.router,
     internal.router,
@@ -58,7 +60,10 @@ _ROUTERS = (
 _TAGS = {
     "jobs": "Create, list, cancel, pause, resume and delete jobs.",
     "plans": "How a job would run, and which layouts fit. Nothing is started.",
-    "history": "What a job has done: events, metrics, logs, attempts, checkpoints, diagnoses.",
+    "history": (
+        "What a job has done: events, metrics, logs, attempts, checkpoints, diagnoses, "
+        "profiles."
+    ),
     "clusters": "The Ray clusters that jobs run on.",
     "health": "The service itself.",
 }

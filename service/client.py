@@ -11,7 +11,6 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import Any, Self
 
 import httpx
@@ -84,12 +83,7 @@ class Client:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -175,6 +169,15 @@ class Client:
         """Returns the newest diagnosis of a job."""
         return self._object("GET", f"/v1/jobs/{job_id}/diagnosis")
 
+    def request_profile(self, job_id: str, steps: str, ranks: Sequence[int]) -> Json:
+        """Requests a profile of coming steps, such as `10-12`, and returns it."""
+        body = {"steps": steps, "ranks": list(ranks)}
+        return self._post(f"/v1/jobs/{job_id}/profiles", body)
+
+    def profiles(self, job_id: str) -> Json:
+        """Returns the newest profiles of a job, oldest first."""
+        return self._object("GET", f"/v1/jobs/{job_id}/profiles")
+
     def delete(self, job_id: str) -> None:
         """Deletes an ended job and its history; its files stay."""
         request = self._http.build_request("DELETE", f"/v1/jobs/{job_id}")
@@ -185,23 +188,18 @@ class Client:
 
     def pause(self, job_id: str, reason: str = "user_paused") -> Json:
         """Pauses a job and returns its current state; pausing again is harmless."""
-        return self._change(job_id, "pause", {"reason": reason})
+        return self._post(f"/v1/jobs/{job_id}/pause", {"reason": reason})
 
     def resume(self, job_id: str, changes: Mapping[str, Any] | None = None) -> Json:
         """Resumes a paused or ended job and returns its current state.
 
         `changes` are nested fields of an ended job's spec.
         """
-        return self._change(job_id, "resume", {"changes": dict(changes or {})})
+        return self._post(f"/v1/jobs/{job_id}/resume", {"changes": dict(changes or {})})
 
     def resize(self, job_id: str, dp: int) -> Json:
         """Requests another number of replicas and returns the job's current state."""
-        return self._change(job_id, "resize", {"dp": dp})
-
-    def _change(self, job_id: str, verb: str, body: Json) -> Json:
-        headers = {"Idempotency-Key": str(uuid.uuid4())}
-        path = f"/v1/jobs/{job_id}/{verb}"
-        return self._object("POST", path, json=body, headers=headers, repeat=True)
+        return self._post(f"/v1/jobs/{job_id}/resize", {"dp": dp})
 
     def events(
         self,

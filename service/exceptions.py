@@ -8,7 +8,8 @@
     │   ├── JobActiveError
     │   ├── JobEndedError
     │   ├── JobNotRunningError
-    │   └── NoRoomError
+    │   ├── NoRoomError
+    │   └── ProfileRunningError
     ├── DriverMessageError          a driver or agent must stop or send something else
     │   ├── DriverReplacedError
     │   ├── RecordGapError
@@ -137,6 +138,12 @@ class NoRoomError(JobStateError):
     """The cluster cannot hold the job at the requested size now."""
 
     code = "no_room"
+
+
+class ProfileRunningError(JobStateError):
+    """An earlier profile of the job is not written yet."""
+
+    code = "profile_running"
 
 
 # ---- messages of drivers and agents

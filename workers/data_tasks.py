@@ -50,7 +50,6 @@ from workers.rank.spool import Line, SpoolReader
 _PERMANENT = (CheckpointError, MissingFileError, AccessDeniedError, InvalidLocationError)
 _RETRY_S = 0.3
 _MAX_TRIES = 10
-_ALL_LINES = 1_000_000
 _KERNEL_LOG_S = 600.0
 _KERNEL_RECORD_BYTES = 8192
 
@@ -279,7 +278,11 @@ def read_dead_rank_files(
     The log is read from `log_offset`, but at most its last `log_bytes` bytes.
     """
     # The reports come first, so that an unreadable log cannot lose them.
-    lines = SpoolReader(Path(report_file)).read(after, limit=_ALL_LINES)
+    reader = SpoolReader(Path(report_file))
+    lines = list[Line]()
+    while page := reader.read(after):
+        lines += page
+        after = page[-1].n
     log = b""
     with suppress(OSError), open(log_file, "rb") as file:
         size = file.seek(0, os.SEEK_END)

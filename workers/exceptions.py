@@ -17,7 +17,7 @@ defined beside the code that raises it:
         ├── ReplacedError                   service_client
         ├── ServiceUnavailableError         service_client
         ├── ServiceRefusedError             service_client
-        ├── WorkerGroupError                ray.worker_group
+        ├── WorkerGroupError                ray.answers
         ├── TaskFailedError                 ray.tasks
         ├── NodeGroupsError                 agent.node_groups
         ├── ProcessEnvironmentError         rank.environment

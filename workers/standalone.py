@@ -28,6 +28,7 @@ from megatron_ray.data.prepared import PreparedData
 from megatron_ray.exceptions import ErrorKind, MegatronRayError
 from megatron_ray.reports import (
     CheckpointFailedReport,
+    ProfileReport,
     Report,
     RuleReport,
     SkippedStepReport,
@@ -225,9 +226,7 @@ class RankRun:
                 self._reports.open(start)
             return start
         except RefusedError as refused:
-            message = ""
-            if self._env.rank == 0:
-                message = str(refused)
+            message = self._on_first(str(refused)) or ""
             raise TrainingFailedError(message, EXIT_FAILED, ErrorKind.RULE) from refused
 
     def _request_of(self, start: RunStart, data: PreparedData) -> StartRequest:
@@ -318,7 +317,9 @@ class RankRun:
             self._reports.write(item)
             if isinstance(item, SkippedStepReport | RuleReport):
                 self._notify(f"warning: {item.message}")
-            # The other ranks know nothing of it.
+            # The other ranks know nothing of these.
+            if isinstance(item, ProfileReport):
+                sys.stderr.write(f"{item.sentence()}\n")
             if isinstance(item, CheckpointFailedReport):
                 message = describe_failed_save(self._env.rank, vars(item))
                 sys.stderr.write(f"warning: {message}\n")

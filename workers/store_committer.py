@@ -13,6 +13,7 @@ from megatron_ray.reports import (
     CheckpointFailedReport,
     CheckpointReport,
     EvalReport,
+    MonitorReport,
     PhaseReport,
     Report,
     StepReport,
@@ -104,7 +105,7 @@ class StoreCommitter:
             self._count(item)
         elif isinstance(item, CheckpointFailedReport):
             self._store.add(self._unwritten_key(item.step), 1)
-        elif self._is_first and isinstance(item, StepReport | EvalReport):
+        elif self._is_first and isinstance(item, StepReport | EvalReport | MonitorReport):
             self._ledger.reported(
                 {
                     "kind": item.kind,

@@ -3,6 +3,7 @@
 Owns: architecture only. Must not know: parallelism, data, devices.
 """
 
+from math import sqrt
 from typing import Any, Literal
 
 from pydantic import ConfigDict, Field, ValidationError, model_validator
@@ -74,6 +75,15 @@ class ModelConfig(Config):
     """Norms multiply by 1 + weight, and weights start at zero (Gemma)."""
     qk_norm: bool = False
     """Normalizes each head's query and key before they are rotated (Qwen3)."""
+    peri_norm: bool = False
+    """Normalizes the outputs of attention and MLP too, before they are added to the residual
+    stream (Peri-LN)."""
+    embedding_norm: bool = False
+    """Normalizes word embeddings, before `embedding_scale` and before positions are
+    added."""
+    attention_scale: float | None = Field(default=None, gt=0)
+    """Factor on the products of queries and keys (Granite's attention_multiplier; 1 / head
+    width in muP). Default: 1 / sqrt(head width)."""
     position_embedding: Literal["rope", "learned", "none"] = "rope"
     """`rope` for rotary positions, `learned` for a trained table of positions (GPT-2),
     `none` for no positions."""
@@ -180,6 +190,18 @@ class ModelConfig(Config):
         if self.mla is not None:
             return self.mla.qk_head_dim
         return self.hidden_size // self.num_attention_heads
+
+    @property
+    def score_scale(self) -> float:
+        """Factor on the products of queries and keys, resolved."""
+        return self.attention_scale or 1 / sqrt(self.head_width)
+
+    @property
+    def score_factor(self) -> float:
+        """Factor on the products of queries and keys besides 1 / sqrt(head width)."""
+        if self.attention_scale is None:
+            return 1.0
+        return self.attention_scale * sqrt(self.head_width)
 
     @property
     def value_width(self) -> int:

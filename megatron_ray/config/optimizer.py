@@ -225,6 +225,12 @@ class OptimizerConfig(Config):
     clip_grad_norm: float = Field(default=1.0, ge=0)
     """Gradients are scaled down to this global norm when theirs is larger; 0 disables
     clipping, and the norm is still reported."""
+    exp_avg_dtype: Literal["fp32", "bf16"] = "fp32"
+    """Type in which first moments and momentum are kept. `bf16` halves their memory and
+    their part of checkpoints; they are rounded after each update, which is computed in
+    fp32. Without torch's fused kernel of AdamW."""
+    exp_avg_sq_dtype: Literal["fp32", "bf16"] = "fp32"
+    """The same for second moments."""
     freeze: tuple[Pattern, ...] = Field(default=(), max_length=64)
     """Names of parameters that are not trained, where `*` matches any characters, such
     as `embedding.weight` or `layers.0.*`. They have no gradients and no optimizer

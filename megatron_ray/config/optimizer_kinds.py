@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from megatron_ray.config.optimizer import OptimizerConfig
 
 ENTRY_POINTS = "megatron_ray.optimizers"
+SECOND_MOMENT = "exp_avg_sq"
+_BYTES = {"fp32": 4, "bf16": 2}
 _RULES = "megatron_ray.optimizer.rules"
 
 
@@ -28,14 +30,14 @@ class OptimizerKind:
     rule: str
     """`module:function` of the elementwise rule, see `megatron_ray.optimizer.rules`."""
     state: Callable[["OptimizerConfig"], tuple[str, ...]]
-    """Names of its fp32 tensors, one value per parameter each."""
+    """Names of its tensors, one value per parameter each."""
     numbers: Mapping[str, Any] = field(default_factory=dict)
     """Defaults of the fields of `optimizer` that it uses beside lr and weight_decay."""
     is_adaptive: bool = True
     """Whether an update's size does not depend on the gradient's, as with Adam: the rates of
     `model.mup` assume it."""
     matrix_state: Callable[["OptimizerConfig"], tuple[str, ...]] | None = None
-    """Names of the fp32 tensors of matrices, which are updated by Muon; None where the
+    """Names of the tensors of matrices, which are updated by Muon; None where the
     rule updates them too."""
 
     def __post_init__(self) -> None:
@@ -45,7 +47,7 @@ class OptimizerKind:
 
 
 def _two_moments(config: "OptimizerConfig") -> tuple[str, ...]:
-    return "exp_avg", "exp_avg_sq"
+    return "exp_avg", SECOND_MOMENT
 
 
 def _momentum(config: "OptimizerConfig") -> tuple[str, ...]:
@@ -59,7 +61,7 @@ def _many_moments(config: "OptimizerConfig") -> tuple[str, ...]:
     names = []
     for index in range(len(config.aggregated)):
         names.append(first_moment(index))
-    return (*names, "exp_avg_sq")
+    return (*names, SECOND_MOMENT)
 
 
 def first_moment(index: int) -> str:
@@ -131,9 +133,19 @@ def state_names(config: "OptimizerConfig", *, of_matrix: bool) -> tuple[str, ...
     return kind.state(config)
 
 
-def num_state_tensors(config: "OptimizerConfig", *, of_matrix: bool) -> int:
-    """Returns how many fp32 values the optimizer keeps for an element of a parameter."""
-    return len(state_names(config, of_matrix=of_matrix))
+def state_dtype(config: "OptimizerConfig", name: str) -> str:
+    """Returns the type of one of the optimizer's tensors."""
+    if name == SECOND_MOMENT:
+        return config.exp_avg_sq_dtype
+    return config.exp_avg_dtype
+
+
+def state_bytes(config: "OptimizerConfig", *, of_matrix: bool) -> int:
+    """Returns the bytes that the optimizer keeps for an element of a parameter."""
+    num_bytes = 0
+    for name in state_names(config, of_matrix=of_matrix):
+        num_bytes += _BYTES[state_dtype(config, name)]
+    return num_bytes
 
 
 def updates_matrices(config: "OptimizerConfig") -> bool:

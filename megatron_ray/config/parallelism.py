@@ -65,6 +65,9 @@ class ParallelismConfig(Config):
     zero_replicas: int = Field(default=1, ge=1, le=1 << 40)
     """For zero=3: number of copies of the sharded state (hybrid sharding, HSDP). Each
     copy is sharded over dp x cp / zero_replicas ranks."""
+    overlap_param_gather: bool = False
+    """With zero=1: gathers updated weights during the next forward pass, where each layer
+    waits for its own, instead of all of them before it. No number changes."""
     order: str = "tp-cp-ep-dp-pp"
     """Order of the axes in the rank numbering: the first axis has neighbouring ranks,
     the last has those farthest apart. Default: Megatron's."""

@@ -13,6 +13,7 @@ import yaml
 from pydantic import Field
 
 from megatron_ray.config.base import Config
+from megatron_ray.config.callbacks.monitors import CallbacksConfig
 from megatron_ray.config.checkpoint import CheckpointConfig, StorageConfig
 from megatron_ray.config.data import DataConfig
 from megatron_ray.config.model import ModelConfig
@@ -41,6 +42,8 @@ class TrainConfig(Config):
     """Learning rate over steps. Default: cosine decay to 0 without warm-up."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     """When checkpoints are saved. Default: one after the last step."""
+    callbacks: CallbacksConfig = CallbacksConfig()
+    """What is watched while the model trains. Default: nothing."""
     storage: StorageConfig | None = Field(default=None)
     """Where files are written. Default: chosen by whatever starts the run."""
 

@@ -3,7 +3,7 @@
 Must not know: the model, the layout over ranks.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
@@ -93,6 +93,111 @@ class LossScaleConfig(Config):
         return self.initial_scale
 
 
+MAX_PROFILED_STEPS = 20
+"""Steps of one profile: a trace of more takes minutes to write and cannot be opened."""
+
+
+STEPS_PATTERN = "^[0-9]{1,13}(-[0-9]{1,13})?$"
+STEPS_RULE = (
+    "must be a first and a last step, counted from 1, such as 10-12, with at most "
+    f"{MAX_PROFILED_STEPS} steps"
+)
+
+
+class ProfileConfig(Config):
+    """A profile of some steps: where their time and memory go."""
+
+    steps: str = Field(pattern=STEPS_PATTERN)
+    """First and last step, such as 10-12, counted from 1; at most 20 of them. The first
+    steps of a process also compile, allocate and connect, so later ones say more. Steps
+    that are done before a resume are not profiled again."""
+    ranks: tuple[Annotated[int, Field(ge=0, lt=1 << 20)], ...] = Field(
+        default=(0,), min_length=1, max_length=64
+    )
+    """Ranks that record them. The others wait for these, whose steps take longer."""
+
+    @field_validator("steps", mode="before")
+    @classmethod
+    def _single_step(cls, steps: Any) -> Any:
+        # YAML reads a single step as a number.
+        if isinstance(steps, int) and not isinstance(steps, bool):
+            return str(steps)
+        return steps
+
+    @field_validator("steps")
+    @classmethod
+    def _few_steps(cls, steps: str) -> str:
+        if not is_profilable(*step_range(steps)):
+            raise PydanticCustomError("step_range", STEPS_RULE)
+        return steps
+
+    @property
+    def first_and_last(self) -> tuple[int, int]:
+        """The first and the last step."""
+        return step_range(self.steps)
+
+
+def step_range(steps: str) -> tuple[int, int]:
+    """Returns the first and the last step of `10-12`, or of a single one."""
+    first, _, last = steps.partition("-")
+    return int(first), int(last or first)
+
+
+def is_profilable(first: int, last: int) -> bool:
+    """Whether a profile may have these steps."""
+    return 1 <= first <= last < first + MAX_PROFILED_STEPS
+
+
+class Fp8Config(Config):
+    """Matrix products in FP8, numbers of one byte with scales.
+
+    The linear layers of every layer multiply in FP8: attention's projections, MLPs and
+    experts, forward and backward. Their inputs, weights and gradients of outputs are
+    quantized right before the product; everything else stays in bf16: embedding, norms,
+    attention itself, routers, the output layer and all activations that are kept. GPUs
+    from Ada and Hopper on multiply in FP8 (`blockwise`: Hopper with CUDA 12.9; `mxfp8`:
+    Blackwell); elsewhere the numbers are the same and products slower than in bf16.
+    """
+
+    recipe: Literal["delayed", "current", "blockwise", "mxfp8"]
+    """Where scales come from. `delayed`: one for each input, weight and gradient, from
+    their largest values in the steps before, which are part of checkpoints. `current`:
+    one for each tensor, from its own largest value, which takes another pass over it.
+    `blockwise`: a power of two for each 128 elements of a row, in weights for each 128 x
+    128. `mxfp8`: a power of two for each 32 elements of a row."""
+    format: Literal["e4m3", "hybrid"] | None = None
+    """`e4m3` has 3 bits of mantissa and numbers up to 448; `hybrid` uses it for inputs
+    and weights, and E5M2, with 2 bits and numbers up to 57,344, for gradients. Default:
+    hybrid for delayed and current, e4m3 for blockwise and mxfp8, which have no other."""
+    margin: int = Field(default=0, ge=0, le=16)
+    """`delayed` only: scales are divided by 2^margin, which leaves room for values that
+    grow from one step to the next."""
+    amax_history_length: int = Field(default=1, ge=1, le=4096)
+    """`delayed` only: number of steps whose largest values are kept."""
+    amax_algorithm: Literal["most_recent", "max"] = "most_recent"
+    """`delayed` only: the step that a scale is made from, the last one or, of those
+    that are kept, the one with the largest value."""
+    first_layers_in_bf16: int = Field(default=0, ge=0, le=1024)
+    """Number of layers at the start of the model that multiply in bf16."""
+    last_layers_in_bf16: int = Field(default=0, ge=0, le=1024)
+    """Number of layers at the end of the model that multiply in bf16; from 1 on with
+    those of multi-token prediction."""
+
+    @property
+    def grad_format(self) -> str:
+        """Format of gradients: `e4m3` or `e5m2`."""
+        if self.recipe in ("blockwise", "mxfp8") or self.format == "e4m3":
+            return "e4m3"
+        return "e5m2"
+
+    def covers(self, layer: int, num_layers: int) -> bool:
+        """Returns whether a layer (from 0; MTP layers follow) multiplies in FP8."""
+        # MTP layers come after the last one.
+        end = num_layers - self.last_layers_in_bf16
+        is_before_end = layer < end or self.last_layers_in_bf16 == 0
+        return self.first_layers_in_bf16 <= layer and is_before_end
+
+
 class TrainingConfig(Config):
     """Batch, steps, precision, recomputation and evaluation."""
 
@@ -125,6 +230,9 @@ class TrainingConfig(Config):
     loss_scale: LossScaleConfig | None = None
     """Scaling of the loss; only with precision=fp16, which has a dynamic scale by
     default."""
+    fp8: Fp8Config | None = None
+    """Matrix products of linear layers in FP8; only with precision=bf16. Default: all
+    products are in the type of `precision`."""
     fp32_residual_connection: bool = False
     """Whether hidden states between layers, to which each layer adds its output, are
     fp32 while the layers themselves compute in bf16 or fp16. Deep models lose less in
@@ -188,6 +296,11 @@ class TrainingConfig(Config):
     """Steps, counted from 1, whose samples are left out: they are skipped like steps
     that are not finite, whatever their numbers are, and are not counted as such. For a
     run that is resumed before a batch that it cannot train on. Default: none."""
+
+    profile: ProfileConfig | None = None
+    """Steps whose time and memory are recorded, in files below `profiles/` in storage.path:
+    a trace of every operator, and the memory. `megatron-ray profile` does it for a job that
+    runs. Default: none."""
 
     @field_validator("steps")
     @classmethod

@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from megatron_ray.data_parallel.weight_gathers import WeightGathers
 from megatron_ray.distributed import collectives
 from megatron_ray.distributed.collectives import Group, Pending
 from megatron_ray.ops.grad_slots import SlottedModule
@@ -108,6 +109,9 @@ class ParameterGroup:
     """Ranks with the other parts of the same tensors."""
     rows: RowShards | None = None
     """How the tensors are sharded, if the buffers have some of their rows only."""
+    gathers: WeightGathers | None = None
+    """Gathers of updated weights that the next forward pass waits for; None where the
+    update does."""
 
 
 def buffer_views(

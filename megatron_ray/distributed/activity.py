@@ -11,7 +11,7 @@ any time; they may be of two moments, a collective apart.
 
 from dataclasses import dataclass, field
 from time import perf_counter
-from typing import Self
+from typing import Protocol, Self
 
 DEVICE = "device"
 """Name of the host's wait for the device's queue, in which it learns a step's numbers."""
@@ -56,6 +56,13 @@ class Operation:
         return operation
 
 
+class WaitMark(Protocol):
+    """Marks a wait in a device's stream."""
+
+    def __call__(self, *, begins: bool) -> None:
+        """Marks where a wait begins, or ends."""
+
+
 class Activity:
     """The record of a process."""
 
@@ -72,8 +79,10 @@ class Activity:
         """By `perf_counter`."""
         self.waited_s = 0.0
         """Seconds that the host has waited in all."""
+        self.on_wait: WaitMark | None = None
+        """Called around each wait for a collective, where these hold up a device."""
         self.own_s = 0.0
-        """Seconds of all steps without these waits."""
+        """Seconds of all steps without waits for other ranks."""
         self.step_s = 0.0
         """Seconds of all steps."""
         self.steps = 0
@@ -85,6 +94,7 @@ class Activity:
         self.phase = "start"
         self.microbatch = None
         self.waiting = None
+        self.on_wait = None
         self.own_s = 0.0
         self.step_s = 0.0
         self.steps = 0

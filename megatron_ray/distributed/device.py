@@ -34,6 +34,9 @@ def kind_of(device_type: str) -> DeviceKind:
     On CPUs oneDNN computes products, so oneDNN is queried for bf16: supported from
     AVX-512 on (without bf16 instructions), and limited by ONEDNN_MAX_CPU_ISA.
     """
+    if device_type == "cuda" and torch.cuda.is_available():
+        capability = torch.cuda.get_device_capability()
+        return DeviceKind(device_type, bf16_products=True, capability=capability)
     if device_type != "cpu":
         return DeviceKind(device_type, bf16_products=True)
     supported: bool = torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -94,7 +97,7 @@ class MallocTuning:
         """
         if not self.keeps:
             return
-        resident = _resident_bytes()
+        resident = resident_bytes()
         if self._settling_steps > 0:
             self._settling_steps -= 1
             self._baseline_bytes = resident
@@ -103,7 +106,8 @@ class MallocTuning:
             self._settling_steps = 2
 
 
-def _resident_bytes() -> int:
+def resident_bytes() -> int:
+    """Returns the memory of the process that is in RAM."""
     with open("/proc/self/statm", "rb") as file:
         return int(file.read().split()[1]) * resource.getpagesize()
 

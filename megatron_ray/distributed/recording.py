@@ -22,6 +22,9 @@ class Recorded(Operation):
     def wait(self) -> object:
         """Waits for the collective as its handle does."""
         # Written out, because each call of a function costs a tenth of the record.
+        mark = PROCESS.on_wait
+        if mark is not None:
+            mark(begins=True)
         started = perf_counter()
         PROCESS.waiting_since = started
         PROCESS.waiting = self
@@ -30,6 +33,8 @@ class Recorded(Operation):
         finally:
             PROCESS.waiting = None
             PROCESS.waited_s += perf_counter() - started
+            if mark is not None:
+                mark(begins=False)
 
     def is_completed(self) -> bool:
         """Returns whether `wait` would return at once."""

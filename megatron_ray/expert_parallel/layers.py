@@ -20,12 +20,13 @@ from megatron_ray.ops.dtypes import to_fp32
 from megatron_ray.ops.grad_slots import SlottedModule, deliver_weight_grad
 from megatron_ray.ops.matmul import (
     Counts,
-    accumulate_grouped_weight_grad,
     forward_product,
-    grouped_forward_product,
-    grouped_input_grad_product,
-    grouped_weight_grad_product,
     input_grad_product,
+)
+from megatron_ray.ops.products import (
+    PLAIN_GROUPED,
+    GroupedMultiplication,
+    GroupedProducts,
 )
 
 Shape = tuple[int, ...]
@@ -75,6 +76,7 @@ class GroupedLinear(SlottedModule):
     ) -> None:
         super().__init__()
         self.num_experts = num_experts
+        self.multiplication: GroupedMultiplication = PLAIN_GROUPED
         self.weight = nn.Parameter(torch.empty(weight_shape, dtype=dtype))
 
     def forward(self, inputs_RI: Tensor, counts: Counts) -> Tensor:
@@ -90,32 +92,39 @@ class _Grouped(AutogradFunction[Tensor]):
         ctx.save_for_backward(inputs, weight)
         ctx.counts = counts
         ctx.module = module
-        return grouped_forward_product(
-            inputs, _by_expert(weight, module.num_experts), counts
-        )
+        products = module.multiplication.begin_pass()
+        ctx.products = products
+        return products.forward(inputs, _by_expert(weight, module.num_experts), counts)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         inputs, weight = ctx.saved_tensors
         module: GroupedLinear = ctx.module
+        products: GroupedProducts = ctx.products
         grad = grad.contiguous()
-        grad_inputs = grouped_input_grad_product(
+        grad_inputs = products.input_grad(
             grad, _by_expert(weight, module.num_experts), ctx.counts
         )
         grad_weight = None
         if weight.requires_grad:
-            grad_weight = _deliver_grouped_grad(module, inputs, grad, ctx.counts)
+            grad_weight = _deliver_grouped_grad(module, inputs, grad, ctx.counts, products)
         return grad_inputs, grad_weight, None, None
 
 
 def _deliver_grouped_grad(
-    module: GroupedLinear, inputs: Tensor, grad: Tensor, counts: Counts
+    module: GroupedLinear,
+    inputs: Tensor,
+    grad: Tensor,
+    counts: Counts,
+    products: GroupedProducts,
 ) -> Tensor | None:
     slot = module.slot("weight")
+    num_experts = module.num_experts
     if slot is None:
-        gradient = grouped_weight_grad_product(grad, inputs, counts, module.num_experts)
-        return gradient.flatten(0, 1)
-    slot.contribute(partial(_accumulate_grouped, inputs, grad, counts, module.num_experts))
+        return products.weight_grad(grad, inputs, counts, num_experts).flatten(0, 1)
+    slot.contribute(
+        partial(_accumulate_grouped, inputs, grad, counts, num_experts, products)
+    )
     return None
 
 
@@ -124,12 +133,13 @@ def _accumulate_grouped(
     grad: Tensor,
     counts: Counts,
     num_experts: int,
+    products: GroupedProducts,
     main_grad: Tensor,
     *,
     fresh: bool,
 ) -> None:
     main_EOI = _by_expert(main_grad, num_experts)
-    accumulate_grouped_weight_grad(main_EOI, grad, inputs, counts, fresh=fresh)
+    products.accumulate_weight_grad(main_EOI, grad, inputs, counts, fresh=fresh)
 
 
 def _by_expert(weight: Tensor, num_experts: int) -> Tensor:

@@ -57,14 +57,18 @@ class KeyValueCache:
 
 
 class CausalAttention(nn.Module):
-    """softmax(Q K^T / sqrt(D)) V; subclasses compute queries, keys and values."""
+    """softmax(f Q K^T / sqrt(D)) V; subclasses compute queries, keys and values."""
 
-    def __init__(self, layers: LayerFactory, path: str, window: int | None) -> None:
+    def __init__(
+        self, layers: LayerFactory, path: str, window: int | None, score_factor: float
+    ) -> None:
         """Creates the attention of the layer at `path`, which names its random numbers.
 
-        `window`: tokens that a token sees, itself included; None for all.
+        `window`: tokens that a token sees, itself included; None for all. `score_factor`:
+        f above.
         """
         super().__init__()
+        self.score_factor = score_factor
         self.window = window
         self.core = layers.attention(window)
         self.core_with_dropout = layers.attention_with_dropout(
@@ -80,6 +84,9 @@ class CausalAttention(nn.Module):
         cache: KeyValueCache | None,
     ) -> Tensor:
         """Returns the attention outputs of each head, [B, N, S, D]."""
+        if self.score_factor != 1.0:
+            # On queries, so that every kernel has it.
+            q_BNSD = q_BNSD * self.score_factor
         if cache is not None:
             return self._attend_with_cache(q_BNSD, k_BGSD, v_BGSD, cache)
         # Dropout needs another implementation, see `AttentionWithDropout`; passes without
@@ -125,7 +132,7 @@ class Attention(CausalAttention):
     def __init__(
         self, config: ModelConfig, layers: LayerFactory, path: str, window: int | None
     ) -> None:
-        super().__init__(layers, path, window)
+        super().__init__(layers, path, window, config.score_factor)
         self.head_width = config.head_width
         # `apply_compile` replaces it by a compiled one.
         self.rotation = ROTATION

@@ -1,6 +1,6 @@
 """Defines one transformer block.
 
-Owns: pre-norm residual wiring. Must not know: ranks, groups.
+Owns: where norms and residuals are. Must not know: ranks, groups.
 
 Shapes: T tokens, H hidden.
 """
@@ -28,8 +28,8 @@ class Block(nn.Module):
     """hidden + attention(norm(hidden)), then hidden + mlp(norm(hidden)).
 
     The MLP may be a mixture of experts. Each residual is added inside the last product
-    of its half, which saves a pass over the hidden states. With dropout, or with a factor
-    on what is added, it is added after the product instead.
+    of its half, which saves a pass over the hidden states. With dropout, or with a norm or
+    a factor on what is added, it is added after the product instead.
     """
 
     def __init__(self, config: ModelConfig, layers: LayerFactory, index: int) -> None:
@@ -37,6 +37,9 @@ class Block(nn.Module):
         spec = block_spec(config, index)
         self.attention_norm = layers.norm(spec.attention_norm)
         self.attention = make_attention(config, layers, index)
+        self.attention_output_norm: nn.Module | None = None
+        if spec.attention_output_norm is not None:
+            self.attention_output_norm = layers.norm(spec.attention_output_norm)
         self.mlp_norm = layers.norm(spec.mlp_norm)
         self.mlp: GatedMLP | PlainMLP | None = None
         self.moe: MoE | None = None
@@ -45,6 +48,10 @@ class Block(nn.Module):
             self.mlp = make_mlp(config, layers, config.ffn_width)
         else:
             self.moe = MoE(config, moe, layers, index)
+        self.mlp_output_norm: nn.Module | None = None
+        if spec.mlp_output_norm is not None:
+            self.mlp_output_norm = layers.norm(spec.mlp_output_norm)
+        self.adds_after_products = config.peri_norm or config.residual_factor != 1.0
         self.residual_factor = config.residual_factor
         self.attention_dropout = layers.hidden_dropout(f"layers.{index}.attention")
         self.mlp_dropout = layers.hidden_dropout(f"layers.{index}.mlp")
@@ -60,7 +67,7 @@ class Block(nn.Module):
         `cache` holds the keys and values of earlier tokens, in generation.
         """
         has_dropout = self.attention_dropout is not None and context.mode.is_training
-        if has_dropout or self.residual_factor != 1.0:
+        if has_dropout or self.adds_after_products:
             return self._forward_and_add(hidden_TH, context, cache)
         # Each half uses its input twice: normalised, and as the residual.
         hidden_TH = self.attention(
@@ -75,9 +82,9 @@ class Block(nn.Module):
             output: Tensor = self.moe(x_TH, residual_TH, context)
             return output
         assert self.mlp is not None
-        expanded: Tensor = self.mlp(
-            x_TH, residual_TH, is_output_needed=context.is_output_needed
-        )
+        # A norm of the output keeps it for its backward pass.
+        is_needed = context.is_output_needed or self.mlp_output_norm is not None
+        expanded: Tensor = self.mlp(x_TH, residual_TH, is_output_needed=is_needed)
         return expanded
 
     def _forward_and_add(
@@ -85,8 +92,12 @@ class Block(nn.Module):
     ) -> Tensor:
         """Adds each residual after its half, not inside a product."""
         attended = self.attention(self.attention_norm(hidden_TH), None, context, cache)
+        if self.attention_output_norm is not None:
+            attended = self.attention_output_norm(attended)
         hidden_TH = self._add(hidden_TH, attended, self.attention_dropout, context)
         expanded = self._feed_forward(self.mlp_norm(hidden_TH), None, context)
+        if self.mlp_output_norm is not None:
+            expanded = self.mlp_output_norm(expanded)
         return self._add(hidden_TH, expanded, self.mlp_dropout, context)
 
     def _add(

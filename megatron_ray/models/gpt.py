@@ -63,14 +63,7 @@ class GPT(nn.Module):
             depths.extend(stage.mtp_layers)
 
         # MTP layers embed tokens too, so the last stage has a copy of the embedding.
-        embedding_uses = int(self.has_embedding) + len(depths)
-        self.embedding: nn.Module | None = None
-        if embedding_uses:
-            self.embedding = layers.embedding(vocabulary_spec(config), embedding_uses)
-        if self.has_embedding and config.position_embedding == "learned":
-            self.position_embedding = layers.position_embedding(
-                position_embedding_spec(config)
-            )
+        self._make_embeddings(layers, int(self.has_embedding) + len(depths))
         # Created on every stage, since it has no weights; only the first stage uses it.
         self.embedding_dropout = layers.hidden_dropout("embedding")
         # Dictionaries, so that layers keep their names in a stage with some of them.
@@ -86,6 +79,20 @@ class GPT(nn.Module):
         self.mtp = nn.ModuleDict()
         for depth in depths:
             self.mtp[str(depth)] = MultiTokenPredictionLayer(config, layers, depth)
+
+    def _make_embeddings(self, layers: LayerFactory, uses: int) -> None:
+        """Creates the embedding, with `uses` calls per microbatch, and what goes with it."""
+        config = self.config
+        self.embedding: nn.Module | None = None
+        if uses:
+            self.embedding = layers.embedding(vocabulary_spec(config), uses)
+        self.embedding_norm: nn.Module | None = None
+        if self.has_embedding and config.embedding_norm:
+            self.embedding_norm = layers.norm(norm_spec(config, config.hidden_size))
+        if self.has_embedding and config.position_embedding == "learned":
+            self.position_embedding = layers.position_embedding(
+                position_embedding_spec(config)
+            )
 
     @property
     def blocks(self) -> tuple[Block, ...]:
@@ -200,15 +207,17 @@ class GPT(nn.Module):
             return hidden_TH
         return hidden_TH * self.config.logit_factor
 
-    def _embed_tokens(self, tokens_BS: Tensor) -> Tensor:
+    def _embed_tokens(self, tokens_BS: Tensor, norm: nn.Module | None = None) -> Tensor:
         assert self.embedding is not None
         embedded_TH: Tensor = self.embedding(tokens_BS.reshape(-1))
+        if norm is not None:
+            embedded_TH = norm(embedded_TH)
         if self.config.embedding_scale != 1.0:
             embedded_TH = embedded_TH * self.config.embedding_scale
         return embedded_TH
 
     def _embed(self, tokens_BS: Tensor, position_ids: Tensor) -> Tensor:
-        hidden_TH = self._embed_tokens(tokens_BS)
+        hidden_TH = self._embed_tokens(tokens_BS, self.embedding_norm)
         if self.config.position_embedding == "learned":
             hidden_TH = hidden_TH + self.position_embedding(
                 position_ids.expand(tokens_BS.shape).reshape(-1)

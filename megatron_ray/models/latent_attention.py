@@ -41,9 +41,9 @@ class LatentAttention(CausalAttention):
         layers: LayerFactory,
         path: str,
     ) -> None:
-        super().__init__(layers, path, None)
+        super().__init__(layers, path, None, score_factor=1.0)
         self.mla = mla
-        self.query_factor = query_factor(config.rope_scaling)
+        self.query_factor = query_factor(config.rope_scaling) * config.score_factor
         spec = latent_attention_spec(config, mla)
         # Under sequence parallelism a rank computes latents of its own tokens only. They
         # are gathered for the heads, which is cheap because latents are narrow.

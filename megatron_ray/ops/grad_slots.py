@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from megatron_ray.ops.matmul import accumulate_weight_grad, weight_grad_product
+from megatron_ray.ops.products import PLAIN, Products
 from megatron_ray.ops.weight_grad import GradSlot
 
 
@@ -49,15 +49,17 @@ def needs_grad(module: SlottedModule, name: str) -> bool:
 
 
 def deliver_weight_grad(
-    module: SlottedModule, inputs_TI: Tensor, grad_TO: Tensor
+    module: SlottedModule, inputs_TI: Tensor, grad_TO: Tensor, products: Products = PLAIN
 ) -> Tensor | None:
     """Delivers grad^T @ inputs, the gradient of a linear layer's weight."""
     if not needs_grad(module, "weight"):
         return None
     slot = module.slot("weight")
     if slot is None:
-        return weight_grad_product(grad_TO, inputs_TI)
-    slot.contribute(partial(accumulate_weight_grad, grad_TO=grad_TO, inputs_TI=inputs_TI))
+        return products.weight_grad(grad_TO, inputs_TI)
+    slot.contribute(
+        partial(products.accumulate_weight_grad, grad_TO=grad_TO, inputs_TI=inputs_TI)
+    )
     return None
 
 

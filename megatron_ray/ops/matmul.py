@@ -153,7 +153,8 @@ def _has_grouped_kernel(rows: Tensor, weight_EOI: Tensor) -> bool:
     )
 
 
-def _split_by_expert(rows: Tensor, counts: Counts) -> tuple[Tensor, ...]:
+def split_by_expert(rows: Tensor, counts: Counts) -> tuple[Tensor, ...]:
+    """Returns the rows of each expert, whose counts are read on the host."""
     if isinstance(counts, int):
         return torch.split(rows, counts)
     return torch.split(rows, counts.tolist())
@@ -167,11 +168,11 @@ def grouped_forward_product(
         return torch.nn.functional.grouped_mm(
             inputs_TI, weight_EOI.transpose(1, 2), offs=_row_ends(counts, inputs_TI)
         )
-    parts = zip(_split_by_expert(inputs_TI, counts), weight_EOI, strict=True)
+    parts = zip(split_by_expert(inputs_TI, counts), weight_EOI, strict=True)
     products = [
         forward_product(rows, weight, library) for rows, weight in parts if len(rows)
     ]
-    return _concatenate(products, inputs_TI, weight_EOI.shape[1])
+    return concatenate(products, inputs_TI, weight_EOI.shape[1])
 
 
 def grouped_input_grad_product(
@@ -182,11 +183,11 @@ def grouped_input_grad_product(
         return torch.nn.functional.grouped_mm(
             grad_TO, weight_EOI, offs=_row_ends(counts, grad_TO)
         )
-    parts = zip(_split_by_expert(grad_TO, counts), weight_EOI, strict=True)
+    parts = zip(split_by_expert(grad_TO, counts), weight_EOI, strict=True)
     products = [
         input_grad_product(rows, weight, library) for rows, weight in parts if len(rows)
     ]
-    return _concatenate(products, grad_TO, weight_EOI.shape[2])
+    return concatenate(products, grad_TO, weight_EOI.shape[2])
 
 
 def grouped_weight_grad_product(
@@ -226,8 +227,8 @@ def accumulate_grouped_weight_grad(
         return
     for main, grad, inputs in zip(
         main_EOI,
-        _split_by_expert(grad_TO, counts),
-        _split_by_expert(inputs_TI, counts),
+        split_by_expert(grad_TO, counts),
+        split_by_expert(inputs_TI, counts),
         strict=True,
     ):
         if len(grad):
@@ -246,7 +247,8 @@ def _row_ends(counts: Counts, rows: Tensor) -> Tensor:
     return counts.cumsum(0).to(torch.int32)
 
 
-def _concatenate(parts: list[Tensor], like: Tensor, width: int) -> Tensor:
+def concatenate(parts: list[Tensor], like: Tensor, width: int) -> Tensor:
+    """Returns all rows of products of experts, `width` wide, with the type of `like`."""
     # No local expert has rows: torch.cat rejects an empty list.
     if not parts:
         return like.new_empty(0, width)

@@ -14,12 +14,9 @@ from torch import Tensor
 
 from megatron_ray.distributed import collectives
 from megatron_ray.distributed.mesh import ParallelMesh
+from megatron_ray.optimizer.counted_parts import counts, counts_shard, sum_of_squares
 from megatron_ray.optimizer.sharded import ShardedOptimizer
 from megatron_ray.optimizer.step_sums import StepSums
-
-# fp32 is accurate enough for the norm of this many elements; their squares are summed in
-# fp64.
-_NORM_CHUNK = 4096
 
 
 def finalize_grads(optimizer: ShardedOptimizer, mesh: ParallelMesh) -> None:
@@ -69,25 +66,14 @@ def squared_grad_norm(optimizer: ShardedOptimizer, mesh: ParallelMesh) -> Tensor
     """
     total = torch.zeros((), dtype=torch.float64, device=mesh.device)
     for shard in optimizer.shards:
-        # Without ZeRO all replicas have all gradients, so only the first one counts.
-        if not shard.sharded and collectives.rank(shard.group) != 0:
+        if not counts_shard(shard):
             continue
         for run in shard.runs:
-            # The same holds for elements that are equal on all tp ranks, and for copies on
-            # two pipeline stages or several tp ranks.
-            if run.owns_norm and (run.tp_sharded or mesh.tp_rank == 0):
-                total += _squares(shard.gradient(run))
+            if counts(run.owns_norm, run.tp_sharded, mesh.tp_rank):
+                total += sum_of_squares(shard.gradient(run))
     scaler = optimizer.loss_scaler
     if scaler is not None:
         total /= scaler.grad_factor(scaler.scale).square()
-    return total
-
-
-def _squares(gradient: Tensor) -> Tensor:
-    """Returns the fp64 sum of squares of a flat gradient, without an fp64 copy of it."""
-    body = gradient.numel() // _NORM_CHUNK * _NORM_CHUNK
-    norms = torch.linalg.vector_norm(gradient[:body].view(-1, _NORM_CHUNK), dim=1)
-    total: Tensor = norms.double().square().sum() + gradient[body:].double().square().sum()
     return total
 
 

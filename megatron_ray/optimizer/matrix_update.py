@@ -17,7 +17,12 @@ from megatron_ray.optimizer.matrix_exchange import apply_to_whole
 from megatron_ray.optimizer.rules.elements import Rates
 from megatron_ray.optimizer.rules.muon import orthogonalize
 from megatron_ray.optimizer.rules.sgd import with_momentum
-from megatron_ray.optimizer.update_calls import RunTensors, decay_of, replace_unless
+from megatron_ray.optimizer.update_calls import (
+    RunTensors,
+    decay_of,
+    replace_unless,
+    widened,
+)
 from megatron_ray.optimizer.update_rule import UpdateRule
 from megatron_ray.sharding.matrices import OwnedMatrix
 
@@ -96,7 +101,8 @@ class MatrixUpdate:
         gradient = tensors.gradient
         if rule.decay == "l2" and rule.weight_decay > 0:
             gradient = gradient + rule.weight_decay * tensors.weights
-        update, state = with_momentum(tensors.state, gradient, rule)
+        old = {name: widened(values) for name, values in tensors.state.items()}
+        update, state = with_momentum(old, gradient, rule)
         for name, values in state.items():
             replace_unless(skip, tensors.state[name], values)
         return update

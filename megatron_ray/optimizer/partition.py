@@ -95,6 +95,17 @@ class Piece:
         """The piece's elements in the state of its kind of parameters."""
         return slice(self.state_start, self.state_start + self.end - self.start)
 
+    def cut(self, start: int, end: int) -> "Piece":
+        """Returns a part of the piece."""
+        shift = start - self.start
+        return replace(
+            self,
+            start=start,
+            end=end,
+            shard_start=self.shard_start + shift,
+            state_start=self.state_start + shift,
+        )
+
     def overlap(self, part: Part) -> tuple[int, int] | None:
         """Returns the range of the buffers that this piece shares with a part.
 

@@ -16,12 +16,14 @@ import torch
 from torch import Tensor
 
 from megatron_ray.config.optimizer import MuonConfig, OptimizerConfig
-from megatron_ray.config.optimizer_kinds import state_names
+from megatron_ray.config.optimizer_kinds import state_dtype, state_names
 from megatron_ray.data_parallel.buffers import ParameterGroup
+from megatron_ray.data_parallel.weight_gathers import WeightGathers
 from megatron_ray.distributed import collectives
 from megatron_ray.optimizer.loss_scale import LossScaler
 from megatron_ray.optimizer.matrix_update import LocalMatrix, MatrixUpdate, Segment
 from megatron_ray.optimizer.partition import Piece, Run, flat_runs, owned_range, pieces
+from megatron_ray.optimizer.piece_boxes import add_boxes
 from megatron_ray.optimizer.step_rules import StepRules
 from megatron_ray.optimizer.update_calls import (
     RunTensors,
@@ -30,22 +32,21 @@ from megatron_ray.optimizer.update_calls import (
     update_call,
 )
 from megatron_ray.optimizer.update_rule import UpdateRule
-from megatron_ray.sharding.boxes import Box
-from megatron_ray.sharding.flat_boxes import flat_range_to_boxes
 from megatron_ray.sharding.matrices import (
     OwnedMatrix,
     rounds_of_buckets,
     rounds_of_rows,
 )
-from megatron_ray.sharding.parameter_types import Part
 from megatron_ray.sharding.row_shards import row_range
-from megatron_ray.sharding.sharded_state import ShardedState, ShardedTensor, TensorBox
+from megatron_ray.sharding.sharded_state import ShardedState
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class OptimizerShard:
     """This rank's shard of a parameter group.
 
-    `state` are flat fp32 tensors in the order of `runs`, by the optimizer's names for them.
+    `state` are flat tensors in the order of `runs`, by the optimizer's names for them.
     Where the optimizer updates matrices whole, `matrix_state` are those of their runs, and
     `state` those of the others.
     """
@@ -59,6 +60,7 @@ class OptimizerShard:
         # With a single rank nothing is sharded or gathered.
         self.sharded = sharded and self.group is not None
         self._sync_model = group.sync_model
+        self._gathers = group.gathers
         self._rows = group.rows
         plan = self.buffers.plan
         dp_rank = collectives.rank(self.group)
@@ -104,8 +106,11 @@ class OptimizerShard:
                 num_elements += run.end - run.start
         state = {}
         for name in state_names(config, of_matrix=of_matrix):
-            device = self.buffers.parameters.device
-            state[name] = torch.zeros(num_elements, device=device)
+            state[name] = torch.zeros(
+                num_elements,
+                dtype=_DTYPES[state_dtype(config, name)],
+                device=self.buffers.parameters.device,
+            )
         return state
 
     def _update_calls(self, config: OptimizerConfig) -> list[UpdateCall]:
@@ -121,9 +126,9 @@ class OptimizerShard:
         return list(calls.values())
 
     def _tensors(self, run: Run) -> RunTensors:
-        return RunTensors(self.main(run), self.gradient(run), self._state_of(run))
+        return RunTensors(self.main(run), self.gradient(run), self.state_of(run))
 
-    def _state_of(self, run: Run | Piece) -> dict[str, Tensor]:
+    def state_of(self, run: Run | Piece) -> dict[str, Tensor]:
         """Returns the state of a run or a piece, as views."""
         state = self.state
         if run.of_matrix:
@@ -207,6 +212,8 @@ class OptimizerShard:
 
         The new weights are not published yet.
         """
+        # Those of the update before may still be on their way to other ranks.
+        self.wait_for_weights()
         for update in self._updates:
             update.step(lr, skip)
 
@@ -225,6 +232,7 @@ class OptimizerShard:
 
         To be called after an update, a load, or initialisation of the shard.
         """
+        self.wait_for_weights()
         # Rounded before the gather, since short weights have half the bytes.
         if self._main_shard is not None:
             for run in self.runs:
@@ -238,15 +246,22 @@ class OptimizerShard:
             return
         flat = self.buffers.parameters
         buckets = self.buffers.plan.buckets
-        # Starts all buckets before waiting for the first.
-        gathers = []
-        for bucket, (start, end) in zip(buckets, self._owned, strict=True):
-            whole = flat[bucket.start : bucket.end]
-            gathers.append(
-                collectives.start_all_gather_into(whole, flat[start:end], self.group)
+        gathers = self._gathers or WeightGathers()
+        # Starts all buckets, in the order in which a forward pass reads them, before
+        # anything waits for the first.
+        for bucket in reversed(buckets):
+            start, end = self._owned[bucket.index]
+            gather = collectives.start_all_gather_into(
+                flat[bucket.start : bucket.end], flat[start:end], self.group
             )
-        for gather in gathers:
-            gather.wait()
+            gathers.start(bucket, gather)
+        if gathers is not self._gathers:
+            gathers.wait_for_all()
+
+    def wait_for_weights(self) -> None:
+        """Waits until all published weights have arrived."""
+        if self._gathers is not None:
+            self._gathers.wait_for_all()
 
     def has_parameter(self, name: str) -> bool:
         """Returns whether a parameter is in this group."""
@@ -277,14 +292,14 @@ class OptimizerShard:
         """
         state: ShardedState = {}
         for piece in self.pieces:
-            _add_boxes(state, "model/", piece, self.main(piece))
-            for name, flat in self._state_of(piece).items():
-                _add_boxes(state, f"optimizer/{name}/", piece, flat)
+            add_boxes(state, "model/", piece, self.main(piece))
+            for name, flat in self.state_of(piece).items():
+                add_boxes(state, f"optimizer/{name}/", piece, flat)
         # Frozen parameters belong to no run, but a checkpoint contains the whole model.
         for placed in self.buffers.plan.frozen:
             whole = Piece(placed, placed.start, placed.end, shard_start=0)
             values = self.buffers.parameters[placed.start : placed.end]
-            _add_boxes(state, "model/", whole, values)
+            add_boxes(state, "model/", whole, values)
         return state
 
     def sharded_gradients(self) -> ShardedState:
@@ -294,7 +309,7 @@ class OptimizerShard:
         """
         state: ShardedState = {}
         for piece in self.pieces:
-            _add_boxes(state, "", piece, self.gradient(piece))
+            add_boxes(state, "", piece, self.gradient(piece))
         return state
 
 
@@ -366,6 +381,11 @@ class ShardedOptimizer:
         for shard in self.shards:
             shard.publish()
 
+    def wait_for_weights(self) -> None:
+        """Waits until all published weights have arrived, for what is no forward pass."""
+        for shard in self.shards:
+            shard.wait_for_weights()
+
     def initialise(self, name: str, value: Tensor) -> None:
         """Sets one parameter in the model and in this rank's main parameters.
 
@@ -395,44 +415,3 @@ class ShardedOptimizer:
         for shard in self.shards:
             state |= shard.sharded_gradients()
         return state
-
-
-def _add_boxes(state: ShardedState, prefix: str, piece: Piece, flat: Tensor) -> None:
-    """Adds the flat range of a piece to the state, as boxes of logical tensors.
-
-    A parameter may fuse several logical tensors along dim 0; padding rows belong to none
-    and are left out.
-    """
-    for part in piece.placed.parameter.parts:
-        boxes = _part_boxes(piece, part, flat)
-        if boxes:
-            logical = part.logical
-            empty = ShardedTensor(logical.shape, [])
-            state.setdefault(prefix + logical.name, empty).boxes.extend(boxes)
-
-
-def _part_boxes(piece: Piece, part: Part, flat: Tensor) -> list[TensorBox]:
-    """Returns the boxes of one part in a piece, as views of the piece's memory."""
-    overlap = piece.overlap(part)
-    if overlap is None:
-        return []
-    start, end = overlap
-    part_start = piece.placed.part_start(part)
-    shift = part_start - piece.start
-    boxes = []
-    # A flat range is in general not a box, since it may start and end within a row. It is
-    # split into as few boxes as possible, which are contiguous and so views.
-    for box, box_start, box_end in flat_range_to_boxes(
-        part.box.size, start - part_start, end - part_start
-    ):
-        view = flat[shift + box_start : shift + box_end].view(box.size)
-        boxes.append(TensorBox(_shifted(box, part.box.offset), view))
-    return boxes
-
-
-def _shifted(box: Box, offset: Sequence[int]) -> Box:
-    """Returns a box of a part as a box of the logical tensor."""
-    shifted = []
-    for part_offset, inner_offset in zip(offset, box.offset, strict=True):
-        shifted.append(part_offset + inner_offset)
-    return Box(tuple(shifted), box.size)

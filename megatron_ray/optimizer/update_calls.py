@@ -66,6 +66,7 @@ def update_call(
     module, _, function = optimizer_kind(config.name).rule.partition(":")
     elementwise: Rule = getattr(import_module(module), function)
     is_plain = config.nu is None and config.aggregated is None
+    is_plain = is_plain and config.exp_avg_dtype == config.exp_avg_sq_dtype == "fp32"
     if elementwise is adamw_rule and is_plain and rule.decay != "l2":
         return FusedAdamW(rule, config.lr, device)
     return ElementwiseUpdate(elementwise, rule, config.lr, device)
@@ -181,16 +182,16 @@ class ElementwiseUpdate:
         self, run: RunTensors, chunk: slice, rates: Rates, skip: Tensor | None
     ) -> None:
         rule = self._rule
-        old = Elements(
-            run.weights[chunk], {name: flat[chunk] for name, flat in run.state.items()}
-        )
+        state = {name: flat[chunk] for name, flat in run.state.items()}
+        wide = {name: widened(values) for name, values in state.items()}
+        old = Elements(run.weights[chunk], wide)
         gradient = run.gradient[chunk]
         if rule.decay == "l2" and rule.weight_decay > 0:
             gradient = gradient + rule.weight_decay * old.weights
         new = self._function(old, gradient, rule, rates)
         replace_unless(skip, old.weights, new.weights)
         for name, values in new.state.items():
-            replace_unless(skip, old.state[name], values)
+            replace_unless(skip, state[name], values)
 
     def set_steps_taken(self, steps: int) -> None:
         """Sets the number of previous updates."""
@@ -200,6 +201,11 @@ class ElementwiseUpdate:
         """Sets numbers that replace those of the rule from the next update on."""
         self._rule = self._spec_rule.with_numbers(numbers)
         self._peak_lr = peak_lr
+
+
+def widened(state: Tensor) -> Tensor:
+    """Returns state of a shorter type in fp32."""
+    return state.to(torch.promote_types(state.dtype, torch.float32))
 
 
 def replace_unless(skip: Tensor | None, old: Tensor, new: Tensor) -> None:

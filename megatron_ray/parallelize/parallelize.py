@@ -24,8 +24,10 @@ from megatron_ray.expert_parallel.layers import ExpertBias, update_expert_biases
 from megatron_ray.models.attention import LocalAttention
 from megatron_ray.models.aux_loss import AuxLoss
 from megatron_ray.models.gpt import GPT
+from megatron_ray.ops.fp8.delayed import DelayedScaling
 from megatron_ray.ops.weight_grad import WeightGradSink
 from megatron_ray.parallelize.compile import apply_compile, compiled_ops
+from megatron_ray.parallelize.fp8 import apply_fp8
 from megatron_ray.parallelize.parallel_layers import (
     ExpertParallelGroups,
     ParallelLayerFactory,
@@ -66,6 +68,8 @@ class ParallelModel:
     actions: Callable[[int], Order]
     """Returns this rank's actions of a step with so many microbatches."""
     sequence_parallel: bool
+    delayed_scaling: DelayedScaling | None
+    """The scales of layers that multiply in FP8 with recipe=delayed."""
     dtype: torch.dtype
     """Type of activations. Under ZeRO-3 the buffers are fp32, and weights are gathered
     in this type."""
@@ -108,6 +112,8 @@ class ParallelModel:
         trainable = set(self.sink.slots)
         for group in self.parameter_groups:
             group.reducer.begin_step(trainable)
+        if self.delayed_scaling is not None:
+            self.delayed_scaling.begin_step()
 
     def finish_reductions(self) -> None:
         """Waits for the buckets' gradients."""
@@ -122,6 +128,11 @@ class ParallelModel:
         update_expert_biases(
             self.expert_biases.values(), mesh.token_group, mesh.dp_group, skip
         )
+
+    def update_scales(self, mesh: ParallelMesh, skip: Tensor | None) -> None:
+        """Makes the FP8 scales of the next step, unless `skip` is 1."""
+        if self.delayed_scaling is not None:
+            self.delayed_scaling.update((mesh.token_group, mesh.dp_group), skip)
 
 
 def parallelize(
@@ -164,6 +175,7 @@ def parallelize(
         DTYPES[training.grad_precision],
         parallel.bucket_elements,
         shards_gradients=parallel.zero == 1,
+        overlaps_gathers=parallel.overlap_param_gather,
         on_reduce=on_reduce,
     )
     if is_fully_sharded:
@@ -176,6 +188,7 @@ def parallelize(
         sink=attach_grad_slots(module, storage),
         expert_biases=allocate_expert_biases(module, mesh.device),
         aux_losses=_aux_losses(module, config.model),
+        delayed_scaling=apply_fp8(module, training.fp8, mesh),
         pipeline=pipeline,
         # The number of microbatches hardly ever changes from one step to the next.
         actions=lru_cache(maxsize=1)(

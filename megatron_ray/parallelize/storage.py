@@ -24,6 +24,7 @@ from megatron_ray.data_parallel.buffers import (
     buffer_views,
 )
 from megatron_ray.data_parallel.full_shard import FullShard, Shards, TorchReducer
+from megatron_ray.data_parallel.weight_gathers import WeightGathers, wait_in_forward
 from megatron_ray.distributed import collectives
 from megatron_ray.distributed.collectives import Group
 from megatron_ray.distributed.mesh import ParallelMesh
@@ -60,6 +61,8 @@ class StorageOptions:
     """None: by the size of the model."""
     shards_gradients: bool
     """ZeRO-1: each replica receives the sum of its own part only."""
+    overlaps_gathers: bool = False
+    """ZeRO-1: the next forward pass waits for updated weights, layer by layer."""
     on_reduce: OnReduce | None = None
 
 
@@ -77,6 +80,9 @@ def place_in_buffers(
         group = _reduced_group(experts, mesh.expert_replica_group, mesh.device, options)
         groups.append(replace(group, tp_group=mesh.etp_group))
     bind_parameters(module, buffer_views(groups, _weights))
+    for group in groups:
+        if group.gathers is not None:
+            wait_in_forward(module, group.buffers.plan, group.gathers)
     return ParameterStorage(tuple(table), tuple(groups), uses_slots=True)
 
 
@@ -91,7 +97,10 @@ def _reduced_group(
     reducer = GradReducer(
         buffers, group, sharded=options.shards_gradients, on_start=options.on_reduce
     )
-    return ParameterGroup(buffers, reducer, group)
+    gathers = None
+    if options.overlaps_gathers and group is not None:
+        gathers = WeightGathers()
+    return ParameterGroup(buffers, reducer, group, gathers=gathers)
 
 
 def shard_fully(

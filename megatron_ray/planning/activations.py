@@ -66,7 +66,8 @@ class LayerActivations:
     (times etp too where everything is gathered), and what the router keeps
     (`_router_bytes`); 0 in a layer without experts."""
     rest: int
-    """h T H / s before the MLP's norm; w T (2 N + 2 G) D / tp around the attention (G at
+    """h T H / s before the MLP's norm; 2 (w H + z) T / s before and in the norms of outputs;
+    w T (2 N + 2 G) D / tp around the attention (G at
     least tp); (w D + z) T (N + G) / tp where queries and keys are normed; 2 T H / s of
     masks with hidden dropout. Around latent attention w T N (3 D + V) / tp, and of its
     latents w T (2 Q + 2 C + R) / s and the statistics of their norms."""
@@ -105,6 +106,9 @@ def layer_activations(
     normed = width_of(config) * own * model.hidden_size
     statistics = _norm_statistics(config, device, hidden_width_of(config)) * own
     inner = _inner_bytes(config, index)
+    around = _around_attention(config, device)
+    if model.peri_norm:
+        around += 2 * (normed + _norm_statistics(config, device, width_of(config)) * own)
     dropout_masks = 0
     if model.hidden_dropout:
         dropout_masks = 2 * own * model.hidden_size  # one byte per element
@@ -115,7 +119,7 @@ def layer_activations(
         pre_activation=inner * (2 if model.gated else 1),
         activation=inner,
         experts=_dispatch_bytes(config, index),
-        rest=residual + _around_attention(config, device) + dropout_masks,
+        rest=residual + around + dropout_masks,
     )
 
 
@@ -189,6 +193,9 @@ def _around_attention(config: TrainConfig, device: DeviceKind) -> int:
         # Queries and keys of all tokens; values are as large as keys, outputs as queries.
         queries_and_keys = heads + tokens * max(model.kv_heads, tp) // tp
         kept = width * 2 * queries_and_keys * model.head_width
+        if model.attention_scale is not None and model.position_embedding != "rope":
+            # Scaled queries lie beside the product whose parts the keys and values are.
+            kept += width * heads * model.head_width
         if model.qk_norm:
             normed = width * model.head_width + _norm_statistics(config, device, width)
             kept += queries_and_keys * normed
@@ -322,7 +329,7 @@ def kept_by_stage(config: TrainConfig, stage: StageContents, device: DeviceKind)
     head = _kept_by_head(config, device)
     kept = kept_activations(config, stage.layers, device)
     if stage.embedding:
-        kept += embedding
+        kept += embedding + _kept_by_embedding_norm(config, device)
     if stage.loss:
         kept += head
     for layer in stage.mtp_layer_numbers(config.model.num_layers):
@@ -348,6 +355,15 @@ def _kept_by_embedding(config: TrainConfig) -> int:
     if config.model.hidden_dropout:
         kept += own_tokens_of(config) * config.model.hidden_size
     return kept
+
+
+def _kept_by_embedding_norm(config: TrainConfig, device: DeviceKind) -> int:
+    """Returns (w H + z) T / s of a norm of word embeddings."""
+    if not config.model.embedding_norm:
+        return 0
+    width = width_of(config)
+    per_token = width * config.model.hidden_size + _norm_statistics(config, device, width)
+    return per_token * own_tokens_of(config)
 
 
 def _kept_by_mtp_projection(config: TrainConfig, device: DeviceKind) -> int:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from megatron_ray.config.optimizer import OptimizerConfig
-from megatron_ray.config.optimizer_kinds import num_state_tensors, updates_matrices
+from megatron_ray.config.optimizer_kinds import state_bytes, updates_matrices
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.parallel_dims import ParallelDims
 from megatron_ray.pipeline_parallel.schedules.plan import PipelinePlan
@@ -46,17 +46,17 @@ class PlannedBuffer:
             return self.plan.num_trainable // self.replicas
         return self.plan.num_trainable
 
-    def num_state_values(self, optimizer: OptimizerConfig) -> int:
-        """Returns the number of fp32 values of the optimizer's state on this rank."""
-        each = num_state_tensors(optimizer, of_matrix=False)
-        values = each * self.num_updated
+    def state_bytes(self, optimizer: OptimizerConfig) -> int:
+        """Returns the bytes of the optimizer's state on this rank."""
+        each = state_bytes(optimizer, of_matrix=False)
+        num_bytes = each * self.num_updated
         if updates_matrices(optimizer):
-            of_matrix = num_state_tensors(optimizer, of_matrix=True)
+            of_matrix = state_bytes(optimizer, of_matrix=True)
             share = 0
             if self.sharded:
                 share = self.replica_rank
-            values += (of_matrix - each) * self.matrix_elements[share]
-        return values
+            num_bytes += (of_matrix - each) * self.matrix_elements[share]
+        return num_bytes
 
     @cached_property
     def matrix_elements(self) -> list[int]:
@@ -156,8 +156,8 @@ def _fullest_replica(config: TrainConfig, dims: ParallelDims, buffers: RankBuffe
     # Otherwise they have equally much, or the first one has most (ZeRO-3).
     if config.parallel.zero != 1 or not updates_matrices(optimizer):
         return buffers.rank
-    less = num_state_tensors(optimizer, of_matrix=False)
-    less -= num_state_tensors(optimizer, of_matrix=True)
+    less = state_bytes(optimizer, of_matrix=False)
+    less -= state_bytes(optimizer, of_matrix=True)
     spared: dict[int, int] = {}
     for index, rank in enumerate(dims.group_of(buffers.rank, ("dp", "cp"))):
         spared[rank] = 0

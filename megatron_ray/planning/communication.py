@@ -33,6 +33,7 @@ from megatron_ray.planning.microbatch import (
 )
 from megatron_ray.planning.tally import Axis, Tally, group_sizes
 from megatron_ray.sharding.matrices import tp_owners
+from megatron_ray.sharding.parameter_types import LocalParameter
 
 _FP32 = 4
 _FP64 = 8
@@ -98,6 +99,7 @@ def update_communication(
         _add_buckets(tally, buffer, grad_width_of(config))
     _add_shared_gradients(tally, dims, buffers.buffers, grad_width_of(config))
     _add_expert_biases(tally, config, dims, pipeline, buffers.pp_rank)
+    _add_delayed_scales(tally, config, dims, buffers.table)
     # One all-reduce in fp64: loss, tokens and squared gradient norm, the auxiliary
     # losses, and the votes.
     numbers = 3 + len(config.model.aux_losses) + NUM_VOTES
@@ -212,3 +214,29 @@ def _add_expert_biases(
     tally.add("tokens", "all_reduce", _FP32 * num_biases)
     if dims.dp > 1:
         tally.add("dp", "all_reduce", _FP32 * num_biases)
+
+
+def _add_delayed_scales(
+    tally: Tally,
+    config: TrainConfig,
+    dims: ParallelDims,
+    table: Iterable[LocalParameter],
+) -> None:
+    """Adds the largest values that delayed scaling keeps of three operands, fp32."""
+    fp8 = config.training.fp8
+    if fp8 is None or fp8.recipe != "delayed":
+        return
+    num_layers = config.model.num_layers
+    count = 0
+    for parameter in table:
+        kind, index, *inner = parameter.name.split(".")
+        is_weight = parameter.parts[0].logical.is_matrix and "router" not in inner
+        if kind not in ("layers", "mtp") or not is_weight:
+            continue
+        layer = int(index)
+        if kind == "mtp":
+            layer += num_layers
+        count += fp8.covers(layer, num_layers)
+    tally.add("tokens", "all_reduce", 3 * _FP32 * count)
+    if dims.dp > 1:
+        tally.add("dp", "all_reduce", 3 * _FP32 * count)

@@ -5,7 +5,7 @@ precision. A chip with too few published runs has the efficiencies of the neares
 with enough. Pure data. Must not know: models, layouts.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 from megatron_ray.distributed.device_kind import DeviceKind
@@ -62,7 +62,10 @@ class Hardware:
 
 
 GPU = DeviceKind("cuda", bf16_products=True)
-"""Every GPU in the tables; also the kind that a plan assumes when none is named."""
+"""The kind that a plan assumes when none is named."""
+_AMPERE = replace(GPU, capability=(8, 0))
+_HOPPER = replace(GPU, capability=(9, 0))
+_BLACKWELL = replace(GPU, capability=(10, 0))
 
 _A100_BF16 = Efficiency(products=0.70, attention=0.10, memory=0.60, network=0.72)
 _A100 = {"bf16": _A100_BF16, "fp16": _A100_BF16}
@@ -82,7 +85,7 @@ _DEVICES = (
     # directions together, 8 x 200 Gb/s HDR InfiniBand.
     Hardware(
         "A100",
-        GPU,
+        _AMPERE,
         {"bf16": 312e12, "fp16": 312e12},
         2039 * GB,
         80 * GIB,
@@ -96,7 +99,7 @@ _DEVICES = (
     # GB/s, 8 x 400 Gb/s.
     Hardware(
         "H100",
-        GPU,
+        _HOPPER,
         {"bf16": 989e12, "fp16": 989e12, "fp8": 1979e12},
         3350 * GB,
         80 * GIB,
@@ -109,7 +112,7 @@ _DEVICES = (
     # NVIDIA H200 SXM data sheet: H100's cores, 141 GB of HBM3e. DGX H200 as DGX H100.
     Hardware(
         "H200",
-        GPU,
+        _HOPPER,
         {"bf16": 989e12, "fp16": 989e12, "fp8": 1979e12},
         4800 * GB,
         140 * GIB,
@@ -123,7 +126,7 @@ _DEVICES = (
     # HBM3e, NVLink 5 with 14.4 TB/s, 8 x 400 Gb/s.
     Hardware(
         "B200",
-        GPU,
+        _BLACKWELL,
         {"bf16": 2250e12, "fp16": 2250e12, "fp8": 4500e12},
         8000 * GB,
         179 * GIB,

@@ -13,12 +13,13 @@ Letters as in `activations`: T tokens of a microbatch on a context-parallel rank
 from collections.abc import Iterable, Sequence
 from math import ceil
 
+from megatron_ray.config.architecture.latent import LatentAttentionConfig
 from megatron_ray.config.architecture.moe import MoEConfig
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.parallel_dims import ParallelDims
 from megatron_ray.pipeline_parallel.schedules.layout import StageContents
 from megatron_ray.planning.microbatch import own_tokens_of, tokens_of, width_of
-from megatron_ray.planning.tally import Kind, Tally, group_sizes
+from megatron_ray.planning.tally import Axis, Kind, Tally, group_sizes
 
 _FP32 = 4
 _INT64 = 8
@@ -43,6 +44,7 @@ def stage_communication(
     # loss of its own.
     for layer in mtp_layers:
         communication.embedding()
+        communication.mtp_projection(layer)
         communication.recomputed_layers([layer])
         communication.head()
     return communication.tally
@@ -51,12 +53,14 @@ def stage_communication(
 def _add_layers(communication: "LayerCommunication", layers: Sequence[int]) -> None:
     """Adds layers, forward and backward; layers of one kind are counted once."""
     model = communication.model
-    by_kind: dict[bool, list[int]] = {}
+    by_kind: dict[object, list[int]] = {}
     for layer in layers:
-        by_kind.setdefault(model.experts_on(layer) is not None, []).append(layer)
+        kind = (model.experts_on(layer) is not None, communication.has_scales(layer))
+        by_kind.setdefault(kind, []).append(layer)
     for members in by_kind.values():
         tally = Tally(communication.tally.sizes)
         single = LayerCommunication(communication.config, tally)
+        single.enter(members[0])
         single.attention_forward()
         single.attention_backward()
         single.mlp_or_experts_forward(members[0])
@@ -80,6 +84,36 @@ class LayerCommunication:
         """t"""
         self.hidden = config.model.hidden_size
         """H"""
+        self._reduces_scales = False
+
+    # ---- FP8 with a scale for each tensor: the largest value of a tensor of which each rank
+    # has a part, fp32
+
+    def has_scales(self, layer: int) -> bool:
+        """Returns whether the products of a layer reduce the scales of tensors."""
+        fp8 = self.config.training.fp8
+        if fp8 is None or fp8.recipe != "current":
+            return False
+        return fp8.covers(layer, self.model.num_layers)
+
+    def enter(self, layer: int) -> None:
+        """Begins with a layer, to which everything belongs until the next one."""
+        self._reduces_scales = self.has_scales(layer)
+
+    def _reduce_scales(self, axis: Axis, operands: int, times: int = 1) -> None:
+        """Adds one all-reduce for so many operands of a product, `times` over."""
+        if self._reduces_scales:
+            self.tally.add(axis, "all_reduce", _FP32 * operands, times)
+
+    def mtp_projection(self, layer: int) -> None:
+        """Adds the projection before an MTP layer, forward and backward."""
+        self.enter(layer)
+        self._replicated()
+        self._replicated()
+
+    def _replicated(self) -> None:
+        """Adds ReplicatedLinear, forward or backward: it has a rank's own tokens."""
+        self._reduce_scales("tp", 1)
 
     # ---- tensor parallelism: Megatron-LM's f and g, and their sequence-parallel forms
     # (Korthikanti et al. 2022, section 4.2.2)
@@ -101,13 +135,16 @@ class LayerCommunication:
 
     def _column_parallel_forward(self, features: int) -> None:
         self._gather_tokens(features)
+        self._reduce_scales("tp", 1)  # the weight
 
     def _column_parallel_backward(self, features: int) -> None:
         # Gathered inputs are not kept: the weight gradient gathers them again.
         self._gather_tokens(features)
+        self._reduce_scales("tp", 1)  # the gradient
         self._sum_over_tp(features)
 
     def _row_parallel_forward(self) -> None:
+        self._reduce_scales("tp", 2)  # inputs and weight
         self._sum_over_tp(self.hidden)
 
     def _row_parallel_backward(self) -> None:
@@ -135,6 +172,7 @@ class LayerCommunication:
         for features in self._projection_inputs:
             self._column_parallel_forward(features)
         if mla is not None:
+            self._projections_to_latents(mla)
             # The rotated part of the key is computed from a rank's own tokens and
             # shared by all heads.
             self._gather_tokens(mla.qk_rope_head_dim)
@@ -147,10 +185,17 @@ class LayerCommunication:
         self._row_parallel_backward()
         self._core_attention_backward()
         if mla is not None:
+            self._projections_to_latents(mla)
             # No product reads the shared part of the key, so nothing is gathered again.
             self._sum_over_tp(mla.qk_rope_head_dim)
         for features in self._projection_inputs:
             self._column_parallel_backward(features)
+
+    def _projections_to_latents(self, mla: LatentAttentionConfig) -> None:
+        """Adds the projections to latents, forward or backward."""
+        self._replicated()
+        if mla.q_lora_rank is not None:
+            self._replicated()
 
     @property
     def _projection_inputs(self) -> tuple[int, ...]:
@@ -246,6 +291,7 @@ class LayerCommunication:
             self._mlp_backward()
         # Gradients go back along the way of the rows, so the bytes are the same.
         self._dispatch_and_combine(moe)
+        self._reduce_scales("etp", 1, self._expert_products(moe))
         if self.parallel.dispatcher == "allgather":
             self._routing_weights_backward(moe)
 
@@ -273,6 +319,11 @@ class LayerCommunication:
             self.tally.add("ep", "all_to_all", _INT64 * moe.num_experts)
             self.tally.add("etp", "all_gather", _INT64 * moe.num_experts)
         self._dispatch_and_combine(moe)
+        self._reduce_scales("etp", 2, self._expert_products(moe))
+
+    def _expert_products(self, moe: MoEConfig) -> int:
+        """Products of this rank's experts in a forward pass, one after another."""
+        return 2 * moe.num_experts // self.parallel.ep
 
     def _dispatch_and_combine(self, moe: MoEConfig) -> None:
         """Adds AllToAllDispatcher or AllGatherDispatcher: rows there, outputs back."""
@@ -322,10 +373,12 @@ class LayerCommunication:
             is_uniform = recompute.method == "uniform"
             for region in _regions(layers, is_uniform, recompute.num_layers or 1):
                 for layer in region:
+                    self.enter(layer)
                     self.attention_forward()
                     self._recomputed_mlp(layer, is_last=layer == region[-1])
             return
         for layer in layers:
+            self.enter(layer)
             if "core_attention" in recompute.chosen_modules:
                 self.core_attention_forward()
             module = "mlp"
@@ -340,6 +393,9 @@ class LayerCommunication:
             self._experts_forward(moe)
         elif is_last:
             self._column_parallel_forward(self.hidden)
+            # Without its product it has no scales yet when the backward pass begins, which
+            # then reduces that of the weight and that of the inputs.
+            self._reduce_scales("tp", 1, 2)
         else:
             self._mlp_forward()
 

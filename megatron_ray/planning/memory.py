@@ -46,8 +46,8 @@ class RankMemory:
     """Main gradients of parameters that are trained and, where these are shorter, fp32
     copies of those that this rank updates with."""
     optimizer_bytes: int
-    """Moments, and with bf16 or fp16 the fp32 main parameters; this rank's share where
-    they are sharded over dp."""
+    """Moments, with bf16 or fp16 the fp32 main parameters, and the copy of these that
+    callbacks.optimizer makes; this rank's share where they are sharded over dp."""
     gathered_bytes_estimate: int
     """Weights and gradients that ZeRO-3 gathers: those of two layers, and of everything
     outside of layers."""
@@ -99,12 +99,12 @@ def peer_copies_bytes(config: TrainConfig) -> int:
     dims = ParallelDims.of(config.parallel)
     largest = 0
     for buffers in distinct_buffers(config, dims, plan_pipeline(config)):
-        values = 0
+        num_bytes = 0
         for buffer in buffers.buffers:
-            # Main parameters and the optimizer's state, in fp32 whatever the precision.
-            values += buffer.num_updated + buffer.num_state_values(config.optimizer)
-        largest = max(largest, values)
-    return NUM_PEER_COPIES * largest * _FP32
+            # Main parameters, in fp32 whatever the precision, and the optimizer's state.
+            num_bytes += buffer.num_updated * _FP32 + buffer.state_bytes(config.optimizer)
+        largest = max(largest, num_bytes)
+    return NUM_PEER_COPIES * largest
 
 
 def with_activations(
@@ -128,20 +128,23 @@ def state_memory(
 ) -> RankMemory:
     """Returns a rank's memory without activations."""
     is_sharded = is_fully_sharded(config, dims)
-    # State is fp32. With short weights there are fp32 main parameters too; under ZeRO-3 the
+    # With short weights there are fp32 main parameters too; under ZeRO-3 the
     # weights themselves are fp32.
     has_main_parameters = width_of(config) < _FP32 and not is_sharded
     parameters = 0
     trained = 0
     updated = 0
-    values = 0
+    state = 0
     for buffer in buffers.buffers:
         parameters += buffer.plan.num_elements * buffer.width
         trained += buffer.plan.num_trainable
         updated += buffer.num_updated
-        values += buffer.num_state_values(config.optimizer)
+        state += buffer.state_bytes(config.optimizer)
         if has_main_parameters:
-            values += buffer.num_updated
+            state += buffer.num_updated * _FP32
+    monitor = config.callbacks.optimizer
+    if monitor is not None and monitor.compares_weights:
+        state += updated * _FP32
     gathered = 0
     if is_sharded:
         gathered = _gathered(config, buffers.table)
@@ -149,7 +152,7 @@ def state_memory(
         rank=buffers.rank,
         parameters_bytes=parameters,
         gradients_bytes=_gradients(config, trained, updated, is_sharded=is_sharded),
-        optimizer_bytes=values * _FP32,
+        optimizer_bytes=state,
         gathered_bytes_estimate=gathered,
         activations_bytes_estimate=0,
     )

@@ -129,6 +129,8 @@ class UpdateTime:
     """Gradients that are reduced during the backward pass of the last microbatch."""
     published: float
     """Weights and sums, whose communication nothing overlaps."""
+    gathered: float = 0.0
+    """Weights that are gathered during the forward pass of the first microbatch."""
 
 
 @dataclass(frozen=True)
@@ -156,10 +158,8 @@ class StepParts:
         attention = slowest.attention * self.num_microbatches
         memory = slowest.memory * self.num_microbatches
         communication = slowest.communication * self.num_microbatches
-        # The backward pass, which gradient reduction overlaps with, takes twice as long
-        # as the forward pass.
         idle = self.bubble * microbatch
-        update = self._update_seconds(efficiency, backward=microbatch * 2 / 3)
+        update = self._update_seconds(efficiency, microbatch)
         step = products + attention + memory + communication + idle + update
         return StepTime(
             step_s=step,
@@ -174,12 +174,16 @@ class StepParts:
             tokens_per_s=self.tokens / step,
         )
 
-    def _update_seconds(self, efficiency: Efficiency, backward: float) -> float:
+    def _update_seconds(self, efficiency: Efficiency, microbatch: float) -> float:
+        # The backward pass takes twice as long as the forward pass.
+        forward = microbatch / 3
         reduced = self.update.reduced / efficiency.network
+        gathered = self.update.gathered / efficiency.network
         return (
             self.update.memory / efficiency.memory
             + self.update.products / efficiency.products
-            + max(0.0, reduced - backward)
+            + max(0.0, reduced - 2 * forward)
+            + max(0.0, gathered - forward)
             + self.update.published / efficiency.network
         )
 
@@ -192,11 +196,28 @@ def step_time(
     The vocabulary must be known. `precision` is that of matrix products; by default the
     config's. None when the device has no figures for it.
     """
-    precision = precision or config.training.precision
+    precision = precision or precision_on(config, hardware)
     if precision not in hardware.efficiencies:
         return None
     efficiency = hardware.efficiencies[precision]
     return step_parts(config, hardware, precision).step_time(efficiency)
+
+
+def precision_on(config: TrainConfig, hardware: Hardware) -> str:
+    """Returns the precision that a device computes a config's matrix products in.
+
+    All of them count as FP8 where layers multiply in FP8, as in the published runs that
+    efficiencies are fitted to. Emulated products take CPUs as long as fp32 and GPUs as
+    long as bf16, and the conversions are not counted.
+    """
+    fp8 = config.training.fp8
+    if fp8 is None:
+        return config.training.precision
+    if hardware.device.multiplies_fp8(fp8.recipe) and "fp8" in hardware.efficiencies:
+        return "fp8"
+    if hardware.device.type == "cpu":
+        return "fp32"
+    return config.training.precision
 
 
 def step_parts(
@@ -257,6 +278,7 @@ def step_update(
     products = 0.0
     reduced = 0.0
     published = 0.0
+    gathered = 0.0
     for buffers in ranks:
         update = _update(config, dims, pipeline, buffers, network)
         # The ranks wait for each other in each of these parts.
@@ -264,7 +286,8 @@ def step_update(
         products = max(products, update.products)
         reduced = max(reduced, update.reduced)
         published = max(published, update.published)
-    return UpdateTime(memory, products, reduced, published)
+        gathered = max(gathered, update.gathered)
+    return UpdateTime(memory, products, reduced, published, gathered)
 
 
 def _microbatch(
@@ -359,12 +382,12 @@ def _update(
     """Returns the time of the update on one pipeline rank."""
     updated = 0
     trained = 0
-    values = 0
+    state = 0
     for buffer in buffers.buffers:
         updated += buffer.num_updated
         trained += buffer.plan.num_trainable
-        values += buffer.num_state_values(config.optimizer)
-    work = update_work(updated, trained, values)
+        state += buffer.state_bytes(config.optimizer)
+    work = update_work(updated, trained, state)
     memory = work.memory / network.hardware.memory_bandwidth
     matrices = _matrix_update(config, dims, buffers, network)
     if is_fully_sharded(config, dims):
@@ -372,11 +395,14 @@ def _update(
         return replace(matrices, memory=memory)
     communication = update_communication(config, dims, pipeline, buffers)
     reductions: list[tuple[Axis, Kind]] = []
+    gathers: list[tuple[Axis, Kind]] = []
     others: list[tuple[Axis, Kind]] = []
     for axis, kind in communication.bytes:
         # Buckets are reduced as soon as the backward pass has filled them.
         if axis in ("dp", "edp") and kind != "all_gather":
             reductions.append((axis, kind))
+        elif axis in ("dp", "edp") and config.parallel.overlap_param_gather:
+            gathers.append((axis, kind))
         else:
             others.append((axis, kind))
     return UpdateTime(
@@ -384,6 +410,7 @@ def _update(
         matrices.products,
         network.total(communication, reductions),
         network.total(communication, others) + matrices.published,
+        network.total(communication, gathers),
     )
 
 

@@ -25,7 +25,13 @@ from megatron_ray.planning.hardware import Hardware
 from megatron_ray.planning.memory import RankMemory, state_memory, with_activations
 from megatron_ray.planning.microbatch import grad_width_of, num_microbatches, width_of
 from megatron_ray.planning.pipeline import bubble_share
-from megatron_ray.planning.step_time import StepTime, UpdateTime, step_parts, step_update
+from megatron_ray.planning.step_time import (
+    StepTime,
+    UpdateTime,
+    precision_on,
+    step_parts,
+    step_update,
+)
 from megatron_ray.validation import check
 
 _MAX_STAGES = 64
@@ -142,7 +148,7 @@ def _least_time(layout: TrainConfig, hardware: Hardware) -> float:
 
     It is that of the first pipeline rank alone, without recomputation and update.
     """
-    precision = layout.training.precision
+    precision = precision_on(layout, hardware)
     first_rank = RankBuffers(0, 0, (), ())
     least = float("inf")
     for size in _micro_batches(layout):
@@ -370,7 +376,7 @@ def _timed(
     update: UpdateTime,
     ranks: Sequence[RankBuffers],
 ) -> Suggestion:
-    precision = config.training.precision
+    precision = precision_on(config, hardware)
     parts = step_parts(config, hardware, precision, ranks=ranks, update=update)
     return Suggestion(config, memory, parts.step_time(hardware.efficiencies[precision]))
 

@@ -77,16 +77,16 @@ def stage_work(config: TrainConfig, stage: StageContents) -> Work:
     return work
 
 
-def update_work(updated: int, trained: int, num_values: int) -> Work:
+def update_work(updated: int, trained: int, state_bytes: int) -> Work:
     """Returns the work of the optimizer update on one rank.
 
     The rank has gradients of `trained` elements and updates `updated` of them, with
-    `num_values` values of state. Per trained element zeroing writes 4 bytes. Per updated
+    `state_bytes` of state. Per trained element zeroing writes 4 bytes. Per updated
     element the gradient norm reads 4, scaling reads and writes 8, the optimizer reads
     weight, gradient and state and writes all but the gradient, and the new bf16 weight
     takes 2.
     """
-    return Work(memory=4.0 * trained + 26.0 * updated + 8.0 * num_values)
+    return Work(memory=4.0 * trained + 26.0 * updated + 2.0 * state_bytes)
 
 
 def orthogonalization_work(matrices: PlannedMatrices, steps: int) -> Work:

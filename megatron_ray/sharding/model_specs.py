@@ -216,9 +216,11 @@ class BlockSpec:
 
     attention_norm: NormSpec
     attention: AttentionSpec | LatentAttentionSpec
+    attention_output_norm: NormSpec | None
     mlp_norm: NormSpec
     mlp: GatedMLPSpec | PlainMLPSpec | None
     moe: MoESpec | None
+    mlp_output_norm: NormSpec | None
 
 
 def block_spec(model: ModelConfig, layer: int) -> BlockSpec:
@@ -236,9 +238,10 @@ def block_spec(model: ModelConfig, layer: int) -> BlockSpec:
         mlp = mlp_spec(model, model.ffn_width)
     else:
         moe = moe_spec(model, moe_config)
-    # Both norms share a declaration; the field names distinguish their weights.
+    # All norms share a declaration; the field names distinguish their weights.
     norm = norm_spec(model, model.hidden_size)
-    return BlockSpec(norm, attention, norm, mlp, moe)
+    output_norm = norm if model.peri_norm else None
+    return BlockSpec(norm, attention, output_norm, norm, mlp, moe, output_norm)
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,8 @@ def _embeddings(
         is_needed_last = model.tie_embeddings or model.num_mtp_layers > 0
         is_shared = is_needed_last and not has_head
         yield "embedding", vocabulary_spec(model, is_shared_embedding=is_shared)
+        if model.embedding_norm:
+            yield "embedding_norm", norm_spec(model, model.hidden_size)
         if model.position_embedding == "learned":
             yield "position_embedding", position_embedding_spec(model)
     elif has_head and model.num_mtp_layers:

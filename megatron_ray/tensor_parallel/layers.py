@@ -26,12 +26,7 @@ from megatron_ray.ops.grad_slots import (
     deliver_weight_grad,
     needs_grad,
 )
-from megatron_ray.ops.matmul import (
-    accumulate_weight_grad,
-    forward_product,
-    forward_product_plus,
-    input_grad_product,
-)
+from megatron_ray.ops.products import PLAIN, Multiplication, Products
 from megatron_ray.tensor_parallel.group import TensorParallel
 
 Shape = tuple[int, ...]
@@ -45,6 +40,7 @@ class ColumnParallelLinear(SlottedModule):
     ) -> None:
         super().__init__()
         self.tp = tp
+        self.multiplication: Multiplication = PLAIN
         self.weight = nn.Parameter(torch.empty(weight_shape, dtype=dtype))
         self.bias = None
         if bias:
@@ -90,8 +86,10 @@ class _Column(AutogradFunction[Tensor]):
         # Saves only this rank's tokens, not the gathered ones.
         ctx.save_for_backward(inputs, weight)
         ctx.module = module
+        products = module.multiplication.begin_pass()
+        ctx.products = products
         gathered = collectives.all_gather_rows(inputs, module.tp.sequence_group)
-        output = forward_product(gathered, weight)
+        output = products.forward(gathered, weight)
         if bias is not None:
             output.add_(bias)
         return output
@@ -100,18 +98,19 @@ class _Column(AutogradFunction[Tensor]):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         inputs, weight = ctx.saved_tensors
         module: ColumnParallelLinear = ctx.module
+        products: Products = ctx.products
         grad = grad.contiguous()
         # Gathering the inputs overlaps with the input gradient's product, and reducing the
         # input gradient overlaps with the weight gradient's product.
         gathered, arriving = _start_gather_for_weight_grad(module, inputs)
-        grad_inputs = input_grad_product(grad, weight)
+        grad_inputs = products.input_grad(grad, weight)
         arriving.wait()
         reduced, pending = start_input_grad_reduction(module.tp, grad_inputs)
         grad_weight = None
         if module.is_deferred("weight"):
-            _defer_weight_grad(module, inputs, grad)
+            _defer_weight_grad(module, inputs, grad, products)
         else:
-            grad_weight = deliver_weight_grad(module, gathered, grad)
+            grad_weight = deliver_weight_grad(module, gathered, grad, products)
         grad_bias = deliver_bias_grad(module, grad)
         pending.wait()
         return reduced, grad_weight, grad_bias, None
@@ -132,19 +131,25 @@ def _start_gather_for_weight_grad(
 
 
 def _defer_weight_grad(
-    module: ColumnParallelLinear, inputs_tI: Tensor, grad_TO: Tensor
+    module: ColumnParallelLinear, inputs_tI: Tensor, grad_TO: Tensor, products: Products
 ) -> None:
     slot = module.slots["weight"]
     group = module.tp.sequence_group
-    slot.contribute(partial(_accumulate_gathered, inputs_tI, group, grad_TO))
+    slot.contribute(partial(_accumulate_gathered, inputs_tI, group, grad_TO, products))
 
 
 def _accumulate_gathered(
-    inputs_tI: Tensor, group: Group, grad_TO: Tensor, main_OI: Tensor, *, fresh: bool
+    inputs_tI: Tensor,
+    group: Group,
+    grad_TO: Tensor,
+    products: Products,
+    main_OI: Tensor,
+    *,
+    fresh: bool,
 ) -> None:
     """Gathers the inputs and accumulates grad^T @ inputs."""
     inputs_TI = collectives.all_gather_rows(inputs_tI, group)
-    accumulate_weight_grad(main_OI, grad_TO, inputs_TI, fresh=fresh)
+    products.accumulate_weight_grad(main_OI, grad_TO, inputs_TI, fresh=fresh)
 
 
 def start_input_grad_reduction(
@@ -173,6 +178,7 @@ class RowParallelLinear(SlottedModule):
     ) -> None:
         super().__init__()
         self.tp = tp
+        self.multiplication: Multiplication = PLAIN
         self.weight = nn.Parameter(torch.empty(weight_shape, dtype=dtype))
         self.bias = None
         if bias:
@@ -209,6 +215,8 @@ class _Row(AutogradFunction[Tensor]):
     ) -> Tensor:
         ctx.save_for_backward(inputs, weight)
         ctx.module = module
+        products = module.multiplication.begin_pass()
+        ctx.products = products
         ctx.has_residual = residual is not None
         tp = module.tp
         is_wide = residual is not None and residual.dtype != inputs.dtype
@@ -219,9 +227,9 @@ class _Row(AutogradFunction[Tensor]):
         # On one rank the product adds the residual, with one rounding. On several ranks it
         # is added once, after the sum.
         if tp.group is None and residual is not None and not is_wide:
-            output = forward_product_plus(inputs, weight, residual)
+            output = products.forward_plus(inputs, weight, residual)
         else:
-            output = forward_product(inputs, weight)
+            output = products.forward(inputs, weight)
             if tp.sequence_group is not None:
                 output = collectives.reduce_scatter_rows(output, tp.sequence_group)
             else:
@@ -236,16 +244,17 @@ class _Row(AutogradFunction[Tensor]):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         inputs, weight = ctx.saved_tensors
         module: RowParallelLinear = ctx.module
+        products: Products = ctx.products
         # The forward scattered tokens, so the backward gathers them, also for the weight
         # gradient. A wide gradient is that of the residual; products take the short one.
         grad = grad.contiguous()
         short = grad.to(inputs.dtype)
         gathered = collectives.all_gather_rows(short, module.tp.sequence_group)
-        grad_inputs = input_grad_product(gathered, weight)
+        grad_inputs = products.input_grad(gathered, weight)
         grad_residual = None
         if ctx.has_residual:
             grad_residual = grad
-        grad_weight = deliver_weight_grad(module, inputs, gathered)
+        grad_weight = deliver_weight_grad(module, inputs, gathered, products)
         # Under sequence parallelism from this rank's tokens only; the parameter table then
         # marks the bias as summed over tp.
         grad_bias = deliver_bias_grad(module, grad)
@@ -261,6 +270,7 @@ class ReplicatedLinear(SlottedModule):
 
     def __init__(self, weight_shape: Shape, *, bias: bool, dtype: torch.dtype) -> None:
         super().__init__()
+        self.multiplication: Multiplication = PLAIN
         self.weight = nn.Parameter(torch.empty(weight_shape, dtype=dtype))
         self.bias = None
         if bias:
@@ -282,7 +292,9 @@ class _Replicated(AutogradFunction[Tensor]):
     ) -> Tensor:
         ctx.save_for_backward(inputs, weight)
         ctx.module = module
-        output = forward_product(inputs, weight)
+        products = module.multiplication.begin_pass()
+        ctx.products = products
+        output = products.forward(inputs, weight)
         if bias is not None:
             output.add_(bias)
         return output
@@ -291,10 +303,11 @@ class _Replicated(AutogradFunction[Tensor]):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         inputs, weight = ctx.saved_tensors
         module: ReplicatedLinear = ctx.module
+        products: Products = ctx.products
         grad = grad.contiguous()
-        grad_weight = deliver_weight_grad(module, inputs, grad)
+        grad_weight = deliver_weight_grad(module, inputs, grad, products)
         grad_bias = deliver_bias_grad(module, grad)
-        return input_grad_product(grad, weight), grad_weight, grad_bias, None
+        return products.input_grad(grad, weight), grad_weight, grad_bias, None
 
 
 class GatherFromSequenceParallel(nn.Module):

@@ -15,6 +15,7 @@ from megatron_ray.distributed.mesh import ParallelMesh
 from megatron_ray.optimizer.sharded import ShardedOptimizer
 from megatron_ray.optimizer.step_rates import RunRates
 from megatron_ray.parallelize.parallelize import ParallelModel
+from megatron_ray.training.callbacks.runner import CallbackRunner
 from megatron_ray.training.evaluate import Evaluation
 from megatron_ray.training.progress import Progress
 from megatron_ray.training.reporting.step_numbers import StepNumbers
@@ -77,6 +78,7 @@ class TrainingComponents:
     """The samples of the validation split; None without one."""
     saver: Saver
     copier: Copier = field(default_factory=NoCopies)
+    callbacks: CallbackRunner = field(default_factory=CallbackRunner)
 
     @cached_property
     def rates(self) -> RunRates:
@@ -93,3 +95,8 @@ class TrainingComponents:
     def batch_sizes(self) -> BatchSizes:
         """The samples of every step."""
         return self.config.training.batch_sizes
+
+    def finish(self) -> None:
+        """Waits for the last checkpoint, and for weights that no forward pass will."""
+        self.saver.wait()
+        self.optimizer.wait_for_weights()

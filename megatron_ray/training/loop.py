@@ -5,6 +5,7 @@ formats.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 from megatron_ray.commands import Command, votes_for
@@ -14,12 +15,14 @@ from megatron_ray.models.batch import Batch
 from megatron_ray.optimizer.finalize_grads import scale_and_clip
 from megatron_ray.optimizer.step_sums import SkipRule, StepSums
 from megatron_ray.reports import Report
+from megatron_ray.training.callbacks.runner import Monitored
 from megatron_ray.training.components import TrainingComponents
 from megatron_ray.training.evaluate import evaluate
+from megatron_ray.training.profiling.profiler import NO_PROFILER, Profiler
 from megatron_ray.training.progress import Progress, is_due
 from megatron_ray.training.reporting.step_numbers import StepsInFlight
 from megatron_ray.training.reporting.step_reporter import StepReporter
-from megatron_ray.training.reporting.step_timer import StepTimer
+from megatron_ray.training.reporting.step_timer import StepTimer, step_timer
 from megatron_ray.training.rules.checks import StepChecks
 from megatron_ray.training.step import forward_backward, reduce_step
 
@@ -32,6 +35,7 @@ def train(
     progress: Progress,
     report: Callable[[Report], None],
     poll: Callable[[], Command],
+    profiler: Profiler = NO_PROFILER,
     checks: StepChecks | None = None,
 ) -> Outcome:
     """Trains from `progress` to the last step, a limit, or until all ranks agree to stop.
@@ -41,16 +45,25 @@ def train(
     NonFiniteLossError.
     """
     config = components.config
-    checks = checks or StepChecks(config.training, report)
-    reporter = StepReporter(config, components.mesh, report, progress, checks)
+    reporter = StepReporter(
+        config,
+        components.mesh,
+        report,
+        progress,
+        checks or StepChecks(config.training, report),
+    )
     in_flight = StepsInFlight(components.mesh.device, len(config.model.aux_losses))
-    timer = StepTimer()
+    timer = step_timer(components.mesh.device)
     # One iteration is one step and its boundary. All ranks perform an action at the same
     # boundary: due times are equal on all ranks, and commands are agreed on.
     while progress.step < config.training.num_steps:
-        sums, lr = _train_step(components, progress, poll, timer, checks)
+        profiler.begin_step(progress.step + 1)
+        launched = _train_step(components, progress, poll, timer, reporter.checks)
         progress = progress.after_step(components.batch_sizes)
-        in_flight.add(progress, lr, timer.finish(), sums)
+        in_flight.add(
+            progress, launched.lr, timer.finish(), launched.sums, launched.monitored
+        )
+        profiler.end_step(progress.step)
 
         is_last = progress.step == config.training.num_steps
         command = _take(components, reporter, in_flight, waits=is_last)
@@ -62,29 +75,30 @@ def train(
         saves = is_last or is_due(config.checkpoint.every_steps, progress)
         copies = components.copier.is_due(progress) and not is_last
         if saves or copies or command.saves:
+            timer.mark("other")
             # Non-finite weights must never be saved, so the numbers of all previous steps
             # are read first, although the host waits for the device here.
             PROCESS.phase = "checkpoint"
             command = max(command, _take(components, reporter, in_flight, waits=True))
             progress = progress.with_skipped(reporter.skipped)
             _save(components, progress, saves=saves or command.saves, copies=copies)
+            timer.mark("checkpoint")
         # After the last step the run has finished, so a stop command has no effect.
         if command.stops and not is_last:
             reporter.steps(in_flight.pop_all())
-            components.saver.wait()
+            components.finish()
             return "exited" if command is Command.EXIT else "stopped"
-    components.saver.wait()
+    components.finish()
     return "finished"
 
 
-def _save(
-    components: TrainingComponents, progress: Progress, *, saves: bool, copies: bool
-) -> None:
-    """Starts a checkpoint and a copy of the state, each if it is due."""
-    if saves:
-        components.saver.save(progress)
-    if copies:
-        components.copier.copy(progress)
+@dataclass(frozen=True)
+class _LaunchedStep:
+    """The numbers of a step, those from the device still on it."""
+
+    sums: StepSums
+    lr: float
+    monitored: Monitored | None
 
 
 def _train_step(
@@ -93,16 +107,18 @@ def _train_step(
     poll: Callable[[], Command],
     timer: StepTimer,
     checks: StepChecks,
-) -> tuple[StepSums, float]:
-    """Launches one step; returns its sums, still on the device, and its learning rate."""
+) -> _LaunchedStep:
+    """Launches one step."""
     config = components.config
+    callbacks = components.callbacks
     components.replicas.run(progress)
+    timer.mark("other")
     PROCESS.phase = "data"
     batches = components.loader.step(progress.consumed_samples)
     timer.mark("data")
+    callbacks.begin_step(progress.step + 1, batches)
     PROCESS.phase = "forward_backward"
-    loss_sum = forward_backward(components.model, components.mesh, batches)
-    timer.mark("forward_backward")
+    loss_sum = forward_backward(components.model, components.mesh, batches, timer.mark)
     PROCESS.phase = "reduce"
     # Every rank votes for its received command. The votes are reduced with the step's
     # numbers, so all ranks act on the same command at the same boundary.
@@ -116,16 +132,17 @@ def _train_step(
         _skip_rule(config.training, progress.step + 1),
         is_confirmed=checks.is_confirmed(progress.step + 1),
     )
-    timer.mark("reduce")
     PROCESS.phase = "optimizer"
+    callbacks.after_backward(sums)
     rates = components.rates.at(progress.step + 1)
     scale_and_clip(components.optimizer, sums, rates.clip_grad_norm)
     if components.rates.varies:
         components.optimizer.set_numbers(rates.peak_lr, rates.numbers)
     components.optimizer.step(rates.lr, sums.skip)
+    monitored = callbacks.after_update()
     timer.mark("optimizer")
     PROCESS.phase = "reports"
-    return sums, rates.lr
+    return _LaunchedStep(sums, rates.lr, monitored)
 
 
 def _skip_rule(training: TrainingConfig, step: int) -> SkipRule:
@@ -137,6 +154,16 @@ def _skip_rule(training: TrainingConfig, step: int) -> SkipRule:
     if training.max_skipped_steps > 0 or is_dynamic:
         return SkipRule.IF_NOT_FINITE
     return SkipRule.NEVER
+
+
+def _save(
+    components: TrainingComponents, progress: Progress, *, saves: bool, copies: bool
+) -> None:
+    """Saves the state to the storage, copies it to memory, or both."""
+    if saves:
+        components.saver.save(progress)
+    if copies:
+        components.copier.copy(progress)
 
 
 def _evaluate(

@@ -19,6 +19,7 @@ from megatron_ray.data.prepared import PreparedData
 from megatron_ray.data.tokenizer_match import find_difference
 from megatron_ray.optimizer.sharded import ShardedOptimizer
 from megatron_ray.parallelize.parallelize import ParallelModel
+from megatron_ray.sharding.sharded_state import ShardedState
 from megatron_ray.training.progress import Progress
 from megatron_ray.training.saving import (
     published_files,
@@ -120,13 +121,21 @@ class RunOrigin:
         return inside_checkpoint(published_files(path, self._start_from))
 
     def load(
-        self, model: ParallelModel, optimizer: ShardedOptimizer, rank: int, seed: int
+        self,
+        model: ParallelModel,
+        optimizer: ShardedOptimizer,
+        callbacks: ShardedState,
+        rank: int,
+        seed: int,
     ) -> Progress:
-        """Loads weights, if there are any; returns the progress to continue from."""
+        """Loads weights, if there are any; returns the progress to continue from.
+
+        The state of callbacks is that of the run itself, not that of given weights.
+        """
         if self._copy is not None:
-            return load_copy(self._copy, model, optimizer)
+            return load_copy(self._copy, model, optimizer, callbacks)
         if self._resume_from is not None:
-            return resume(self._resume_from, model, optimizer, rank)
+            return resume(self._resume_from, model, optimizer, callbacks, rank)
         if self._start_from is not None:
             # Unlike a checkpoint of the run's own, it has no older one in its place.
             try:

@@ -9,7 +9,7 @@ random stream) is stored in its own part.
 import base64
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -34,16 +34,27 @@ from megatron_ray.reports import CheckpointFailedReport, CheckpointReport
 from megatron_ray.sharding.sharded_state import ShardedState, whole_tensor
 from megatron_ray.storage.errors import StorageError
 from megatron_ray.storage.storage import open_storage
+from megatron_ray.training.callbacks.runner import CallbackRunner
 from megatron_ray.training.progress import Progress, SkippedSteps
+
+_FP8 = "fp8/"
+"""Prefix of the names of FP8 scales in checkpoints."""
+
+
+@dataclass(frozen=True)
+class Extras:
+    """What a run's checkpoints have beside weights, optimizer state and progress."""
+
+    published: Mapping[str, bytes]
+    """On rank 0, the files of a published model."""
+    callbacks: CallbackRunner
 
 
 class TrainingSaver:
     """Writes checkpoints of one rank: its optimizer shard and the run's progress.
 
     `report` gets a report when this rank's part is durable or could not be written; the
-    run then goes on without it, for a while. `published` are the files of
-    a published model that its checkpoints have too, on rank 0. Raises ConfigError without
-    a storage path.
+    run then goes on without it, for a while. Raises ConfigError without a storage path.
     """
 
     def __init__(
@@ -56,20 +67,21 @@ class TrainingSaver:
         *,
         attempt: int,
         report: Callable[[CheckpointReport | CheckpointFailedReport], None],
-        published: Mapping[str, bytes] | None = None,
+        extras: Extras,
     ) -> None:
         if config.storage is None:
             raise ConfigError("storage.path is not set; checkpoints have nowhere to go")
         self._config = config
         self._model = model
         self._optimizer = optimizer
+        self._callbacks = extras.callbacks
         self._attempt = attempt
         self._storage_path = config.storage.path
         self._end_of_document = data.end_of_document
         self._begin_of_document = data.begin_of_document
         self._corpora = data.train_sizes
         # Make an export behave as the published model, after any number of runs.
-        self.published = dict(published or {})
+        self.published = dict(extras.published)
         self._files = dict(self.published)
         if mesh.rank == 0:
             # Makes a copied checkpoint sufficient for generation.
@@ -83,11 +95,12 @@ class TrainingSaver:
     def save(self, progress: Progress) -> None:
         """Copies the shard and starts writing it in the background.
 
-        Waits for a running save first. Saves a step once.
+        Waits for a running save first. Every rank must call it. Saves a step once.
         """
         if progress.step == self._saved_step:
             return
         self._saved_step = progress.step
+        self.complete_state()
         path = checkpoint_path(self._storage_path, progress.step, self._attempt)
         self._writer.save(
             progress.step,
@@ -112,9 +125,14 @@ class TrainingSaver:
         """Ends the writer without finishing a running save."""
         self._writer.abandon()
 
+    def complete_state(self) -> None:
+        """Completes the state of callbacks; every rank must call it before a copy."""
+        self._callbacks.before_save()
+
     def state(self) -> ShardedState:
         """Returns live views of all tensors in a checkpoint."""
-        return training_state(self._model, self._optimizer)
+        state = training_state(self._model, self._optimizer)
+        return state | self._callbacks.state()
 
     def train_state(self, progress: Progress) -> dict[str, Any]:
         """Returns the state other than tensors."""
@@ -158,17 +176,24 @@ def read_file(path: str) -> bytes:
 def training_state(model: ParallelModel, optimizer: ShardedOptimizer) -> ShardedState:
     """Returns live views of all tensors in a checkpoint.
 
-    These are main parameters, moments, a loss scale, baselines of rules and balancing
-    biases of experts.
+    These are main parameters, moments, a loss scale, baselines of rules, balancing biases
+    of experts and FP8 scales.
     """
     state = optimizer.sharded_state()
     for name, bias in model.expert_biases.items():
         state[f"model/{name}"] = whole_tensor(bias.value)
+    if model.delayed_scaling is not None:
+        for name, tensor in model.delayed_scaling.state().items():
+            state[_FP8 + name] = whole_tensor(tensor)
     return state
 
 
 def resume(
-    path: str, model: ParallelModel, optimizer: ShardedOptimizer, rank: int
+    path: str,
+    model: ParallelModel,
+    optimizer: ShardedOptimizer,
+    callbacks: ShardedState,
+    rank: int,
 ) -> Progress:
     """Loads main parameters and moments from any layout and publishes the weights.
 
@@ -176,11 +201,17 @@ def resume(
     """
     saved = SavedCheckpoint(path)
     state = training_state(model, optimizer)
-    # A run that changes to fp16 had no loss scale until now, and new rules no baseline.
-    for name in list(state):
-        is_of_run = name == LOSS_SCALE or name.startswith(RULES)
-        if is_of_run and name not in saved.tensors:
+    for name in tuple(state):
+        # A run that changes to fp16 or FP8 had no scales until now, or histories of another
+        # length, and new rules have no baseline; it starts with new ones.
+        is_of_run = name == LOSS_SCALE or name.startswith((_FP8, RULES))
+        tensor = saved.tensors.get(name)
+        if is_of_run and (tensor is None or tensor.shape != state[name].shape):
             del state[name]
+    for name, watched in callbacks.items():
+        # What the run did not watch until now begins here.
+        if name in saved.tensors:
+            state[name] = watched
     saved.load_into(state)
     return apply_train_state(read_train_state(path, rank), optimizer)
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 
 import torch
 
-from megatron_ray.commands import Command
+from megatron_ray.commands import Command, ProfileRequest
 from megatron_ray.config.problem import ConfigError
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.data.datasets import build_dataset, evaluation_sources
@@ -28,15 +28,19 @@ from megatron_ray.optimizer.step_rules import StepRules
 from megatron_ray.parallelize.parallelize import ParallelModel, parallelize
 from megatron_ray.reports import PhaseReport, Report
 from megatron_ray.sharding.sequence_split import SequenceCut
+from megatron_ray.training.callbacks.assembly import make_callbacks
+from megatron_ray.training.callbacks.protocol import CallbackContext
 from megatron_ray.training.components import Copier, NoCopies, TrainingComponents
 from megatron_ray.training.evaluate import Evaluation
 from megatron_ray.training.exits import with_time_limit
 from megatron_ray.training.loop import Outcome
 from megatron_ray.training.origin import RunOrigin, raise_for
+from megatron_ray.training.profiling.out_of_memory import explained_out_of_memory
+from megatron_ray.training.profiling.profiler import ProfileSource, StepProfiler
 from megatron_ray.training.rules.checks import Recheck
 from megatron_ray.training.rules.errors import RuleError
 from megatron_ray.training.rules.run import train_by_rules
-from megatron_ray.training.saving import TrainingSaver
+from megatron_ray.training.saving import Extras, TrainingSaver
 from megatron_ray.training.state_copy import CopyStore, StateCopier, StateCopy
 from megatron_ray.validation import check, resolution
 
@@ -48,6 +52,11 @@ def discard_report(_: Report) -> None:
 def no_command() -> Command:
     """Returns no command to the loop."""
     return Command.CONTINUE
+
+
+def no_profile() -> ProfileRequest | None:
+    """Returns no request to the loop."""
+    return None
 
 
 class TrainingSession:
@@ -62,7 +71,7 @@ class TrainingSession:
     that it restores, not from `resume_from`.
 
     Raises ConfigError when the config contradicts the mesh, the data, the weights it
-    begins with or the checkpoint that it resumes from.
+    begins with or the checkpoint that it resumes from, and RankOutOfMemoryError.
     """
 
     def __init__(
@@ -97,13 +106,21 @@ class TrainingSession:
         torch.backends.cudnn.deterministic = self.config.training.deterministic
         torch.manual_seed(self.config.training.seed)
         is_same_order = origin.check_changes(self.config, data)
-        self.model, self.optimizer = build(
-            self.config, mesh, initialise=not origin.has_weights
+        with explained_out_of_memory(self.config, mesh, attempt):
+            self.model, self.optimizer = build(
+                self.config, mesh, initialise=not origin.has_weights
+            )
+        self._callbacks = make_callbacks(
+            CallbackContext(self.config, mesh, self.model, self.optimizer)
         )
         self._end_phase("model")
         self._saver = self._make_saver(data, attempt, origin)
         progress = origin.load(
-            self.model, self.optimizer, mesh.rank, self.config.training.seed
+            self.model,
+            self.optimizer,
+            self._callbacks.state(),
+            mesh.rank,
+            self.config.training.seed,
         )
         self.progress = progress.planned_for(
             self.config.training.num_steps,
@@ -111,6 +128,7 @@ class TrainingSession:
             is_same_order=is_same_order,
         )
         copier = self._make_copier(copies)
+        self._attempt = attempt
         self._end_phase("load" if origin.has_weights else "saver")
         with _readable_corpora(self.config):
             self._components = TrainingComponents(
@@ -122,24 +140,32 @@ class TrainingSession:
                 self._evaluation(data),
                 self._saver,
                 copier,
+                self._callbacks,
             )
         self._end_phase("data")
 
-    def run(self, recheck: Recheck | None = None) -> Outcome:
+    def run(
+        self, profiles: ProfileSource = no_profile, recheck: Recheck | None = None
+    ) -> Outcome:
         """Trains to the end, to an agreed stop or to a limit of the config.
 
-        `recheck` is the step that rules have rejected on other devices. The last
-        checkpoint is durable when it returns. Raises NonFiniteLossError, and RuleError,
-        before which checkpoints are durable too.
+        `profiles` is called once a step, too, and returns the newest request of a profile on
+        this rank; a ProfileReport follows. `recheck` is the step that rules have rejected on
+        other devices. The last checkpoint is durable when it returns. Raises
+        NonFiniteLossError, RankOutOfMemoryError, and RuleError, before which checkpoints
+        are durable too.
         """
+        profiler = self._make_profiler(profiles)
         try:
-            outcome = train_by_rules(
-                self._components,
-                self.progress,
-                self._report,
-                self._poll,
-                recheck or Recheck(),
-            )
+            with explained_out_of_memory(self.config, self.mesh, self._attempt):
+                outcome = train_by_rules(
+                    self._components,
+                    self.progress,
+                    self._report,
+                    self._poll,
+                    profiler,
+                    recheck or Recheck(),
+                )
         except RuleError:
             self._saver.close()
             raise
@@ -147,9 +173,30 @@ class TrainingSession:
             # A rank that has lost its peers must be able to restart without waiting for
             # slow storage.
             self._saver.abandon()
+            profiler.discard()
             raise
+        profiler.close()
         self._saver.close()
         return outcome
+
+    def _make_profiler(self, source: ProfileSource) -> StepProfiler:
+        storage = self.config.storage
+        assert storage is not None  # checkpoints need one, too
+        profile = self.config.training.profile
+        planned = None
+        if profile is not None and self.mesh.rank in profile.ranks:
+            planned = ProfileRequest(*profile.first_and_last)
+        # Not again after a resume.
+        if planned is not None and planned.first_step <= self.progress.step:
+            planned = None
+        return StepProfiler(
+            storage.path,
+            self._attempt,
+            self.mesh,
+            report=self._report,
+            source=source,
+            planned=planned,
+        )
 
     def _make_saver(
         self, data: PreparedData, attempt: int, origin: RunOrigin
@@ -165,7 +212,7 @@ class TrainingSession:
             data,
             attempt=attempt,
             report=self._report,
-            published=published,
+            extras=Extras(published, self._callbacks),
         )
 
     def _make_copier(self, copies: CopyStore | None) -> Copier:

@@ -13,8 +13,21 @@ from megatron_ray.models.batch import Batch
 from megatron_ray.models.forward_context import ForwardMode
 from megatron_ray.parallelize.parallelize import ParallelModel
 from megatron_ray.pipeline_parallel.runner import PipelineRunner, Transfer
-from megatron_ray.pipeline_parallel.schedules.actions import Order
+from megatron_ray.pipeline_parallel.schedules.actions import Action, Op, Order
 from megatron_ray.pipeline_parallel.schedules.layout import StageContents
+from megatron_ray.reports import StepPart
+
+_PART_OF: dict[Op, StepPart] = {
+    Op.FORWARD: "forward",
+    Op.SEND_FORWARD: "forward",
+    Op.RECV_FORWARD: "forward",
+    Op.BACKWARD: "backward",
+    Op.BACKWARD_INPUT: "backward",
+    Op.BACKWARD_WEIGHT: "backward",
+    Op.SEND_BACKWARD: "backward",
+    Op.RECV_BACKWARD: "backward",
+}
+"""The pass that each action of a schedule belongs to; its waits are communication."""
 
 
 def run_stages(
@@ -23,10 +36,12 @@ def run_stages(
     actions: Order,
     batches: Sequence[Batch],
     mode: ForwardMode,
+    mark: Callable[[StepPart], None] | None = None,
 ) -> list[Tensor]:
     """Executes a rank's list of actions on these microbatches.
 
-    Returns the losses by microbatch on the rank of the last stage, else none.
+    `mark` is called at the end of each action, with the pass that it belongs to. Returns
+    the losses by microbatch on the rank of the last stage, else none.
     """
     # A new runner per call, because evaluations have other actions and maybe other shapes.
     chunks = [_chunk(model, stage, batches, mode) for stage in model.module.stages]
@@ -37,7 +52,17 @@ def run_stages(
         mesh.pp_group,
         _transfer(model, mesh, batches[0]),
         model.sink,
+        _marker(mark),
     ).step()
+
+
+def _marker(
+    mark: Callable[[StepPart], None] | None,
+) -> Callable[[Action], None] | None:
+    """Returns what the runner calls after each action."""
+    if mark is None:
+        return None
+    return lambda action: mark(_PART_OF[action.op])
 
 
 def _chunk(

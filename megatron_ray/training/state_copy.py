@@ -19,6 +19,7 @@ from megatron_ray.checkpoint.index import Slot, plan_copy, size_of
 from megatron_ray.checkpoint.writer import allocate_host, copy_to_host, unregister_host
 from megatron_ray.optimizer.sharded import ShardedOptimizer
 from megatron_ray.parallelize.parallelize import ParallelModel
+from megatron_ray.sharding.sharded_state import ShardedState
 from megatron_ray.training.progress import Progress
 from megatron_ray.training.reporting.step_numbers import StepNumbers
 from megatron_ray.training.saving import TrainingSaver, apply_train_state, training_state
@@ -105,6 +106,7 @@ class StateCopier:
 
     def copy(self, progress: Progress) -> None:
         """Copies the state to host memory; the rest happens in the background."""
+        self._saver.complete_state()
         memory = self._store.next_memory()
         copied = copy_to_host(self._slots, self._saver.state(), memory, self._device)
 
@@ -125,13 +127,16 @@ class StateCopier:
 
 
 def load_copy(
-    copy: StateCopy, model: ParallelModel, optimizer: ShardedOptimizer
+    copy: StateCopy,
+    model: ParallelModel,
+    optimizer: ShardedOptimizer,
+    callbacks: ShardedState,
 ) -> Progress:
     """Loads a copy of the same layout and publishes the weights; returns the progress.
 
     Raises ValueError for a copy of another layout.
     """
-    state = training_state(model, optimizer)
+    state = training_state(model, optimizer) | callbacks
     slots = plan_copy(state)
     if copy.layout != _digest(slots) or len(copy.memory) != size_of(slots):
         raise ValueError(f"the copy of step {copy.step} has another layout than the model")

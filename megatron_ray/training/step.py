@@ -4,7 +4,7 @@ Owns: the passes over the microbatches and the reductions after them. Must not k
 schedules of learning rate or checkpoints, reports.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -19,22 +19,31 @@ from megatron_ray.optimizer.finalize_grads import finalize_grads, squared_grad_n
 from megatron_ray.optimizer.sharded import ShardedOptimizer
 from megatron_ray.optimizer.step_sums import NUM_FIXED, SkipRule, StepSums
 from megatron_ray.parallelize.parallelize import ParallelModel
+from megatron_ray.reports import StepPart
 from megatron_ray.training.stages import loss_sum, run_stages
 
 
+def no_mark(_: StepPart) -> None:
+    """Ignores the end of a part of the step."""
+
+
 def forward_backward(
-    model: ParallelModel, mesh: ParallelMesh, batches: Sequence[Batch]
+    model: ParallelModel,
+    mesh: ParallelMesh,
+    batches: Sequence[Batch],
+    mark: Callable[[StepPart], None] = no_mark,
 ) -> Tensor:
     """Runs forward and backward over this replica's microbatches.
 
     Returns the sum of their losses, zero on pipeline ranks without the last stage.
-    Afterwards main gradients are sums, and their reductions are running. Raises
-    ValueError without a microbatch.
+    Afterwards main gradients are sums, and their reductions are running. `mark` is called
+    at the end of each forward and backward pass. Raises ValueError without a microbatch.
     """
     model.begin_step()
     if model.is_pipelined:
         actions = model.actions(len(batches))
-        return loss_sum(run_stages(model, mesh, actions, batches, ForwardMode.TRAIN), mesh)
+        losses = run_stages(model, mesh, actions, batches, ForwardMode.TRAIN, mark)
+        return loss_sum(losses, mesh)
     total: Tensor | None = None
     for index, batch in enumerate(batches):
         PROCESS.microbatch = index
@@ -42,7 +51,9 @@ def forward_backward(
         # sink must know which microbatch is the last.
         model.sink.begin_microbatch(last=index == len(batches) - 1)
         loss = model.module(batch, ForwardMode.TRAIN)
+        mark("forward")
         loss.backward()
+        mark("backward")
         total = loss.detach() if total is None else total + loss.detach()
     if total is None:
         raise ValueError("a step needs at least one microbatch")
@@ -99,6 +110,7 @@ def reduce_step(
     if skip_rule is not SkipRule.ALWAYS:
         sums = _judged(sums, optimizer, part, is_confirmed=is_confirmed)
     model.update_expert_biases(mesh, sums.skip)
+    model.update_scales(mesh, sums.skip)
     return sums
 
 

@@ -13,6 +13,7 @@ from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.parallel_dims import ParallelDims
 from megatron_ray.validation import (
     experts,
+    fp8,
     intervals,
     latent_attention,
     layout,
@@ -30,6 +31,9 @@ from megatron_ray.validation.faults.rules import (
 from megatron_ray.validation.parameters.freezing import freezing_problems
 from megatron_ray.validation.parameters.groups import group_problems
 from megatron_ray.validation.parameters.matrices import matrix_problems
+from megatron_ray.validation.parameters.moments import moment_problems
+from megatron_ray.validation.parameters.monitored import monitor_problems
+from megatron_ray.validation.profiling import profile_problems, profile_warnings
 from megatron_ray.validation.resolution import expert_dp_multiple, least_dp
 from megatron_ray.validation.storage.path_rules import PathRules, path_problems
 
@@ -49,9 +53,12 @@ _RULES = (
     training_rules.dropout_problems,
     training_rules.loss_scale_problems,
     training_rules.precision_problems,
+    moment_problems,
+    fp8.fp8_problems,
     intervals.skipping_problems,
     rule_problems,
     replica_problems,
+    profile_problems,
     recompute.recompute_problems,
     resume_rules.resume_changes_problems,
 )
@@ -69,6 +76,7 @@ _WARNINGS = (
     intervals.decay_warnings,
     intervals.clipping_warnings,
     intervals.model_warnings,
+    profile_warnings,
 )
 """Such rules for any number of steps."""
 
@@ -92,6 +100,7 @@ def find_problems(
         *freezing_problems(config),
         *group_problems(config),
         *matrix_problems(config),
+        *monitor_problems(config),
         *_batch_problems(config, world_size),
     ]
 

@@ -55,7 +55,12 @@ def model_signature(model: ModelConfig) -> dict[str, Any]:
     # muP acts on the function by these two only.
     del fields["mup"]
     fields["residual_scale"] = model.residual_factor
-    fields["logit_scale"] = model.logit_factor
+    # Files have its inverse, whose own inverse may differ in the last bit.
+    fields["logit_scale"] = float(f"{model.logit_factor:.12g}")
+    # The default, spelled out or not.
+    fields["attention_scale"] = None
+    if not isclose(model.score_factor, 1, rel_tol=1e-12):
+        fields["attention_scale"] = model.attention_scale
     # linear_bias implies all of them.
     del fields["linear_bias"]
     fields["qkv_bias"] = model.has_qkv_bias

@@ -43,6 +43,14 @@ def interval_warnings(config: TrainConfig) -> list[Problem]:
             "ends after its last step only"
         )
         warnings.append(Problem("/training/exit_every_steps", "beyond_the_run", detail))
+    for name, every in config.callbacks.intervals.items():
+        if every > training.num_steps:
+            detail = (
+                f"every_steps={every} is beyond training.steps={training.num_steps}: "
+                "nothing is reported; lower it"
+            )
+            pointer = f"/callbacks/{name}/every_steps"
+            warnings.append(Problem(pointer, "beyond_the_run", detail))
     return warnings
 
 

@@ -143,6 +143,12 @@ def zero_problems(config: TrainConfig) -> list[Problem]:
             "leave it out, or use zero=3"
         )
         return [Problem("/parallel/zero_replicas", "needs_zero3", detail)]
+    if parallel.overlap_param_gather and parallel.zero != 1:
+        detail = (
+            f"overlap_param_gather needs zero=1, not {parallel.zero}, which gathers no weights "
+            "after an update; leave it out, or use zero=1"
+        )
+        return [Problem("/parallel/overlap_param_gather", "needs_zero1", detail)]
     if parallel.zero == 3 and parallel.schedule.startswith("zb"):
         detail = (
             f"schedule={parallel.schedule} computes weight gradients after zero=3 has freed "

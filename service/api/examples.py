@@ -132,6 +132,7 @@ REQUESTS: dict[str, Any] = {
     "pause_job": {"reason": "user_paused"},
     "resize_job": {"dp": 2},
     "resume_job": {"changes": {"training": {"steps": 2000}}},
+    "profile_job": {"steps": "50-52", "ranks": [0]},
     "cancel_jobs": {"status": ["queued"], "metadata": {"sweep": "lr"}},
 }
 """Example body of each request, by operation id."""
@@ -173,6 +174,30 @@ _CLUSTER: Json = {
     "node_groups": [],
     "drivers": [{"job_id": _JOB_ID, "alive": True, "detail": ""}],
     "orphans": [],
+}
+_PROFILE: Json = {
+    "object": "job.profile",
+    "id": f"{_JOB_ID}.profile-1-1",
+    "job_id": _JOB_ID,
+    "number": 1,
+    "attempt": 1,
+    "created_at": _AT,
+    "status": "written",
+    "first_step": 50,
+    "last_step": 52,
+    "ranks": [0],
+    "folder": f"{_FOLDER}/profiles/steps-00000050-00000052-a0001",
+    "reports": [
+        {
+            "rank": 0,
+            "files": ["rank-00000.trace.json.gz", "rank-00000.memory.json"],
+            "seconds": 0.791,
+            "operators": [
+                {"name": "aten::mm", "calls": 288, "seconds": 0.412, "share": 0.58}
+            ],
+            "problem": None,
+        }
+    ],
 }
 RESPONSES: dict[str, Any] = {
     "create_job": _JOB,
@@ -265,6 +290,8 @@ RESPONSES: dict[str, Any] = {
             }
         ],
     },
+    "list_profiles": _page(_PROFILE),
+    "profile_job": {**_PROFILE, "status": "pending", "reports": []},
     "create_plan": {
         "object": "plan",
         "resolved_spec": SPEC,

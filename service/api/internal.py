@@ -300,6 +300,7 @@ def _desired(
         final_checkpoint=job.final_checkpoint,
         checkpoint_requests=job.checkpoint_requests,
         diagnosis_requests=job.diagnosis_requests,
+        profile=job.profile_order,
         resumes=job.resumes,
         **(about_cluster or {}),
     )

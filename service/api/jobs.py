@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import sqlalchemy as sa
 from fastapi import APIRouter, Depends, Header, Query, Request
 from fastapi.responses import JSONResponse, Response
-from pydantic import BeforeValidator, Field
+from pydantic import BaseModel, BeforeValidator, Field
 from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 
@@ -377,21 +377,29 @@ def _answer(
     return JSONResponse(response.body, status_code=response.status, headers=sent)
 
 
+def _rendered_job(session: Session, job: JobRow, _: object) -> Job:
+    return render.job(session, job)
+
+
 def change_job(
     context: Context,
     job_id: str,
     repeatable: IdempotentRequest,
     change: Callable[[Session, JobRow], Any],
+    rendered: Callable[[Session, JobRow, Any], BaseModel] = _rendered_job,
 ) -> Response:
-    """Changes a job and stores the response in one transaction."""
+    """Changes a job and stores the response in one transaction.
+
+    `rendered` returns the body of the response from what `change` has returned.
+    """
     with context.store.write() as session:
         job = lifecycle.lock(session, job_id)
         earlier = repeatable.earlier_response(session)
         if earlier is not None:
             return _answer(earlier, is_replay=True)
         # Rendered before the commit, so that the stored response equals the sent one.
-        change(session, job)
-        body = render.job(session, job).model_dump(mode="json")
+        changed = change(session, job)
+        body = rendered(session, job, changed).model_dump(mode="json")
         response = StoredResponse(202, body)
         repeatable.store_response(session, response.status, body)
     return _answer(response)

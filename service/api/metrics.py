@@ -77,10 +77,11 @@ def list_metrics(
 ) -> Response:
     """Lists the metrics of each step, in order of step.
 
-    `val_loss` is null in steps after which nothing was evaluated; asked for alone, it has
-    rows of evaluated steps only. Without `max_points`, a long series comes in pages. For
-    the next page, set `from_step` to the last step plus 1. With `max_points` there is
-    one page; `total` is the number of rows that it was thinned from.
+    `val_loss` is null in steps after which nothing was evaluated, `monitors` in steps in
+    which no callback was due; asked for alone, they have rows of the other steps only.
+    Without `max_points`, a long series comes in pages. For the next page, set `from_step` to
+    the last step plus 1. With `max_points` there is one page; `total` is the number of rows
+    that it was thinned from.
     """
     series = _series(keys)
     has_more = False

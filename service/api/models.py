@@ -282,7 +282,8 @@ class MetricsRow(Body):
     memory_bytes: int | None = None
     """Peak device memory; on CPUs the memory of the process."""
     split_s: dict[str, float | None] | None = None
-    """Seconds of the step by part: data, forward_backward, reduce, optimizer."""
+    """Seconds of the step by part, on rank 0: data, forward, backward, communication (waits
+    for other ranks), optimizer, checkpoint and other, which add up to step_s."""
     other_losses: dict[str, float | None] | None = None
     """Auxiliary losses before weighting, such as load_balancing_loss and mtp_1_loss."""
     skipped_steps: int | None = None
@@ -291,6 +292,8 @@ class MetricsRow(Body):
     """Factor of the step's loss in fp16; null in other precisions."""
     val_loss: float | None = None
     """Validation loss after the step, in nats per token; null where nothing was evaluated."""
+    monitors: dict[str, float | None] | None = None
+    """Numbers of the job's callbacks by name, null in steps in which none were due."""
 
 
 class RankSlowness(Body):

@@ -12,7 +12,6 @@ from service.cli.commands import (
     cancel,
     data,
     demo,
-    diagnose,
     inspect,
     jobs,
     pausing,
@@ -20,6 +19,7 @@ from service.cli.commands import (
     stack,
 )
 from service.cli.commands.models import convert, generate, mup
+from service.cli.commands.ranks import diagnose, profile
 from service.cli.failure import CommandError, from_service, show_failure
 from service.client import ServiceError
 from workers.protocol.version import code_version
@@ -39,6 +39,7 @@ for commands in (
     pausing,
     inspect,
     diagnose,
+    profile,
     generate,
     convert,
     mup,

@@ -55,6 +55,7 @@ PROBLEM_TYPES = {
     "job_ended": ProblemType(409, "The job has ended"),
     "job_not_running": ProblemType(409, "The job is not running"),
     "no_room": ProblemType(409, "The cluster has no room"),
+    "profile_running": ProblemType(409, "Another profile is not written yet"),
     "job_deleted": ProblemType(409, "The job was deleted"),
     "job_failed": ProblemType(500, "The job failed"),
     "fenced": ProblemType(409, "A newer driver has taken over"),

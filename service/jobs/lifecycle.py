@@ -30,6 +30,7 @@ from service.store.schema import (
     JobRow,
     LabelRow,
     MetricRow,
+    ProfileRow,
     SourceRow,
 )
 from workers.protocol.events import EventType
@@ -363,7 +364,7 @@ def delete(session: Session, job: JobRow) -> None:
         )
     # The job's own row is kept, so no foreign key deletes these rows.
     tables = (EventRow, MetricRow, AttemptRow, CheckpointRow, DiagnosisRow)
-    for table in (*tables, SourceRow, LabelRow):
+    for table in (*tables, ProfileRow, SourceRow, LabelRow):
         session.execute(sa.delete(table).where(table.job == job.number))
     job.deleted_at = time.time()
     job.spec = {}

@@ -18,8 +18,8 @@ from megatron_ray.config.problem import Problem
 from service.exceptions import RequestInvalidError
 from service.jobs import lifecycle, queue
 from service.jobs.lifecycle import NewEvent
-from service.jobs.reports import diagnoses
-from service.store import evaluations, metrics, node_exclusions
+from service.jobs.reports import diagnoses, profiles
+from service.store import evaluations, metrics, monitors, node_exclusions
 from service.store.database import Store, wake
 from service.store.evaluations import parse_evaluation
 from service.store.metrics import Finite, StepRow
@@ -113,8 +113,10 @@ class RecordApplier:
             "checkpoint": self._apply_checkpoint,
             "problem": self._apply_problem,
             "diagnosis": lambda record: diagnoses.apply(session, job, source, record),
+            "profile": lambda record: profiles.apply(session, job, source, record),
             "step": self._apply_step,
             "eval": self._apply_eval,
+            "monitors": self._apply_monitors,
         }
 
     def apply(self, records: Sequence[tuple[int, Record]]) -> None:
@@ -313,6 +315,11 @@ class RecordApplier:
             }
             self._job.progress = {**self._job.progress, **result}
         self._add(self._event(record, "eval.completed", evaluation.sentence()))
+
+    def _apply_monitors(self, record: Record) -> None:
+        monitored = monitors.parse_monitors(record.data)
+        self._raise_attempt(record.attempt)
+        monitors.insert(self._store, self._session, self._job, record.attempt, monitored)
 
     def _keep_unknown(self, record: Record) -> None:
         """Stores a record of an unknown kind, sent by a newer driver."""

@@ -21,7 +21,7 @@ from sqlalchemy import (
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 Json = dict[str, Any]
-REVISION = "0008"
+REVISION = "0010"
 """The newest migration, after which a database has exactly these tables."""
 BigKey = BigInteger().with_variant(Integer, "sqlite")
 """64 bits everywhere: SQLite gives rows a number only when the type is called INTEGER."""
@@ -116,6 +116,8 @@ class JobRow(Table):
     final_checkpoint: Mapped[bool] = mapped_column(default=True)
     checkpoint_requests: Mapped[int] = mapped_column(default=0)
     diagnosis_requests: Mapped[int] = mapped_column(default=0)
+    profile_order: Mapped[Json | None]
+    """The newest request of a profile: `workers.protocol.wire.ProfileOrder`."""
     pause_reason: Mapped[str | None] = mapped_column(String(32))
     """Why the job is paused or being paused; None: it is not."""
     resumes: Mapped[int] = mapped_column(default=0)
@@ -231,6 +233,20 @@ class EvaluationRow(Table):
     source_losses: Mapped[Json] = mapped_column(default=dict)
 
 
+class MonitorRow(Table):
+    """What the callbacks of a job have measured in one step of one attempt.
+
+    Apart from the metrics, whose rows are small: there may be thousands of numbers.
+    """
+
+    __tablename__ = "monitors"
+    job: Mapped[int] = _job_key()
+    step: Mapped[int] = mapped_column(primary_key=True)
+    attempt: Mapped[int] = mapped_column(primary_key=True)
+    numbers: Mapped[Json]
+    """By name; null where one was not finite."""
+
+
 class AttemptRow(Table):
     """One attempt to run a job, and where its ranks run."""
 
@@ -255,6 +271,22 @@ class DiagnosisRow(Table):
     attempt: Mapped[int]
     created_at: Mapped[float]
     report: Mapped[Json]
+
+
+class ProfileRow(Table):
+    """Steps of an attempt that some ranks have profiled, or are to profile."""
+
+    __tablename__ = "profiles"
+    job: Mapped[int] = _job_key()
+    attempt: Mapped[int] = mapped_column(primary_key=True)
+    number: Mapped[int] = mapped_column(primary_key=True)
+    """Counts the requests of the job; 0 for that of its spec."""
+    first_step: Mapped[int]
+    last_step: Mapped[int]
+    ranks: Mapped[list[Any]]
+    created_at: Mapped[float]
+    reports: Mapped[Json]
+    """What ranks have reported, by rank: `megatron_ray.reports.ProfileReport`."""
 
 
 class CheckpointRow(Table):

@@ -24,7 +24,7 @@ import httpx
 import torch.distributed as dist
 
 from megatron_ray.distributed import recording
-from megatron_ray.reports import StepReport
+from megatron_ray.reports import STEP_PARTS, StepReport
 from tests.support.running_stack import Road, stack
 from workers.protocol.wire import AgentReport, NodeInfo
 from workers.rank.attempt import RankAttempt
@@ -305,9 +305,7 @@ def record_cost() -> dict[str, Any]:
 
 def step_report(step: int, rng: random.Random) -> StepReport:
     """A report as the loop fills it: all digits of every number."""
-    split = {
-        part: rng.random() for part in ("data", "forward_backward", "reduce", "optimizer")
-    }
+    split: dict[str, float] = {part: rng.random() for part in STEP_PARTS}
     return StepReport(
         step,
         10 * rng.random(),

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 import pytest
 
-from megatron_ray.commands import Command
+from megatron_ray.commands import Command, ProfileRequest
 from megatron_ray.reports import Report
 from tests.support.fake_service import NAMESPACE, FakeService
 from workers.driver.driver import JobDriver
@@ -80,10 +80,13 @@ def roots(modules: set[str]) -> set[str]:
 
 
 def recorded_train(
-    order: StartRequest, report: Callable[[Report], None], poll: Callable[[], Command]
+    order: StartRequest,
+    report: Callable[[Report], None],
+    poll: Callable[[], Command],
+    profiles: Callable[[], ProfileRequest | None],
 ) -> str:
     with recorded() as seen:
-        outcome = import_and_train(order, report, poll)
+        outcome = import_and_train(order, report, poll, profiles)
     Path(order.spec["storage"]["path"], CALLS).write_text(json.dumps(sorted(seen)))
     return outcome
 

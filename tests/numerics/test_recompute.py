@@ -19,9 +19,9 @@ from megatron_ray.models.block import Block
 from megatron_ray.models.forward_context import ForwardMode
 from megatron_ray.models.mlp import GatedActivation
 from megatron_ray.ops.matmul import forward_product_plus
+from megatron_ray.ops.products import PLAIN
 from megatron_ray.parallelize.recompute import recomputed
 from megatron_ray.planning.activations import kept_activations
-from megatron_ray.tensor_parallel import layers
 from megatron_ray.tensor_parallel.norm import RMSNorm
 from megatron_ray.training.session import batch_maker, build
 from megatron_ray.training.step import forward_backward, reduce_step
@@ -225,7 +225,7 @@ def test_each_part_runs_as_often_as_it_should_and_the_last_product_of_a_region_o
         runs["last"] += weight.shape[1] == LLAMA["ffn_hidden_size"]
         return forward_product_plus(inputs, weight, addend)
 
-    monkeypatch.setattr(layers, "forward_product_plus", last_product)
+    monkeypatch.setattr(PLAIN, "forward_plus", last_product)
     for kind, name in (
         (Block, "layer"),
         (LocalAttention, "core"),

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from megatron_ray.distributed import collectives
 from megatron_ray.distributed.activity import PROCESS
 from megatron_ray.distributed.recording import name_groups
-from megatron_ray.training.reporting.step_timer import StepTimer
+from megatron_ray.training.reporting.step_timer import HostTimer
 from workers.decisions.ranks.diagnosis import Confidence, RankEvidence, diagnose
 from workers.decisions.ranks.stragglers import WINDOW_S, WINDOWS, Pace, StragglerWatch
 from workers.rank.evidence import gather_evidence
@@ -95,7 +95,7 @@ def steps(rank: int, world_size: int) -> Pace:
     group = dist.group.WORLD
     name_groups({"dp": group})
     collectives.barrier(group, torch.device("cpu"))
-    timer = StepTimer()
+    timer = HostTimer()
     for _ in range(5):
         time.sleep(0.15 if rank == 1 else 0.015)
         collectives.all_reduce(torch.ones(4), group)

@@ -65,6 +65,26 @@ FULL = {"granularity": "full", "method": "uniform", "num_layers": 2}
 CORE = {"granularity": "selective", "modules": ("core_attention", "mlp")}
 Sent = Counter[tuple[Group, str]]
 
+WIDE_LATENTS = DEEPSEEK | {
+    "hidden_size": 128,
+    "mla": {
+        "q_lora_rank": 32,
+        "kv_lora_rank": 16,
+        "qk_nope_head_dim": 16,
+        "qk_rope_head_dim": 16,
+        "v_head_dim": 16,
+    },
+    "moe": DEEPSEEK["moe"] | {"ffn_hidden_size": 64, "shared_expert_ffn_hidden_size": 64},
+}
+"""Sizes that FP8 multiplies."""
+IN_MOST_DIRECTIONS = {"tp": 4, "sequence_parallel": True, "ep": 8, "etp": 2, "pp": 2}
+FP8_CASES: list[tuple[str, str, dict[str, Any], dict[str, Any], dict[str, Any]]] = [
+    ("current", "tp", SHAPE | {"head_dim": 16}, {"tp": 8, "sequence_parallel": True}, {}),
+    ("current", "mlp recomputed", SHAPE | {"head_dim": 16}, {"tp": 4}, {"recompute": CORE}),
+    ("current", "deepseek", WIDE_LATENTS, IN_MOST_DIRECTIONS, {"recompute": FULL}),
+    ("delayed", "deepseek", WIDE_LATENTS, IN_MOST_DIRECTIONS, {}),
+    ("mxfp8", "tp", SHAPE | {"head_dim": 32}, {"tp": 4}, {}),
+]
 CASES: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = [
     ("tp with sequence parallelism", SHAPE, {"tp": 8, "sequence_parallel": True}, {}),
     ("tp without, nothing sharded", SHAPE, {"tp": 8, "zero": 0}, {}),
@@ -220,6 +240,10 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = [
         {"tp": 4, "sequence_parallel": True, "ep": 2, "etp": 2, "pp": 2, "cp": 2},
         {"recompute": FULL},
     ),
+    *[
+        (f"fp8 {recipe}, {name}", shape, parallel, training | {"fp8": {"recipe": recipe}})
+        for recipe, name, shape, parallel, training in FP8_CASES
+    ],
 ]
 
 

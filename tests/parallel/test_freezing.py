@@ -246,7 +246,7 @@ def load(
     rank: int, world_size: int, config: TrainConfig, path: str
 ) -> list[tuple[str, tuple[int, ...], np.ndarray]]:
     model, optimizer = build(config, make_mesh(rank, world_size, config), initialise=False)
-    resume(path, model, optimizer, rank)
+    resume(path, model, optimizer, {}, rank)
     return weights(optimizer)
 
 

@@ -1,4 +1,6 @@
-"""Factors on outputs and logits, and muP, equal one rank under every layout."""
+"""Factors on outputs and logits, muP, and norms of outputs and embeddings equal one rank
+under every layout.
+"""
 
 from functools import cache
 from typing import Any
@@ -22,6 +24,13 @@ MUP: dict[str, Any] = {
     "logit_scale": 1.2,
     "mup": {"base_hidden_size": 32, "base_num_layers": 1, "depth_alpha": 0.75},
 }
+PERI_NORM: dict[str, Any] = {
+    "peri_norm": True,
+    "embedding_norm": True,
+    "embedding_scale": 1.5,
+    "attention_scale": 0.2,
+}
+MODELS = {"mup": LLAMA | MUP, "peri-norm": LLAMA | PERI_NORM}
 LAYOUTS: dict[str, dict[str, Any]] = {
     "tp2-sp": {"tp": 2, "sequence_parallel": True},
     "pp2": {"pp": 2},
@@ -30,8 +39,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 
 
 @cache
-def one_rank(steps: int) -> RankResult:
-    config = make_config(LLAMA | MUP, {"dp": 1}, steps=steps)
+def one_rank(model: str, steps: int) -> RankResult:
+    config = make_config(MODELS[model], {"dp": 1}, steps=steps)
     result: RankResult = run_ranks(parity.run_layout, 1, config)[0]
     return result
 
@@ -44,13 +53,15 @@ def one_rank(steps: int) -> RankResult:
         pytest.param("cp2-dp2-zero3", marks=pytest.mark.parity),
     ],
 )
-def test_layout_equals_one_rank(layout: str, steps: int) -> None:
-    compare(LLAMA | MUP, LAYOUTS[layout], one_rank(steps))
+@pytest.mark.parametrize("model", MODELS)
+def test_layout_equals_one_rank(model: str, layout: str, steps: int) -> None:
+    compare(MODELS[model], LAYOUTS[layout], one_rank(model, steps))
 
 
 @pytest.mark.parity
-def test_compiled_blocks_equal_one_plain_rank(steps: int) -> None:
-    compare(LLAMA | MUP, LAYOUTS["tp2-sp"], one_rank(steps), compiled=True)
+@pytest.mark.parametrize("model", MODELS)
+def test_compiled_blocks_equal_one_plain_rank(model: str, steps: int) -> None:
+    compare(MODELS[model], LAYOUTS["tp2-sp"], one_rank(model, steps), compiled=True)
 
 
 def weights(config: TrainConfig) -> tuple[Any, dict[str, torch.Tensor]]:

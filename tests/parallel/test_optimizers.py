@@ -18,7 +18,13 @@ LR = {"sgd": 0.1}
 TWO_MOMENTS = ({"beta": 0.5, "weight": 0.3}, {"beta": 0.99, "weight": 0.6})
 
 
+SHORT = "-bf16"
+"""End of the names of cases whose moments are bf16."""
+
+
 def settings(name: str, **parallel: Any) -> TrainConfig:
+    case = name
+    name = name.removesuffix(SHORT)
     config = make_config(LLAMA, {"dp": 1, "bucket_elements": 8000} | parallel, steps=6)
     optimizer: dict[str, Any] = {
         "name": name,
@@ -30,6 +36,8 @@ def settings(name: str, **parallel: Any) -> TrainConfig:
         optimizer["eps"] = 1e-4
     if name.startswith("aggmo"):
         optimizer["aggregated"] = TWO_MOMENTS
+    if case.endswith(SHORT):
+        optimizer |= {"exp_avg_dtype": "bf16", "exp_avg_sq_dtype": "bf16"}
     return TrainConfig.from_mapping({**config.model_dump(), "optimizer": optimizer})
 
 
@@ -46,14 +54,15 @@ def weights(name: str, world_size: int, **parallel: Any) -> dict[str, np.ndarray
     return assemble(settings(name, **parallel), parts)
 
 
-@pytest.mark.parametrize("name", BUILT_IN)
+@pytest.mark.parametrize("name", [*BUILT_IN, f"adamw{SHORT}", f"muon{SHORT}"])
 def test_zero1_changes_no_bit(name: str) -> None:
     whole = weights(name, 2, dp=2, zero=0)
     sharded = weights(name, 2, dp=2, zero=1)
     for key, values in whole.items():
         assert np.array_equal(values, sharded[key]), key
     state_bytes = [run(name, 2, dp=2, zero=zero)[0].state_bytes for zero in (0, 1)]
-    if BUILT_IN[name].state(settings(name).optimizer):
+    optimizer = settings(name).optimizer
+    if BUILT_IN[optimizer.name].state(optimizer):
         assert state_bytes[1] < 0.6 * state_bytes[0]
 
 

@@ -30,6 +30,7 @@ from megatron_ray.planning.memory import (
 from megatron_ray.training.session import batch_maker, build
 from tests.parallel.test_matrix import MATRIX
 from tests.parallel.test_meta_step import world
+from tests.parallel.test_recompute import PERI_NORM
 from tests.support.layout_matrix import EXPERTS, Entry
 from tests.support.parity import GPT2, LLAMA, RandomDataset, make_config
 
@@ -166,7 +167,17 @@ def test_short_gradients_have_fp32_copies_of_what_is_updated(
     assert_planned_state(config)
 
 
-@pytest.mark.parametrize("model", [LLAMA, GPT2 | {"hidden_dropout": 0.1}])
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.parametrize("parallel", [{"dp": 2}, {"dp": 2, "zero": 3}])
+def test_short_moments_have_two_bytes(parallel: dict[str, Any], name: str) -> None:
+    fields = make_config(LLAMA, parallel, steps=1, precision="bf16").model_dump()
+    fields["optimizer"] = {"name": name, "lr": 0.1, "exp_avg_dtype": "bf16"}
+    assert_planned_state(TrainConfig.from_mapping(fields))
+
+
+@pytest.mark.parametrize(
+    "model", [LLAMA, GPT2 | {"hidden_dropout": 0.1}, LLAMA | PERI_NORM, GPT2 | PERI_NORM]
+)
 @pytest.mark.parametrize("parallel", [{"tp": 2}, {"pp": 2}])
 def test_activations_in_fp16_with_wide_residuals_are_planned_as_they_are(
     parallel: dict[str, Any], model: dict[str, Any]

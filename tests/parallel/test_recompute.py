@@ -28,7 +28,12 @@ SETTINGS: list[dict[str, Any]] = [
     {"granularity": "selective", "modules": ["core_attention", "norm", "activation"]},
     {"granularity": "selective", "modules": ["norm", "mlp", "moe"]},
 ]
-MODELS = {"llama": LLAMA | {"num_layers": 4}, "gpt2": GPT2 | {"num_layers": 4}}
+PERI_NORM = {"peri_norm": True, "embedding_norm": True, "attention_scale": 0.2}
+MODELS = {
+    "llama": LLAMA | {"num_layers": 4},
+    "gpt2": GPT2 | {"num_layers": 4},
+    "peri-norm": LLAMA | {"num_layers": 4} | PERI_NORM,
+}
 DEEPSEEK = {
     "preset": "deepseek-tiny",
     "vocab_size": 259,
@@ -142,14 +147,15 @@ def test_bytes_kept_on_a_rank_are_the_formula(parallel: dict[str, Any]) -> None:
         assert measured == planned
 
 
-def test_gradients_of_a_zero_bubble_pipeline_with_sequence_parallelism_do_not_change() -> (
-    None
-):
+@pytest.mark.parametrize(("model", "dropout"), [("llama", True), ("peri-norm", False)])
+def test_gradients_of_a_zero_bubble_pipeline_with_sequence_parallelism_do_not_change(
+    model: str, dropout: bool
+) -> None:
     compare(
-        "llama",
+        model,
         {"pp": 2, "tp": 2, "sequence_parallel": True, "schedule": "zb-h1"},
         "bf16",
-        True,
+        dropout,
     )
 
 

@@ -10,6 +10,7 @@ from megatron_ray.commands import Command
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.reports import Report, RuleReport, SkippedStepReport, StepReport
 from megatron_ray.training.components import TrainingComponents
+from megatron_ray.training.profiling.profiler import NO_PROFILER
 from megatron_ray.training.progress import Progress
 from megatron_ray.training.rules.checks import Recheck
 from megatron_ray.training.rules.errors import RecheckError
@@ -65,7 +66,12 @@ def train(
     facts: dict[str, int] = {}
     try:
         train_by_rules(
-            components, Progress(), report, lambda: Command.CONTINUE, recheck or Recheck()
+            components,
+            Progress(),
+            report,
+            lambda: Command.CONTINUE,
+            NO_PROFILER,
+            recheck or Recheck(),
         )
     except RecheckError as raised:
         facts = raised.facts

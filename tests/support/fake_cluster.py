@@ -7,13 +7,13 @@ count its acts, so that a driver can die before or after any of them.
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from megatron_ray.checkpoint.directory import checkpoint_path
-from megatron_ray.commands import Command
-from megatron_ray.reports import SpeedReport
+from megatron_ray.commands import Command, ProfileRequest
+from megatron_ray.reports import ProfileReport, SpeedReport
 from megatron_ray.storage.storage import LocalStorage
 from workers.decisions.failures import FailureKind
 from workers.decisions.faults.exclusions import BadNode
@@ -27,7 +27,7 @@ from workers.driver.logs import JobLogs
 from workers.driver.ports import JobPorts
 from workers.driver.records.outbox import RecordLog
 from workers.protocol.states import DesiredState, JobState, may_follow
-from workers.protocol.wire import DesiredJob, NodeInfo, Record
+from workers.protocol.wire import DesiredJob, NodeInfo, ProfileOrder, Record
 from workers.rank.messages import Fence, NextReply, Poll, RankState, StartRequest
 from workers.rank.spool import Line
 from workers.ray.deaths import Death
@@ -112,6 +112,7 @@ class FakeControlPlane:
         """State records that the table of transitions does not allow."""
         self.resumes = 0
         self.diagnosis_requests = 0
+        self.profile: ProfileOrder | None = None
         self._revision = 1
         self._fields: dict[str, Any] = {
             "job_id": JOB_ID,
@@ -127,6 +128,7 @@ class FakeControlPlane:
             revision=self._revision,
             resumes=self.resumes,
             diagnosis_requests=self.diagnosis_requests,
+            profile=self.profile,
             **self._fields,
         )
 
@@ -143,6 +145,11 @@ class FakeControlPlane:
     def request_diagnosis(self) -> None:
         """Requests a diagnosis of the job, which is to run."""
         self.diagnosis_requests += 1
+        self.desire(DesiredState.RUN)
+
+    def request_profile(self, order: ProfileOrder) -> None:
+        """Requests a profile of the job, which is to run."""
+        self.profile = order
         self.desire(DesiredState.RUN)
 
     def _is_admitted(self) -> bool:
@@ -268,6 +275,8 @@ class FakeProcess:
         """Polls during which it does no step."""
         self.error: dict[str, Any] | None = None
         self.copies: list[CopyFacts] = []
+        self.profiles: list[ProfileRequest] = []
+        """Requests as they have come."""
 
     def is_late(self) -> bool:
         """Whether it does nothing in this turn."""
@@ -405,6 +414,7 @@ class FakeCluster:
             "step",
             {"step": process.step, "loss": 1.0 / process.step, "step_s": self.step_s},
         )
+        self._profile(process, rank)
         self._copy(process)
         is_last = process.step == self.steps
         is_exit = self.exit_every is not None and process.step % self.exit_every == 0
@@ -473,6 +483,15 @@ class FakeCluster:
             return row if self.answers else None
         wait = Wait("all_reduce", "tp", 8, 0, 11.0)
         return RankEvidence(rank, "reduce", wait=wait, groups={"tp": GroupCounts(0, 8)})
+
+    def _profile(self, process: FakeProcess, rank: int) -> None:
+        """Reports the profile whose last step this was."""
+        for request in dict.fromkeys(process.profiles):
+            if request.last_step == process.step:
+                report = ProfileReport(
+                    rank, request.number, request.first_step, request.last_step, "/p"
+                )
+                process.report(ProfileReport.kind, asdict(report))
 
     def _copy(self, process: FakeProcess) -> None:
         """Keeps a copy here and at the partner, when one is due."""
@@ -664,6 +683,18 @@ class FakeGroup:
                 if row is not None:
                     evidence[slot] = row
         return evidence
+
+    def profile(
+        self, slots: Iterable[int], fence: Fence, request: ProfileRequest, timeout_s: float
+    ) -> tuple[int, ...]:
+        self._faults.act()
+        taken = []
+        for slot in slots:
+            process = self._cluster.workers.get(slot)
+            if process is not None and self._cluster.answers:
+                process.profiles.append(request)
+                taken.append(slot)
+        return tuple(taken)
 
     def stacks_from_outside(
         self, pids: Mapping[int, int], fence: Fence, timeout_s: float

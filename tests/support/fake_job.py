@@ -20,7 +20,10 @@ from workers.ray.rank_worker import RankWorker
 
 
 def fake_train(
-    order: StartRequest, report: Callable[[Report], None], poll: Callable[[], Command]
+    order: StartRequest,
+    report: Callable[[Report], None],
+    poll: Callable[[], Command],
+    _: object = None,
 ) -> str:
     # Here, so that the driver's process, which has this module too, need not import torch.
     import torch
@@ -91,7 +94,10 @@ class FakeWorker(RankWorker):
 
 
 def write_gpus(
-    order: StartRequest, report: Callable[[Report], None], poll: Callable[[], Command]
+    order: StartRequest,
+    report: Callable[[Report], None],
+    poll: Callable[[], Command],
+    _: object = None,
 ) -> str:
     """Writes which GPUs this process would see."""
     Path(order.spec["path"]).write_text(os.environ.get("CUDA_VISIBLE_DEVICES", "not set"))

@@ -82,6 +82,16 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("Mistral", _GROUPED | {"sliding_window": 16}),
     "mixtral": ("Mixtral", _GROUPED | {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "gemma": ("Gemma", _WIDE | {"num_key_value_heads": 1, "attention_bias": True}),
+    "granite": (
+        "Granite",
+        _GROUPED
+        | {
+            "embedding_multiplier": 12.0,
+            "residual_multiplier": 0.22,
+            "attention_multiplier": 0.0625,
+            "logits_scaling": 6.0,
+        },
+    ),
     "qwen2": (
         "Qwen2",
         _GROUPED

@@ -58,6 +58,21 @@ def decoder_logical(state: dict[str, Tensor], config: ModelConfig) -> dict[str, 
     return tensors
 
 
+def gemma2_logical(state: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """Those of Gemma 2, which has four norms in a layer."""
+    tensors = decoder_logical(state, config)
+    names = {
+        "attention_output_norm": "post_attention_layernorm",
+        "mlp_norm": "pre_feedforward_layernorm",
+        "mlp_output_norm": "post_feedforward_layernorm",
+    }
+    for layer in range(config.num_layers):
+        for ours, name in names.items():
+            stored = state[f"model.layers.{layer}.{name}.weight"]
+            tensors[f"layers.{layer}.{ours}.weight"] = stored
+    return tensors
+
+
 def _experts(state: dict[str, Tensor], hf_prefix: str, ours: str) -> dict[str, Tensor]:
     """transformers keeps the matrices of a layer's experts in two tensors."""
     tensors = {ours + "router.weight": state[hf_prefix + "gate.weight"]}

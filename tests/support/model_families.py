@@ -11,7 +11,12 @@ import transformers
 from torch import Tensor
 
 from megatron_ray.config.model import ModelConfig
-from tests.support.hf_names import decoder_logical, gpt2_logical, perturb
+from tests.support.hf_names import (
+    decoder_logical,
+    gemma2_logical,
+    gpt2_logical,
+    perturb,
+)
 
 
 @dataclass(frozen=True)
@@ -170,6 +175,49 @@ FAMILIES: dict[str, Family] = {
             "norm_topk_prob": True,
         },
         QK_NORM | {"moe": EXPERTS},
+    ),
+    "granite": Family(
+        "Granite",
+        {
+            "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.3,
+            "attention_multiplier": 0.125,
+            "logits_scaling": 4.0,
+            "attention_bias": True,
+        },
+        {
+            "embedding_scale": 3.0,
+            "residual_scale": 0.3,
+            "attention_scale": 0.125,
+            "logit_scale": 0.25,
+        }
+        | ATTENTION_BIAS,
+    ),
+    # Published ones also cap their scores and logits, which the model cannot do.
+    "gemma2-without-caps": Family(
+        "Gemma2",
+        {
+            "head_dim": 24,
+            "query_pre_attn_scalar": 16,
+            "sliding_window": 11,
+            "tie_word_embeddings": True,
+            "pad_token_id": None,
+            "attn_implementation": "eager",
+            "attn_logit_softcapping": None,
+            "final_logit_softcapping": None,
+        },
+        {
+            "head_dim": 24,
+            "attention_scale": 0.25,
+            "peri_norm": True,
+            "activation": "geglu_tanh",
+            "zero_centered_norm": True,
+            "embedding_scale": 8.0,
+            "sliding_window": 11,
+            "full_attention_every": 2,
+            "tie_embeddings": True,
+        },
+        gemma2_logical,
     ),
     "gemma": Family(
         "Gemma",

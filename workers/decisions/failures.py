@@ -108,17 +108,9 @@ _KIND_OF_ERROR: dict[str, FailureKind] = {
     ErrorKind.RECHECK: FailureKind.RECHECK,
     ErrorKind.HARDWARE: FailureKind.GPU,
     ErrorKind.REPLICAS: FailureKind.EXCEPTION,
+    ErrorKind.MEMORY: FailureKind.OOM,
 }
 
-_COMPLETE = (
-    FailureKind.USER,
-    FailureKind.RULE,
-    FailureKind.ROLLBACK,
-    FailureKind.RECHECK,
-    FailureKind.DISK_FULL,
-    FailureKind.CHECKPOINT,
-)
-"""Kinds whose messages need no name of a class."""
 FOREIGN_TYPES = {
     "ValidationError": FailureKind.USER,  # pydantic
     "OutOfMemoryError": FailureKind.OOM,  # torch
@@ -187,6 +179,17 @@ _TRACE = ("Exception raised from ", "C++ CapturedTraceback:")
 _ASSERT_TEXT = "device-side assert triggered"
 
 
+_COMPLETE_MESSAGES = (
+    FailureKind.USER,
+    FailureKind.RULE,
+    FailureKind.ROLLBACK,
+    FailureKind.RECHECK,
+    FailureKind.DISK_FULL,
+    FailureKind.CHECKPOINT,
+)
+"""Kinds with messages of the project's own."""
+
+
 @dataclass(frozen=True)
 class Failure:
     """One failure, as the driver observed it."""
@@ -224,7 +227,9 @@ def describe_error(error: Mapping[str, Any]) -> tuple[FailureKind, str]:
     type_name = str(error.get("type", ""))
     message = str(error.get("message", ""))
     kind = classify(type_name, message, error.get("failure_kind"))
-    if kind in _COMPLETE:
+    # These messages are complete without the class name.
+    is_explained = error.get("failure_kind") == ErrorKind.MEMORY
+    if is_explained or kind in _COMPLETE_MESSAGES:
         return kind, message
     sentence = f"{type_name or 'error'}: {_without_advice(message)}"
     if _ASSERT_TEXT in message:

@@ -19,7 +19,7 @@ from megatron_ray.checkpoint.directory import (
     read_reports,
 )
 from megatron_ray.checkpoint.retention import apply_retention
-from megatron_ray.reports import EvalReport, StepReport
+from megatron_ray.reports import EvalReport, MonitorReport, StepReport
 from megatron_ray.storage.storage import Storage, open_storage
 from workers.rank.spool import Line, parse_line
 
@@ -100,13 +100,14 @@ class CheckpointLedger:
         return None
 
     def _end_of(self, step: int) -> int:
-        """Returns the index after the last report of a step or evaluation up to `step`.
+        """Returns the index after the last report with numbers of a step up to `step`.
 
         Events in between are included, so that the numbers have no gaps.
         """
         end = 0
+        kinds = (StepReport.kind, EvalReport.kind, MonitorReport.kind)
         for index, record in enumerate(self._reports):
-            is_metric = record["kind"] in (StepReport.kind, EvalReport.kind)
+            is_metric = record["kind"] in kinds
             if is_metric and record["data"]["step"] <= step:
                 end = index + 1
         return end

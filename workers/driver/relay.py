@@ -11,8 +11,10 @@ from megatron_ray.reports import (
     CheckpointFailedReport,
     CheckpointReport,
     EvalReport,
+    MonitorReport,
     PeerCopiesRefusedReport,
     PhaseReport,
+    ProfileReport,
     RuleReport,
     SkippedStepReport,
     SpeedReport,
@@ -22,13 +24,14 @@ from workers.decisions.failures import FailureKind, describe_error
 from workers.decisions.preflight.figures import describe_speed
 from workers.rank.spool import Line
 
-METRICS = (StepReport.kind, EvalReport.kind)
+METRICS = (StepReport.kind, EvalReport.kind, MonitorReport.kind)
 
 
 def to_record(line: Line) -> Line:
     """Returns a report of rank 0 as the record that is sent, with the same number.
 
-    Steps and evaluations are sent as they are; everything else becomes an event.
+    Steps, evaluations and what is monitored are sent as they are; everything else becomes
+    an event.
     """
     if line.kind in METRICS:
         return line
@@ -67,11 +70,22 @@ def _describe(kind: str, data: dict[str, Any]) -> tuple[str, str]:
         )
     if kind == SpeedReport.kind:
         return "info", describe_speed(data)
+    if kind == ProfileReport.kind:
+        return describe_profile(data)
     if kind == "failed":
         return _describe_failure(data)
     if kind == "ended":
         return "info", f"{data['outcome']} at step {data['step']}"
     return "info", ""
+
+
+def describe_profile(data: Mapping[str, Any]) -> tuple[str, str]:
+    """Returns level and message of the event of a rank's profile."""
+    report = ProfileReport(**data)
+    level = "info"
+    if report.problem is not None:
+        level = "warn"
+    return level, report.sentence()
 
 
 def describe_failed_save(rank: int, data: Mapping[str, Any]) -> str:

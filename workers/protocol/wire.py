@@ -139,6 +139,18 @@ class CheckResult(Message):
 # ---- desired jobs, for agent and drivers
 
 
+class ProfileOrder(Message):
+    """The newest request of a profile of a job."""
+
+    number: int = Field(ge=1)
+    """Counts the requests of the job."""
+    attempt: int
+    """Attempt whose ranks are asked; another one ignores it."""
+    first_step: int
+    last_step: int
+    ranks: tuple[int, ...]
+
+
 class DesiredJob(Message):
     """Desired state of one job, for its driver."""
 
@@ -158,6 +170,8 @@ class DesiredJob(Message):
     """Counter: each increase requests one checkpoint now."""
     diagnosis_requests: int = 0
     """Counter: each increase requests one diagnosis now."""
+    profile: ProfileOrder | None = None
+    """The newest request of a profile; None before the first."""
     resumes: int = 0
     """Counter: each increase resumes the job after its end, with the spec above."""
     avoid_nodes: dict[str, str] = Field(default_factory=dict)
@@ -201,7 +215,9 @@ class Record(Message):
         problem     {problems: [{pointer, code, detail}]}: user error found in preparation
         diagnosis   {trigger, reason, confidence, culprits, ranks, stacks, ...}: see
                     `decisions.ranks.diagnosis_report`
-        step, eval  the fields of StepReport, EvalReport
+        profile     the fields of ProfileReport, of any rank
+        step, eval, monitors
+                    the fields of StepReport, EvalReport, MonitorReport
     """
 
     n: int = Field(ge=1)

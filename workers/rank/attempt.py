@@ -18,14 +18,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from megatron_ray.commands import Command
+from megatron_ray.commands import Command, ProfileRequest
 from megatron_ray.distributed.activity import PROCESS
 from megatron_ray.reports import (
     CheckpointFailedReport,
     CheckpointReport,
     EvalReport,
+    MonitorReport,
     PeerCopiesRefusedReport,
     PhaseReport,
+    ProfileReport,
     Report,
     RuleReport,
     SkippedStepReport,
@@ -46,20 +48,32 @@ LINGER_S = 0.5
 """Seconds that a reply with step reports waits for more of them, because one call per
 step would cost more than a step of a small model."""
 _TRACEBACK_CHARS = 16000
+_URGENT = (
+    CheckpointReport | CheckpointFailedReport | PhaseReport | ProfileReport | SpeedReport
+)
 
-Train = Callable[[StartRequest, Callable[[Report], None], Callable[[], Command]], str]
+Train = Callable[
+    [
+        StartRequest,
+        Callable[[Report], None],
+        Callable[[], Command],
+        Callable[[], ProfileRequest | None],
+    ],
+    str,
+]
 
 
 def import_and_train(
     request: StartRequest,
     report: Callable[[Report], None],
     poll: Callable[[], Command],
+    profiles: Callable[[], ProfileRequest | None],
     copies: ProcessCopies | None = None,
 ) -> str:
     """Runs the library's training session; imports torch."""
     from workers.rank.session import train
 
-    return train(request, report, poll, copies)
+    return train(request, report, poll, profiles, copies)
 
 
 class Inbox:
@@ -89,6 +103,8 @@ class RankAttempt:
     def __init__(self, request: StartRequest, train: Train, folder: Path) -> None:
         self.request = request
         self.inbox = Inbox()
+        self.profile: ProfileRequest | None = None
+        """The newest request of a profile on this rank."""
         self.state = RankState.RUNNING
         self.step = 0
         self.error: dict[str, Any] | None = None
@@ -117,10 +133,9 @@ class RankAttempt:
             if not self.step:
                 self._is_urgent.set()  # the job counts as running from its first step on
             self.step = item.step
-        else:
+        elif not isinstance(item, MonitorReport):
             self._log(_log_message(item))
-        urgent = CheckpointReport | CheckpointFailedReport | PhaseReport | SpeedReport
-        if isinstance(item, urgent):
+        if isinstance(item, _URGENT):
             self._is_urgent.set()
         self._has_report.set()
 
@@ -201,7 +216,9 @@ class RankAttempt:
             import workers.rank.session  # noqa: F401 - torch and the library: a phase of its own
 
             self.report(PhaseReport("import", time.monotonic() - started))
-            outcome = self._train(self.request, self.report, self.inbox.take)
+            outcome = self._train(
+                self.request, self.report, self.inbox.take, lambda: self.profile
+            )
             self.spool.append("ended", {"outcome": outcome, "step": self.step})
             self._log(f"{outcome} at step {self.step}")
             # The outcomes of the loop are also the states of a rank.
@@ -232,7 +249,7 @@ class RankAttempt:
 
 
 def _without_steps(lines: list[Line]) -> list[Line]:
-    kinds = (StepReport.kind, EvalReport.kind)
+    kinds = (StepReport.kind, EvalReport.kind, MonitorReport.kind)
     return [line for line in lines if line.kind not in kinds]
 
 
@@ -251,8 +268,10 @@ def _log_message(item: Report) -> str:
         return f"step {item.step}: {item.split} loss {item.loss:.4f} over {item.num_tokens} tokens"
     if isinstance(item, SkippedStepReport | RuleReport):
         return item.message
+    if isinstance(item, ProfileReport):
+        return item.sentence()
     if isinstance(item, PeerCopiesRefusedReport):
         return f"the copies of step {item.step} are not used: {item.cause}"
     if isinstance(item, SpeedReport):
         return describe_speed(vars(item))
-    return f"step {item.step}: loss {item.loss:.4f}"
+    return f"step {item.step}: {item.kind}"

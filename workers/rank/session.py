@@ -14,7 +14,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from megatron_ray.commands import Command
+from megatron_ray.commands import Command, ProfileRequest
 from megatron_ray.data.prepared import PreparedData
 from megatron_ray.distributed import device
 from megatron_ray.distributed.mesh import NcclOptions, ParallelMesh, World
@@ -24,7 +24,7 @@ from megatron_ray.parallelize.parallelize import DTYPES
 from megatron_ray.reports import PhaseReport, Report
 from megatron_ray.training.loop import Outcome
 from megatron_ray.training.rules.checks import Recheck
-from megatron_ray.training.session import TrainingSession
+from megatron_ray.training.session import TrainingSession, no_profile
 from workers.preflight import Preflight, await_stop
 from workers.protocol.job import JobSpec
 from workers.protocol.network import NetworkConfig
@@ -36,6 +36,7 @@ from workers.rank.stores import HashStore, PrefixStore, Store, TCPStore, environ
 
 ReportSink = Callable[[Report], None]
 CommandSource = Callable[[], Command]
+ProfileSource = Callable[[], ProfileRequest | None]
 _TIMEOUT = timedelta(minutes=10)
 
 
@@ -43,12 +44,14 @@ def train(
     request: StartRequest,
     report: ReportSink,
     poll: CommandSource,
+    profiles: ProfileSource = no_profile,
     peers: ProcessCopies | None = None,
 ) -> Outcome:
     """Runs one attempt on this rank.
 
     `report` receives every report; `poll` returns the command to obey at a step
-    boundary; `peers` has the process's copies of states. The process groups are destroyed
+    boundary, `profiles` the newest request of a profile; `peers` has the process's copies
+    of states. The process groups are destroyed
     also after an error, so that the other ranks do not wait for this one.
     """
     spec = JobSpec.from_mapping(request.spec)
@@ -87,7 +90,7 @@ def train(
                 resume_from=request.resume_from,
                 copies=copies,
             )
-            return session.run(_recheck(request))
+            return session.run(profiles, _recheck(request))
 
 
 def _leaving_out(spec: JobSpec, steps: Sequence[int]) -> JobSpec:

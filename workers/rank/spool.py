@@ -20,6 +20,8 @@ from pydantic_core import PydanticSerializationError, from_json, to_json
 
 SEGMENT_BYTES = 16 << 20
 """Size at which a spool continues in a new file; released files are deleted."""
+READ_BYTES = 8 << 20
+"""Size of the lines that one read returns, but for the last of them."""
 _BEGINNING = b'{"n":'
 _TAIL_BYTES = 1 << 20
 """Length of a file's end that is searched for a torn line; no line is that long."""
@@ -140,16 +142,20 @@ class SpoolReader:
         self._offset = 0
 
     def read(self, after: int, limit: int = 2000) -> list[Line]:
-        """Returns at most `limit` lines with n > after, in order.
+        """Returns at most `limit` lines with n > after, in order, of READ_BYTES at most.
 
         Lines that were deleted are left out; a torn last line is not returned.
         """
         if after != self._after:
             self._seek(after)
         lines: list[Line] = []
-        while len(lines) < limit:
-            new_lines = self._read_segment(after, limit - len(lines))
+        num_bytes = 0
+        while len(lines) < limit and num_bytes < READ_BYTES:
+            new_lines = self._read_segment(
+                after, limit - len(lines), READ_BYTES - num_bytes
+            )
             lines += new_lines
+            num_bytes += sum(len(line.text) for line in new_lines)
             # This segment has been read to its end; the next one may contain more lines.
             if not new_lines and not self._advance():
                 break
@@ -167,16 +173,18 @@ class SpoolReader:
             if is_before or is_oldest_left:
                 self._segment = path
 
-    def _read_segment(self, after: int, limit: int) -> list[Line]:
+    def _read_segment(self, after: int, limit: int, num_bytes: int) -> list[Line]:
         lines: list[Line] = []
         try:
             with open(self._segment, "rb") as file:
                 file.seek(self._offset)
                 for raw_line in file:
                     # A line without newline is still being written, or torn.
-                    if not raw_line.endswith(b"\n") or len(lines) >= limit:
+                    is_torn = not raw_line.endswith(b"\n")
+                    if is_torn or len(lines) >= limit or num_bytes <= 0:
                         break
                     self._offset += len(raw_line)
+                    num_bytes -= len(raw_line)
                     line = parse_line(raw_line)
                     if line is not None and line.n > after:
                         lines.append(line)

@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 
 import ray
 
-from megatron_ray.commands import Command
+from megatron_ray.commands import Command, ProfileRequest
 from workers.decisions.peers.copies import CopyFacts
 from workers.decisions.placement import SlotFacts
 from workers.decisions.ranks.diagnosis import RankEvidence
@@ -219,6 +219,19 @@ class RankWorker:
         """Returns the stacks of another worker on this node, which does not answer."""
         self._guard.admit(fence)
         return stacks_from_outside(pid)
+
+    @ray.method(concurrency_group="inspect")
+    def profile(self, fence: Fence, request: ProfileRequest) -> bool:
+        """Passes a request on to the caller's attempt; returns whether it runs here.
+
+        The training thread takes it at its next step, and reports what comes of it.
+        """
+        self._guard.admit(fence)
+        attempt = self._attempt
+        if attempt is None or attempt.request.attempt != fence.attempt:
+            return False
+        attempt.profile = request
+        return not attempt.state.is_over
 
     def command(self, fence: Fence, command: Command) -> None:
         """Puts a command into the inbox of the caller's attempt, if it is running here."""

@@ -16,42 +16,23 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from megatron_ray.commands import Command
+from megatron_ray.commands import Command, ProfileRequest
 from workers.decisions.failures import FailureKind
 from workers.decisions.peers.copies import CopyFacts, CopySet
 from workers.decisions.placement import PlacementPlan, SlotFacts
 from workers.decisions.ranks.diagnosis import RankEvidence
 from workers.decisions.slot_assignment import WorkerToStart
-from workers.exceptions import WorkersError
 from workers.rank.messages import Fence, NextReply, Poll, StartRequest
 from workers.rank.spool import Line
 from workers.ray.actors import find_actor, kill, worker_name
-from workers.ray.answers import results_in_time
+from workers.ray.answers import all_results, results_in_time
 from workers.ray.deaths import Death, death_of, raise_if_fenced
 from workers.ray.pending_placement import PendingPlacement
 
 GONE_S = 10.0
 """Seconds to wait for a killed actor's name to become free."""
-_STOP_CHECK_S = 0.2
 _GONE_CHECK_S = 0.02
 _LOOKUP_THREADS = 16
-
-
-class WorkerGroupError(WorkersError):
-    """Some workers did not start.
-
-    `dead_slots` must be created anew; `kind` is the kind of their failure.
-    """
-
-    def __init__(
-        self,
-        message: str,
-        dead_slots: Iterable[int] = (),
-        kind: FailureKind = FailureKind.START,
-    ) -> None:
-        super().__init__(message)
-        self.dead_slots = tuple(dead_slots)
-        self.kind = kind
 
 
 @dataclass(frozen=True)
@@ -197,7 +178,7 @@ class WorkerGroup:
         calls = {}
         for slot in slots:
             calls[slot] = self._slots[slot].probe.remote(fence)
-        return _results(calls, timeout_s, stop)
+        return all_results(calls, timeout_s, stop)
 
     def look_up(
         self, slots: Iterable[int], fence: Fence, timeout_s: float
@@ -223,7 +204,7 @@ class WorkerGroup:
         calls = {}
         for slot, request in requests.items():
             calls[slot] = self._slots[slot].start.remote(fence, request)
-        _results(calls, timeout_s, stop)
+        all_results(calls, timeout_s, stop)
 
     def open_store(
         self, slot: int, fence: Fence, timeout_s: float, stop: Callable[[], None]
@@ -233,7 +214,7 @@ class WorkerGroup:
         Raises WorkerGroupError.
         """
         calls = {slot: self._slots[slot].open_store.remote(fence)}
-        ((host, port),) = _results(calls, timeout_s, stop)
+        ((host, port),) = all_results(calls, timeout_s, stop)
         return host, port
 
     def copies(self, fence: Fence, timeout_s: float) -> dict[int, tuple[CopyFacts, ...]]:
@@ -332,6 +313,19 @@ class WorkerGroup:
         stacks, _ = results_in_time(calls, timeout_s)
         return stacks
 
+    def profile(
+        self, slots: Iterable[int], fence: Fence, request: ProfileRequest, timeout_s: float
+    ) -> tuple[int, ...]:
+        """Passes a request on to some ranks; returns the slots that have taken it.
+
+        Their reports follow. Raises FencedError.
+        """
+        calls = {}
+        for slot in slots:
+            calls[self._slots[slot].profile.remote(fence, request)] = slot
+        taken, _ = results_in_time(calls, timeout_s)
+        return tuple(slot for slot in taken if taken[slot])
+
     # ---- removal
 
     def leave(
@@ -403,46 +397,3 @@ class WorkerGroup:
         deadline = time.monotonic() + GONE_S
         while self._find(name) is not None and time.monotonic() < deadline:
             time.sleep(_GONE_CHECK_S)
-
-
-def _results(
-    calls: Mapping[int, Any], timeout_s: float, stop: Callable[[], None]
-) -> list[Any]:
-    """Returns the results of calls by slot, in slot order.
-
-    `stop` may raise to end the wait. Raises WorkerGroupError when any call fails or is
-    late, FencedError.
-    """
-    _await_all(calls, timeout_s, stop)
-    # All calls are examined before raising, so that the error contains every dead slot.
-    results = []
-    dead = {}
-    for slot in sorted(calls):
-        try:
-            results.append(ray.get(calls[slot]))
-        except RayTaskError as error:
-            raise_if_fenced(error)
-            dead[slot] = Death(FailureKind.START, str(error.cause))
-        except RayError as error:
-            dead[slot] = death_of(error)
-    if dead:
-        slot, death = next(iter(dead.items()))
-        raise WorkerGroupError(f"slot {slot}: {death.message}", dead, death.kind)
-    return results
-
-
-def _await_all(
-    calls: Mapping[int, Any], timeout_s: float, stop: Callable[[], None]
-) -> None:
-    deadline = time.monotonic() + timeout_s
-    waiting = list(calls.values())
-    while waiting and time.monotonic() < deadline:
-        # Short waits, so that a cancelled job need not wait for its workers.
-        stop()
-        remaining_s = max(0.0, deadline - time.monotonic())
-        _, waiting = ray.wait(
-            waiting, num_returns=len(waiting), timeout=min(_STOP_CHECK_S, remaining_s)
-        )
-    late = [slot for slot, call in calls.items() if call in waiting]
-    if late:
-        raise WorkerGroupError(f"slots {late} did not reply within {timeout_s:g} s", late)

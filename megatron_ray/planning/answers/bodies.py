@@ -26,6 +26,9 @@ _GIB = 2**30
 _PRECISIONS = ("bf16", "fp32")
 """Values of training.precision, the one to suggest first."""
 
+_FP8_RECIPES = ("current", "delayed", "blockwise", "mxfp8")
+"""Values of training.fp8.recipe, the one to suggest first."""
+
 
 def plan_body(
     config: TrainConfig,
@@ -174,7 +177,7 @@ def _estimate_notes(
             f"no time estimate: no {config.training.precision} timings for "
             f"{hardware.name}; {_precision_remedy(hardware)}"
         )
-    return [*notes, *_assumption_notes(config, hardware)]
+    return [*notes, *_assumption_notes(config, hardware), *_fp8_notes(config, hardware)]
 
 
 def _copy_notes(config: TrainConfig) -> list[str]:
@@ -200,6 +203,24 @@ def _precision_remedy(hardware: Hardware) -> str:
         if precision in hardware.efficiencies:
             return f"set training.precision={precision}"
     return "name another device"
+
+
+def _fp8_notes(config: TrainConfig, hardware: Hardware | None) -> list[str]:
+    """Returns that a device has no kernel for a recipe, and which recipes it has."""
+    fp8 = config.training.fp8
+    if fp8 is None or hardware is None or hardware.device.multiplies_fp8(fp8.recipe):
+        return []
+    others = []
+    for recipe in _FP8_RECIPES:
+        if hardware.device.multiplies_fp8(recipe):
+            others.append(recipe)
+    remedy = "leave training.fp8 out for speed"
+    if others:
+        remedy = f"for speed set training.fp8.recipe to {others[0]}"
+    return [
+        f"{hardware.name} does not multiply in FP8 with recipe={fp8.recipe}: the products "
+        f"have its numbers, and are slower than in bf16; {remedy}"
+    ]
 
 
 def _assumption_notes(config: TrainConfig, hardware: Hardware | None) -> list[str]:

@@ -4,8 +4,8 @@ Owns: the transfer of a step's sums on the device to numbers on the host.
 """
 
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from math import inf, sqrt
 from typing import Self
 
@@ -16,18 +16,20 @@ from megatron_ray.commands import Command, all_sent, strongest_voted
 from megatron_ray.distributed import device
 from megatron_ray.distributed.activity import DEVICE, PROCESS, Operation
 from megatron_ray.optimizer.step_sums import NUM_FIXED, StepSums
+from megatron_ray.training.callbacks.runner import Monitored
 from megatron_ray.training.progress import Progress
-from megatron_ray.training.reporting.step_timer import StepTimes
+from megatron_ray.training.reporting.step_timer import PendingTimes, StepTimes
 
 
 @dataclass(frozen=True)
 class HostNumbers:
-    """The numbers of a step that are known on the host at its launch."""
+    """The numbers of a step that are this rank's own."""
 
     progress: Progress
     """Progress after this step."""
     lr: float
     times: StepTimes
+    """As this rank has measured them; on CUDA they arrive with the sums."""
     memory_bytes: int
     """Peak so far; device memory, or the process's on CPU."""
 
@@ -55,6 +57,8 @@ class StepNumbers:
     """Index of the rule that the step breaks."""
     limit: float = inf
     """What that rule has compared with."""
+    monitored: Mapping[str, float] = field(default_factory=dict)
+    """Numbers of the callbacks that were due, by name."""
 
     @classmethod
     def from_sums(
@@ -97,12 +101,17 @@ class StepNumbers:
 class _Launched:
     """A launched step."""
 
-    host: HostNumbers
+    progress: Progress
+    lr: float
+    times: PendingTimes
+    memory_bytes: int
     read: Callable[[], list[float]]
-    """Waits for the numbers: the sums, a loss scale and a verdict at their end."""
+    """Waits for the numbers: the sums, a loss scale, a verdict, callbacks' numbers."""
     has_loss_scale: bool
     num_verdict: int
     """Numbers of the verdict."""
+    monitored: tuple[str, ...]
+    """Names of the last numbers."""
 
 
 class StepsInFlight:
@@ -120,11 +129,17 @@ class StepsInFlight:
             self._lag = 1
         self._queue: deque[_Launched] = deque()
 
-    def add(self, progress: Progress, lr: float, times: StepTimes, sums: StepSums) -> None:
+    def add(
+        self,
+        progress: Progress,
+        lr: float,
+        times: PendingTimes,
+        sums: StepSums,
+        monitored: Monitored | None = None,
+    ) -> None:
         """Adds a step that was just launched and starts copying its sums to the host."""
         # The peak is that at the launch of the step.
         memory_bytes = device.peak_memory_bytes(self._device)
-        host = HostNumbers(progress, lr, times, memory_bytes)
         values = sums.values
         if sums.loss_scale is not None:
             values = torch.cat([values, sums.loss_scale[None]])
@@ -132,9 +147,22 @@ class StepsInFlight:
         if sums.verdict is not None:
             values = torch.cat([values, sums.verdict.broken, sums.verdict.limits])
             num_verdict = 2 * len(sums.verdict.broken)
-        read = start_copy_to_host(values)
-        has_loss_scale = sums.loss_scale is not None
-        self._queue.append(_Launched(host, read, has_loss_scale, num_verdict))
+        names: tuple[str, ...] = ()
+        if monitored is not None:
+            names = monitored.names
+            values = torch.cat([values, monitored.values])
+        self._queue.append(
+            _Launched(
+                progress,
+                lr,
+                times,
+                memory_bytes,
+                start_copy_to_host(values),
+                sums.loss_scale is not None,
+                num_verdict,
+                names,
+            )
+        )
 
     def pop_arrived(self) -> list[StepNumbers]:
         """Returns the steps whose numbers have arrived: all but the newest on CUDA."""
@@ -149,16 +177,26 @@ class StepsInFlight:
         while len(self._queue) > keep:
             launched = self._queue.popleft()
             values = launched.read()
-            num_sums = len(values) - launched.num_verdict
-            sums, verdict = values[:num_sums], values[num_sums:]
+            end = len(values) - len(launched.monitored)
+            monitored = dict(zip(launched.monitored, values[end:], strict=True))
+            del values[end:]
+            end = len(values) - launched.num_verdict
+            verdict = values[end:]
+            del values[end:]
             loss_scale = None
             if launched.has_loss_scale:
-                loss_scale = sums.pop()
-            steps.append(
-                StepNumbers.from_sums(
-                    launched.host, sums, self._num_aux, loss_scale, verdict
-                )
+                loss_scale = values.pop()
+            host = HostNumbers(
+                launched.progress,
+                launched.lr,
+                # Marked before the copy was started, so they have arrived with it.
+                launched.times.read(),
+                launched.memory_bytes,
             )
+            numbers = StepNumbers.from_sums(
+                host, values, self._num_aux, loss_scale, verdict
+            )
+            steps.append(replace(numbers, monitored=monitored))
         return steps
 
 

@@ -12,7 +12,7 @@ from megatron_ray.distributed import device
 from megatron_ray.distributed.mesh import ParallelMesh
 from megatron_ray.exceptions import ErrorKind, MegatronRayError
 from megatron_ray.planning.flops import flops_per_token
-from megatron_ray.reports import Report, SkippedStepReport, StepReport
+from megatron_ray.reports import MonitorReport, Report, SkippedStepReport, StepReport
 from megatron_ray.training.progress import Progress, SkippedSteps
 from megatron_ray.training.reporting.step_numbers import StepNumbers
 from megatron_ray.training.rules.checks import StepChecks
@@ -87,7 +87,7 @@ class StepReporter:
     ) -> None:
         self._report = report
         self._training = config.training
-        self._checks = checks
+        self.checks = checks
         self._accepted = progress
         """Progress of the last step that was reported."""
         self._other_losses = tuple(config.model.aux_losses)
@@ -112,7 +112,7 @@ class StepReporter:
         `training.rules.checks` when it breaks a rule.
         """
         before = self._accepted
-        rule = self._checks.examine(numbers, before)
+        rule = self.checks.examine(numbers, before)
         is_finite = isfinite(numbers.loss) and isfinite(numbers.grad_norm)
         is_left_out = numbers.host.progress.step in self._training.skip_steps
         is_overflow = not is_left_out and not is_finite and self._lowers_scale(numbers)
@@ -123,6 +123,9 @@ class StepReporter:
         )
         self._accepted = numbers.host.progress.with_skipped(skipped)
         report = self._step_report(numbers)
+        # Before the step, so that a checkpoint with its report has these too.
+        if numbers.monitored:
+            self._report(MonitorReport(report.step, dict(numbers.monitored)))
         self._report(report)
         if is_left_out:
             self._report_skipped(report, "its samples are left out by training.skip_steps")
@@ -130,8 +133,8 @@ class StepReporter:
             reason = f"its gradients overflow fp16 at a loss scale of {report.loss_scale:g}"
             self._report_skipped(report, reason)
         elif rule is not None:
-            self._checks.act(rule, numbers, before)
-            self._skip_by_rule(report, self._checks.describe(numbers))
+            self.checks.act(rule, numbers, before)
+            self._skip_by_rule(report, self.checks.describe(numbers))
         elif not is_finite:
             if self._is_beyond_limits():
                 raise NonFiniteLossError(report, skipped, self._training)

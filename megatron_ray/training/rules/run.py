@@ -13,6 +13,7 @@ from megatron_ray.optimizer.step_rules import StepRules
 from megatron_ray.reports import Report
 from megatron_ray.training.components import TrainingComponents
 from megatron_ray.training.loop import Outcome, train
+from megatron_ray.training.profiling.profiler import Profiler
 from megatron_ray.training.progress import Progress
 from megatron_ray.training.rules.checks import Recheck, StepChecks
 from megatron_ray.training.rules.errors import RerunError, RuleError
@@ -24,6 +25,7 @@ def train_by_rules(
     progress: Progress,
     report: Callable[[Report], None],
     poll: Callable[[], Command],
+    profiler: Profiler,
     recheck: Recheck,
 ) -> Outcome:
     """Trains as `train` does, and again from the step that is to be computed again.
@@ -33,7 +35,7 @@ def train_by_rules(
     """
     rules = components.optimizer.rules
     if rules is None:
-        return train(components, progress, report, poll)
+        return train(components, progress, report, poll, profiler)
     first_step = progress.step
     checks = StepChecks(
         components.config.training, report, recheck, lambda: _suspect(components, rules)
@@ -41,7 +43,7 @@ def train_by_rules(
     commands = _KeptCommands(poll)
     while True:
         try:
-            return train(components, progress, report, commands.poll, checks)
+            return train(components, progress, report, commands.poll, profiler, checks)
         except RerunError as rerun:
             # The device has left out the step and those after it, so its state is still
             # that before the step.

@@ -3,23 +3,24 @@
 Pure. Must not know: storage, how free space is measured.
 """
 
-from megatron_ray.config.optimizer_kinds import num_state_tensors
+from megatron_ray.config.optimizer_kinds import state_bytes
 from megatron_ray.config.problem import Problem
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.parallel_dims import ParallelDims
 from megatron_ray.sharding.parameters import freeze, local_parameters
 
 _FP32_BYTES = 4
+_COUNT_BYTES = 8
 _BYTES_TOKENIZER = 257
 
 
 def checkpoint_bytes(config: TrainConfig) -> int:
     """Returns the bytes of all tensors of one checkpoint.
 
-    Main parameters and the optimizer's state are in fp32 whatever the precision; frozen
-    parameters have no state and the precision of the model. Without the small files
-    beside the tensors, which take some hundred kilobytes. A vocabulary that is not known
-    before the data are prepared counts as small as it can be.
+    Main parameters are in fp32 whatever the precision; frozen parameters have no state
+    and the precision of the model. Without the small files beside the tensors, which take
+    some hundred kilobytes. A vocabulary that is not known before the data are prepared
+    counts as small as it can be.
     """
     model = config.model
     if model.vocab_size is None:
@@ -34,9 +35,10 @@ def checkpoint_bytes(config: TrainConfig) -> int:
             width = frozen_bytes
             if local.trainable:
                 is_matrix = part.logical.is_matrix
-                num_states = num_state_tensors(config.optimizer, of_matrix=is_matrix)
-                width = _FP32_BYTES * (1 + num_states)
+                width = _FP32_BYTES + state_bytes(config.optimizer, of_matrix=is_matrix)
             num_bytes += part.logical.num_elements * width
+    if config.callbacks.unigram is not None:
+        num_bytes += model.vocabulary * _COUNT_BYTES
     return num_bytes
 
 

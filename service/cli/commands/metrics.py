@@ -15,13 +15,18 @@ from service.cli.numbers import at_least
 from service.cli.output import AsJson, Column, nested, number, print_note, print_page
 
 _METRICS = "loss,grad_norm,lr,tokens_per_s"
+_MOST_IN_A_LINE = 6
+"""Parts of a metric; more of them stand in a line each."""
 
 
 def metrics(
     job_id: JobId,
     keys: Annotated[
         str,
-        typer.Option(help="Comma-separated names, such as val_loss/SOURCE."),
+        typer.Option(
+            help="Comma-separated names, such as val_loss/SOURCE, or monitors/NAME of a "
+            "callback; monitors are all of these."
+        ),
     ] = _METRICS,
     from_step: Annotated[
         int | None,
@@ -53,7 +58,7 @@ def metrics(
         )
         empty = ""
         if not page["data"]:
-            empty = _no_metrics(client.show(job_id), from_step, attempt)
+            empty = _no_metrics(client.show(job_id), keys, from_step, attempt)
     # A step may have been run by several attempts, so each row names its own.
     columns: dict[str, Column] = {
         "step": lambda row: str(row["step"]),
@@ -92,14 +97,21 @@ def _print_missing_steps(page: Mapping[str, Any]) -> None:
         print_note(f"{num_rows} of {page['total']} steps; show all without --max-points")
 
 
-def _no_metrics(job: Mapping[str, Any], from_step: int | None, attempt: int | None) -> str:
+def _no_metrics(
+    job: Mapping[str, Any], keys: str, from_step: int | None, attempt: int | None
+) -> str:
     """Returns why there is no row to print."""
     last_step = nested(job, "progress.step")
     if last_step is None:
         return absence(job, "no metrics")
     if from_step is not None and from_step > last_step:
         return f"no metrics from step {from_step} on; the last step is {last_step}"
-    return f"no metrics of attempt {attempt}; the last step is {last_step}"
+    if attempt is not None:
+        return f"no metrics of attempt {attempt}; the last step is {last_step}"
+    hint = ""
+    if "monitors/" in keys:
+        hint = "; --keys monitors shows all numbers that there are"
+    return f"no step up to {last_step} has {keys}{hint}"
 
 
 def _metric_column(name: str) -> Column:
@@ -111,7 +123,11 @@ def _metric_column(name: str) -> Column:
 def _metric(value: Any) -> str:
     # Some metrics have parts: the split of a step's time, the other losses.
     if isinstance(value, dict):
-        return ", ".join(f"{name} {_metric(part)}" for name, part in value.items()) or "-"
+        separator = ", "
+        if len(value) > _MOST_IN_A_LINE:
+            separator = "\n"
+        parts = [f"{name} {_metric(part)}" for name, part in value.items()]
+        return separator.join(parts) or "-"
     if isinstance(value, float):
         return f"{value:.6g}"
     return number(value)

@@ -23,9 +23,14 @@ from service.cli.output import (
 )
 from service.client import Client
 from workers.protocol.states import JobState
+from workers.protocol.wording import counted
 
 _NUM_PROBLEM_EVENTS = 6
 _NUM_SLOW_RANKS = 4
+_NUM_TIMED_STEPS = 10
+"""Newest steps whose times are averaged."""
+_SMALL_SHARE = 0.01
+"""Parts of a step below this share are not printed."""
 Json = Mapping[str, Any]
 EVENT_COLUMNS: dict[str, Column] = {
     "seq": lambda event: str(event["seq"]),
@@ -59,18 +64,20 @@ def _print_job(client: Client, job: Json) -> None:
     attempts = client.attempts(job_id)["data"]
     started = _newest_event(client, job_id, "attempt.started")
     recovered = _newest_event(client, job_id, "job.recovered")
+    step_time = _step_time(_newest_steps(client, job))
     slow = [row for row in client.ranks(job_id)["data"] if row.get("slow")]
     problems = client.events(
         job_id, levels="warn,error", newest_first=True, limit=_NUM_PROBLEM_EVENTS
     )
     problem_events = problems["data"]
     out = console()
-    name = escape(str(job.get("name")))
-    out.print(f"[bold]{escape(job_id)}[/bold] {name}  {styled_status(job['status'])}")
+    _print_heading(job)
     fields = {
         **_state(job),
+        "step time": step_time,
         **_history(job, attempts, started, recovered),
         "slow ranks": _slow_ranks(job, slow),
+        "watched": _watched(job),
         **_storage(job),
     }
     for label, value in fields.items():
@@ -89,6 +96,23 @@ def _print_job(client: Client, job: Json) -> None:
                 f"{len(problem_events)} of {problems['total']}; show all with `megatron-ray "
                 f"events {job_id} --level warn,error`"
             )
+
+
+def _print_heading(job: Json) -> None:
+    name = escape(str(job.get("name")))
+    status = styled_status(job["status"])
+    console().print(f"[bold]{escape(job['id'])}[/bold] {name}  {status}")
+
+
+def _newest_steps(client: Client, job: Json) -> Sequence[Json]:
+    """Returns the times of the newest steps; none before the first."""
+    step = nested(job, "progress.step")
+    if not step:
+        return ()
+    first = max(1, step - _NUM_TIMED_STEPS + 1)
+    page = client.metrics(job["id"], keys="step_s,split_s", from_step=first)
+    rows: Sequence[Json] = page["data"]
+    return rows
 
 
 def _newest_event(client: Client, job_id: str, event_type: str) -> Json | None:
@@ -138,6 +162,26 @@ def _state(job: Json) -> dict[str, str]:
         "tokens/s": number(progress.get("tokens_per_s"), 0),
         "ETA": eta,
     }
+
+
+def _step_time(rows: Sequence[Json]) -> str:
+    """Returns the mean time of steps and the shares of its parts, largest first."""
+    total_s = 0.0
+    by_part: dict[str, float] = {}
+    for row in rows:
+        total_s += row.get("step_s") or 0.0
+        for name, seconds in (row.get("split_s") or {}).items():
+            by_part[name] = by_part.get(name, 0.0) + (seconds or 0.0)
+    if not total_s:
+        return ""
+    parts = []
+    for name, seconds in sorted(by_part.items(), key=lambda part: -part[1]):
+        if seconds >= _SMALL_SHARE * total_s:
+            parts.append(f"{name} {seconds / total_s:.0%}")
+    text = f"{number(total_s / len(rows))} s"
+    if parts:
+        text += f"  ({', '.join(parts)})"
+    return text
 
 
 def _validation_loss(progress: Json) -> str:
@@ -232,6 +276,19 @@ def _restarts(job: Json, attempts: Sequence[Json]) -> str:
     if job.get("preemptions"):
         text += f", plus {job['preemptions']} preemptions"
     return text
+
+
+def _watched(job: Json) -> str:
+    """Returns the job's callbacks, and the command that lists their numbers."""
+    callbacks = nested(job, "resolved_spec.callbacks") or {}
+    parts = []
+    for name, callback in {**callbacks, **callbacks.get("installed", {})}.items():
+        if callback and "every_steps" in callback:
+            parts.append(f"{name} every {counted(callback['every_steps'], 'step')}")
+    if not parts:
+        return ""
+    command = f"megatron-ray metrics {job['id']} --keys monitors"
+    return f"{', '.join(parts)}; `{command}`"
 
 
 def _storage(job: Json) -> dict[str, str]:

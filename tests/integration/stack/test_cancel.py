@@ -2,6 +2,8 @@
 where there was something to save.
 """
 
+import gzip
+import json
 import random
 import re
 import sys
@@ -16,6 +18,7 @@ import httpx
 import pytest
 import yaml
 
+from megatron_ray.reports import STEP_PARTS
 from tests.support.fault_injection import (
     Observer,
     assert_nothing_left,
@@ -201,10 +204,34 @@ def test_while_running_on_rays_metrics_port_and_with_a_log_in_rays_dashboard(
         names = {line.partition("{")[0] for line in lines}
         assert names == {f"ray_{gauge.name}" for gauge in GAUGES.values()}
         parts = set(re.findall(r'part="(\w+)"', "\n".join(lines)))
-        assert parts == {"data", "forward_backward", "reduce", "optimizer"}
+        assert parts == set(STEP_PARTS)
         assert all('group="trainer"' in line for line in lines)
+        assert_profiled(road, job_id)
         assert road.client.show(job_id)["status"] == "running"
         end(road, observer, job_id)
+
+
+def assert_profiled(road: Road, job_id: str) -> None:
+    """Both ranks record the same coming step of a job that trains."""
+    step = road.client.show(job_id)["progress"]["step"] + 200
+    requested = road.client.request_profile(job_id, str(step), [0, 1])
+    (written,) = until(
+        "the profile",
+        lambda: [
+            entry
+            for entry in road.client.profiles(job_id)["data"]
+            if entry["status"] != "pending"
+        ],
+        120,
+    )
+    assert (written["id"], written["status"]) == (requested["id"], "written")
+    for rank, report in enumerate(written["reports"]):
+        assert report["operators"][0]["calls"] > 0
+        trace, _ = report["files"]
+        with gzip.open(Path(written["folder"], trace), "rt") as file:
+            names = {event.get("name") for event in json.load(file)["traceEvents"]}
+        assert f"step {step}" in names, rank
+    assert seen(road, job_id, "job.profiled")
 
 
 def metrics(road: Road) -> str:

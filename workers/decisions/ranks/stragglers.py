@@ -32,7 +32,7 @@ class Pace:
 
     steps: int = 0
     own_s: float = 0.0
-    """Without the host's waits in collectives and for the device."""
+    """Without waits for other ranks."""
     step_s: float = 0.0
 
 

@@ -105,5 +105,8 @@ class AttemptListener(Protocol):
     def recovered(self, slow: SlowRank, place: RankPlace) -> None:
         """A slow rank is as fast as its peers again."""
 
+    def profiled(self, report: dict[str, Any]) -> None:
+        """A rank has written a profile, or cannot; see ProfileReport."""
+
     def diagnosed(self, report: dict[str, Any], diagnosis_requests: int) -> None:
         """The ranks were examined; `diagnosis_requests` are carried out in all."""

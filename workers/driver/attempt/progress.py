@@ -185,6 +185,10 @@ class JobProgress:
         """A slow rank is as fast as its peers again."""
         self._job.records.recovered(place)
 
+    def profiled(self, report: dict[str, Any]) -> None:
+        """A rank has written a profile, or cannot; see ProfileReport."""
+        self._job.records.profile(report)
+
     def diagnosed(self, report: dict[str, Any], diagnosis_requests: int) -> None:
         """The ranks were examined; `diagnosis_requests` are carried out in all."""
         self._job.records.diagnosis(report)

@@ -17,7 +17,7 @@ from workers.driver.context import JobContext
 from workers.driver.journal import start_orders
 from workers.protocol.states import AttemptState, JobState
 from workers.protocol.wording import counted
-from workers.ray.worker_group import WorkerGroupError
+from workers.ray.answers import WorkerGroupError
 
 _START_TIMEOUT_S = 180.0
 _LEAVE_TIMEOUT_S = 6.0

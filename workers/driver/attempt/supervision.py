@@ -34,6 +34,7 @@ from workers.driver.attempt.preflight import PreflightWatch
 from workers.driver.attempt.rank_monitor import RankMonitor
 from workers.driver.attempt.stragglers import StragglerMonitor
 from workers.driver.ports import JobPorts
+from workers.driver.profiles import ProfileRequests
 from workers.driver.relay import to_record
 from workers.protocol.wire import DesiredJob
 from workers.rank.spool import Line
@@ -65,6 +66,7 @@ class Supervision:
         self._checkpoint_requests = plan.checkpoint_requests
         self._autopsy = Autopsy(plan, ports)
         self._diagnosis_requests = plan.diagnosis_requests
+        self._profiles = ProfileRequests(plan, ports, listener)
         self._failed_saves: set[int] = set()
         """Steps whose checkpoint some rank could not write."""
         self._examine_at = 0.0
@@ -104,6 +106,7 @@ class Supervision:
             return self._await_root_cause()
         self._apply_desired_state(self._ports.outbox.desired)
         self._answer_diagnosis_request(self._ports.outbox.desired)
+        self._profiles.apply(self._ports.outbox.desired)
         self._apply_drains()
         # Ranks that do not stop in time are killed.
         deadline = self._stop_deadline
@@ -135,6 +138,7 @@ class Supervision:
         for rank, lines in self._monitor.collect(timeout_s):
             self._committer.take_written(rank, lines)
             self._take_failed_saves(rank, lines)
+            self._profiles.take(lines)
             if self._preflight is not None:
                 self._preflight.take(rank, lines)
             if rank == 0 and lines:

@@ -42,6 +42,8 @@ class JobRecords:
         self._kept: dict[str, int] = {}
         self._slow: dict[tuple[int, int], dict[str, Any]] = {}
         """Data of the event, by attempt and rank."""
+        self._profiles: dict[tuple[int, int, int], dict[str, Any]] = {}
+        """Reports by attempt, number of the request and rank."""
         self._blamed: dict[int, list[dict[str, str]]] = {}
         """Bad nodes, by attempt."""
         for record in logged:
@@ -178,6 +180,13 @@ class JobRecords:
         """Records what all ranks did at one moment, and which one the others wait for."""
         self._append("diagnosis", report)
 
+    def profile(self, report: dict[str, Any]) -> None:
+        """Records that a rank has written a profile, or why it has not."""
+        # Reports of an adopted rank come again.
+        key = self._attempt(), report["number"], report["rank"]
+        if report != self._profiles.get(key):
+            self._append("profile", report)
+
     def problems(self, problems: list[dict[str, str]]) -> None:
         """Records problems in the user's input, with which the service fails the job."""
         self._append("problem", {"problems": problems})
@@ -217,6 +226,8 @@ class JobRecords:
                 self._remember_event(data, attempt)
             case "prepared":
                 self._has_prepared = True
+            case "profile":
+                self._profiles[attempt, data["number"], data["rank"]] = data
             case "checkpoint" if data["action"] == "committed":
                 self._kept[data["path"]] = data["step"]
             case "checkpoint":

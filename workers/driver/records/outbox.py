@@ -11,11 +11,12 @@ training: while the service is down, records are queued.
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
+from megatron_ray.reports import MonitorReport
 from megatron_ray.storage.storage import Storage
 from workers.protocol.wire import DesiredJob, Record, RecordBatch
 from workers.rank.spool import Line
@@ -30,6 +31,8 @@ DRIVER = "driver"
 FOLDER = "driver"
 _PER_FILE = 100
 _PER_BATCH = 500
+_NUMBERS_PER_BATCH = 50_000
+"""Numbers of callbacks, of which one record may have thousands: some megabytes."""
 _RETRY_S = (0.2, 0.5, 1.0, 2.0)
 _LONG_POLL_S = 20.0
 _MIN_POLL_INTERVAL_S = 0.1
@@ -113,6 +116,17 @@ class _Source:
             if is_next and (end is None or line.n < end):
                 missing.append(Record.model_validate_json(line.text))
         self.pending.extendleft(reversed(missing))
+
+
+def _first_records(pending: Iterable[Record]) -> Iterator[Record]:
+    """Yields as many records as fit into one request, at least one."""
+    num_numbers = 0
+    for record in islice(pending, _PER_BATCH):
+        if record.kind == MonitorReport.kind:
+            num_numbers += len(record.data["numbers"])
+        if num_numbers > _NUMBERS_PER_BATCH:
+            return
+        yield record
 
 
 class Outbox:
@@ -241,7 +255,7 @@ class Outbox:
         batches = []
         for name, source in self._sources.items():
             if source.pending:
-                records = tuple(islice(source.pending, _PER_BATCH))
+                records = tuple(_first_records(source.pending))
                 batch = RecordBatch(
                     job_id=self._job_id, epoch=self._epoch, source=name, records=records
                 )

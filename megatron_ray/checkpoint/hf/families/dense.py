@@ -1,4 +1,4 @@
-"""Describes Llama, Mistral, Qwen2, Qwen3 and Gemma.
+"""Describes Llama, Mistral, Qwen2, Qwen3, Gemma and Granite.
 
 Owns: their differences. Pure. Must not know: files, torch.
 """
@@ -106,6 +106,29 @@ def _write_gemma(model: ModelConfig) -> dict[str, Any]:
     }
 
 
+def _read_granite(config: HfConfig) -> dict[str, Any]:
+    logits_scaling = config.number("logits_scaling", 1.0)
+    if logits_scaling <= 0:
+        raise config.error(f"logits_scaling is {logits_scaling!r}, more than 0 is needed")
+    return {
+        **_read_llama(config),
+        "embedding_scale": config.number("embedding_multiplier", 1.0),
+        "residual_scale": config.number("residual_multiplier", 1.0),
+        "attention_scale": config.number("attention_multiplier", 1.0),
+        "logit_scale": 1 / logits_scaling,
+    }
+
+
+def _write_granite(model: ModelConfig) -> dict[str, Any]:
+    return {
+        **_write_llama(model),
+        "embedding_multiplier": model.embedding_scale,
+        "residual_multiplier": model.residual_factor,
+        "attention_multiplier": model.score_scale,
+        "logits_scaling": 1 / model.logit_factor,
+    }
+
+
 LLAMA = Family("llama", "LlamaForCausalLM", _read_llama, _write_llama, decoder_rules)
 MISTRAL = Family(
     "mistral", "MistralForCausalLM", _read_mistral, _write_mistral, decoder_rules
@@ -113,3 +136,6 @@ MISTRAL = Family(
 QWEN2 = Family("qwen2", "Qwen2ForCausalLM", _read_qwen2, _write_qwen2, decoder_rules)
 QWEN3 = Family("qwen3", "Qwen3ForCausalLM", _read_qwen3, _write_qwen3, decoder_rules)
 GEMMA = Family("gemma", "GemmaForCausalLM", _read_gemma, _write_gemma, decoder_rules)
+GRANITE = Family(
+    "granite", "GraniteForCausalLM", _read_granite, _write_granite, decoder_rules
+)

@@ -9,7 +9,14 @@ from typing import Any
 from pydantic import ValidationError
 
 from megatron_ray.checkpoint.hf.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V3
-from megatron_ray.checkpoint.hf.families.dense import GEMMA, LLAMA, MISTRAL, QWEN2, QWEN3
+from megatron_ray.checkpoint.hf.families.dense import (
+    GEMMA,
+    GRANITE,
+    LLAMA,
+    MISTRAL,
+    QWEN2,
+    QWEN3,
+)
 from megatron_ray.checkpoint.hf.families.experts import MIXTRAL, QWEN3_MOE
 from megatron_ray.checkpoint.hf.families.family import Family, UnsupportedFieldError
 from megatron_ray.checkpoint.hf.families.gpt2 import GPT2
@@ -27,6 +34,7 @@ FAMILIES = {
         QWEN2,
         QWEN3,
         GEMMA,
+        GRANITE,
         MIXTRAL,
         QWEN3_MOE,
         DEEPSEEK_V2,
@@ -142,11 +150,20 @@ def _nearest(model: ModelConfig) -> Family:
         return QWEN3_MOE if model.qk_norm else MIXTRAL
     if model.zero_centered_norm or model.activation == "geglu_tanh":
         return GEMMA
+    if _has_multipliers(model):
+        return GRANITE
     if model.qk_norm:
         return QWEN3
     if model.has_qkv_bias and not model.has_attention_output_bias:
         return QWEN2
     return MISTRAL if model.sliding_window is not None else LLAMA
+
+
+def _has_multipliers(model: ModelConfig) -> bool:
+    """Returns whether a model has one of Granite's factors, as those of muP are."""
+    if model.attention_scale is not None:
+        return True
+    return (model.embedding_scale, model.residual_factor, model.logit_factor) != (1, 1, 1)
 
 
 def _nearest_of_deepseek(model: ModelConfig) -> Family:

@@ -11,7 +11,7 @@ from megatron_ray.config.optimizer import OPTIONAL_NUMBERS, MuonConfig, Optimize
 from megatron_ray.config.optimizer_kinds import (
     BUILT_IN,
     OptimizerKind,
-    num_state_tensors,
+    state_bytes,
 )
 
 LION = OptimizerKind("lion:lion", lambda config: ("exp_avg",), {"beta1": 0.9})
@@ -38,15 +38,15 @@ def test_every_optimizer_has_its_own_defaults(name: str) -> None:
 )
 def test_the_state_depends_on_the_numbers(fields: dict[str, Any], num_states: int) -> None:
     config = OptimizerConfig(lr=0.1, **fields)
-    assert num_state_tensors(config, of_matrix=False) == num_states
-    assert num_state_tensors(config, of_matrix=True) == num_states
+    assert state_bytes(config, of_matrix=False) == 4 * num_states
+    assert state_bytes(config, of_matrix=True) == 4 * num_states
 
 
 @pytest.mark.parametrize(("momentum", "num_states"), [(None, 1), (0.5, 1), (0.0, 0)])
 def test_matrices_of_muon_have_one_moment(momentum: float | None, num_states: int) -> None:
     config = OptimizerConfig(name="muon", lr=0.1, momentum=momentum)
-    assert num_state_tensors(config, of_matrix=True) == num_states
-    assert num_state_tensors(config, of_matrix=False) == 2
+    assert state_bytes(config, of_matrix=True) == 4 * num_states
+    assert state_bytes(config, of_matrix=False) == 8
 
 
 def test_the_scale_factor_follows_from_the_scale() -> None:
@@ -98,6 +98,6 @@ def test_an_installed_package_adds_an_optimizer(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(EntryPoint, "load", lambda self: globals()[self.attr])
     config = OptimizerConfig(name="lion", lr=0.1)
     assert config.beta1 == 0.9
-    assert num_state_tensors(config, of_matrix=True) == 1
+    assert state_bytes(config, of_matrix=True) == 4
     with pytest.raises(ValidationError, match=r"of optimizer 'tiger' is no OptimizerKind"):
         OptimizerConfig(name="tiger", lr=0.1)

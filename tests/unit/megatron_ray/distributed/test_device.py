@@ -63,7 +63,7 @@ from megatron_ray.distributed import device
 torch.set_num_threads(1)
 memory = device.MallocTuning()
 def resident():
-    return device._resident_bytes() >> 20
+    return device.resident_bytes() >> 20
 for _ in range(4):
     memory.trim_if_grown()
 pairs = [(torch.ones(500_000), torch.ones(2_000)) for _ in range(100)]

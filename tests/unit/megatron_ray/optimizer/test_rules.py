@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron_ray.config.optimizer import OptimizerConfig
-from megatron_ray.config.optimizer_kinds import BUILT_IN, optimizer_kind
+from megatron_ray.config.optimizer_kinds import BUILT_IN, optimizer_kind, state_dtype
 from megatron_ray.optimizer.update_calls import RunTensors, UpdateCall, update_call
 from megatron_ray.optimizer.update_rule import UpdateRule
 
@@ -111,7 +111,9 @@ def decayed(step: Step, decay: str, weight_decay: float) -> Step:
 def make(config: OptimizerConfig) -> tuple[RunTensors, UpdateCall]:
     state = {}
     for name in optimizer_kind(config.name).state(config):
-        state[name] = torch.zeros(SIZE, dtype=torch.float64)
+        is_short = state_dtype(config, name) == "bf16"
+        dtype = torch.bfloat16 if is_short else torch.float64
+        state[name] = torch.zeros(SIZE, dtype=dtype)
     generator = torch.Generator().manual_seed(1)
     weights = torch.randn(SIZE, dtype=torch.float64, generator=generator)
     run = RunTensors(weights, torch.zeros_like(weights), state)
@@ -247,3 +249,39 @@ def test_large_runs_are_updated_in_parts(monkeypatch: pytest.MonkeyPatch) -> Non
             one.gradient.copy_(gradient)
             update.step(lr_of(t), None)
     assert torch.equal(whole.weights, parts.weights)
+
+
+SHORT = {"exp_avg_dtype": "bf16", "exp_avg_sq_dtype": "bf16"}
+
+
+@pytest.mark.parametrize("short", [SHORT, {"exp_avg_dtype": "bf16"}], ids=["both", "first"])
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_short_moments_are_rounded_after_each_update(
+    name: str, short: dict[str, str]
+) -> None:
+    config = OptimizerConfig.model_validate({"name": name, "lr": PEAK, **short})
+    run, call = make(config)
+    generator = torch.Generator().manual_seed(1)
+    # The same rule, whose state is rounded here.
+    weights = torch.randn(SIZE, dtype=torch.float64, generator=generator)
+    assert torch.equal(weights, run.weights)
+    expected = RunTensors(
+        weights,
+        torch.zeros_like(weights),
+        {key: torch.zeros(SIZE, dtype=torch.float64) for key in run.state},
+    )
+    by_definition = update_call(config, UpdateRule.of(config), CPU)
+    by_definition.add(expected)
+    for t, gradient in enumerate(gradients()[:20], 1):
+        for one, update in ((run, call), (expected, by_definition)):
+            one.gradient.copy_(gradient)
+            update.step(lr_of(t), None)
+        for key, state in expected.state.items():
+            if state_dtype(config, key) == "bf16":
+                state.copy_(state.bfloat16())
+        torch.testing.assert_close(run.weights, expected.weights, rtol=1e-6, atol=1e-7)
+    skipped = {key: state.clone() for key, state in run.state.items()}
+    run.gradient.fill_(torch.nan)
+    call.step(PEAK, torch.ones(()))
+    for key, state in run.state.items():
+        assert torch.equal(state, skipped[key])

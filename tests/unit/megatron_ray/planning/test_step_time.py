@@ -68,6 +68,21 @@ def test_published_runs_are_met_by_the_constants_of_their_chip() -> None:
     ) >= GOAL * len(runs)
 
 
+def test_fp8_is_counted_where_a_device_has_its_products() -> None:
+    layout = {"tp": 8, "dp": 8}
+
+    def products(hardware: str, recipe: str | None) -> float:
+        fp8 = None if recipe is None else {"recipe": recipe}
+        return plan("llama3-8b", layout, batch=64, hardware=hardware, fp8=fp8).products_s
+
+    for hardware, recipe in (("H100", "delayed"), ("H200", "blockwise"), ("B200", "mxfp8")):
+        assert products(hardware, recipe) < 0.5 * products(hardware, None)
+    # Emulated.
+    for hardware, recipe in (("A100", "current"), ("H100", "mxfp8"), ("B200", "blockwise")):
+        assert products(hardware, recipe) == products(hardware, None)
+    assert products("CPU", "current") > 5 * products("CPU", None)
+
+
 def test_fp16_is_as_quick_as_bf16_and_short_gradients_are_sent_sooner() -> None:
     layout = {"tp": 8, "dp": 8}
     bf16 = plan("llama3-8b", layout, batch=64)
@@ -76,6 +91,15 @@ def test_fp16_is_as_quick_as_bf16_and_short_gradients_are_sent_sooner() -> None:
     assert short.step_s < bf16.step_s
     wide = plan("llama3-8b", layout, batch=64, fp32_residual_connection=True)
     assert wide.step_s > bf16.step_s
+
+
+def test_gathers_in_the_forward_pass_take_time_only_where_they_are_longer() -> None:
+    layout = {"tp": 8, "dp": 8}
+    overlap = {"overlap_param_gather": True}
+    plain = plan("llama3-8b", layout, batch=64)
+    overlapped = plan("llama3-8b", layout | overlap, batch=64)
+    assert overlapped.update_s < plain.update_s
+    assert overlapped.step_s - overlapped.update_s == plain.step_s - plain.update_s
 
 
 def test_interleaving_makes_405b_quicker_than_1f1b() -> None:

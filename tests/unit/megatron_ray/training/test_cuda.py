@@ -2,6 +2,11 @@
 step.
 """
 
+import gzip
+import json
+import pickle
+import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,9 +20,12 @@ from megatron_ray.distributed.mesh import ParallelMesh
 from megatron_ray.optimizer.finalize_grads import scale_and_clip
 from megatron_ray.optimizer.step_sums import SkipRule
 from megatron_ray.reports import Report, StepReport
+from megatron_ray.storage.storage import open_storage
 from megatron_ray.training.components import TrainingComponents
 from megatron_ray.training.loop import train
+from megatron_ray.training.profiling.recording import StepRecording
 from megatron_ray.training.progress import Progress
+from megatron_ray.training.reporting.step_timer import StreamTimer
 from megatron_ray.training.session import batch_maker, build
 from megatron_ray.training.step import forward_backward, reduce_step
 from tests.support.parity import GPT2, LLAMA, NoSaver, RandomDataset, make_config
@@ -49,6 +57,9 @@ def losses_and_norms(config: TrainConfig, kind: str) -> tuple[list[float], list[
     assert [report.step for report in reports] == list(
         range(1, config.training.num_steps + 1)
     )
+    for report in reports:
+        assert sum(report.split_s.values()) == pytest.approx(report.step_s, rel=1e-6)
+        assert min(report.split_s.values()) >= 0
     return [report.loss for report in reports], [report.grad_norm for report in reports]
 
 
@@ -148,3 +159,59 @@ def test_deterministic_runs_are_bit_equal() -> None:
         assert losses_and_norms(config, "cuda") == losses_and_norms(config, "cuda")
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+def test_parts_of_a_step_are_those_of_the_stream() -> None:
+    matrix = torch.ones(4096, 4096, device="cuda")
+    timer = StreamTimer()
+    for _ in range(3):
+        time.sleep(0.02)  # the stream waits for its host
+        timer.mark("data")
+        for _ in range(20):
+            matrix @ matrix
+        timer.mark("forward")
+        matrix @ matrix
+        timer.mark("backward")
+        pending = timer.finish()
+        torch.cuda.synchronize()
+        times = pending.read()
+    assert times.parts_s["data"] >= 0.015
+    assert times.parts_s["forward"] > 3 * times.parts_s["backward"] > 0
+    assert sum(times.parts_s.values()) == pytest.approx(times.total_s, rel=1e-6)
+
+
+def test_marks_in_the_stream_cost_little() -> None:
+    """A step of 16 microbatches with 8 waits in each pass: its host time for marks."""
+    timer = StreamTimer()
+    costs = []
+    for _ in range(20):
+        started = time.perf_counter()
+        for _ in range(16 * 2 * 8):
+            timer._mark_wait(begins=True)
+            timer._mark_wait(begins=False)
+        pending = timer.finish()
+        costs.append(time.perf_counter() - started)
+        torch.cuda.synchronize()
+        pending.read()
+    # About 2 us for a mark.
+    assert min(costs) < 512 * 20e-6
+
+
+def test_a_profile_has_the_kernels_and_the_allocators_history(tmp_path: Path) -> None:
+    recording = StepRecording(torch.device("cuda"))
+    recording.begin_step(7)
+    matrix = torch.ones(1024, 1024, device="cuda")
+    matrix @ matrix
+    recording.end_step()
+    recording.stop()
+    trace, memory = recording.write(open_storage(str(tmp_path)), 0)
+    with gzip.open(tmp_path / trace, "rt") as file:
+        events = json.load(file)["traceEvents"]
+    assert any(event.get("cat") == "kernel" for event in events)
+    assert any(event.get("name") == "step 7" for event in events)
+    snapshot = pickle.loads((tmp_path / memory).read_bytes())
+    assert snapshot["segments"]
+    assert any(snapshot["device_traces"])
+    first = recording.operators()[0]
+    assert first["name"] == "aten::mm"
+    assert first["seconds"] > 0

@@ -12,7 +12,7 @@ from megatron_ray.reports import Report, StepReport
 from megatron_ray.training.progress import Progress, SkippedSteps, is_due
 from megatron_ray.training.reporting.step_numbers import StepsInFlight
 from megatron_ray.training.reporting.step_reporter import NonFiniteLossError, StepReporter
-from megatron_ray.training.reporting.step_timer import StepTimer, StepTimes
+from megatron_ray.training.reporting.step_timer import StepTimes
 from megatron_ray.training.rules.checks import StepChecks
 from tests.support.parity import LLAMA, make_config
 
@@ -111,18 +111,6 @@ def test_a_step_is_reported_and_what_is_not_finite_is_refused_behind_its_report(
     }
     assert {name: getattr(first, name) for name in expected} == expected
     assert second.step == 2
-
-
-def test_a_timer_splits_a_step_and_leaves_out_what_lies_between() -> None:
-    timer = StepTimer()
-    timer.mark("data")
-    timer.mark("reduce")
-    timer.mark("data")
-    times = timer.finish()
-    assert list(times.parts_s) == ["data", "reduce"]
-    assert sum(times.parts_s.values()) <= times.total_s
-    timer.restart()
-    assert timer.finish().parts_s == {}
 
 
 def test_the_error_names_the_steps_to_leave_out() -> None:

@@ -8,12 +8,15 @@ import torch
 
 from megatron_ray.commands import Command, all_sent, strongest_voted, votes_for
 from megatron_ray.config.training import TrainingConfig
+from megatron_ray.ops.fp8.delayed import DelayedRule, DelayedScaling
+from megatron_ray.ops.fp8.quantize import E5M2
+from megatron_ray.ops.fp8.recipe import Recipe
 from megatron_ray.optimizer.loss_scale import LossScaler
 from megatron_ray.sharding.sharded_state import ShardedState
 from megatron_ray.training.progress import Progress
 from megatron_ray.training.reporting.step_numbers import HostNumbers, StepNumbers
 from megatron_ray.training.reporting.step_timer import StepTimes
-from megatron_ray.training.saving import TrainingSaver
+from megatron_ray.training.saving import TrainingSaver, training_state
 from megatron_ray.training.state_copy import StateCopier, StateCopy, load_copy
 
 
@@ -21,6 +24,9 @@ class Saver:
     """A rank without a tensor."""
 
     published: ClassVar[dict[str, bytes]] = {}
+
+    def complete_state(self) -> None:
+        pass
 
     def state(self) -> dict[str, Any]:
         return {}
@@ -157,14 +163,44 @@ def test_a_copy_has_the_loss_scale() -> None:
         optimizer.scaler.update(torch.ones(()))
     made.copy(Progress(step=4))
     again: Any = Optimizer()
-    model: Any = type("Model", (), {"expert_biases": {}})()
-    assert load_copy(store.copy, model, again).step == 4
+    model: Any = type("Model", (), {"expert_biases": {}, "delayed_scaling": None})()
+    assert load_copy(store.copy, model, again, {}).step == 4
     assert float(again.scaler.scale) == float(optimizer.scaler.scale) == 2.0**29
+
+
+def test_a_copy_has_the_scales_of_fp8() -> None:
+    def model() -> Any:
+        recipe = Recipe(E5M2, "emulated")
+        device = torch.device("cpu")
+        scaling = DelayedScaling(["layers.0.mlp.up"], recipe, DelayedRule(3), device)
+        return type("Model", (), {"expert_biases": {}, "delayed_scaling": scaling})()
+
+    optimizer: Any = Optimizer()
+    here = model()
+    saver: Any = Saver()
+    saver.state = lambda: training_state(here, optimizer)
+    saver.train_state = lambda progress: {
+        "step": progress.step,
+        "consumed_samples": 0,
+        "planned_samples": [8],
+    }
+    store = KeepingStore()
+    made = StateCopier(3, saver, store, torch.device("cpu"), Progress())
+    for amax in (3.0, 5.0):
+        here.delayed_scaling.begin_step()
+        here.delayed_scaling.layer(0).record("grad", torch.tensor(amax))
+        here.delayed_scaling.update(())
+    made.copy(Progress(step=4))
+    again = model()
+    load_copy(store.copy, again, optimizer, {})
+    state = again.delayed_scaling.state()
+    assert again.delayed_scaling.layer(0).scale("grad") == torch.tensor(57344.0) / 5
+    assert state["layers.0.mlp.up/amax_history"][2].tolist() == [5.0, 3.0, 0.0]
 
 
 def test_a_copy_of_another_layout_is_not_loaded() -> None:
     copy = StateCopy(5, memoryview(b""), "other", {}, {})
-    model: Any = type("Model", (), {"expert_biases": {}})()
+    model: Any = type("Model", (), {"expert_biases": {}, "delayed_scaling": None})()
     optimizer: Any = type("Optimizer", (), {"sharded_state": lambda self: {}})()
     with pytest.raises(ValueError, match="the copy of step 5 has another layout"):
-        load_copy(copy, model, optimizer)
+        load_copy(copy, model, optimizer, {})

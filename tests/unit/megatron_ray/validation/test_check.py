@@ -97,6 +97,13 @@ def test_a_good_config_has_no_problem() -> None:
             "zero_replicas=2 needs zero=3, not 1; leave it out, or use zero=3",
         ),
         (
+            {"parallel": {"zero": 0, "dp": 4, "overlap_param_gather": True}},
+            None,
+            "/parallel/overlap_param_gather",
+            "overlap_param_gather needs zero=1, not 0, which gathers no weights after an "
+            "update; leave it out, or use zero=1",
+        ),
+        (
             {"parallel": {"zero": 3, "dp": 4, "zero_replicas": 3}},
             None,
             "/parallel/zero_replicas",

@@ -49,6 +49,7 @@ FREE: list[dict[str, Any]] = [
     {"data__cache": "/elsewhere"},
     {"data__train": [{"path": "/a.txt", "max_bad_records": 3}]},
     {"training__skip_steps": [21], "training__max_skipped_steps": 2},
+    {"training__profile": {"steps": "3-4"}},
     {"model__init_std": 0.5},
     {"model__vocab_multiple": 64},
     {"model__max_sequence_length": 512},

@@ -21,7 +21,7 @@ def service(running_service: FakeService) -> FakeService:
     running_service.routes.clear()
     running_service.requests.clear()
     running_service.routes["GET /v1/jobs/job-abc"] = (200, JOB)
-    for listed in ("attempts", "events", "ranks"):
+    for listed in ("attempts", "events", "ranks", "metrics", "profiles"):
         running_service.routes[f"GET /v1/jobs/job-abc/{listed}"] = (
             200,
             {"object": "list", "data": [], "has_more": False},

@@ -42,7 +42,7 @@ def diagnosis() -> dict[str, Any]:
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("service.cli.commands.diagnose._POLL_S", 0.01)
+    monkeypatch.setattr("service.cli.commands.ranks.diagnose._POLL_S", 0.01)
 
 
 def test_the_culprit_its_wait_and_its_stack_are_printed(

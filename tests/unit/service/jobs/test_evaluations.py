@@ -113,7 +113,7 @@ def test_unknown_series_are_refused_with_the_known_ones(service: Any, key: str) 
     response = service.user.get(f"/v1/jobs/{job_id}/metrics", params={"keys": key})
     assert response.status_code == 422
     detail = response.json()["errors"][0]["detail"]
-    assert "val_loss, and parts of some: " in detail
+    assert "val_loss, monitors, and parts of some: " in detail
     assert "val_loss/NAME" in detail
 
 

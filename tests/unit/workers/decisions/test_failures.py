@@ -35,6 +35,7 @@ EXPECTED = {
     ErrorKind.RECHECK: FailureKind.RECHECK,
     ErrorKind.HARDWARE: FailureKind.GPU,
     ErrorKind.REPLICAS: FailureKind.EXCEPTION,
+    ErrorKind.MEMORY: FailureKind.OOM,
     ErrorKind.INTERNAL: FailureKind.EXCEPTION,
 }
 

@@ -83,6 +83,20 @@ def test_lines_wait_for_the_service_and_come_once(
     outbox.close()
 
 
+def test_large_records_go_in_several_requests(tmp_path: Path, service: FakeService) -> None:
+    numbers = {f"grad_norm/layers.{index}": 0.5 for index in range(2000)}
+    data = {"step": 1, "numbers": numbers}
+    lines = []
+    for n in range(1, 61):
+        record = {"n": n, "at": 1.0, "kind": "monitors", "attempt": 1, "data": data}
+        lines.append(Line(n, "monitors", json.dumps(record).encode()))
+    outbox = open_outbox(tmp_path, epoch=1)
+    outbox.relay("a1/r0", lines)
+    (batch, *_) = outbox._next_batches()
+    assert [record.n for record in batch.records] == list(range(1, 26))
+    outbox.close()
+
+
 def test_a_restarted_driver_asks_what_is_stored(
     tmp_path: Path, service: FakeService
 ) -> None:

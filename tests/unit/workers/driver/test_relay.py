@@ -26,3 +26,10 @@ def test_a_skipped_step_is_a_warning_in_the_history() -> None:
         "warn",
     )
     assert record["data"]["message"] == words
+
+
+def test_numbers_of_callbacks_are_sent_as_they_are() -> None:
+    data = {"step": 10, "numbers": {"grad_norm/layers.0": 0.5}}
+    text = json.dumps({"n": 7, "kind": "monitors", "attempt": 1, "data": data}).encode()
+    line = Line(7, "monitors", text)
+    assert to_record(line) is line

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from workers.rank import spool as spool_module
 from workers.rank.log_file import LogFile
 from workers.rank.spool import Spool, SpoolReader, parse_line, segments
 
@@ -143,6 +144,20 @@ def test_segments_are_followed_and_released(tmp_path: Path) -> None:
     assert segments(path), "the segment being written stays"
 
 
+def test_a_read_is_bounded_by_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "r.jsonl"
+    spool = Spool(path, 1, segment_bytes=1500)
+    for _ in range(9):
+        spool.append("monitors", {"text": "x" * 500})
+    monkeypatch.setattr(spool_module, "READ_BYTES", 1000)
+    reader = SpoolReader(path)
+    assert len(segments(path)) == 4
+    pages = [[line.n for line in reader.read(after)] for after in (0, 2, 4, 6, 8)]
+    assert pages == [[1, 2], [3, 4], [5, 6], [7, 8], [9]]
+
+
 def test_two_threads_write_whole_lines(tmp_path: Path) -> None:
     spool = Spool(tmp_path / "r.jsonl", 1, segment_bytes=5000)
 
@@ -172,7 +187,7 @@ def test_a_report_costs_microseconds(tmp_path: Path) -> None:
         "step": 1,
         "loss": 1.0,
         "lr": 1e-3,
-        "split_s": {"data": 0.1, "forward_backward": 0.2},
+        "split_s": {"data": 0.1, "forward": 0.2},
     }
     times = []
     for _ in range(2000):

@@ -22,7 +22,10 @@ def step(n: int) -> StepReport:
 
 
 def three_steps(
-    order: StartRequest, report: Callable[[Report], None], poll: Callable[[], Command]
+    order: StartRequest,
+    report: Callable[[Report], None],
+    poll: Callable[[], Command],
+    _: object = None,
 ) -> str:
     for n in (1, 2, 3):
         report(step(n))
@@ -85,7 +88,10 @@ def test_news_wake_a_waiting_call(tmp_path: Path) -> None:
     go = threading.Event()
 
     def train(
-        order: StartRequest, report: Callable[[Report], None], poll: Callable[[], Command]
+        order: StartRequest,
+        report: Callable[[Report], None],
+        poll: Callable[[], Command],
+        _: object = None,
     ) -> str:
         go.wait(60)
         report(step(1))

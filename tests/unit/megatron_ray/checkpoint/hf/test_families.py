@@ -298,7 +298,12 @@ def test_what_is_not_supported_is_named(changed: dict[str, Any], words: str) -> 
             {"activation": "gelu"},
             "model.activation='gelu' cannot be expressed in the config.json of llama",
         ),
-        ({"embedding_scale": 3.0}, "model.embedding_scale=3.0 cannot be expressed"),
+        (
+            {"embedding_scale": 3.0, "qk_norm": True},
+            "model.qk_norm=True cannot be expressed in the config.json of granite",
+        ),
+        ({"peri_norm": True}, "model.peri_norm=True cannot be expressed"),
+        ({"embedding_norm": True}, "model.embedding_norm=True cannot be expressed"),
         (
             {"zero_centered_norm": True},
             "model.embedding_scale=1 is not the square root of hidden_size, 11.3137 (gemma)",
@@ -483,3 +488,33 @@ def test_a_run_that_contradicts_its_weights(
 def test_published_models_have_as_many_parameters_as_published(name: str) -> None:
     values, parameters = PUBLISHED[name]
     assert sum(prod(shape) for shape in logical_shapes(read(values)).values()) == parameters
+
+
+@pytest.mark.parametrize("base_hidden_size", [32, 48, 96])
+def test_a_mup_model_is_exported_with_its_factors(base_hidden_size: int) -> None:
+    model = ModelConfig.model_validate(
+        {
+            "num_layers": 3,
+            "hidden_size": 288,
+            "num_attention_heads": 4,
+            "vocab_size": 260,
+            "logit_scale": 1.3,
+            "attention_scale": 0.1,
+            "mup": {"base_hidden_size": base_hidden_size, "base_num_layers": 2},
+        }
+    )
+    family = family_for(model)
+    assert family is FAMILIES["granite"]
+    again = read_model(family, family.write(model), "here")
+    assert again.mup is None
+    assert again.residual_factor == model.residual_factor == pytest.approx(2 / 3)
+    assert again.logit_factor == pytest.approx(model.logit_factor, rel=1e-15)
+    assert again.score_factor == model.score_factor
+    assert contradictions(model, again) == []
+
+
+def test_logits_are_not_divided_by_zero() -> None:
+    values = {**LLAMA, "model_type": "granite", "logits_scaling": 0}
+    values["architectures"] = ["GraniteForCausalLM"]
+    with pytest.raises(ConfigError, match="logits_scaling is 0, more than 0 is needed"):
+        read(values)

@@ -13,6 +13,7 @@ from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.distributed.mesh import ParallelMesh
 from megatron_ray.reports import Report, RuleReport, SkippedStepReport, StepReport
 from megatron_ray.training.components import TrainingComponents
+from megatron_ray.training.profiling.profiler import NO_PROFILER
 from megatron_ray.training.progress import Progress
 from megatron_ray.training.reporting.step_numbers import StepsInFlight
 from megatron_ray.training.rules.checks import Recheck
@@ -63,6 +64,7 @@ class Run:
             Progress(),
             self.reports.append,
             lambda: Command.CONTINUE,
+            NO_PROFILER,
             recheck or Recheck(),
         )
 
