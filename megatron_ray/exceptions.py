@@ -27,6 +27,13 @@ or, if it inherits the kind, its module:
     │       ├── MixedRunsError        checkpoint.resume_point (user)
     │       └── TakenOverError        checkpoint.claim (user)
     ├── NonFiniteLossError            numerics
+    ├── RuleError                     training.rules.errors
+    │   ├── RuleStopError             training.rules.errors (rule)
+    │   ├── RollbackError             training.rules.errors (rollback)
+    │   ├── RecheckError              training.rules.errors (recheck)
+    │   └── RerunError                training.rules.errors
+    ├── ReplicaError                  training.rules.replicas (replicas)
+    │   └── FaultyReplicaError        training.rules.replicas (hardware)
     ├── RankOutOfMemoryError          memory
     ├── ScheduleError                 pipeline_parallel.schedules.simulation
     └── WriteAbandonedError           checkpoint.writer
@@ -76,6 +83,16 @@ class ErrorKind(StrEnum):
     """A damaged checkpoint; a retry may succeed with an older one."""
     NUMERICS = "numerics"
     """The training itself, which a retry would only repeat."""
+    RULE = "rule"
+    """A rule of the config, which ends the run."""
+    ROLLBACK = "rollback"
+    """A rule of the config, by which the run goes on from an earlier state."""
+    RECHECK = "recheck"
+    """A step that may have been computed wrongly, and is to be computed elsewhere."""
+    HARDWARE = "hardware"
+    """A device that computes or keeps wrong numbers; a retry may succeed elsewhere."""
+    REPLICAS = "replicas"
+    """Replicas with different weights, of which none is known to be wrong."""
     MEMORY = "memory"
     """A rank needs more memory than there is, which a retry would only repeat."""
     INTERNAL = "internal"

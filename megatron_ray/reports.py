@@ -75,6 +75,23 @@ class SkippedStepReport:
 
 
 @dataclass(frozen=True)
+class RuleReport:
+    """A step has broken a rule of training.rules, or was good after it had broken one."""
+
+    kind: ClassVar[str] = "training_rule"
+    step: int
+    verdict: str
+    """What follows or was concluded: rerun, recheck, transient, persistent, stop or
+    rollback."""
+    loss: float
+    grad_norm: float
+    message: str
+    """What happened and what follows, with the numbers."""
+    suspect: int | None = None
+    """Rank that may have computed the step wrongly, for `recheck` and `persistent`."""
+
+
+@dataclass(frozen=True)
 class EvalReport:
     """The loss over (part of) a split."""
 
@@ -206,6 +223,7 @@ class SpeedReport:
 Report = (
     StepReport
     | SkippedStepReport
+    | RuleReport
     | EvalReport
     | MonitorReport
     | CheckpointReport

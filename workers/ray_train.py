@@ -59,7 +59,7 @@ from workers.standalone import (
     start_request,
 )
 
-_PERMANENT = (ErrorKind.USER, ErrorKind.NUMERICS, ErrorKind.DISK_FULL)
+_PERMANENT = (ErrorKind.USER, ErrorKind.NUMERICS, ErrorKind.RULE, ErrorKind.DISK_FULL)
 
 
 @dataclass(frozen=True)
@@ -249,7 +249,7 @@ def train_loop(config: Mapping[str, Any]) -> dict[str, Any]:
             return _outcome(EXIT_USER_ERROR, error=str(error))
         except TrainingFailedError as error:
             # Every rank raises it at the same step.
-            if error.kind is not ErrorKind.NUMERICS:
+            if error.kind not in (ErrorKind.NUMERICS, ErrorKind.RULE):
                 raise
             message = str(error) or run.first_error()
             return _outcome(error.exit_code, error=message, kind=error.kind)

@@ -17,9 +17,13 @@ from megatron_ray.checkpoint.directory import (
     CheckpointInfo,
     RunIdentity,
     finish_commit,
+    forget_rollbacks,
     list_checkpoints,
+    record_rollback,
+    rollbacks_of,
 )
 from megatron_ray.checkpoint.disk_space import room_problems, writable_problems
+from megatron_ray.checkpoint.records.rollbacks import Rollback, steps_left_out
 from megatron_ray.checkpoint.resume_config import compare_with_checkpoint
 from megatron_ray.checkpoint.resume_point import choose_resume_point
 from megatron_ray.config.problem import Problem
@@ -45,6 +49,8 @@ class RunStart:
     """Path of the checkpoint to resume from; None: begin at step 0."""
     step: int = 0
     """Steps that are done already."""
+    left_out: tuple[int, ...] = ()
+    """Steps whose samples are left out, because the run was rolled back to before them."""
     claim: Claim | None = None
     """The claim of the folder, on rank 0."""
 
@@ -59,7 +65,8 @@ class RunStart:
         """Returns the start that `to_json` described."""
         run = values["run"]
         identity = RunIdentity(**{**run, "damaged": tuple(run["damaged"])})
-        return cls(**{**values, "run": identity})
+        left_out = tuple(values["left_out"])
+        return cls(**{**values, "run": identity, "left_out": left_out})
 
 
 class StartDecision:
@@ -96,10 +103,26 @@ class StartDecision:
             start = self._resume()
         else:
             self._require_own_folder()
+            forget_rollbacks(self._path)
             start = self._new_run()
         _raise_for(room_problems(self._spec, self._path))
+        return self._claimed(start)
+
+    def roll_back(self, rollback: Rollback, rolled_back: RunStart) -> RunStart:
+        """Records a rollback on rank 0, and decides where the run goes on."""
+        record_rollback(self._path, rollback)
+        start = self._resume()
+        # Without a checkpoint it begins anew as the same run.
+        if start.resume_from is None:
+            start = replace(start, run=rolled_back.run)
+        self._notify(f"the run goes on from step {start.step}")
+        return self._claimed(start)
+
+    def _claimed(self, start: RunStart) -> RunStart:
+        left_out = steps_left_out(rollbacks_of(self._path))
         claim = Claim.of_this_process(start.attempt, start.run.id)
         claim.write(self._path)
+        start = replace(start, left_out=left_out)
         self._announcements.announce(_START, start.to_json())
         return replace(start, claim=claim)
 
@@ -127,7 +150,7 @@ class StartDecision:
 
     def _next_attempt(self) -> int:
         """Returns a number above that of every attempt that has used the folder."""
-        last = 0
+        last = max((item.attempt for item in rollbacks_of(self._path)), default=0)
         claim = read_claim(self._path)
         if claim is not None:
             last = claim.attempt

@@ -15,24 +15,29 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from signal import SIGTERM
-from typing import Any
 
 import torch
 
 from megatron_ray.checkpoint.claim import Claim
-from megatron_ray.checkpoint.directory import latest_committed
+from megatron_ray.checkpoint.directory import (
+    latest_committed,
+    list_checkpoints,
+    rollbacks_of,
+)
 from megatron_ray.data.prepared import PreparedData
 from megatron_ray.exceptions import ErrorKind, MegatronRayError
 from megatron_ray.reports import (
     CheckpointFailedReport,
-    PhaseReport,
     ProfileReport,
     Report,
+    RuleReport,
     SkippedStepReport,
 )
+from megatron_ray.training.rules.errors import RollbackError, RuleError
 from megatron_ray.training.session import discard_report
-from workers.announcements import Announcements
+from workers.announcements import Announcements, RefusedError
 from workers.data_tasks import prepare_data
+from workers.decisions.faults.rollbacks import plan_rollback
 from workers.decisions.planned_exit import reached_limit
 from workers.driver.relay import describe_failed_save
 from workers.exceptions import WorkersError
@@ -47,8 +52,8 @@ from workers.rank.environment import (
 )
 from workers.rank.messages import StartRequest, UserError
 from workers.rank.session import connect_store, train
-from workers.rank.spool import Spool, holds_reports
 from workers.rank.stores import PrefixStore, Store
+from workers.run_reports import RunReports, prepared_report
 from workers.run_start import Notify, RunStart, StartDecision
 from workers.stop_signals import StopSignals
 from workers.store_committer import StoreCommitter
@@ -148,14 +153,14 @@ class RankRun:
         self._storage_path = spec.storage.path
         self._notify = notify
         self._request = request
-        self._run_id = run_id
         self._listener = listener
         # torchrun's own store is shared by every group of the process: these keys, like
         # each attempt's process group, have a prefix of their own in it.
         self._store: Store = PrefixStore("megatron-ray", connect_store(request))
         env = request.env
         self._announcements = Announcements(self._store, env.rank, env.world_size)
-        self._spool: Spool | None = None
+        self._decision = StartDecision(spec, env, self._announcements, notify, run_id)
+        self._reports = RunReports(None, notify)
         self._claim: Claim | None = None
 
     def run(self, reports: Path | None, *, resume: bool) -> Ending:
@@ -166,59 +171,72 @@ class RankRun:
         """
         for line in warning_lines(self._spec):
             self._notify(line)
+        if self._env.rank == 0:
+            self._reports = RunReports(reports, self._notify)
         try:
-            start = self._begin(reports, resume=resume)
+            start = self._begin(resume=resume)
             if self._is_done(start, self._spec.training.known_steps):
                 return self._nothing_left(start)
             data = self._prepared(start)
             if self._is_done(start, self._spec.training.steps_over(data.num_train_tokens)):
                 return self._nothing_left(start)
-            request = replace(
-                self._request,
-                data=data.model_dump(mode="json"),
-                attempt=start.attempt,
-                resume_from=start.resume_from,
-            )
-            return self._train(request, start)
+            while True:
+                try:
+                    return self._train(self._request_of(start, data), start)
+                except RollbackError as error:
+                    start = self._rolled_back(error, start)
         finally:
             if self._claim is not None:
                 self._claim.end(self._storage_path)
-            if self._spool is not None:
-                self._spool.close()
+            self._reports.close()
 
-    def _begin(self, reports: Path | None, *, resume: bool) -> RunStart:
+    def _begin(self, *, resume: bool) -> RunStart:
         """Returns where the run begins; rank 0 decides before any data are prepared."""
-        decision = StartDecision(
-            self._spec, self._env, self._announcements, self._notify, self._run_id
-        )
         if self._env.rank:
-            return decision.follow()
+            return self._decision.follow()
         with self._announcements.refusing_on_error():
             # Before any path is opened; the process belongs to this run alone.
             export_credentials(self._spec.credentials)
-            start = decision.decide(resume=resume)
+            start = self._decision.decide(resume=resume)
             self._claim = start.claim
-            if reports is not None:
-                self._spool = self._open_spool(reports, start)
+            self._reports.open(start)
         return start
 
-    def _open_spool(self, path: Path, start: RunStart) -> Spool:
-        """Opens the report file; one with other contents would be spoilt."""
+    def _rolled_back(self, error: RollbackError, start: RunStart) -> RunStart:
+        """Returns where the run goes on after a rollback, which rank 0 decides.
+
+        Raises TrainingFailedError when it may not be rolled back.
+        """
         try:
-            if path.is_file() and not holds_reports(path):
-                raise UserError(
-                    f"cannot write --reports {path}: the file has something other than "
-                    "reports in it; give another one"
+            if self._env.rank:
+                return self._decision.follow()
+            with self._announcements.refusing_on_error():
+                plan = plan_rollback(
+                    start.attempt,
+                    error.facts,
+                    str(error),
+                    rollbacks_of(self._storage_path),
+                    list_checkpoints(self._storage_path),
+                    self._spec.training.max_rollbacks,
                 )
-            spool = Spool(path, start.attempt, segment_bytes=None)
-        except OSError as error:
-            raise _reports_error(path, error) from error
-        if spool.last_n and start.resume_from is None:
-            self._notify(
-                f"warning: --reports {path} has reports of another run, after which those of "
-                "this one are written"
-            )
-        return spool
+                if plan.rollback is None:
+                    raise UserError(f"{error}, but not {plan.refusal}")
+                start = self._decision.roll_back(plan.rollback, start)
+                self._claim = start.claim
+                self._reports.open(start)
+            return start
+        except RefusedError as refused:
+            message = self._on_first(str(refused)) or ""
+            raise TrainingFailedError(message, EXIT_FAILED, ErrorKind.RULE) from refused
+
+    def _request_of(self, start: RunStart, data: PreparedData) -> StartRequest:
+        return replace(
+            self._request,
+            data=data.model_dump(mode="json"),
+            attempt=start.attempt,
+            resume_from=start.resume_from,
+            left_out=start.left_out,
+        )
 
     def _is_done(self, start: RunStart, steps: int | None) -> bool:
         # A number of epochs is known in steps only once the data are prepared.
@@ -248,7 +266,7 @@ class RankRun:
             if data.first_document:
                 sys.stdout.write(f"{data.first_document}\n")
             seconds = time.monotonic() - started
-            self._write_report(_prepared_report(self._spec, data, seconds))
+            self._reports.write(prepared_report(self._spec, data, seconds))
         self._announcements.announce(_PREPARED, data.model_dump(mode="json"))
         return data
 
@@ -257,6 +275,8 @@ class RankRun:
         with StopSignals(self._notify) as signals:
             try:
                 outcome = self._train_and_commit(request, committer, signals)
+            except RollbackError:
+                raise
             except MegatronRayError as error:
                 raise self._reported(error) from error
             except RuntimeError as error:
@@ -294,8 +314,8 @@ class RankRun:
 
         def report(item: Report) -> None:
             watch.advanced(item)
-            self._write_report(item)
-            if isinstance(item, SkippedStepReport):
+            self._reports.write(item)
+            if isinstance(item, SkippedStepReport | RuleReport):
                 self._notify(f"warning: {item.message}")
             # The other ranks know nothing of these.
             if isinstance(item, ProfileReport):
@@ -309,6 +329,9 @@ class RankRun:
         try:
             with watch:
                 outcome = train(request, report, signals.command)
+        except RuleError:
+            # Its last checkpoint is written, and every rank leaves off like this one.
+            raise
         except BaseException:
             committer.rank_failed()
             raise
@@ -329,14 +352,6 @@ class RankRun:
         with suppress(RuntimeError):
             self._store.wait([_ENDED_KEY], timedelta(seconds=self._request.timeout_s))
 
-    def _write_report(self, item: Report) -> None:
-        if self._spool is None:
-            return
-        try:
-            self._spool.append(item.kind, vars(item))
-        except OSError as error:
-            raise _reports_error(self._spool.path, error) from error
-
     def _on_first(self, message: str) -> str | None:
         if self._env.rank:
             return None
@@ -350,13 +365,15 @@ class RankRun:
         # A bug, which needs its traceback.
         if kind is ErrorKind.INTERNAL:
             return error
+        if kind is ErrorKind.RULE:
+            self._await_commit()
         exit_code = EXIT_FAILED
         if kind is ErrorKind.USER:
             exit_code = EXIT_USER_ERROR
         if self._store.add(_REPORTED_KEY, 1) > 1:
             return TrainingFailedError("", exit_code, kind)
         message = str(error)
-        if kind in (ErrorKind.STORAGE, ErrorKind.DISK_FULL):
+        if kind in (ErrorKind.STORAGE, ErrorKind.DISK_FULL, ErrorKind.RULE):
             message = f"{message}; newest checkpoint: {self._newest_checkpoint()}"
         self._store.set(_ERROR_KEY, message)
         return TrainingFailedError(message, exit_code, kind)
@@ -390,24 +407,11 @@ class RankRun:
         return newest.path
 
 
-def _prepared_report(spec: JobSpec, data: PreparedData, seconds: float) -> PhaseReport:
-    """Returns the first report: the data, and the number of steps on them."""
-    detail: dict[str, Any] = {"steps": spec.training.steps_over(data.num_train_tokens)}
-    for split, corpora in (("train", data.train), ("validation", data.validation)):
-        detail[f"{split}_documents"] = sum(corpus.num_documents for corpus in corpora)
-        detail[f"{split}_tokens"] = sum(corpus.num_tokens for corpus in corpora)
-    return PhaseReport("prepare", seconds, detail | {"notes": list(data.notes)})
-
-
 def warning_lines(spec: JobSpec) -> list[str]:
     """Returns what is legal in a spec and may not be intended, a line each."""
     return [
         f"warning: {warning.pointer}: {warning.detail}" for warning in spec_warnings(spec)
     ]
-
-
-def _reports_error(path: Path, error: OSError) -> UserError:
-    return UserError(f"cannot write --reports {path}: {error.strerror or error}")
 
 
 def start_request(

@@ -12,9 +12,17 @@ for people, who may edit them.
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
+from megatron_ray.checkpoint.records.rollbacks import (
+    FILE,
+    Rollback,
+    is_left_behind,
+    read_rollbacks,
+    with_rollback,
+    write_rollbacks,
+)
 from megatron_ray.exceptions import ErrorKind
 from megatron_ray.storage.errors import MissingFileError, StorageError
 from megatron_ray.storage.storage import Storage, open_storage
@@ -118,6 +126,8 @@ class CheckpointInfo:
     """Training loss at the step; None when not committed or not known."""
     bytes: int
     """Size of all files."""
+    is_left_behind: bool = False
+    """Whether the run was rolled back to before it, so that no run resumes from it."""
 
     @property
     def name(self) -> str:
@@ -148,6 +158,17 @@ def _folder(step: int, attempt: int) -> str:
     return f"{FOLDER}/step-{step:08d}-a{attempt:04d}"
 
 
+def attempt_of(path: str) -> int:
+    """Returns the attempt in the name of a checkpoint's folder.
+
+    Raises ValueError for another folder.
+    """
+    match = _NAME.fullmatch(path.rpartition("/")[2])
+    if match is None:
+        raise ValueError(f"{path} is no checkpoint of a run")
+    return int(match[2])
+
+
 def list_checkpoints(storage_path: str) -> list[CheckpointInfo]:
     """Returns all checkpoint folders, committed or not, oldest first.
 
@@ -156,7 +177,10 @@ def list_checkpoints(storage_path: str) -> list[CheckpointInfo]:
     storage = open_storage(storage_path)
     # One recursive listing: a request for each folder would be slow in an object store.
     files_by_folder: dict[str, FileSizes] = {}
+    rollbacks: tuple[Rollback, ...] = ()
     for entry in storage.list(FOLDER, recursive=True):
+        if entry.name == FILE:
+            rollbacks = _read_rollbacks(storage_path)
         folder, _, name = entry.name.partition("/")
         files = files_by_folder.setdefault(folder, {})
         if name and not entry.is_folder:
@@ -168,7 +192,9 @@ def list_checkpoints(storage_path: str) -> list[CheckpointInfo]:
         if match:
             step = int(match[1])
             attempt = int(match[2])
-            infos.append(_checkpoint_info(storage, storage_path, step, attempt, files))
+            info = _checkpoint_info(storage, storage_path, step, attempt, files)
+            is_behind = is_left_behind(rollbacks, attempt, step)
+            infos.append(replace(info, is_left_behind=is_behind))
     return sorted(infos, key=lambda info: info.order)
 
 
@@ -178,9 +204,40 @@ def latest_committed(storage_path: str) -> CheckpointInfo | None:
     `resume_point` chooses the one to resume from. Raises StorageError.
     """
     for info in reversed(list_checkpoints(storage_path)):
-        if info.committed:
+        if info.committed and not info.is_left_behind:
             return info
     return None
+
+
+def rollbacks_of(storage_path: str) -> tuple[Rollback, ...]:
+    """Returns the rollbacks of a run. Raises StorageError."""
+    names = [entry.name for entry in open_storage(storage_path).list(FOLDER)]
+    if FILE not in names:
+        return ()
+    return _read_rollbacks(storage_path)
+
+
+def record_rollback(storage_path: str, rollback: Rollback) -> None:
+    """Leaves states of a run behind, durably; again for an attempt changes nothing.
+
+    Raises StorageError.
+    """
+    rollbacks = with_rollback(rollbacks_of(storage_path), rollback)
+    write_rollbacks(open_storage(storage_path), FOLDER, rollbacks)
+
+
+def forget_rollbacks(storage_path: str) -> None:
+    """Deletes the record of an earlier run in the folder. Raises StorageError."""
+    if rollbacks_of(storage_path):
+        open_storage(storage_path).delete_file(f"{FOLDER}/{FILE}")
+
+
+def _read_rollbacks(storage_path: str) -> tuple[Rollback, ...]:
+    try:
+        return read_rollbacks(open_storage(storage_path), FOLDER)
+    except (KeyError, TypeError, ValueError) as error:
+        cause = f"{FOLDER}/{FILE} is not readable: {error}"
+        raise CheckpointError("read", storage_path, cause) from error
 
 
 def commit(

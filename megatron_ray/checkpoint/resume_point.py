@@ -64,13 +64,16 @@ def choose_resume_point(
 ) -> ResumePoint:
     """Returns the newest committed checkpoint without damage, and what is newer.
 
-    `find_damage` is called for whole checkpoints, newest first, until one has none; it
-    may read their bytes. Raises NoWholeCheckpointError, MixedRunsError, StorageError.
+    Those that a rollback has left behind do not count. `find_damage` is called for whole
+    checkpoints, newest first, until one has none; it may read their bytes. Raises
+    NoWholeCheckpointError, MixedRunsError, StorageError.
     """
     infos = list_checkpoints(storage_path)
     _require_one_run(storage_path, infos)
     passed_over: list[PassedOver] = []
     for info in reversed(infos):
+        if info.is_left_behind:
+            continue
         cause = info.damage
         if info.committed:
             cause = find_damage(info)

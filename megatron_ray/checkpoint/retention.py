@@ -24,7 +24,8 @@ def apply_retention(
     Deleted are committed ones beyond the newest `keep_last`, and those that were never
     finished before the newest. Nothing newer than the newest committed one is deleted:
     it may still be written. Checkpoints of other runs are neither counted nor deleted,
-    and damaged ones are kept, because a user may mend them. Raises ValueError for
+    nor those that a rollback has left behind, and damaged ones are kept, because a user
+    may mend them. Raises ValueError for
     keep_last < 1, StorageError.
     """
     if keep_last < 1:
@@ -33,7 +34,10 @@ def apply_retention(
             "never deleted"
         )
     run = run or RunIdentity()
-    infos = [info for info in list_checkpoints(storage_path) if run.owns(info)]
+    infos = []
+    for info in list_checkpoints(storage_path):
+        if run.owns(info) and not info.is_left_behind:
+            infos.append(info)
     committed = [info for info in infos if info.committed]
     if not committed:
         return []

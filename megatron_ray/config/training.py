@@ -9,6 +9,7 @@ from pydantic import Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
 from megatron_ray.config.base import Config
+from megatron_ray.config.faults.rules import RuleConfig
 from megatron_ray.config.schedules.batch_sizes import (
     MAX_INCREMENTS,
     BatchSizes,
@@ -252,8 +253,10 @@ class TrainingConfig(Config):
     seed: int = Field(default=1234, ge=0, le=(1 << 63) - 1)
     """Seed of the initial weights, the order of samples and every random stream."""
     deterministic: bool = False
-    """Uses only bit-reproducible kernels on GPUs, which are slower. Runs on CPUs are
-    bit-reproducible without it."""
+    """Uses only bit-reproducible kernels on GPUs, which are slower: torch's deterministic
+    algorithms, cuDNN's, a fixed workspace of cuBLAS, and no reductions in NCCL's switches.
+    A kernel without such a form ends the run at its first step, with its name. Runs on
+    CPUs are bit-reproducible without it."""
     eval_every_steps: int | None = Field(default=None, ge=1, le=1 << 40)
     """Steps between evaluations on the validation data; the last step is evaluated too.
     Default: evaluation after the last step only."""
@@ -267,6 +270,17 @@ class TrainingConfig(Config):
     max_consecutive_skipped_steps: int = Field(default=3, ge=1, le=1 << 40)
     """Number of skipped steps in a row; one more ends the job even if
     max_skipped_steps allows it, because weights that give no numbers do not recover."""
+    rules: tuple[RuleConfig, ...] = Field(default=(), max_length=16)
+    """Rules for the loss and the gradient norm of every step, each with an action. Verdicts
+    are read from the device with the step's numbers, on GPUs one step later; the weights
+    have not changed meanwhile. Default: none, and only a step that is not finite ends the
+    job."""
+    max_rollbacks: int = Field(default=3, ge=0, le=100)
+    """Number of rollbacks by `rules` in the whole job; one more ends it."""
+    check_replicas_every_steps: int | None = Field(default=None, ge=1, le=1 << 40)
+    """Steps between comparisons of the weights on all replicas, which must be equal to the
+    bit. A difference, as memory errors make, ends the attempt and names ranks and
+    parameter. Each one reads all weights once. Default: never."""
     max_duration_s: float | None = Field(default=None, gt=0, le=86400 * 3650)
     """Seconds of training, from the moment at which the ranks begin to build the model.
     After the first step beyond them the run saves a checkpoint and ends: under torchrun,

@@ -52,10 +52,11 @@ class LossScaler:
         return self.grad_factor(self._state[0]).float()
 
     @torch.no_grad()
-    def update(self, overflow: Tensor) -> None:
+    def update(self, overflow: Tensor, halted: Tensor | None = None) -> None:
         """Adapts a dynamic scale after a step.
 
-        The scalar `overflow` is 1 if the step's loss or gradients were not finite.
+        The scalar `overflow` is 1 if the step's loss or gradients were not finite. Where
+        `halted` is true, the step will be computed again, and changes nothing.
         """
         config = self._config
         if config.constant is not None:
@@ -72,8 +73,11 @@ class LossScaler:
         scale = torch.where(is_raised, scale * config.growth_factor, scale)
         good_steps = torch.where(is_raised, 0.0, good_steps)
         overflows_left = torch.where(is_raised, float(config.hysteresis), overflows_left)
+        new = torch.stack([scale, good_steps, overflows_left])
+        if halted is not None:
+            new = torch.where(halted, self._state, new)
         # In place, because checkpoints have views of it.
-        self._state.copy_(torch.stack([scale, good_steps, overflows_left]))
+        self._state.copy_(new)
 
     def sharded_state(self) -> ShardedState:
         """Returns a live view of a dynamic scale's state; all ranks have the same."""

@@ -24,6 +24,7 @@ from megatron_ray.optimizer.loss_scale import LossScaler
 from megatron_ray.optimizer.matrix_update import LocalMatrix, MatrixUpdate, Segment
 from megatron_ray.optimizer.partition import Piece, Run, flat_runs, owned_range, pieces
 from megatron_ray.optimizer.piece_boxes import add_boxes
+from megatron_ray.optimizer.step_rules import StepRules
 from megatron_ray.optimizer.update_calls import (
     RunTensors,
     RunUpdate,
@@ -316,7 +317,7 @@ class ShardedOptimizer:
     """The optimizer of this rank, with one shard per parameter group.
 
     Dense parameters and experts have replicas on different ranks, hence two groups.
-    `loss_scaler` is None where the losses are not scaled.
+    `loss_scaler` is None where the losses are not scaled, `rules` where a run has none.
     """
 
     def __init__(
@@ -326,8 +327,10 @@ class ShardedOptimizer:
         *,
         sharded: bool,
         loss_scaler: LossScaler | None = None,
+        rules: StepRules | None = None,
     ) -> None:
         self.loss_scaler = loss_scaler
+        self.rules = rules
         self.shards = tuple(
             OptimizerShard(config, group, sharded=sharded) for group in groups
         )
@@ -395,9 +398,11 @@ class ShardedOptimizer:
     def sharded_state(self) -> ShardedState:
         """Returns live views of this rank's state; see OptimizerShard.sharded_state.
 
-        A dynamic loss scale is part of it.
+        A dynamic loss scale and the baselines of rules are part of it.
         """
         state: ShardedState = {}
+        if self.rules is not None:
+            state |= self.rules.sharded_state()
         if self.loss_scaler is not None:
             state |= self.loss_scaler.sharded_state()
         for shard in self.shards:

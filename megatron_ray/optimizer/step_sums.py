@@ -23,6 +23,20 @@ class SkipRule(Enum):
 
 
 @dataclass(frozen=True)
+class Verdict:
+    """What the rules of a run make of one step, on the device."""
+
+    skip: Tensor
+    """1.0 if the step leaves weights and optimizer state as they are, else 0.0."""
+    halted: Tensor
+    """Whether the run leaves off at this step or has left off before: a bool scalar."""
+    broken: Tensor
+    """1.0 for the rule that the step breaks, 0.0 for all others; fp64."""
+    limits: Tensor
+    """What each rule has compared with, fp64."""
+
+
+@dataclass(frozen=True)
 class StepSums:
     """The numbers of one step, summed over the world and so equal on every rank.
 
@@ -38,15 +52,21 @@ class StepSums:
     above are unscaled."""
     grad_factor: Tensor | None = None
     """Factor of the gradients by that scale."""
+    verdict: Verdict | None = None
+    """That of the run's rules; None without rules, and for a step that is left out."""
 
     @property
     def skip(self) -> Tensor | None:
-        """1.0 if the step is skipped, else 0.0; None for the rule NEVER."""
-        if self.skip_rule is SkipRule.NEVER:
-            return None
+        """1.0 if the step is skipped, else 0.0; None for the rule NEVER without a verdict."""
         if self.skip_rule is SkipRule.ALWAYS:
             return torch.ones((), device=self.values.device)
-        return self.overflow
+        if self.verdict is None:
+            if self.skip_rule is SkipRule.NEVER:
+                return None
+            return self.overflow
+        if self.skip_rule is SkipRule.NEVER:
+            return self.verdict.skip
+        return torch.maximum(self.overflow, self.verdict.skip)
 
     @property
     def overflow(self) -> Tensor:
@@ -58,6 +78,16 @@ class StepSums:
     def num_tokens(self) -> Tensor:
         """Number of tokens in the loss."""
         return self.values[1]
+
+    @property
+    def loss(self) -> Tensor:
+        """Mean loss of a token."""
+        return self.values[0] / self.num_tokens.clamp(min=1.0)
+
+    @property
+    def grad_norm(self) -> Tensor:
+        """L2 norm of the mean gradient, before clipping."""
+        return self.squared_norm.sqrt() / self.num_tokens.clamp(min=1.0)
 
     @property
     def squared_norm(self) -> Tensor:

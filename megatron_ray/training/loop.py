@@ -20,9 +20,10 @@ from megatron_ray.training.components import TrainingComponents
 from megatron_ray.training.evaluate import evaluate
 from megatron_ray.training.profiling.profiler import NO_PROFILER, Profiler
 from megatron_ray.training.progress import Progress, is_due
-from megatron_ray.training.reporting.step_numbers import StepNumbers, StepsInFlight
+from megatron_ray.training.reporting.step_numbers import StepsInFlight
 from megatron_ray.training.reporting.step_reporter import StepReporter
 from megatron_ray.training.reporting.step_timer import StepTimer, step_timer
+from megatron_ray.training.rules.checks import StepChecks
 from megatron_ray.training.step import forward_backward, reduce_step
 
 Outcome = Literal["finished", "stopped", "exited"]
@@ -35,21 +36,29 @@ def train(
     report: Callable[[Report], None],
     poll: Callable[[], Command],
     profiler: Profiler = NO_PROFILER,
+    checks: StepChecks | None = None,
 ) -> Outcome:
     """Trains from `progress` to the last step, a limit, or until all ranks agree to stop.
 
-    `poll` returns the newest command to this rank; it is called once per step. Raises
+    `poll` returns the newest command to this rank; it is called once per step. `checks`
+    follow the steps that break a rule, see `training.rules.run`. Raises
     NonFiniteLossError.
     """
     config = components.config
-    reporter = StepReporter(config, components.mesh, report, progress.skipped)
+    reporter = StepReporter(
+        config,
+        components.mesh,
+        report,
+        progress,
+        checks or StepChecks(config.training, report),
+    )
     in_flight = StepsInFlight(components.mesh.device, len(config.model.aux_losses))
     timer = step_timer(components.mesh.device)
     # One iteration is one step and its boundary. All ranks perform an action at the same
     # boundary: due times are equal on all ranks, and commands are agreed on.
     while progress.step < config.training.num_steps:
         profiler.begin_step(progress.step + 1)
-        launched = _train_step(components, progress, poll, timer)
+        launched = _train_step(components, progress, poll, timer, reporter.checks)
         progress = progress.after_step(components.batch_sizes)
         in_flight.add(
             progress, launched.lr, timer.finish(), launched.sums, launched.monitored
@@ -57,11 +66,7 @@ def train(
         profiler.end_step(progress.step)
 
         is_last = progress.step == config.training.num_steps
-        command = _take(
-            components,
-            reporter,
-            in_flight.pop_all() if is_last else in_flight.pop_arrived(),
-        )
+        command = _take(components, reporter, in_flight, waits=is_last)
         if is_due(config.training.exit_every_steps, progress):
             command = Command.EXIT
 
@@ -74,7 +79,7 @@ def train(
             # Non-finite weights must never be saved, so the numbers of all previous steps
             # are read first, although the host waits for the device here.
             PROCESS.phase = "checkpoint"
-            command = max(command, _take(components, reporter, in_flight.pop_all()))
+            command = max(command, _take(components, reporter, in_flight, waits=True))
             progress = progress.with_skipped(reporter.skipped)
             _save(components, progress, saves=saves or command.saves, copies=copies)
             timer.mark("checkpoint")
@@ -101,10 +106,12 @@ def _train_step(
     progress: Progress,
     poll: Callable[[], Command],
     timer: StepTimer,
+    checks: StepChecks,
 ) -> _LaunchedStep:
     """Launches one step."""
     config = components.config
     callbacks = components.callbacks
+    components.replicas.run(progress)
     timer.mark("other")
     PROCESS.phase = "data"
     batches = components.loader.step(progress.consumed_samples)
@@ -123,6 +130,7 @@ def _train_step(
         _count_tokens(batches),
         votes_for(poll(), is_sending=components.copier.is_sending),
         _skip_rule(config.training, progress.step + 1),
+        is_confirmed=checks.is_confirmed(progress.step + 1),
     )
     PROCESS.phase = "optimizer"
     callbacks.after_backward(sums)
@@ -182,9 +190,19 @@ def _evaluate(
 
 
 def _take(
-    components: TrainingComponents, reporter: StepReporter, steps: list[StepNumbers]
+    components: TrainingComponents,
+    reporter: StepReporter,
+    in_flight: StepsInFlight,
+    *,
+    waits: bool,
 ) -> Command:
-    """Reports steps; returns the command that all ranks agree on in them."""
+    """Reports steps whose numbers have arrived, or all; returns the command in them.
+
+    All ranks agree on it.
+    """
+    steps = in_flight.pop_arrived()
+    if waits:
+        steps += in_flight.pop_all()
     reporter.steps(steps)
     components.copier.observe(steps)
     return max((step.command for step in steps), default=Command.CONTINUE)

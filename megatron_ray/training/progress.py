@@ -13,9 +13,9 @@ class SkippedSteps:
     """The steps of a run that have left the model as it was."""
 
     total: int = 0
-    """Steps that were skipped because their numbers were not finite."""
+    """Steps that were skipped because their numbers were not finite, or by a rule."""
     consecutive: int = 0
-    """Those among the last steps, without a finite one in between."""
+    """Those among the last steps, without a good one in between."""
     left_out: int = 0
     """Steps in training.skip_steps, which are not counted in the others."""
     overflows: int = 0
@@ -23,14 +23,14 @@ class SkippedSteps:
     not counted in the others either."""
 
     def after_step(
-        self, *, is_finite: bool, is_left_out: bool, is_overflow: bool = False
+        self, *, is_good: bool, is_left_out: bool, is_overflow: bool = False
     ) -> "SkippedSteps":
         """Returns the counts after one more step."""
         if is_left_out:
             return replace(self, left_out=self.left_out + 1)
         if is_overflow:
             return replace(self, overflows=self.overflows + 1)
-        if is_finite:
+        if is_good:
             return replace(self, consecutive=0)
         return replace(self, total=self.total + 1, consecutive=self.consecutive + 1)
 

@@ -28,6 +28,7 @@ from megatron_ray.distributed.mesh import ParallelMesh
 from megatron_ray.models.initialization import init_local
 from megatron_ray.optimizer.loss_scale import LOSS_SCALE
 from megatron_ray.optimizer.sharded import ShardedOptimizer
+from megatron_ray.optimizer.step_rules import RULES
 from megatron_ray.parallelize.parallelize import ParallelModel
 from megatron_ray.reports import CheckpointFailedReport, CheckpointReport
 from megatron_ray.sharding.sharded_state import ShardedState, whole_tensor
@@ -89,12 +90,16 @@ class TrainingSaver:
         # Plans collectively which rank writes which box, so that a save needs no
         # collective.
         self._writer.prepare(self.state())
+        self._saved_step: int | None = None
 
     def save(self, progress: Progress) -> None:
         """Copies the shard and starts writing it in the background.
 
-        Waits for a running save first. Every rank must call it.
+        Waits for a running save first. Every rank must call it. Saves a step once.
         """
+        if progress.step == self._saved_step:
+            return
+        self._saved_step = progress.step
         self.complete_state()
         path = checkpoint_path(self._storage_path, progress.step, self._attempt)
         self._writer.save(
@@ -171,8 +176,8 @@ def read_file(path: str) -> bytes:
 def training_state(model: ParallelModel, optimizer: ShardedOptimizer) -> ShardedState:
     """Returns live views of all tensors in a checkpoint.
 
-    These are main parameters, moments, a loss scale, balancing biases of experts and
-    FP8 scales.
+    These are main parameters, moments, a loss scale, baselines of rules, balancing biases
+    of experts and FP8 scales.
     """
     state = optimizer.sharded_state()
     for name, bias in model.expert_biases.items():
@@ -198,10 +203,10 @@ def resume(
     state = training_state(model, optimizer)
     for name in tuple(state):
         # A run that changes to fp16 or FP8 had no scales until now, or histories of another
-        # length; it starts with new ones.
-        is_scale = name == LOSS_SCALE or name.startswith(_FP8)
+        # length, and new rules have no baseline; it starts with new ones.
+        is_of_run = name == LOSS_SCALE or name.startswith((_FP8, RULES))
         tensor = saved.tensors.get(name)
-        if is_scale and (tensor is None or tensor.shape != state[name].shape):
+        if is_of_run and (tensor is None or tensor.shape != state[name].shape):
             del state[name]
     for name, watched in callbacks.items():
         # What the run did not watch until now begins here.

@@ -24,6 +24,7 @@ from megatron_ray.distributed.mesh import ParallelMesh
 from megatron_ray.models.initialization import init_local
 from megatron_ray.optimizer.loss_scale import LossScaler
 from megatron_ray.optimizer.sharded import ShardedOptimizer
+from megatron_ray.optimizer.step_rules import StepRules
 from megatron_ray.parallelize.parallelize import ParallelModel, parallelize
 from megatron_ray.reports import PhaseReport, Report
 from megatron_ray.sharding.sequence_split import SequenceCut
@@ -32,10 +33,13 @@ from megatron_ray.training.callbacks.protocol import CallbackContext
 from megatron_ray.training.components import Copier, NoCopies, TrainingComponents
 from megatron_ray.training.evaluate import Evaluation
 from megatron_ray.training.exits import with_time_limit
-from megatron_ray.training.loop import Outcome, train
+from megatron_ray.training.loop import Outcome
 from megatron_ray.training.origin import RunOrigin, raise_for
 from megatron_ray.training.profiling.out_of_memory import explained_out_of_memory
 from megatron_ray.training.profiling.profiler import ProfileSource, StepProfiler
+from megatron_ray.training.rules.checks import Recheck
+from megatron_ray.training.rules.errors import RuleError
+from megatron_ray.training.rules.run import train_by_rules
 from megatron_ray.training.saving import Extras, TrainingSaver
 from megatron_ray.training.state_copy import CopyStore, StateCopier, StateCopy
 from megatron_ray.validation import check, resolution
@@ -99,6 +103,7 @@ class TrainingSession:
         torch.set_deterministic_debug_mode(
             "error" if self.config.training.deterministic else "default"
         )
+        torch.backends.cudnn.deterministic = self.config.training.deterministic
         torch.manual_seed(self.config.training.seed)
         is_same_order = origin.check_changes(self.config, data)
         with explained_out_of_memory(self.config, mesh, attempt):
@@ -139,19 +144,31 @@ class TrainingSession:
             )
         self._end_phase("data")
 
-    def run(self, profiles: ProfileSource = no_profile) -> Outcome:
+    def run(
+        self, profiles: ProfileSource = no_profile, recheck: Recheck | None = None
+    ) -> Outcome:
         """Trains to the end, to an agreed stop or to a limit of the config.
 
         `profiles` is called once a step, too, and returns the newest request of a profile on
-        this rank; a ProfileReport follows. The last checkpoint is durable when it returns.
-        Raises NonFiniteLossError, RankOutOfMemoryError.
+        this rank; a ProfileReport follows. `recheck` is the step that rules have rejected on
+        other devices. The last checkpoint is durable when it returns. Raises
+        NonFiniteLossError, RankOutOfMemoryError, and RuleError, before which checkpoints
+        are durable too.
         """
         profiler = self._make_profiler(profiles)
         try:
             with explained_out_of_memory(self.config, self.mesh, self._attempt):
-                outcome = train(
-                    self._components, self.progress, self._report, self._poll, profiler
+                outcome = train_by_rules(
+                    self._components,
+                    self.progress,
+                    self._report,
+                    self._poll,
+                    profiler,
+                    recheck or Recheck(),
                 )
+        except RuleError:
+            self._saver.close()
+            raise
         except BaseException:
             # A rank that has lost its peers must be able to restart without waiting for
             # slow storage.
@@ -295,11 +312,15 @@ def build(
     if config.training.scaling is not None:
         loss_scaler = LossScaler(config.training, mesh.device)
         model.scale_losses(loss_scaler.factor)
+    rules: StepRules | None = None
+    if config.training.rules:
+        rules = StepRules(config.training, mesh.device)
     optimizer = ShardedOptimizer(
         config.optimizer,
         model.parameter_groups,
         sharded=config.parallel.zero == 1,
         loss_scaler=loss_scaler,
+        rules=rules,
     )
     if initialise:
         for parameter in model.parameters:

@@ -68,12 +68,15 @@ def reduce_step(
     num_tokens: int,
     votes: Sequence[float] = (),
     skip_rule: SkipRule = SkipRule.NEVER,
+    *,
+    is_confirmed: bool = False,
 ) -> StepSums:
     """Completes the gradients, then sums the step's numbers over the world.
 
     `num_tokens` are this replica's. `votes` are summed too, so that ranks agree on a
-    command without a separate collective. `skip_rule` determines whether the step
-    changes the model. A scaled loss has its next scale afterwards.
+    command without a separate collective. `skip_rule` and the run's rules determine
+    whether the step changes the model; `is_confirmed` is as in `StepRules.judge`. A
+    scaled loss has its next scale afterwards.
     """
     model.finish_reductions()
     finalize_grads(optimizer, mesh)
@@ -95,14 +98,31 @@ def reduce_step(
     for index, vote in enumerate(votes):
         if vote:
             values[votes_start + index].fill_(vote)
+    part: Tensor | None = None
+    if optimizer.rules is not None:
+        part = values[:NUM_FIXED].clone()
     sums = StepSums(collectives.all_reduce(values, mesh.world_group), skip_rule)
     scaler = optimizer.loss_scaler
     if scaler is not None:
         scale = scaler.scale
         sums = replace(sums, loss_scale=scale, grad_factor=scaler.grad_factor(scale))
-        # The numbers of a step that is left out mean nothing.
-        if skip_rule is not SkipRule.ALWAYS:
-            scaler.update(sums.overflow)
+    # The numbers of a step that is left out mean nothing.
+    if skip_rule is not SkipRule.ALWAYS:
+        sums = _judged(sums, optimizer, part, is_confirmed=is_confirmed)
     model.update_expert_biases(mesh, sums.skip)
     model.update_scales(mesh, sums.skip)
+    return sums
+
+
+def _judged(
+    sums: StepSums, optimizer: ShardedOptimizer, part: Tensor | None, *, is_confirmed: bool
+) -> StepSums:
+    """Returns the sums with the verdict of the run's rules; adapts the loss scale."""
+    halted: Tensor | None = None
+    if optimizer.rules is not None and part is not None:
+        verdict = optimizer.rules.judge(sums, part, is_confirmed=is_confirmed)
+        sums = replace(sums, verdict=verdict)
+        halted = verdict.halted
+    if optimizer.loss_scaler is not None:
+        optimizer.loss_scaler.update(sums.overflow, halted)
     return sums

@@ -23,6 +23,11 @@ from megatron_ray.validation import (
 from megatron_ray.validation import model as model_rules
 from megatron_ray.validation import resume as resume_rules
 from megatron_ray.validation import training as training_rules
+from megatron_ray.validation.faults.rules import (
+    replica_problems,
+    rule_problems,
+    rule_warnings,
+)
 from megatron_ray.validation.parameters.freezing import freezing_problems
 from megatron_ray.validation.parameters.groups import group_problems
 from megatron_ray.validation.parameters.matrices import matrix_problems
@@ -51,6 +56,8 @@ _RULES = (
     moment_problems,
     fp8.fp8_problems,
     intervals.skipping_problems,
+    rule_problems,
+    replica_problems,
     profile_problems,
     recompute.recompute_problems,
     resume_rules.resume_changes_problems,
@@ -60,6 +67,7 @@ _STEP_WARNINGS = (
     schedule.schedule_warnings,
     intervals.interval_warnings,
     intervals.skipping_warnings,
+    rule_warnings,
     intervals.source_warnings,
     training_rules.rampup_warnings,
 )

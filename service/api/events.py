@@ -49,6 +49,7 @@ _EVENTS_OF_STEPS = (
     "eval.",
     "rank.checkpoint_written",
     "rank.skipped_step",
+    "rank.training_rule",
 )
 _EVENTS_AFTER_ALL_STEPS = frozenset(
     {

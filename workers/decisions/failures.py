@@ -5,7 +5,7 @@ Must not know: what follows a failure, Ray, torch.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
@@ -20,6 +20,12 @@ class FailureKind(StrEnum):
     USER = "user"
     OOM = "oom"
     NAN_LOSS = "nan_loss"
+    RULE = "rule"
+    """A rule of training.rules ends the job."""
+    ROLLBACK = "rollback"
+    """A rule of training.rules has the next attempt go on from an earlier state."""
+    RECHECK = "recheck"
+    """A step may have been computed wrongly; the next attempt computes it elsewhere."""
     EXCEPTION = "exception"
     STORAGE = "storage"
     DISK_FULL = "disk_full"
@@ -48,6 +54,9 @@ BY_PRECEDENCE = (
     FailureKind.USER,
     FailureKind.OOM,
     FailureKind.NAN_LOSS,
+    FailureKind.RULE,
+    FailureKind.ROLLBACK,
+    FailureKind.RECHECK,
     FailureKind.GPU,
     FailureKind.EXCEPTION,
     FailureKind.CHECKPOINT,
@@ -69,6 +78,9 @@ _REASONS = {
     FailureKind.USER: StatusReason.SPEC_INVALID,
     FailureKind.OOM: StatusReason.OOM,
     FailureKind.NAN_LOSS: StatusReason.NAN_LOSS,
+    FailureKind.RULE: StatusReason.TRAINING_RULE,
+    FailureKind.ROLLBACK: StatusReason.TRAINING_RULE,
+    FailureKind.RECHECK: StatusReason.TRAINING_RULE,
     FailureKind.STORAGE: StatusReason.STORAGE_ERROR,
     FailureKind.DISK_FULL: StatusReason.STORAGE_ERROR,
     FailureKind.CHECKPOINT: StatusReason.STORAGE_ERROR,
@@ -91,6 +103,11 @@ _KIND_OF_ERROR: dict[str, FailureKind] = {
     ErrorKind.DISK_FULL: FailureKind.DISK_FULL,
     ErrorKind.CHECKPOINT: FailureKind.CHECKPOINT,
     ErrorKind.NUMERICS: FailureKind.NAN_LOSS,
+    ErrorKind.RULE: FailureKind.RULE,
+    ErrorKind.ROLLBACK: FailureKind.ROLLBACK,
+    ErrorKind.RECHECK: FailureKind.RECHECK,
+    ErrorKind.HARDWARE: FailureKind.GPU,
+    ErrorKind.REPLICAS: FailureKind.EXCEPTION,
     ErrorKind.MEMORY: FailureKind.OOM,
 }
 
@@ -162,7 +179,14 @@ _TRACE = ("Exception raised from ", "C++ CapturedTraceback:")
 _ASSERT_TEXT = "device-side assert triggered"
 
 
-_COMPLETE_MESSAGES = (FailureKind.USER, FailureKind.DISK_FULL, FailureKind.CHECKPOINT)
+_COMPLETE_MESSAGES = (
+    FailureKind.USER,
+    FailureKind.RULE,
+    FailureKind.ROLLBACK,
+    FailureKind.RECHECK,
+    FailureKind.DISK_FULL,
+    FailureKind.CHECKPOINT,
+)
 """Kinds with messages of the project's own."""
 
 
@@ -179,6 +203,8 @@ class Failure:
     """Traceback for the history; not shown for a user's error."""
     step: int | None = None
     """Last step that the rank had done; None where that is not known."""
+    facts: Mapping[str, int] = field(default_factory=dict)
+    """Numbers by which the next attempt starts, after ROLLBACK and RECHECK."""
 
     @property
     def reason(self) -> StatusReason:

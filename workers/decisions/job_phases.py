@@ -40,6 +40,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from megatron_ray.checkpoint.records.rollbacks import with_rollback
 from workers.decisions.failures import FailureKind
 from workers.decisions.journal_entry import (
     DeadRank,
@@ -279,6 +280,7 @@ def _attempt_failed(entry: JournalEntry, observed: AttemptFailed) -> Transition:
         detail=cause.detail[-_MAX_DETAIL:],
         step=cause.step,
         dead_ranks=observed.dead_ranks,
+        facts=dict(cause.facts),
     )
     damaged = dict(entry.damaged)
     if cause.kind is FailureKind.CHECKPOINT and entry.resumed_from is not None:
@@ -298,13 +300,17 @@ def _attempt_failed(entry: JournalEntry, observed: AttemptFailed) -> Transition:
 
 def _restart_decided(entry: JournalEntry, observed: RestartDecided) -> Transition:
     decision = observed.decision
-    spent = {
+    spent: dict[str, Any] = {
         "failures": decision.history.failures,
         "preemptions": decision.history.preemptions,
         "commits_at_failure": decision.history.commits_at_failure,
         "last_error": decision.history.last_error,
         "failed": None,
     }
+    plan = observed.rollback
+    if plan is not None and plan.rollback is not None:
+        spent["rollbacks"] = with_rollback(entry.rollbacks, plan.rollback)
+        spent["last_commit"] = plan.step
     # Budget and ending are written at once. A driver that died between two writes would
     # start an attempt beyond the budget.
     if not decision.retry:

@@ -9,6 +9,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from megatron_ray.checkpoint.records.rollbacks import Rollback
 from workers.decisions.failures import FailureKind
 from workers.decisions.peers.copies import CopySet
 from workers.decisions.placement import RankPlace
@@ -57,6 +58,18 @@ class FailedAttempt(BaseModel):
     detail: str = ""
     step: int | None = None
     dead_ranks: tuple[int, ...] = ()
+    facts: dict[str, int] = Field(default_factory=dict)
+
+
+class RecheckedStep(BaseModel):
+    """A step that may have been computed wrongly, and where."""
+
+    model_config = ConfigDict(frozen=True)
+
+    step: int
+    rank: int
+    node_id: str
+    address: str
 
 
 class DeadRank(BaseModel):
@@ -122,6 +135,10 @@ class JournalEntry(BaseModel):
     copies: CopySet | None = None
     """Copies in the ranks' memory that the attempt continues from, not from the
     checkpoint."""
+    rollbacks: tuple[Rollback, ...] = ()
+    """Rollbacks of the job by training.rules."""
+    recheck: RecheckedStep | None = None
+    """Step that attempts compute on other nodes than before."""
     damaged: dict[str, str] = Field(default_factory=dict)
     """What is wrong with checkpoints in which ranks have read damaged bytes, by path."""
     checkpoint_requests: int = 0

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from workers.decisions.failures import Failure
+from workers.decisions.faults.rollbacks import RollbackPlan
 from workers.decisions.peers.copies import CopySet
 from workers.decisions.restart_policy import RestartDecision
 from workers.protocol.states import DesiredState, StatusReason
@@ -133,6 +134,8 @@ class RestartDecided:
     """The failure is recorded, and the restart policy has decided."""
 
     decision: RestartDecision
+    rollback: RollbackPlan | None = None
+    """After a rollback that was recorded in storage."""
 
 
 Observation = (

@@ -20,9 +20,18 @@ DETERMINISTIC = (
     FailureKind.USER,
     FailureKind.OOM,
     FailureKind.NAN_LOSS,
+    FailureKind.RULE,
     FailureKind.DISK_FULL,
 )
 """Failures that every further attempt would repeat."""
+_UNCOUNTED = (
+    FailureKind.CHECKPOINT,
+    FailureKind.PREFLIGHT,
+    FailureKind.ROLLBACK,
+    FailureKind.RECHECK,
+)
+"""Failures after which the next attempt resumes from an older checkpoint, avoids a bad
+node, or does both."""
 
 
 @dataclass(frozen=True)
@@ -66,9 +75,9 @@ def decide_restart(
     if cause.kind in DETERMINISTIC:
         message = f"{message} (not restarted: the error is deterministic)"
         return RestartDecision(False, 0.0, cause.reason, message, history)
-    # Not counted either: the next attempt resumes from an older checkpoint, or avoids the
-    # bad node, and there is one less of them each time.
-    if cause.kind in (FailureKind.CHECKPOINT, FailureKind.PREFLIGHT):
+    # Not counted either: each time there is one checkpoint, node, permitted rollback or
+    # step to compute again less.
+    if cause.kind in _UNCOUNTED:
         return RestartDecision(True, 0.0, cause.reason, message, history)
     # Preemptions are not failures of the job, so they have a separate budget.
     if cause.kind is FailureKind.PREEMPTED:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from pydantic import ValidationError
 
+from megatron_ray.checkpoint.records.rollbacks import steps_left_out
 from megatron_ray.storage.storage import Storage, open_storage
 from workers.decisions.journal_entry import FORMAT_VERSION, JournalEntry
 from workers.decisions.peers.partners import partners
@@ -20,7 +21,7 @@ from workers.decisions.preflight.measured_nodes import MeasuredNodes
 from workers.decisions.preflight.orders import PreflightOrder, preflight_orders
 from workers.exceptions import WorkersError
 from workers.rank.environment import RankEnv
-from workers.rank.messages import CopySource, StartRequest
+from workers.rank.messages import CopySource, RecheckOrder, StartRequest
 
 FOLDER = "attempts"
 
@@ -110,6 +111,7 @@ def start_orders(entry: JournalEntry, accelerator: str) -> dict[int, StartReques
     copies_by_rank = _copy_sources(entry)
     partner_of = _partners(entry)
     preflight_of = _preflight_orders(entry)
+    recheck = _recheck_order(entry)
     # Ray makes only the worker's own GPU visible, so its index is always 0 there.
     device = "cpu"
     if accelerator == "gpu":
@@ -134,11 +136,23 @@ def start_orders(entry: JournalEntry, accelerator: str) -> dict[int, StartReques
             gpu=place.gpu,
             store=entry.store,
             resume_from=entry.resumed_from,
+            left_out=steps_left_out(entry.rollbacks),
+            recheck=recheck,
             partner=partner_of.get(place.rank),
             copy=copies_by_rank.get(place.rank),
             preflight=preflight_of.get(place.rank),
         )
     return orders
+
+
+def _recheck_order(entry: JournalEntry) -> RecheckOrder:
+    """Returns the step that was computed elsewhere before, if there is one."""
+    recheck = entry.recheck
+    if recheck is None:
+        return RecheckOrder()
+    nodes = {place.node_id for place in entry.ranks}
+    has_moved = recheck.node_id not in nodes
+    return RecheckOrder(recheck.step, recheck.rank, has_moved=has_moved)
 
 
 def _preflight_orders(entry: JournalEntry) -> dict[int, PreflightOrder]:

@@ -8,10 +8,11 @@ from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
 
-from megatron_ray.checkpoint.directory import list_checkpoints
+from megatron_ray.checkpoint.directory import list_checkpoints, record_rollback
 from workers.decisions.failures import Failure, FailureKind
 from workers.decisions.faults import exclusions
-from workers.decisions.journal_entry import FailedAttempt, Phase
+from workers.decisions.faults.rollbacks import RollbackPlan, plan_rollback
+from workers.decisions.journal_entry import FailedAttempt, Phase, RecheckedStep
 from workers.decisions.observations import (
     AttemptAbandoned,
     AttemptFailed,
@@ -28,6 +29,7 @@ from workers.driver.attempt.bad_nodes import avoid_nodes, leave_nodes
 from workers.driver.attempt.progress import JobProgress
 from workers.driver.attempt.start import RankStarter
 from workers.driver.context import JobContext
+from workers.protocol.events import EventType
 from workers.protocol.states import AttemptState
 
 _TURN_S = 0.2
@@ -98,7 +100,8 @@ class Recovery:
         committed = {}
         existing = set()
         for info in list_checkpoints(self._job.job_dir):
-            if info.committed:
+            # Commits before a rollback were recorded before it.
+            if info.committed and not info.is_left_behind:
                 committed[info.path] = info
             # Damaged ones are kept, so they are not recorded as deleted.
             if info.was_committed:
@@ -136,7 +139,12 @@ class Recovery:
         # The recovery is measured from here, before any waiting.
         self._progress.on_attempt_failed()
         cause = Failure(
-            failed.kind, failed.message, failed.rank, detail=failed.detail, step=failed.step
+            failed.kind,
+            failed.message,
+            failed.rank,
+            detail=failed.detail,
+            step=failed.step,
+            facts=failed.facts,
         )
         silent_ranks: tuple[int, ...] = ()
         if failed.kind is FailureKind.SILENT:
@@ -150,13 +158,55 @@ class Recovery:
         if stop is not None:
             return stop
         decision = self._decide(cause)
-        origin = f"step {job.entry.last_commit}"
+        rollback: RollbackPlan | None = None
+        last_commit = job.entry.last_commit
+        if cause.kind is FailureKind.ROLLBACK:
+            rollback = self._roll_back(cause)
+            last_commit = rollback.step
+            if rollback.rollback is None:
+                message = f"{decision.message}, but not {rollback.refusal}"
+                decision = replace(decision, retry=False, message=message)
+        origin = f"step {last_commit}"
         if job.keeps_copies:
-            origin = f"the newest peer copies, else from step {job.entry.last_commit}"
+            origin = f"the newest peer copies, else from step {last_commit}"
         if cause.kind is FailureKind.CHECKPOINT:
             origin = "an older checkpoint"
         self._record_decision(decision, origin)
-        return RestartDecided(decision)
+        return RestartDecided(decision, rollback)
+
+    def _roll_back(self, cause: Failure) -> RollbackPlan:
+        """Decides about a rollback, and records it where every later start finds it."""
+        job = self._job
+        plan = plan_rollback(
+            job.entry.attempt,
+            cause.facts,
+            cause.message,
+            job.entry.rollbacks,
+            list_checkpoints(job.job_dir),
+            job.spec.training.max_rollbacks,
+        )
+        # Before the journal: repeated by a successor, it changes nothing.
+        if plan.rollback is not None:
+            record_rollback(job.job_dir, plan.rollback)
+            data = {
+                "step": plan.rollback.step,
+                "left_out": list(plan.rollback.left_out),
+                "max_step": plan.rollback.max_step,
+            }
+            job.records.event(EventType.JOB_ROLLED_BACK, cause.message, "warn", data)
+        return plan
+
+    def _journal_recheck(self, cause: Failure) -> None:
+        """Notes where a step was computed that the next attempt computes again."""
+        for place in self._job.entry.ranks:
+            if place.rank == cause.facts["rank"]:
+                recheck = RecheckedStep(
+                    step=cause.facts["step"],
+                    rank=place.rank,
+                    node_id=place.node_id,
+                    address=place.address,
+                )
+                self._job.write(recheck=recheck)
 
     def _exclude_nodes(self, cause: Failure, dead_ranks: Collection[int]) -> None:
         """Has the next attempt avoid the nodes that the failure speaks against."""
@@ -166,6 +216,8 @@ class Recovery:
             slow = job.records.slow_ranks(job.entry.attempt)
             bad += exclusions.slow_nodes(slow, job.entry.ranks)
         avoid_nodes(job, bad)
+        if cause.kind is FailureKind.RECHECK:
+            self._journal_recheck(cause)
         if cause.kind is FailureKind.PREFLIGHT:
             blamed = job.records.blamed_nodes(job.entry.attempt)
             leave_nodes(job, exclusions.measured_nodes(blamed))

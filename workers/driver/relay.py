@@ -15,6 +15,7 @@ from megatron_ray.reports import (
     PeerCopiesRefusedReport,
     PhaseReport,
     ProfileReport,
+    RuleReport,
     SkippedStepReport,
     SpeedReport,
     StepReport,
@@ -60,7 +61,7 @@ def _describe(kind: str, data: dict[str, Any]) -> tuple[str, str]:
         )
     if kind == CheckpointFailedReport.kind:
         return "warn", describe_failed_save(0, data)
-    if kind == SkippedStepReport.kind:
+    if kind in (SkippedStepReport.kind, RuleReport.kind):
         return "warn", str(data["message"])
     if kind == PeerCopiesRefusedReport.kind:
         return "warn", (

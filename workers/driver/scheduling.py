@@ -6,7 +6,8 @@ what runs on the resources.
 
 from typing import Any
 
-from megatron_ray.checkpoint.directory import CheckpointInfo
+from megatron_ray.checkpoint.directory import CheckpointInfo, attempt_of
+from megatron_ray.checkpoint.records.rollbacks import is_left_behind
 from megatron_ray.checkpoint.resume_point import (
     MixedRunsError,
     NoWholeCheckpointError,
@@ -271,7 +272,9 @@ class Scheduling:
         entry = job.entry
         path = None
         for kept, step in job.records.kept_checkpoints.items():
-            if step == entry.last_commit and kept not in entry.damaged:
+            is_behind = is_left_behind(entry.rollbacks, attempt_of(kept), step)
+            is_usable = kept not in entry.damaged and not is_behind
+            if step == entry.last_commit and is_usable:
                 path = kept
         # Without it, copies that turn out to be unusable would cost all progress.
         if entry.last_commit > 0 and path is None:

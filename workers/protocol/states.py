@@ -74,6 +74,7 @@ class StatusReason(StrEnum):
     PREEMPTED = "preempted"
     OOM = "oom"
     NAN_LOSS = "nan_loss"
+    TRAINING_RULE = "training_rule"
     NO_PROGRESS = "no_progress"
     BUDGET_SPENT = "budget_spent"
     PLANNED_EXIT = "planned_exit"

@@ -29,6 +29,7 @@ from megatron_ray.reports import (
     PhaseReport,
     ProfileReport,
     Report,
+    RuleReport,
     SkippedStepReport,
     SpeedReport,
     StepReport,
@@ -231,6 +232,7 @@ class RankAttempt:
                 "traceback": text[-_TRACEBACK_CHARS:],
             }
             self.error["step"] = self.step
+            self.error["facts"] = dict(getattr(error, "facts", {}))
             with contextlib.suppress(OSError):
                 self.spool.append("failed", self.error)
             os.write(2, text.encode(errors="replace"))
@@ -264,7 +266,7 @@ def _log_message(item: Report) -> str:
         return f"did not write the checkpoint of step {item.step}: {item.cause}"
     if isinstance(item, EvalReport):
         return f"step {item.step}: {item.split} loss {item.loss:.4f} over {item.num_tokens} tokens"
-    if isinstance(item, SkippedStepReport):
+    if isinstance(item, SkippedStepReport | RuleReport):
         return item.message
     if isinstance(item, ProfileReport):
         return item.sentence()

@@ -177,6 +177,17 @@ def prepare_process(num_threads: int, address: str | None = None) -> None:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
 
 
+def fix_kernels() -> None:
+    """Has cuBLAS and NCCL compute the same bits each time; before either is used.
+
+    What a user has set stays.
+    """
+    # torch refuses cuBLAS in its deterministic mode without a fixed workspace.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    # Switches add in the order of arrival.
+    os.environ.setdefault("NCCL_ALGO", "^NVLS")
+
+
 def set_visible_gpu(index: int) -> None:
     """Makes one GPU of the node the only one visible; call it before CUDA is used."""
     os.environ["CUDA_VISIBLE_DEVICES"] = str(index)

@@ -69,6 +69,18 @@ class CopySource:
 
 
 @dataclass(frozen=True)
+class RecheckOrder:
+    """A step that may have been computed wrongly, and is computed on other devices."""
+
+    step: int | None = None
+    """None: there is none, but the run may be restarted for one."""
+    rank: int = 0
+    """Rank there that may have computed it wrongly."""
+    has_moved: bool = False
+    """Whether no rank is on that rank's node any more."""
+
+
+@dataclass(frozen=True)
 class StartRequest:
     """All parameters of one attempt on one rank, as plain values."""
 
@@ -87,6 +99,10 @@ class StartRequest:
     """Host and port of the TCPStore; None: those in the environment."""
     resume_from: str | None = None
     """Path of the committed checkpoint to resume from; None: start at step 0."""
+    left_out: tuple[int, ...] = ()
+    """Steps whose samples are left out beside those of training.skip_steps."""
+    recheck: RecheckOrder | None = None
+    """Under a driver, the step that other devices have rejected; None: no driver."""
     partner: int | None = None
     """Rank that keeps copies of this rank's state too; None: no copies are made."""
     copy: CopySource | None = None

@@ -7,7 +7,7 @@ Owns: process group, mesh and session of one attempt. Must not know: Ray, HTTP.
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -23,11 +23,12 @@ from megatron_ray.parallel_dims import ParallelDims
 from megatron_ray.parallelize.parallelize import DTYPES
 from megatron_ray.reports import PhaseReport, Report
 from megatron_ray.training.loop import Outcome
+from megatron_ray.training.rules.checks import Recheck
 from megatron_ray.training.session import TrainingSession, no_profile
 from workers.preflight import Preflight, await_stop
 from workers.protocol.job import JobSpec
 from workers.protocol.network import NetworkConfig
-from workers.rank.environment import choose_interface, export_credentials
+from workers.rank.environment import choose_interface, export_credentials, fix_kernels
 from workers.rank.messages import StartRequest
 from workers.rank.peer_attempt import attempt_copies
 from workers.rank.process_copies import ProcessCopies
@@ -58,6 +59,8 @@ def train(
     data = PreparedData.model_validate(request.data)
     # Before any path is opened; the process belongs to this job alone.
     export_credentials(spec.credentials)
+    if spec.training.deterministic:
+        fix_kernels()
     # On CPU, ranks of one machine share its cores and its memory.
     if request.device == "cpu":
         poll = _with_memory_bound(device.MallocTuning(), poll)
@@ -78,7 +81,7 @@ def train(
         report(PhaseReport("rendezvous", time.monotonic() - started))
         with attempt_copies(peers, request, store, mesh, report) as copies:
             session = TrainingSession(
-                spec,
+                _leaving_out(spec, request.left_out),
                 mesh,
                 data,
                 report=report,
@@ -87,7 +90,23 @@ def train(
                 resume_from=request.resume_from,
                 copies=copies,
             )
-            return session.run(profiles)
+            return session.run(profiles, _recheck(request))
+
+
+def _leaving_out(spec: JobSpec, steps: Sequence[int]) -> JobSpec:
+    """Returns the spec with more steps whose samples are left out."""
+    if not steps:
+        return spec
+    skip_steps = tuple(sorted({*spec.training.skip_steps, *steps}))
+    training = spec.training.model_copy(update={"skip_steps": skip_steps})
+    return spec.model_copy(update={"training": training})
+
+
+def _recheck(request: StartRequest) -> Recheck:
+    order = request.recheck
+    if order is None:
+        return Recheck()
+    return Recheck(True, order.step, order.rank, has_moved=order.has_moved)
 
 
 def run_preflight(

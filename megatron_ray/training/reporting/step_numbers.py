@@ -6,7 +6,7 @@ Owns: the transfer of a step's sums on the device to numbers on the host.
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from math import sqrt
+from math import inf, sqrt
 from typing import Self
 
 import torch
@@ -53,6 +53,10 @@ class StepNumbers:
     """Whether every rank's last copy had arrived at its partner by then."""
     loss_scale: float | None = None
     """Scale of the loss; None where it is not scaled."""
+    broken_rule: int | None = None
+    """Index of the rule that the step breaks."""
+    limit: float = inf
+    """What that rule has compared with."""
     monitored: Mapping[str, float] = field(default_factory=dict)
     """Numbers of the callbacks that were due, by name."""
 
@@ -63,12 +67,22 @@ class StepNumbers:
         sums: Sequence[float],
         num_aux: int,
         loss_scale: float | None = None,
+        verdict: Sequence[float] = (),
     ) -> Self:
-        """Converts sums over the world to means; see StepSums for their order."""
+        """Converts sums over the world to means; see StepSums for their order.
+
+        `verdict` are which rules are broken, and then their limits.
+        """
         loss_sum, num_tokens, squared_norm = sums[:NUM_FIXED]
         votes_start = NUM_FIXED + num_aux
         # A step may have no tokens in the loss, when all its documents are padding.
         divisor = max(num_tokens, 1.0)
+        broken = list(verdict[: len(verdict) // 2])
+        broken_rule = None
+        limit = inf
+        if any(broken):
+            broken_rule = broken.index(1.0)
+            limit = verdict[len(broken) + broken_rule]
         return cls(
             host,
             num_tokens,
@@ -78,6 +92,8 @@ class StepNumbers:
             strongest_voted(sums[votes_start:]),
             all_sent(sums[votes_start:]),
             loss_scale,
+            broken_rule,
+            limit,
         )
 
 
@@ -90,8 +106,10 @@ class _Launched:
     times: PendingTimes
     memory_bytes: int
     read: Callable[[], list[float]]
-    """Waits for the numbers: the sums, a loss scale, and what is monitored."""
+    """Waits for the numbers: the sums, a loss scale, a verdict, callbacks' numbers."""
     has_loss_scale: bool
+    num_verdict: int
+    """Numbers of the verdict."""
     monitored: tuple[str, ...]
     """Names of the last numbers."""
 
@@ -125,14 +143,25 @@ class StepsInFlight:
         values = sums.values
         if sums.loss_scale is not None:
             values = torch.cat([values, sums.loss_scale[None]])
+        num_verdict = 0
+        if sums.verdict is not None:
+            values = torch.cat([values, sums.verdict.broken, sums.verdict.limits])
+            num_verdict = 2 * len(sums.verdict.broken)
         names: tuple[str, ...] = ()
         if monitored is not None:
             names = monitored.names
             values = torch.cat([values, monitored.values])
-        read = start_copy_to_host(values)
-        has_loss_scale = sums.loss_scale is not None
         self._queue.append(
-            _Launched(progress, lr, times, memory_bytes, read, has_loss_scale, names)
+            _Launched(
+                progress,
+                lr,
+                times,
+                memory_bytes,
+                start_copy_to_host(values),
+                sums.loss_scale is not None,
+                num_verdict,
+                names,
+            )
         )
 
     def pop_arrived(self) -> list[StepNumbers]:
@@ -151,6 +180,9 @@ class StepsInFlight:
             end = len(values) - len(launched.monitored)
             monitored = dict(zip(launched.monitored, values[end:], strict=True))
             del values[end:]
+            end = len(values) - launched.num_verdict
+            verdict = values[end:]
+            del values[end:]
             loss_scale = None
             if launched.has_loss_scale:
                 loss_scale = values.pop()
@@ -161,7 +193,9 @@ class StepsInFlight:
                 launched.times.read(),
                 launched.memory_bytes,
             )
-            numbers = StepNumbers.from_sums(host, values, self._num_aux, loss_scale)
+            numbers = StepNumbers.from_sums(
+                host, values, self._num_aux, loss_scale, verdict
+            )
             steps.append(replace(numbers, monitored=monitored))
         return steps
 

@@ -13,8 +13,10 @@ from megatron_ray.distributed.mesh import ParallelMesh
 from megatron_ray.exceptions import ErrorKind, MegatronRayError
 from megatron_ray.planning.flops import flops_per_token
 from megatron_ray.reports import MonitorReport, Report, SkippedStepReport, StepReport
-from megatron_ray.training.progress import SkippedSteps
+from megatron_ray.training.progress import Progress, SkippedSteps
 from megatron_ray.training.reporting.step_numbers import StepNumbers
+from megatron_ray.training.rules.checks import StepChecks
+from megatron_ray.training.rules.errors import RuleStopError
 
 
 class NonFiniteLossError(MegatronRayError):
@@ -71,7 +73,8 @@ def _exceeded_limit(skipped: SkippedSteps, training: TrainingConfig) -> str:
 class StepReporter:
     """Turns the numbers of steps into reports, and counts the skipped ones.
 
-    `skipped` are those of the run before its first step here.
+    `progress` is that of the run before its first step here; `checks` follow the steps
+    that break a rule.
     """
 
     def __init__(
@@ -79,12 +82,14 @@ class StepReporter:
         config: TrainConfig,
         mesh: ParallelMesh,
         report: Callable[[Report], None],
-        skipped: SkippedSteps,
+        progress: Progress,
+        checks: StepChecks,
     ) -> None:
         self._report = report
         self._training = config.training
-        self.skipped = skipped
-        """Counts up to the last step that was reported."""
+        self.checks = checks
+        self._accepted = progress
+        """Progress of the last step that was reported."""
         self._other_losses = tuple(config.model.aux_losses)
         # MFU is tokens per second x FLOPs per token / peak of all devices; only the first
         # factor varies.
@@ -94,21 +99,52 @@ class StepReporter:
             flops = flops_per_token(config.model, config.training.seq_length)
             self._mfu_per_rate = flops / (peak_flops * mesh.world_size)
 
-    def step(self, numbers: StepNumbers) -> None:
-        """Reports one step.
+    @property
+    def skipped(self) -> SkippedSteps:
+        """Counts up to the last step that was reported."""
+        return self._accepted.skipped
 
-        Raises NonFiniteLossError, after the report, when its loss or gradient norm is
-        not finite and no further step may be skipped.
+    def step(self, numbers: StepNumbers) -> None:
+        """Reports one step, unless it is to be computed again.
+
+        Raises, after the report, NonFiniteLossError when its loss or gradient norm is
+        not finite and no further step may be skipped, and the errors of
+        `training.rules.checks` when it breaks a rule.
         """
-        host = numbers.host
+        before = self._accepted
+        rule = self.checks.examine(numbers, before)
         is_finite = isfinite(numbers.loss) and isfinite(numbers.grad_norm)
-        is_left_out = host.progress.step in self._training.skip_steps
+        is_left_out = numbers.host.progress.step in self._training.skip_steps
         is_overflow = not is_left_out and not is_finite and self._lowers_scale(numbers)
-        self.skipped = self.skipped.after_step(
-            is_finite=is_finite, is_left_out=is_left_out, is_overflow=is_overflow
+        skipped = before.skipped.after_step(
+            is_good=is_finite and rule is None,
+            is_left_out=is_left_out,
+            is_overflow=is_overflow,
         )
+        self._accepted = numbers.host.progress.with_skipped(skipped)
+        report = self._step_report(numbers)
+        # Before the step, so that a checkpoint with its report has these too.
+        if numbers.monitored:
+            self._report(MonitorReport(report.step, dict(numbers.monitored)))
+        self._report(report)
+        if is_left_out:
+            self._report_skipped(report, "its samples are left out by training.skip_steps")
+        elif is_overflow:
+            reason = f"its gradients overflow fp16 at a loss scale of {report.loss_scale:g}"
+            self._report_skipped(report, reason)
+        elif rule is not None:
+            self.checks.act(rule, numbers, before)
+            self._skip_by_rule(report, self.checks.describe(numbers))
+        elif not is_finite:
+            if self._is_beyond_limits():
+                raise NonFiniteLossError(report, skipped, self._training)
+            reason = f"its loss is {report.loss} and its gradient norm {report.grad_norm}"
+            self._report_skipped(report, f"{reason}; {self._count()}")
+
+    def _step_report(self, numbers: StepNumbers) -> StepReport:
+        host = numbers.host
         rate = numbers.num_tokens / host.times.total_s
-        report = StepReport(
+        return StepReport(
             step=host.progress.step,
             loss=numbers.loss,
             grad_norm=numbers.grad_norm,
@@ -124,23 +160,18 @@ class StepReporter:
             skipped_steps=self.skipped.total + self.skipped.overflows,
             loss_scale=numbers.loss_scale,
         )
-        # Before the step, so that a checkpoint with its report has these too.
-        if numbers.monitored:
-            self._report(MonitorReport(report.step, dict(numbers.monitored)))
-        self._report(report)
-        if is_left_out:
-            self._report_skipped(report, "its samples are left out by training.skip_steps")
-        elif is_overflow:
-            reason = f"its gradients overflow fp16 at a loss scale of {report.loss_scale:g}"
-            self._report_skipped(report, reason)
-        elif not is_finite:
-            self._check_limits(report)
-            allowed = self._training.max_skipped_steps
-            reason = (
-                f"its loss is {report.loss} and its gradient norm {report.grad_norm}; "
-                f"{self.skipped.total} of at most {allowed} skipped steps"
-            )
-            self._report_skipped(report, reason)
+
+    def _skip_by_rule(self, report: StepReport, reason: str) -> None:
+        """Reports a step that a rule has skipped; raises RuleStopError for one too many."""
+        if self._is_beyond_limits():
+            limit = _exceeded_limit(self.skipped, self._training)
+            # Later steps may have changed the weights meanwhile.
+            raise RuleStopError(f"{reason}{limit}", self._accepted, has_state=False)
+        self._report_skipped(report, f"{reason}; {self._count()}")
+
+    def _count(self) -> str:
+        allowed = self._training.max_skipped_steps
+        return f"{self.skipped.total} of at most {allowed} skipped steps"
 
     def _lowers_scale(self, numbers: StepNumbers) -> bool:
         """Returns whether a lower loss scale may be the cure of a step that is not finite.
@@ -152,14 +183,13 @@ class StepReporter:
             return False
         return isfinite(numbers.loss) and numbers.loss_scale > scaling.min_scale
 
-    def _check_limits(self, report: StepReport) -> None:
-        """Raises NonFiniteLossError when the skipped step is one too many."""
+    def _is_beyond_limits(self) -> bool:
+        """Whether the last skipped step is one too many."""
         training = self._training
-        if (
+        return (
             self.skipped.total > training.max_skipped_steps
             or self.skipped.consecutive > training.max_consecutive_skipped_steps
-        ):
-            raise NonFiniteLossError(report, self.skipped, training)
+        )
 
     def _report_skipped(self, report: StepReport, reason: str) -> None:
         message = f"step {report.step} skipped, weights unchanged: {reason}"

@@ -33,6 +33,11 @@ def bad_nodes(
     if cause.kind is FailureKind.GPU:
         failed = [place for place in places if place.rank == cause.rank]
         return _unique(failed, cause.sentence(), is_listed=True)
+    if cause.kind is FailureKind.RECHECK:
+        rank = cause.facts["rank"]
+        suspect = [place for place in places if place.rank == rank]
+        reason = f"rank {rank} there may have computed step {cause.facts['step']} wrongly"
+        return _unique(suspect, reason, is_listed=False)
     if cause.kind is FailureKind.SILENT:
         # Ray itself will count the node as lost, or it answers again: no entry of a list.
         silent = [place for place in places if place.rank in dead_ranks]
@@ -53,6 +58,12 @@ def slow_nodes(
         reason = f"rank {rank.rank} there was {rank.ratio:.1f} times as slow as its peers"
         nodes += _unique([place], reason, is_listed=True)
     return tuple({node.node_id: node for node in nodes}.values())
+
+
+def faulty_node(node_id: str, address: str, step: int) -> BadNode:
+    """Returns the node on which a step was computed wrongly, each time."""
+    reason = f"step {step}, computed there twice, broke a rule that it keeps elsewhere"
+    return BadNode(node_id, address, reason, is_listed=True)
 
 
 def measured_nodes(blamed: Iterable[BlamedNode]) -> tuple[BadNode, ...]:

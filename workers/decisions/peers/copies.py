@@ -11,6 +11,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from megatron_ray.checkpoint.records.rollbacks import Rollback, is_left_behind
 from megatron_ray.config.train_config import TrainConfig
 
 
@@ -51,16 +52,22 @@ def layout_of(spec: Mapping[str, Any], data: Mapping[str, Any], world_size: int)
 
 
 def choose_copies(
-    kept: Mapping[int, Sequence[CopyFacts]], layout: str, world_size: int, min_step: int
+    kept: Mapping[int, Sequence[CopyFacts]],
+    layout: str,
+    world_size: int,
+    min_step: int,
+    rollbacks: Sequence[Rollback] = (),
 ) -> CopySet | None:
     """Returns the newest set of copies from step `min_step` on that lacks no rank.
 
-    `kept` are the copies in living processes, by slot. None when there is no such set.
+    `kept` are the copies in living processes, by slot; those that a rollback has left
+    behind do not count. None when there is no such set.
     """
     sets: dict[tuple[int, int], dict[int, int]] = {}
     for slot in sorted(kept):
         for copy in kept[slot]:
-            if copy.layout == layout and copy.step >= min_step:
+            is_behind = is_left_behind(rollbacks, copy.attempt, copy.step)
+            if copy.layout == layout and copy.step >= min_step and not is_behind:
                 holders = sets.setdefault((copy.step, copy.attempt), {})
                 holders.setdefault(copy.rank, slot)
     for step, attempt in sorted(sets, reverse=True):

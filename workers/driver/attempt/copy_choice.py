@@ -43,7 +43,8 @@ class CopyChoice:
         kept = self._group.copies(job.fence, _ANSWER_S)
         world_size = ParallelDims.of(JobSpec.from_mapping(spec).parallel).world_size
         layout = layout_of(spec, entry.prepared, world_size)
-        copies = choose_copies(kept, layout, world_size, max(1, entry.last_commit))
+        min_step = max(1, entry.last_commit)
+        copies = choose_copies(kept, layout, world_size, min_step, entry.rollbacks)
         if copies is not None:
             self._relay_reports(copies)
         elif _are_missing(kept, layout, world_size):

@@ -96,6 +96,9 @@ class AttemptListener(Protocol):
     def preflight(self, verdict: Verdict) -> None:
         """The nodes were measured."""
 
+    def persistent_fault(self) -> None:
+        """A step that was computed wrongly before is good on the nodes of this attempt."""
+
     def slow(self, slow: SlowRank, place: RankPlace) -> None:
         """A rank's own work has become slow."""
 

@@ -12,6 +12,7 @@ from typing import Any
 from megatron_ray.storage.errors import StorageError
 from workers.decisions import recovery
 from workers.decisions.faults.drains import Drain
+from workers.decisions.faults.exclusions import faulty_node
 from workers.decisions.goodput import Goodput
 from workers.decisions.placement import RankPlace
 from workers.decisions.preflight.verdict import Verdict
@@ -166,6 +167,15 @@ class JobProgress:
         if verdict.has_passed:
             nodes = {*job.entry.measured_nodes, *map(attrgetter("node_id"), verdict.nodes)}
             job.write(measured_nodes=tuple(sorted(nodes)))
+
+    def persistent_fault(self) -> None:
+        """A step that was computed wrongly before is good on the nodes of this attempt."""
+        recheck = self._job.entry.recheck
+        if recheck is None:
+            return
+        bad = faulty_node(recheck.node_id, recheck.address, recheck.step)
+        avoid_nodes(self._job, [bad])
+        self._job.write(recheck=None)
 
     def slow(self, slow: SlowRank, place: RankPlace) -> None:
         """A rank's own work has become slow."""

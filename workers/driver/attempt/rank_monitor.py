@@ -195,7 +195,16 @@ class RankMonitor:
             error = reply.error or {}
             kind, message = describe_error(error)
             detail = str(error.get("traceback", ""))
-            self._fail(kind, message, rank, detail, error.get("step"))
+            failure = Failure(
+                kind,
+                message,
+                rank,
+                len(self.failures),
+                detail,
+                error.get("step"),
+                error.get("facts", {}),
+            )
+            self.failures.append(failure)
 
     def _handle_death(self, view: RankView, answer: PollResult) -> None:
         death = answer.death or Death(FailureKind.PROCESS_DIED, "its process died")
@@ -215,8 +224,5 @@ class RankMonitor:
         kind: FailureKind,
         message: str,
         rank: int | None,
-        detail: str = "",
-        step: int | None = None,
     ) -> None:
-        order = len(self.failures)
-        self.failures.append(Failure(kind, message, rank, order, detail, step))
+        self.failures.append(Failure(kind, message, rank, len(self.failures)))

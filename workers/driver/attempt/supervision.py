@@ -7,7 +7,7 @@ ended. Must not know: HTTP, torch, how workers are started.
 from collections.abc import Sequence
 
 from megatron_ray.commands import Command
-from megatron_ray.reports import CheckpointFailedReport, PhaseReport, StepReport
+from megatron_ray.reports import CheckpointFailedReport, PhaseReport, RuleReport, StepReport
 from workers.decisions.failures import FailureKind
 from workers.decisions.faults import drains, failing_storage
 from workers.decisions.faults.drains import Drain
@@ -173,6 +173,9 @@ class Supervision:
                     self._listener.stepped(data)
             elif data.get("type") == f"rank.{PhaseReport.kind}":
                 self._listener.phase(data["data"])
+            elif data.get("type") == f"rank.{RuleReport.kind}":
+                if data["data"]["verdict"] == "persistent":
+                    self._listener.persistent_fault()
 
     # ---- examining
 

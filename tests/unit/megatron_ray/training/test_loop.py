@@ -13,6 +13,7 @@ from megatron_ray.training.progress import Progress, SkippedSteps, is_due
 from megatron_ray.training.reporting.step_numbers import StepsInFlight
 from megatron_ray.training.reporting.step_reporter import NonFiniteLossError, StepReporter
 from megatron_ray.training.reporting.step_timer import StepTimes
+from megatron_ray.training.rules.checks import StepChecks
 from tests.support.parity import LLAMA, make_config
 
 TIMES = StepTimes(0.5, {"data": 0.1})
@@ -79,11 +80,13 @@ def test_on_cuda_numbers_are_read_one_step_late(monkeypatch: pytest.MonkeyPatch)
 
 def test_a_step_is_reported_and_what_is_not_finite_is_refused_behind_its_report() -> None:
     reports: list[Report] = []
+    config = make_config(LLAMA, {"dp": 1}, steps=1)
     reporter = StepReporter(
-        make_config(LLAMA, {"dp": 1}, steps=1),
+        config,
         ParallelMesh.single(),
         reports.append,
-        SkippedSteps(),
+        Progress(),
+        StepChecks(config.training, reports.append),
     )
     in_flight = StepsInFlight(CPU, num_aux=0)
     for step, loss_sum in ((1, 20.0), (2, float("nan")), (3, 20.0)):
@@ -118,7 +121,8 @@ def test_the_error_names_the_steps_to_leave_out() -> None:
         config.model_copy(update={"training": training}),
         ParallelMesh.single(),
         reports.append,
-        SkippedSteps(),
+        Progress(),
+        StepChecks(config.training, reports.append),
     )
     in_flight = StepsInFlight(CPU, num_aux=0)
     for step in (1, 2, 3):

@@ -30,6 +30,11 @@ EXPECTED = {
     ErrorKind.DISK_FULL: FailureKind.DISK_FULL,
     ErrorKind.CHECKPOINT: FailureKind.CHECKPOINT,
     ErrorKind.NUMERICS: FailureKind.NAN_LOSS,
+    ErrorKind.RULE: FailureKind.RULE,
+    ErrorKind.ROLLBACK: FailureKind.ROLLBACK,
+    ErrorKind.RECHECK: FailureKind.RECHECK,
+    ErrorKind.HARDWARE: FailureKind.GPU,
+    ErrorKind.REPLICAS: FailureKind.EXCEPTION,
     ErrorKind.MEMORY: FailureKind.OOM,
     ErrorKind.INTERNAL: FailureKind.EXCEPTION,
 }

@@ -6,7 +6,9 @@ from typing import Any, get_args
 
 import pytest
 
+from megatron_ray.checkpoint.records.rollbacks import Rollback
 from workers.decisions.failures import Failure, FailureKind
+from workers.decisions.faults.rollbacks import RollbackPlan
 from workers.decisions.job_phases import (
     TRANSITIONS,
     AttemptStatus,
@@ -249,6 +251,27 @@ def test_a_failure_is_journaled_until_it_is_judged() -> None:
     assert written.failed is None
     assert (written.failures, written.preemptions) == (2, 1)
     assert written.commits_at_failure == (0, 4)
+
+
+def test_a_rollback_is_journaled_with_the_decision_and_kept_on_a_resume() -> None:
+    facts = {"step": 9, "leave_out": 1, "max_step": 7}
+    cause = Failure(FailureKind.ROLLBACK, "the loss of step 9 is 30", rank=0, facts=facts)
+    before = entry(Phase.RUNNING, last_commit=8)
+    failed = after(next_phase(before, AttemptFailed(cause)), before)
+    assert failed.failed is not None
+    assert failed.failed.facts == facts
+    rollback = Rollback(attempt=3, step=9, leave_out=1, max_step=7)
+    decided = RestartDecided(RETRY, RollbackPlan(rollback, 4))
+    written = after(next_phase(failed, decided), failed)
+    assert (written.rollbacks, written.last_commit) == ((rollback,), 4)
+    # A successor that decides once more changes nothing.
+    assert after(next_phase(written, decided), written).rollbacks == (rollback,)
+    ended = entry(Phase.ENDING, rollbacks=written.rollbacks)
+    resumed = after(next_phase(ended, ResumeRequested(1, {}, 8)), ended)
+    assert resumed.rollbacks == (rollback,)
+    refused = RestartDecided(GIVE_UP, RollbackPlan(None, refusal="no checkpoint"))
+    written = after(next_phase(failed, refused), failed)
+    assert (written.rollbacks, written.last_commit) == ((), 8)
 
 
 def test_a_damaged_checkpoint_is_remembered_until_the_user_resumes_the_job() -> None:

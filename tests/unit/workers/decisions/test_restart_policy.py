@@ -25,7 +25,13 @@ def decide(
 
 @pytest.mark.parametrize(
     "kind",
-    [FailureKind.USER, FailureKind.OOM, FailureKind.NAN_LOSS, FailureKind.DISK_FULL],
+    [
+        FailureKind.USER,
+        FailureKind.OOM,
+        FailureKind.NAN_LOSS,
+        FailureKind.RULE,
+        FailureKind.DISK_FULL,
+    ],
 )
 def test_what_would_only_repeat_is_not_tried_again(kind: FailureKind) -> None:
     decision = decide(Failure(kind, "no", rank=3))
@@ -49,6 +55,16 @@ def test_a_bad_node_costs_no_restart() -> None:
     decision = decide(cause, history, 5, RestartConfig(max_failures=0))
     assert decision.retry
     assert decision.reason is StatusReason.BAD_NODES
+    assert decision.history == history
+
+
+@pytest.mark.parametrize("kind", [FailureKind.ROLLBACK, FailureKind.RECHECK])
+def test_a_rule_costs_no_restart(kind: FailureKind) -> None:
+    history = RestartHistory(failures=3, commits_at_failure=(5, 5, 5))
+    cause = Failure(kind, "the loss of step 6 is nan", rank=0)
+    decision = decide(cause, history, 5, RestartConfig(max_failures=0))
+    assert (decision.retry, decision.delay_s) == (True, 0)
+    assert decision.reason is StatusReason.TRAINING_RULE
     assert decision.history == history
 
 

@@ -7,6 +7,14 @@ from workers.driver.relay import to_record
 from workers.rank.spool import Line
 
 
+def test_a_broken_rule_is_a_warning_in_the_history() -> None:
+    data = {"step": 2, "verdict": "stop", "message": "the loss of step 2 is 30"}
+    text = json.dumps({"n": 5, "kind": "training_rule", "attempt": 1, "data": data})
+    event = to_record(Line(5, "training_rule", text.encode())).value()["data"]
+    assert (event["type"], event["level"]) == ("rank.training_rule", "warn")
+    assert event["message"] == data["message"]
+
+
 def test_a_skipped_step_is_a_warning_in_the_history() -> None:
     words = "step 2 skipped, weights unchanged: its gradient norm is nan"
     data = {"step": 2, "loss": 9.5, "grad_norm": math.nan, "message": words}

@@ -51,8 +51,18 @@ def test_a_node_is_silent_when_all_of_its_ranks_are(
     assert not any(node.is_listed for node in bad)
 
 
+def test_the_next_attempt_avoids_the_node_of_a_step_that_it_computes_again() -> None:
+    facts = {"step": 7, "rank": PLACES[1].rank}
+    cause = Failure(FailureKind.RECHECK, "the loss of step 7 is nan", 0, facts=facts)
+    (bad,) = bad_nodes(cause, PLACES, ())
+    assert bad.node_id == PLACES[1].node_id
+    assert bad.reason == f"rank {PLACES[1].rank} there may have computed step 7 wrongly"
+    assert not bad.is_listed, "other jobs may use it until the fault is proven"
+
+
 @pytest.mark.parametrize(
-    "kind", sorted(set(FailureKind) - {FailureKind.GPU, FailureKind.SILENT})
+    "kind",
+    sorted(set(FailureKind) - {FailureKind.GPU, FailureKind.SILENT, FailureKind.RECHECK}),
 )
 def test_no_other_failure_speaks_against_a_node(kind: FailureKind) -> None:
     assert bad_nodes(Failure(kind, "m", 0), PLACES, (0,)) == ()

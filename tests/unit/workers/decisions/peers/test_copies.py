@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_ray.checkpoint.records.rollbacks import Rollback
 from workers.decisions.peers.copies import (
     CopyFacts,
     CopySet,
@@ -42,6 +43,8 @@ def test_the_newest_step_with_all_ranks_is_chosen() -> None:
         4: [facts(2, 20), facts(2, 30), facts(0, 20)],
     }
     assert choose_copies(kept, "l", 3, 1) == CopySet(attempt=1, step=20, holders=(0, 0, 4))
+    behind = Rollback(attempt=1, step=30, leave_out=1, max_step=19)
+    assert choose_copies(kept, "l", 3, 1, [behind]) is None
     whole = {**kept, 5: [facts(1, 30)]}
     assert choose_copies(whole, "l", 3, 1) == CopySet(attempt=1, step=30, holders=(0, 5, 4))
 
