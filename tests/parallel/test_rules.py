@@ -129,12 +129,15 @@ def test_transient_and_persistent_faults_are_distinguished_on_two_ranks() -> Non
 def test_a_flipped_bit_is_found_and_named() -> None:
     fields = {"check_replicas_every_steps": 2, "rules": [SPIKE | {"action": "skip"}]}
     config = configured({"dp": 2}, **fields)
+    # Weights that are still on their way are waited for.
+    overlapped = configured({"dp": 2, "overlap_param_gather": True}, **fields)
     cases = [
         (config, Fault.TRANSIENT),
+        (overlapped, Fault.TRANSIENT),
         (config, Fault.TRANSIENT, None, 2),
     ]
-    for whole, flipped in run_ranks(train_all, 2, cases):
-        assert whole["error"] == ""
+    for whole, same, flipped in run_ranks(train_all, 2, cases):
+        assert whole["error"] == same["error"] == ""
         assert flipped["error"] == (
             "replicas: after step 2 the replicas on ranks 0, 1 have different weights in "
             "head.weight, and which of them is right is not known; the run goes on from "

@@ -59,8 +59,11 @@ class ReplicaCheck:
         if not is_due(self._every_steps, progress):
             return
         for group in self._groups:
-            if group.group is not None:
-                self._compare(group, progress.step)
+            if group.group is None:
+                continue
+            if group.gathers is not None:
+                group.gathers.wait_for_all()
+            self._compare(group, progress.step)
 
     def _compare(self, group: ParameterGroup, step: int) -> None:
         names = []
