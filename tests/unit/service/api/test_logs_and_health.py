@@ -266,6 +266,7 @@ def test_openapi_describes_the_public_routes_only(service: Any) -> None:
         "/checkpoint",
         "/resize",
         "/diagnosis",
+        "/profiles",
         "/events",
         "/metrics",
         "/logs",
