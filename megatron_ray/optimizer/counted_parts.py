@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_ray.distributed import collectives
-from megatron_ray.optimizer.partition import Piece
+from megatron_ray.optimizer.partition import Piece, cut
 from megatron_ray.optimizer.sharded import OptimizerShard, ShardedOptimizer
 
 # fp32 is accurate enough for the norm of this many elements; their squares are summed in
@@ -58,7 +58,7 @@ def counted_parts(optimizer: ShardedOptimizer, tp_rank: int) -> Iterator[Counted
             for part in parameter.parts:
                 overlap = piece.overlap(part)
                 if part.owns_norm and overlap is not None:
-                    yield CountedPart(part.logical.name, shard, piece.cut(*overlap))
+                    yield CountedPart(part.logical.name, shard, cut(piece, *overlap))
 
 
 def counts_shard(shard: OptimizerShard) -> bool:

@@ -7,6 +7,7 @@ Pure; torch-free. Must not know: gradients, arithmetic of the update.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from megatron_ray.config.optimizer import OptimizerConfig
 from megatron_ray.optimizer.update_rule import UpdateRule, UpdateRules
@@ -50,17 +51,6 @@ class Run:
         """Whether its state is that of matrices."""
         return self.rule.of_matrix
 
-    def cut(self, start: int, end: int) -> "Run":
-        """Returns a part of the run."""
-        shift = start - self.start
-        return replace(
-            self,
-            start=start,
-            end=end,
-            shard_start=self.shard_start + shift,
-            state_start=self.state_start + shift,
-        )
-
     def continues(self, other: "Run") -> bool:
         """Whether this run starts at the end of another one with the same rules."""
         return (
@@ -95,17 +85,6 @@ class Piece:
         """The piece's elements in the state of its kind of parameters."""
         return slice(self.state_start, self.state_start + self.end - self.start)
 
-    def cut(self, start: int, end: int) -> "Piece":
-        """Returns a part of the piece."""
-        shift = start - self.start
-        return replace(
-            self,
-            start=start,
-            end=end,
-            shard_start=self.shard_start + shift,
-            state_start=self.state_start + shift,
-        )
-
     def overlap(self, part: Part) -> tuple[int, int] | None:
         """Returns the range of the buffers that this piece shares with a part.
 
@@ -117,6 +96,21 @@ class Piece:
         if start >= end:
             return None
         return start, end
+
+
+_Flat = TypeVar("_Flat", Run, Piece)
+
+
+def cut(flat: _Flat, start: int, end: int) -> _Flat:
+    """Returns a part of a run or of a piece, from `start` to `end` in the buffers."""
+    shift = start - flat.start
+    return replace(
+        flat,
+        start=start,
+        end=end,
+        shard_start=flat.shard_start + shift,
+        state_start=flat.state_start + shift,
+    )
 
 
 def owned_range(bucket: Bucket, dp_rank: int, dp: int, *, sharded: bool) -> tuple[int, int]:

@@ -22,7 +22,14 @@ from megatron_ray.data_parallel.weight_gathers import WeightGathers
 from megatron_ray.distributed import collectives
 from megatron_ray.optimizer.loss_scale import LossScaler
 from megatron_ray.optimizer.matrix_update import LocalMatrix, MatrixUpdate, Segment
-from megatron_ray.optimizer.partition import Piece, Run, flat_runs, owned_range, pieces
+from megatron_ray.optimizer.partition import (
+    Piece,
+    Run,
+    cut,
+    flat_runs,
+    owned_range,
+    pieces,
+)
 from megatron_ray.optimizer.piece_boxes import add_boxes
 from megatron_ray.optimizer.step_rules import StepRules
 from megatron_ray.optimizer.update_calls import (
@@ -182,7 +189,7 @@ class OptimizerShard:
         index = bisect_right(self.runs, start, key=lambda run: run.start) - 1
         while start < end:
             run = self.runs[index]
-            part = run.cut(start, min(end, run.end))
+            part = cut(run, start, min(end, run.end))
             segments.append(Segment(run.rule, self._tensors(part)))
             start = part.end
             index += 1
