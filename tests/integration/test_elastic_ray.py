@@ -2,8 +2,6 @@
 training loop is ten lines.
 """
 
-import shutil
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +11,7 @@ import pytest
 
 from tests.integration.test_driver_ray import Submit, assert_nothing_left, spec
 from tests.support.fake_service import NAMESPACE, FakeService
+from tests.support.local_cluster import local_cluster
 
 pytestmark = pytest.mark.ray
 
@@ -21,19 +20,10 @@ NOTICED_S = 20.0
 
 
 class Nodes:
-    """A head without CPUs, and nodes that are killed."""
+    """Nodes of a cluster that are killed."""
 
-    def __init__(self, folder: str) -> None:
-        from ray.cluster_utils import Cluster
-
-        head = {
-            "num_cpus": 0,
-            "include_dashboard": False,
-            "temp_dir": folder,
-            "object_store_memory": 80 << 20,
-        }
-        self._cluster = Cluster(initialize_head=True, head_node_args=head)
-        self.address: str = self._cluster.address
+    def __init__(self, cluster: Any) -> None:
+        self._cluster = cluster
         self._nodes: dict[str, Any] = {}
 
     def add(self) -> None:
@@ -44,27 +34,14 @@ class Nodes:
         """SIGKILLs the node's Ray, and so the workers on it."""
         self._cluster.remove_node(self._nodes.pop(node_id), allow_graceful=False)
 
-    def close(self) -> None:
-        self._cluster.shutdown()  # type: ignore[no-untyped-call]
-
 
 @pytest.fixture(scope="module")
 def nodes() -> Iterator[Nodes]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        patch.setenv("RAY_AUTH_MODE", "disabled")
-        patch.setenv("RAY_worker_niceness", "0")
-        import ray
+    import ray
 
-        folder = tempfile.mkdtemp(prefix="mr-", dir="/tmp")
-        started = Nodes(folder)
-        try:
-            ray.init(address=started.address, namespace=NAMESPACE, log_to_driver=False)
-            yield started
-        finally:
-            ray.shutdown()
-            started.close()
-            shutil.rmtree(folder, ignore_errors=True)
+    with local_cluster() as cluster:
+        ray.init(address=cluster.address, namespace=NAMESPACE, log_to_driver=False)
+        yield Nodes(cluster)
 
 
 @pytest.fixture

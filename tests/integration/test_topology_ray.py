@@ -5,8 +5,6 @@ ranks that meet over gloo.
 """
 
 import random
-import shutil
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -16,6 +14,7 @@ from typing import Any
 import pytest
 
 from tests.support.fake_service import NAMESPACE
+from tests.support.local_cluster import local_cluster
 from workers.decisions.journal_entry import JournalEntry
 from workers.decisions.placement import (
     PlacementPlan,
@@ -47,29 +46,13 @@ NODES = (
 @pytest.fixture(scope="module")
 def four_nodes() -> Iterator[str]:
     """Address of a cluster of four nodes beside its head; one node has another address."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        patch.setenv("RAY_AUTH_MODE", "disabled")
-        import ray
-        from ray.cluster_utils import Cluster
+    import ray
 
-        folder = tempfile.mkdtemp(prefix="mr-", dir="/tmp")
-        head = {
-            "num_cpus": 0,
-            "include_dashboard": False,
-            "temp_dir": folder,
-            "object_store_memory": 80 << 20,
-        }
-        cluster = Cluster(initialize_head=True, head_node_args=head)
-        try:
-            _add_nodes(cluster)
-            ray.init(address=cluster.address, namespace=NAMESPACE, log_to_driver=False)
-            cluster.wait_for_nodes()
-            yield cluster.address
-        finally:
-            ray.shutdown()
-            cluster.shutdown()  # type: ignore[no-untyped-call]
-            shutil.rmtree(folder, ignore_errors=True)
+    with local_cluster() as cluster:
+        _add_nodes(cluster)
+        ray.init(address=cluster.address, namespace=NAMESPACE, log_to_driver=False)
+        cluster.wait_for_nodes()
+        yield cluster.address
 
 
 def _add_nodes(cluster: Any) -> None:

@@ -30,6 +30,7 @@ from workers.protocol.states import DesiredState, JobState, may_follow
 from workers.protocol.wire import DesiredJob, NodeInfo, ProfileOrder, Record
 from workers.rank.messages import Fence, NextReply, Poll, RankState, StartRequest
 from workers.rank.spool import Line
+from workers.ray.answers import WorkerGroupError
 from workers.ray.deaths import Death
 from workers.ray.worker_group import PollResult
 
@@ -346,6 +347,8 @@ class FakeCluster:
     nodes: tuple[NodeInfo, ...] = (NODE,)
     lost: dict[str, float] = field(default_factory=dict)
     """When nodes died, by id."""
+    dying: set[int] = field(default_factory=set)
+    """Slots whose process still answers, on a node that has died."""
     drains: dict[str, float | None] = field(default_factory=dict)
     """When nodes that are being drained go, by id."""
     homes: tuple[NodeInfo, ...] = ()
@@ -375,12 +378,20 @@ class FakeCluster:
             node for node in self.nodes if node.node_id not in plan.avoid_nodes
         )
 
-    def lose(self, node_id: str) -> None:
-        """A node dies; Ray goes on listing it for a while, and its bundles."""
+    def lose(self, node_id: str, *, survivors: int = 0) -> None:
+        """A node dies; Ray goes on listing it for a while, and its bundles.
+
+        The last `survivors` of its processes end a moment later.
+        """
         self.lost[node_id] = self.clock.now
-        for process in list(self.workers.values()):
+        slots = []
+        for process in self.workers.values():
             if self.node_of(process.bundle).node_id == node_id:
-                del self.workers[process.slot]
+                slots.append(process.slot)
+        killed = len(slots) - survivors
+        for slot in slots[:killed]:
+            del self.workers[slot]
+        self.dying.update(slots[killed:])
 
     def listed_nodes(self) -> tuple[NodeInfo, ...]:
         """The nodes as Ray lists them."""
@@ -585,6 +596,10 @@ class FakeGroup:
     def probe(
         self, slots: Iterable[int], fence: Fence, timeout_s: float, stop: Callable[[], None]
     ) -> list[SlotFacts]:
+        dead = self._cluster.dying.intersection(slots)
+        if dead:
+            self._cluster.dying.clear()
+            raise WorkerGroupError("the node has died", dead, FailureKind.NODE_LOST)
         return [self._facts(slot) for slot in sorted(slots)]
 
     def look_up(

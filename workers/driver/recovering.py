@@ -250,18 +250,20 @@ class Recovery:
         if job.spec.elastic is None:
             return
         # Not only those of ranks that are known to have died: a peer's error may come
-        # before the death of its cause is noticed.
-        gone = {place.node_id for place in job.entry.ranks}
-        draining = gone.intersection(job.ports.drains.deadlines)
+        # before the death of its cause is noticed, and a process may outlive its node's
+        # Ray for a moment.
+        node_ids = {place.node_id for place in job.entry.ranks}
+        kept = set()
         silent = set()
         for place in job.entry.ranks:
             if place.slot in kept_slots:
-                gone.discard(place.node_id)
+                kept.add(place.node_id)
             elif failed.kind is FailureKind.SILENT and place.rank in failed.dead_ranks:
                 silent.add(place.node_id)
         # A frozen node still accepts connections.
-        silent &= gone
-        unreachable = job.ports.unreachable_nodes(sorted(gone - silent))
+        silent -= kept
+        draining = node_ids.intersection(job.ports.drains.deadlines)
+        unreachable = job.ports.unreachable_nodes(sorted(node_ids - silent))
         lost = tuple(sorted({*silent, *unreachable, *draining}))
         if lost != job.entry.lost_nodes:
             job.write(lost_nodes=lost)

@@ -7,6 +7,7 @@ import contextlib
 import socket
 import tempfile
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from workers.decisions.topology.node_rules import ACCELERATOR_PREFIX, domain_lab
 from workers.protocol.wire import NodeInfo
 
 _CONNECT_S = 2.0
+_CONNECT_THREADS = 16
 _COUNTED_APART = ("CPU", "GPU", "memory", "object_store_memory")
 _OF_ONE_NODE = "node:"
 
@@ -62,16 +64,26 @@ def unreachable_nodes(node_ids: Iterable[str]) -> tuple[str, ...]:
 
     Ray itself lists a node as alive for up to a minute after its death.
     """
-    ports = {}
+    addresses = {}
     for node in _ray_nodes():
-        ports[node["NodeID"]] = (node["NodeManagerAddress"], node["NodeManagerPort"])
-    unreachable = []
-    for node_id in node_ids:
-        try:
-            socket.create_connection(ports[node_id], timeout=_CONNECT_S).close()
-        except (KeyError, OSError):
-            unreachable.append(node_id)
-    return tuple(unreachable)
+        addresses[node["NodeID"]] = (node["NodeManagerAddress"], node["NodeManagerPort"])
+    # At the same time, because each one that does not answer takes the whole limit.
+    asked = tuple(node_ids)
+    with ThreadPoolExecutor(max_workers=_CONNECT_THREADS) as pool:
+        accepts = pool.map(_accepts, [addresses.get(node_id) for node_id in asked])
+        answers = zip(asked, accepts, strict=True)
+        return tuple(node_id for node_id, is_accepted in answers if not is_accepted)
+
+
+def _accepts(address: tuple[str, int] | None) -> bool:
+    """Whether a connection can be made; without an address it cannot."""
+    if address is None:
+        return False
+    try:
+        socket.create_connection(address, timeout=_CONNECT_S).close()
+    except OSError:
+        return False
+    return True
 
 
 def own_address() -> str:

@@ -77,7 +77,9 @@ def sizes(control_plane: FakeControlPlane) -> list[int]:
     ]
 
 
-def lose_a_node(cluster: FakeCluster, *, until: int | None = None) -> None:
+def lose_a_node(
+    cluster: FakeCluster, *, until: int | None = None, survivors: int = 0
+) -> None:
     """Node 2 is lost at one step, and back at a later one."""
     is_lost = False
 
@@ -85,7 +87,7 @@ def lose_a_node(cluster: FakeCluster, *, until: int | None = None) -> None:
         nonlocal is_lost
         if process.step == LOST_AT and not is_lost:
             is_lost = True
-            cluster.lose("node-2")
+            cluster.lose("node-2", survivors=survivors)
         if process.step == until:
             cluster.lost.clear()
 
@@ -121,6 +123,17 @@ def test_a_job_that_loses_a_node_goes_on_at_once_with_fewer_replicas(
     assert cluster.clock.now - began < STEPS * cluster.step_s + 2 * NOTICED_S
     assert cluster.workers == {}
     assert not cluster.num_bundles
+
+
+def test_a_process_that_outlives_its_node_for_a_moment_is_not_used_again(
+    control_plane: FakeControlPlane,
+) -> None:
+    cluster = cluster_of()
+    lose_a_node(cluster, survivors=1)
+    run(control_plane, cluster)
+    assert control_plane.state is JobState.SUCCEEDED
+    assert sizes(control_plane) == [8, 6]
+    assert len(control_plane.events("attempt.failed")) == 1
 
 
 def test_a_shrunk_job_grows_back_when_its_node_has_returned(
