@@ -40,6 +40,8 @@ HANGS = 3
 HANG_LIMIT_S = 10.0
 """Time without a report after which an attempt counts as hung."""
 LOST_NODES = 3
+TRIES = 10
+"""Jobs that are started until one has its driver on another node than its ranks."""
 NODE_CPUS = 4
 """CPUs of a node that joins the stack: a job of two ranks fits on it and not on the
 stack's own."""
@@ -286,12 +288,17 @@ def kill_driver(road: Road, job_id: str, file: RankFile) -> Measured:
 def lost_nodes(
     road: Road, spec: dict[str, Any], lose: Callable[[JoinedNode], None], name: str
 ) -> list[Measured]:
-    """One job on joined nodes, each of which is lost in turn.
+    """Jobs on joined nodes, each of which is lost in turn.
 
     The value is the time until the first event of a name; the job then goes on elsewhere.
     """
     record = road.record
     environment = ray_environment(record.ray_token, Path(record.temp_dir))
+    spec = {
+        **spec,
+        "resources": {"cpus_per_rank": NODE_CPUS / 2, "placement_timeout_s": 600},
+        "restart": {"max_failures": 1000, "backoff_s": 0, "standby": False},
+    }
     losses: list[Measured] = []
     with ExitStack() as stack_of_nodes:
 
@@ -305,18 +312,9 @@ def lost_nodes(
             return node
 
         nodes = [join(), join()]
-        job_id = road.client.submit(
-            {
-                **spec,
-                "resources": {"cpus_per_rank": NODE_CPUS / 2, "placement_timeout_s": 600},
-                "restart": {"max_failures": 1000, "backoff_s": 0, "standby": False},
-            }
-        )["id"]
         for _ in range(LOST_NODES):
-            attempt = road.wait(job_id, is_running, 300)["attempt"]
-            road.step(job_id, 20 * attempt)
-            pid = road.pids(job_id)[0]
-            (node,) = [node for node in nodes if node.has(pid)]
+            job_id, node = start_apart(road, nodes, spec)
+            attempt = road.client.show(job_id)["attempt"]
             last_event = history(road, job_id)[-1]["id"]
             lost = time.time()
             lose(node)
@@ -324,12 +322,32 @@ def lost_nodes(
             at = datetime.fromisoformat(event["created_at"]).timestamp()
             losses.append((at - lost, {}))
             road.wait(job_id, partial(is_later, attempt), 300)
+            road.client.cancel(job_id)
+            road.finish(job_id)
             node.kill()
             nodes.remove(node)
             nodes.append(join())
+    return losses
+
+
+def start_apart(
+    road: Road, nodes: list[JoinedNode], spec: dict[str, Any]
+) -> tuple[str, JoinedNode]:
+    """Starts a job whose ranks are on one of the nodes, and its driver is not.
+
+    A driver on the same node would be lost too, which Ray notices after a minute.
+    """
+    for _ in range(TRIES):
+        job_id = road.client.submit(spec)["id"]
+        road.wait(job_id, is_running, 300)
+        road.step(job_id, 20)
+        pid = road.pids(job_id)[0]
+        (node,) = [node for node in nodes if node.has(pid)]
+        if not any(node.has(driver) for driver in drivers(road)):
+            return job_id, node
         road.client.cancel(job_id)
         road.finish(job_id)
-    return losses
+    raise SystemExit(f"{TRIES} drivers were on the node of their ranks")
 
 
 def living_nodes(road: Road) -> set[str]:
