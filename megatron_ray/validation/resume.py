@@ -50,6 +50,9 @@ FREE_ON_RESUME = (
 """Fields, and sections of fields, that change neither the model nor the learning rate nor
 the samples of a run."""
 
+_GUARDED_WITHIN = ("parallel.local_sgd",)
+"""Fields inside of free sections that do change how a model is trained."""
+
 FIXED_ON_RESUME = (
     "model",
     "optimizer.name",
@@ -109,6 +112,7 @@ _EFFECTS = {
     "training.seed": "samples would come in another order, some of them again",
     "training.seq_length": "samples would be others, with text that was trained on already",
     "data": "samples would be others, with text that was trained on already",
+    "parallel.local_sgd": "replica groups would synchronize otherwise",
 }
 """What a change would do, by field or section; other fields need no explanation."""
 
@@ -326,7 +330,8 @@ def _guarded_values(config: TrainConfig) -> dict[str, Any]:
     del sections["model"]
     values = {}
     for field, value in _leaves(sections, ""):
-        if not _is_within(field, FREE_ON_RESUME):
+        is_guarded = _is_within(field, _GUARDED_WITHIN)
+        if is_guarded or not _is_within(field, FREE_ON_RESUME):
             values[field] = value
     values.update(_model_values(config))
     values.update(_data_values(config))
