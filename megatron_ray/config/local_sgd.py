@@ -4,11 +4,11 @@ Owns: what is due after which step, and which parameters are due together. Must 
 ranks, tensors.
 """
 
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
-from megatron_ray.config.base import Config
+from megatron_ray.config.base import Config, read_number
 
 _LAYERS = ("layers", "mtp")
 _BEFORE_LAYERS = ("embedding", "embedding_norm", "position_embedding")
@@ -44,10 +44,10 @@ class LocalSGDConfig(Config):
     sync_every: Period
     """Steps between two synchronizations of the weights. They are synchronized after the
     last step of the run, too."""
-    sync_moments_every: Period | dict[str, Period] | None = None
-    """Steps between averages of the optimizer's moments: one number, or one by name such
-    as `{exp_avg: 96, exp_avg_sq: 192}`, where moments without a number stay as they are
-    in each group. Default: all of them stay."""
+    sync_moments_every: dict[str, Period] = Field(default_factory=dict, max_length=16)
+    """Steps between averages of the optimizer's moments by name, such as
+    `{exp_avg: 96, exp_avg_sq: 192}`. Others stay as they are in each group. Default: all
+    of them stay."""
     outer_optimizer: OuterOptimizerConfig | None = None
     """Optimizer of the synchronization. Each rank needs memory for one more copy of the
     parameters that it updates, and with momentum for two. Default: groups continue from
@@ -64,11 +64,13 @@ class LocalSGDConfig(Config):
             return 0
         return 1 + (self.outer_optimizer.momentum > 0)
 
-    def moment_period(self, name: str) -> int | None:
-        """Returns the steps between averages of a moment; None if it is not averaged."""
-        if isinstance(self.sync_moments_every, dict):
-            return self.sync_moments_every.get(name)
-        return self.sync_moments_every
+    @field_validator("sync_moments_every", mode="before")
+    @classmethod
+    def _read_periods(cls, periods: Any) -> Any:
+        """Reads whole numbers as they are read elsewhere."""
+        if not isinstance(periods, dict):
+            return periods
+        return {name: read_number(every, is_whole=True) for name, every in periods.items()}
 
     def is_due(self, step: int, every: int, fragment: int) -> bool:
         """Returns whether a fragment is due after a step, from 1."""

@@ -22,6 +22,7 @@ from megatron_ray.planning.buffers import (
     PlannedBuffer,
     PlannedMatrices,
     RankBuffers,
+    distinct_buffers,
     is_fully_sharded,
     planned_matrices,
     rank_buffers,
@@ -150,11 +151,18 @@ def mean_sync_bytes(config: TrainConfig, buffers: RankBuffers) -> float:
     return mean
 
 
+def most_mean_sync_bytes(config: TrainConfig) -> float:
+    """Returns the `mean_sync_bytes` of the rank with most of them."""
+    dims = ParallelDims.of(config.parallel).of_group
+    ranks = distinct_buffers(config, dims, plan_pipeline(config))
+    return max(mean_sync_bytes(config, buffers) for buffers in ranks)
+
+
 def _sync_period(local_sgd: LocalSGDConfig, name: str) -> int | None:
     """Returns the steps between means of the weights, or of a moment."""
     if name == _WEIGHTS:
         return local_sgd.sync_every
-    return local_sgd.moment_period(name)
+    return local_sgd.sync_moments_every.get(name)
 
 
 def _synced_elements(

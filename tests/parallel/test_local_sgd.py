@@ -3,6 +3,7 @@ samples by plain arithmetic, in every layout; synchronized in each step, they ar
 parallelism.
 """
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,17 @@ import pytest
 import torch
 
 from megatron_ray.checkpoint.directory import commit, list_checkpoints
+from megatron_ray.checkpoint.load import SavedCheckpoint
+from megatron_ray.config.problem import ConfigError
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.data.preparation.prepare import prepare
+from megatron_ray.data.prepared import PreparedData
+from megatron_ray.sharding.sharded_state import whole_tensor
+from megatron_ray.validation.storage.disk_space import checkpoint_bytes
 from tests.parallel.test_checkpoint_training import config as session_config
+from tests.parallel.test_checkpoint_training import goes_on_here_and_elsewhere
 from tests.parallel.test_checkpoint_training import train as train_session
+from tests.parallel.test_skipped_steps import BAD, run_with_bad_steps, same, skipping
 from tests.support.layout_matrix import EXPERTS
 from tests.support.parity import (
     GPT2,
@@ -139,3 +147,116 @@ def test_every_layout_is_what_one_process_averages(method: str, layout: str) -> 
             reference = split_vanishing(config, reference)[0]
             distance, name = worst_relative_l2(whole(config, own, prefix), reference)
             assert distance < 2e-3, f"{prefix}{name} of group {index}"
+
+
+def test_a_bad_step_of_one_group_is_skipped_by_all() -> None:
+    """So that all groups count the same updates."""
+    config = skipping({"dp": 2, "local_sgd": {"groups": 2, "sync_every": 4}})
+    for result in run_ranks(run_with_bad_steps, 2, config):
+        before, after, later = result["states"][BAD - 1 : BAD + 2]
+        assert same(before, after)
+        assert not same(after, later)
+        assert [report.step for report in result["skipped"]] == [BAD]
+        assert result["saved"][-1].num_updates == 4
+
+
+def in_groups(folder: Path, tp: int = 1, **local_sgd: Any) -> TrainConfig:
+    fields = session_config(folder, tp, 2).model_dump(exclude_unset=True)
+    fields["parallel"]["local_sgd"] = {"groups": 2, "sync_every": 3} | local_sgd
+    return TrainConfig.from_mapping(fields)
+
+
+STREAMING: dict[str, Any] = {
+    "sync_moments_every": {"exp_avg": 5, "exp_avg_sq": 7},
+    "outer_optimizer": {},
+    "fragments": 2,
+}
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> PreparedData:
+    text = "\n".join(
+        f"line {number}: {number * number} is a square" for number in range(400)
+    )
+    (tmp_path / "corpus.txt").write_text(text)
+    settings = session_config(tmp_path, 1, 1)
+    return prepare(settings.data, str(tmp_path / "cache"), seq_length=32)
+
+
+def test_a_run_goes_on_from_between_two_synchronizations(
+    tmp_path: Path, corpus: PreparedData
+) -> None:
+    """Bit for bit as it was, and in another layout of its groups."""
+    here = in_groups(tmp_path, **STREAMING)
+    there = in_groups(tmp_path, tp=2, **STREAMING)
+    _, half = goes_on_here_and_elsewhere(run_ranks, here, there, corpus, rel=2e-5)
+    saved = SavedCheckpoint(half).tensors
+    weights = {name for name in saved if name.startswith("model/")}
+    assert {f"groups/1/{name}" for name in weights} <= saved.keys()
+    assert {
+        name.replace("model/", "local_sgd/momentum/") for name in weights
+    } <= saved.keys()
+    total = sum(math.prod(tensor.shape) * 4 for tensor in saved.values())
+    assert total == checkpoint_bytes(here)
+
+
+def test_a_plain_run_goes_on_with_groups_and_groups_with_more_of_them(
+    tmp_path: Path, corpus: PreparedData
+) -> None:
+    """New groups continue from the first one; the change must be allowed."""
+    plain = session_config(tmp_path, 1, 2)
+    run_ranks(train_session, 2, plain, corpus, 1, None)
+    half = list_checkpoints(str(tmp_path / "tp1"))[0].path
+    commit(half, {}, [])
+    changed = in_groups(tmp_path, **STREAMING)
+    with pytest.raises(ConfigError, match="replica groups would synchronize otherwise"):
+        run_ranks(train_session, 2, changed, corpus, 2, half)
+    fields = changed.model_dump(exclude_unset=True)
+    fields["checkpoint"]["resume_changes"] += ["parallel.local_sgd"]
+    allowed = TrainConfig.from_mapping(fields)
+    steps = run_ranks(train_session, 2, allowed, corpus, 3, half)[0]
+    assert sorted(steps) == [0, 5, 6, 7, 8]
+    newest = list_checkpoints(str(tmp_path / "tp1"))[-1].path
+    assert any(name.startswith("groups/1/") for name in SavedCheckpoint(newest).tensors)
+
+
+def test_weights_are_equal_after_the_last_step(
+    tmp_path: Path, corpus: PreparedData
+) -> None:
+    settings = in_groups(tmp_path)
+    run_ranks(train_session, 2, settings, corpus, 1, None)
+    last = list_checkpoints(str(tmp_path / "tp1"))[-1].path
+    commit(last, {}, [])
+    saved = SavedCheckpoint(last)
+    names = [name for name in saved.tensors if name.startswith("model/")]
+    for name in names:
+        shape = saved.tensors[name].shape
+        one, other = torch.empty(shape), torch.ones(shape)
+        saved.load_into({name: whole_tensor(one), f"groups/1/{name}": whole_tensor(other)})
+        assert torch.equal(one, other), name
+
+
+@pytest.mark.parametrize(
+    ("steps", "every"),
+    [(60, 8), pytest.param(300, 32, marks=pytest.mark.parity)],
+)
+def test_rare_synchronization_costs_less_than_two_percent_of_the_loss(
+    steps: int, every: int
+) -> None:
+    moments = {"exp_avg": 2 * every, "exp_avg_sq": 4 * every}
+    plain = with_groups(LLAMA, {"dp": 2}, steps, ADAM)
+    groups = with_groups(
+        LLAMA,
+        {"dp": 2},
+        steps,
+        ADAM,
+        groups=2,
+        sync_every=every,
+        sync_moments_every=moments,
+    )
+    losses = []
+    for config in (plain, groups):
+        rank = run_ranks(train_rank, 2, config, timeout_s=300)[0]
+        assert rank.losses[-1] < rank.losses[0] - 0.2, "something is learned"
+        losses.append(float(np.mean(rank.losses[-10:])))
+    assert losses[1] < 1.02 * losses[0]

@@ -214,9 +214,7 @@ def train_groups(config: TrainConfig) -> tuple[list[float], list[Group]]:
                 average(groups, "model/", own)
                 if outer is not None:
                     outer.step(groups, own)
-            every = local_sgd.sync_moments_every
-            moments = every if isinstance(every, dict) else {}
-            for moment, period in moments.items():
+            for moment, period in local_sgd.sync_moments_every.items():
                 if is_due(step, period, part, local_sgd.fragments):
                     average(groups, f"optimizer/{moment}/", own)
         for group in groups:

@@ -54,16 +54,26 @@ class _Part:
     """Pieces that are averaged together."""
 
     fragment: int
-    pieces: list[SyncedPiece]
+    pieces: Sequence[Piece]
+    weights: Sequence[Tensor]
+    moments: Mapping[str, Sequence[Tensor]]
+    """By name; not every piece has every moment."""
     outer: OuterUpdate | None
 
-    def moments(self) -> dict[str, list[Tensor]]:
-        """Returns the views of each kind of moment."""
-        views: dict[str, list[Tensor]] = {}
-        for piece in self.pieces:
+    @classmethod
+    def of(
+        cls, config: LocalSGDConfig, fragment: int, pieces: Sequence[SyncedPiece]
+    ) -> "_Part":
+        """Sorts the views of some pieces by what is averaged together."""
+        weights = [piece.weights for piece in pieces]
+        moments: dict[str, list[Tensor]] = {}
+        for piece in pieces:
             for name, flat in piece.moments.items():
-                views.setdefault(name, []).append(flat)
-        return views
+                moments.setdefault(name, []).append(flat)
+        outer = None
+        if config.outer_optimizer is not None:
+            outer = OuterUpdate(config.outer_optimizer, weights)
+        return cls(fragment, [piece.piece for piece in pieces], weights, moments, outer)
 
 
 class GroupSync:
@@ -83,11 +93,7 @@ class GroupSync:
             key = (fragment, parameter.is_shared_embedding)
             by_key.setdefault(key, []).append(piece)
         for key in sorted(by_key):
-            outer = None
-            if plan.config.outer_optimizer is not None:
-                weights = [piece.weights for piece in by_key[key]]
-                outer = OuterUpdate(plan.config.outer_optimizer, weights)
-            self._parts.append(_Part(key[0], by_key[key], outer))
+            self._parts.append(_Part.of(plan.config, key[0], by_key[key]))
 
     @torch.no_grad()
     def begin(self) -> None:
@@ -103,11 +109,11 @@ class GroupSync:
         is_last = step == self._plan.num_steps
         for part in self._parts:
             if is_last or config.is_due(step, config.sync_every, part.fragment):
-                self._average([piece.weights for piece in part.pieces])
+                self._average(part.weights)
                 if part.outer is not None:
                     part.outer.step()
-            for name, views in part.moments().items():
-                every = config.moment_period(name)
+            for name, views in part.moments.items():
+                every = config.sync_moments_every.get(name)
                 if every is not None and config.is_due(step, every, part.fragment):
                     self._average(views)
 
@@ -130,7 +136,7 @@ class GroupSync:
                 continue
             for name, views in part.outer.state().items():
                 for piece, flat in zip(part.pieces, views, strict=True):
-                    add_boxes(state, f"{OUTER}{name}/", piece.piece, flat)
+                    add_boxes(state, f"{OUTER}{name}/", piece, flat)
         return state
 
 

@@ -47,23 +47,17 @@ def group_dp_problems(config: TrainConfig, dp: int) -> list[Problem]:
 def _moment_problems(
     local_sgd: LocalSGDConfig, optimizer: OptimizerConfig
 ) -> list[Problem]:
-    every = local_sgd.sync_moments_every
-    if every is None:
-        return []
     pointer = f"{_POINTER}/sync_moments_every"
     of_matrices = state_names(optimizer, of_matrix=True)
     names = dict.fromkeys((*state_names(optimizer, of_matrix=False), *of_matrices))
-    if not names:
-        detail = f"optimizer.name={optimizer.name} keeps no moments with momentum=0; leave it out"
-        return [Problem(pointer, "no_moments", detail)]
+    remedy = "leave it out"
+    if names:
+        remedy = f"it has {', '.join(names)}"
     problems = []
-    if isinstance(every, dict):
-        for name in every:
-            if name not in names:
-                detail = (
-                    f"{optimizer.name} has no moment {name!r}; it has {', '.join(names)}"
-                )
-                problems.append(Problem(f"{pointer}/{name}", "no_moments", detail))
+    for name in local_sgd.sync_moments_every:
+        if name not in names:
+            detail = f"{optimizer.name} has no moment {name!r}; {remedy}"
+            problems.append(Problem(f"{pointer}/{name}", "no_moments", detail))
     return problems
 
 
