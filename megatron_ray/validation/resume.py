@@ -90,6 +90,7 @@ _TRAINING_FIELDS_OF_MOE = tuple(
 _DECAY_END = "schedule.decay_steps"
 _STEPS = "training.steps"
 _RAMPUP = "training.rampup_batch_size"
+_MOMENTS = "parallel.local_sgd.sync_moments_every"
 _OF_DATA = ("model.vocab_size", _DECAY_END, _STEPS)
 _OF_DECAY = (
     "schedule.min_lr",
@@ -347,13 +348,21 @@ def _guarded_values(config: TrainConfig) -> dict[str, Any]:
         values[_DECAY_END] = config.training.known_steps
     if _counts_shares(config):
         values[_STEPS] = config.training.known_steps
-    # One field for users, who set it as a whole.
-    rampup = config.training.rampup_batch_size
-    for field in [field for field in values if _is_within(field, (_RAMPUP,))]:
+    # One field each for users, who set it as a whole.
+    for field in [field for field in values if _is_within(field, (_RAMPUP, _MOMENTS))]:
         del values[field]
-    values[_RAMPUP] = "no ramp-up"
+    return values | _whole_values(config)
+
+
+def _whole_values(config: TrainConfig) -> dict[str, Any]:
+    """Returns sections that count as one value each."""
+    values: dict[str, Any] = {_RAMPUP: "no ramp-up"}
+    rampup = config.training.rampup_batch_size
     if rampup is not None:
         values[_RAMPUP] = ", ".join(f"{name}={size}" for name, size in rampup)
+    local_sgd = config.parallel.local_sgd
+    if local_sgd is not None:
+        values[_MOMENTS] = local_sgd.sync_moments_every
     return values
 
 

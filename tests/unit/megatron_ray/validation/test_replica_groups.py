@@ -170,6 +170,14 @@ def test_periods_change_on_a_resume_only_where_it_is_said() -> None:
         "16, but it was 8, and replica groups would synchronize otherwise; set it back, or "
         "add parallel.local_sgd.sync_every to checkpoint.resume_changes to go on with it"
     )
+    moments = config(**in_groups(sync_moments_every={"exp_avg": 16}))
+    (problem,) = compare(moments, saved, "it was").problems
+    assert problem.pointer == "/parallel/local_sgd/sync_moments_every"
+    assert problem.detail.startswith("{'exp_avg': 16}, but it was {}, and replica groups")
+    named = {"resume_changes": ["parallel.local_sgd.sync_moments_every"]}
+    allowed = moments.model_copy(update={"checkpoint": config(checkpoint=named).checkpoint})
+    assert check.find_problems(allowed) == []
+    assert compare(allowed, saved, "it was").problems == ()
     allowed = config(
         **in_groups(sync_every=16), checkpoint={"resume_changes": ["parallel.local_sgd"]}
     )
