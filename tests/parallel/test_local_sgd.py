@@ -111,10 +111,15 @@ def test_synchronized_in_each_step_sgd_is_plain_data_parallelism(layout: str) ->
     assert worst_relative_l2(weights(config, groups), reference)[0] < 1e-6
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_two_ranks_are_what_one_process_averages(method: str) -> None:
+@pytest.mark.parametrize(
+    ("method", "precision"),
+    [*((name, "fp32") for name in METHODS), ("streaming", "bf16")],
+)
+def test_two_ranks_are_what_one_process_averages(method: str, precision: str) -> None:
     """To the bit: the sum of two numbers does not depend on their order."""
-    config = with_groups(LLAMA, {"dp": 2}, STEPS, ADAM, groups=2, **METHODS[method])
+    config = with_groups(
+        LLAMA, {"dp": 2}, STEPS, ADAM, precision, groups=2, **METHODS[method]
+    )
     losses, groups = train_groups(config)
     ranks = run(config, 2)
     for rank in ranks:

@@ -34,10 +34,12 @@ def with_groups(
     parallel: dict[str, Any],
     steps: int,
     optimizer: dict[str, Any] | None = None,
+    precision: str = "fp32",
     **local_sgd: Any,
 ) -> TrainConfig:
     """The usual config of parity tests, with `local_sgd` if anything is given for it."""
-    fields = make_config(model, parallel, steps=steps).model_dump(exclude_unset=True)
+    plain = make_config(model, parallel, steps=steps, precision=precision)
+    fields = plain.model_dump(exclude_unset=True)
     if local_sgd:
         fields["parallel"]["local_sgd"] = local_sgd
     if optimizer is not None:
