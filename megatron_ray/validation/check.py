@@ -169,10 +169,14 @@ def _grid_problems(config: TrainConfig, dp: int) -> list[Problem]:
     # The experts of each replica group are spread over its own ranks.
     multiple = expert_dp_multiple(config) * parallel.replica_groups
     if dp % multiple:
+        product = "tp x cp x dp"
+        numbers = f"{parallel.tp} x {parallel.cp} x {dp}"
+        if parallel.replica_groups > 1:
+            product += " / groups"
+            numbers += f" / {parallel.replica_groups}"
         detail = (
-            f"etp x ep = {parallel.expert_tp} x {parallel.ep} must divide tp x cp x dp = "
-            f"{parallel.tp} x {parallel.cp} x {dp}; use a dp that is a multiple of {multiple}, "
-            "or lower ep or etp"
+            f"etp x ep = {parallel.expert_tp} x {parallel.ep} must divide {product} = "
+            f"{numbers}; use a dp that is a multiple of {multiple}, or lower ep or etp"
         )
         return [Problem("/parallel/ep", "expert_grid", detail)]
     if not _replicas_divide(parallel, dp):

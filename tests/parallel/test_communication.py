@@ -348,11 +348,11 @@ GROUPS: dict[str, Any] = {
     "groups": 4,
     "sync_every": 6,
     "sync_moments_every": {"exp_avg": 2, "exp_avg_sq": 5},
-    "fragments": 3,
+    "fragments": 2,
 }
 
 
-@pytest.mark.parametrize("number", [1, 2, 4, 5, 6, 8])
+@pytest.mark.parametrize("number", [1, 2, 3, 5, 6, 8])
 @pytest.mark.parametrize(
     ("shape", "parallel"),
     [
@@ -405,7 +405,7 @@ def test_groups_of_replicas_send_at_most_a_sixteenth_of_plain_data_parallelism()
     # An all-reduce is a reduce-scatter and an all-gather of as many bytes.
     reduced = tally.bytes["dp", "reduce_scatter"]
     assert of_groups / 128 <= reduced / 16
-    assert 128 * reduced / of_groups == pytest.approx(18.3, abs=0.1), "1/32 + 1/64 + 1/128"
+    assert 128 * reduced / of_groups == pytest.approx(18.3, abs=0.5), "1/32 + 1/64 + 1/128"
 
 
 def assert_planned(config: TrainConfig, rank: int, number: int | None = None) -> None:

@@ -15,6 +15,7 @@ BASE: dict[str, Any] = {
         "num_layers": 2,
         "hidden_size": 64,
         "num_attention_heads": 4,
+        "ffn_hidden_size": 128,
         "vocab_size": 256,
         "max_sequence_length": 64,
     },
@@ -58,8 +59,8 @@ OR_NONE = ", or leave parallel.local_sgd out"
         (
             {"parallel": {"dp": 4, "ep": 4}, "model": {"moe": MOE}},
             "/parallel/ep",
-            "etp x ep = 1 x 4 must divide tp x cp x dp = 1 x 1 x 4; use a dp that is a "
-            "multiple of 8, or lower ep or etp",
+            "etp x ep = 1 x 4 must divide tp x cp x dp / groups = 1 x 1 x 4 / 2; use a dp "
+            "that is a multiple of 8, or lower ep or etp",
         ),
         (
             in_groups(fragments=3),
