@@ -6,7 +6,7 @@ torch, nodes.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 
@@ -127,10 +127,14 @@ class ParallelDims:
     """Context parallelism as a hierarchy, innermost first; one level when not given."""
     zero_replicas: int = 1
     """Copies of state that is sharded over dp x cp."""
+    replica_groups: int = 1
+    """Groups of neighbouring replicas that take steps by themselves; dp counts the replicas
+    of all of them."""
 
     def __post_init__(self) -> None:
         self._check_axes()
-        self._check_expert_grid()
+        # The experts of each group are spread over its own ranks.
+        self.of_group._check_expert_grid()
 
     def _check_axes(self) -> None:
         if sorted(self.order) != sorted(ORDER):
@@ -145,6 +149,10 @@ class ParallelDims:
             raise ValueError(
                 f"hierarchical sizes {list(self.cp_sizes)} multiply to "
                 f"{prod(self.cp_sizes)}, not to cp={self.cp}"
+            )
+        if self.replica_groups < 1 or self.dp % self.replica_groups:
+            raise ValueError(
+                f"replica_groups={self.replica_groups} must divide dp={self.dp}"
             )
         if self.size("dp", "cp") % self.zero_replicas:
             raise ValueError(
@@ -223,6 +231,7 @@ class ParallelDims:
             order=tuple(parallel.order.split("-")),
             cp_sizes=parallel.hierarchical_cp_sizes,
             zero_replicas=parallel.zero_replicas,
+            replica_groups=parallel.replica_groups,
         )
 
     @property
@@ -288,6 +297,34 @@ class ParallelDims:
         Each rank is in exactly one of them.
         """
         return self.dense.groups(axes)
+
+    @cached_property
+    def of_group(self) -> "ParallelDims":
+        """The grid of one replica group by itself; this one if there is a single group."""
+        if self.replica_groups == 1:
+            return self
+        return replace(self, dp=self.dp // self.replica_groups, replica_groups=1)
+
+    def replica_group_index(self, rank: int) -> int:
+        """Returns which replica group a rank is in."""
+        return self.coordinates(rank)["dp"] // self.of_group.dp
+
+    def rank_in_group(self, rank: int) -> int:
+        """Returns a rank's number in the grid of its replica group."""
+        coordinates = self.coordinates(rank)
+        coordinates["dp"] %= self.of_group.dp
+        return self.of_group.rank_at(**coordinates)
+
+    def rank_of(self, group_index: int, rank_in_group: int) -> int:
+        """Inverts `replica_group_index` and `rank_in_group`."""
+        coordinates = self.of_group.coordinates(rank_in_group)
+        coordinates["dp"] += group_index * self.of_group.dp
+        return self.rank_at(**coordinates)
+
+    def sync_group_of(self, rank: int) -> tuple[int, ...]:
+        """Returns the ranks in the same place of every replica group, in their order."""
+        place = self.rank_in_group(rank)
+        return tuple([self.rank_of(index, place) for index in range(self.replica_groups)])
 
     def embedding_group_of(self, rank: int) -> tuple[int, ...]:
         """Returns the first and last rank of a rank's pipeline, which tie embeddings.

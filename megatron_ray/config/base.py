@@ -40,13 +40,13 @@ class Config(BaseModel):
             raise PydanticCustomError("bool_type", "Input should be true or false")
         if not kinds & {int, float} or kinds & {str, bool}:
             return value
-        return _number(value, is_whole=int in kinds)
+        return read_number(value, is_whole=int in kinds)
 
 
-def _number(value: Any, *, is_whole: bool) -> Any:
+def read_number(value: Any, *, is_whole: bool) -> Any:
     """Returns the number that a value stands for, or else the value itself."""
     if isinstance(value, list):
-        return [_number(item, is_whole=is_whole) for item in value]
+        return [read_number(item, is_whole=is_whole) for item in value]
     if isinstance(value, str) and is_whole:
         number = whole_number(value)
         # Other texts are left to the field, which may allow some.

@@ -48,10 +48,10 @@ class CheckpointConfig(Config):
     """Fields, such as `training.steps` or `optimizer.lr`, in which the job may differ from
     the checkpoint that it resumes from; a section such as `schedule` stands for all its
     fields. Any other change of the model, of the learning rate or of the samples is
-    refused. How the run is executed may always change: `parallel`, `callbacks`,
-    `checkpoint`, `storage`, `data.cache`, and of `training` micro_batch_size, recompute,
-    compile, deterministic, eval_every_steps, eval_samples, skip_steps,
-    max_skipped_steps, max_consecutive_skipped_steps, rules, max_rollbacks,
+    refused. How the run is executed may always change: `parallel` except local_sgd,
+    `callbacks`, `checkpoint`, `storage`, `data.cache`, and of `training`
+    micro_batch_size, recompute, compile, deterministic, eval_every_steps, eval_samples,
+    skip_steps, max_skipped_steps, max_consecutive_skipped_steps, rules, max_rollbacks,
     check_replicas_every_steps, loss_scale, grad_reduce_in_fp32, max_duration_s,
     exit_every_steps and profile. Default: nothing else may change."""
 

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from megatron_ray.config.base import Config
+from megatron_ray.config.local_sgd import LocalSGDConfig
 
 
 class ParallelismConfig(Config):
@@ -68,6 +69,10 @@ class ParallelismConfig(Config):
     overlap_param_gather: bool = False
     """With zero=1: gathers updated weights during the next forward pass, where each layer
     waits for its own, instead of all of them before it. No number changes."""
+    local_sgd: LocalSGDConfig | None = None
+    """Splits the replicas into groups that synchronize every few steps (local SGD, DiLoCo,
+    DES-LOC), for slow links between them. Default: all replicas take each step
+    together."""
     order: str = "tp-cp-ep-dp-pp"
     """Order of the axes in the rank numbering: the first axis has neighbouring ranks,
     the last has those farthest apart. Default: Megatron's."""
@@ -80,3 +85,17 @@ class ParallelismConfig(Config):
     def expert_tp(self) -> int:
         """Tensor parallel size inside an expert, resolved."""
         return self.etp or self.tp
+
+    @property
+    def replica_groups(self) -> int:
+        """Number of groups of replicas that take steps by themselves."""
+        if self.local_sgd is None:
+            return 1
+        return self.local_sgd.groups
+
+    @property
+    def outer_copies(self) -> int:
+        """Copies of the parameters that an outer optimizer keeps."""
+        if self.local_sgd is None:
+            return 0
+        return self.local_sgd.outer_copies

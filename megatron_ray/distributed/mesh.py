@@ -6,7 +6,7 @@ The mesh is always passed as an argument, because a wrong global group would sil
 produce wrong numbers.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from datetime import timedelta
 from typing import Any
@@ -47,11 +47,17 @@ class ParallelMesh:
     """The process groups of one rank, and its index in them. A group of one is None."""
 
     dims: ParallelDims
+    """Degrees of the whole world. Where it has several replica groups, all groups below
+    but the world's and sync_group are within this rank's."""
     rank: int
     device: torch.device
     device_kind: DeviceKind
     """Decides which kernels run; by default the kind of the device."""
     world_group: Group
+    step_group: Group
+    """Ranks that take a step together: the world, or one of its replica groups."""
+    sync_group: Group
+    """Ranks with the same parameters in other replica groups."""
     tp_group: Group
     dp_group: Group
     """Ranks with other samples of the batch."""
@@ -102,29 +108,13 @@ class ParallelMesh:
         factory = _GroupFactory(timeout, nccl or {}, torch_device)
         # Every rank creates its groups in this order, because creation is collective among
         # the members.
-        cp_levels = []
-        for level in dims.context_levels_of(rank):
-            cp_levels.append(factory.get(level, "cp level"))
-        shard_ranks, copy_ranks = dims.shard_levels_of(rank)
-        shard_group = factory.get(shard_ranks, "shard level")
-        copy_group = factory.get(copy_ranks, "shard level")
-        groups = {
-            "world_group": dist.group.WORLD if world.world_size > 1 else None,
-            "tp_group": factory.get(dims.group_of(rank, ("tp",)), "tp"),
-            "dp_group": factory.get(dims.group_of(rank, ("dp",)), "dp"),
-            "cp_group": factory.get(dims.group_of(rank, ("cp",)), "cp"),
-            "replica_group": factory.get(dims.group_of(rank, ("dp", "cp")), "replica"),
-            "shard_group": shard_group,
-            "copy_group": copy_group,
-            "pp_group": factory.get(dims.group_of(rank, ("pp",)), "pp"),
-            "embedding_group": factory.get(dims.embedding_group_of(rank), "embedding"),
-            "token_group": factory.get(dims.group_of(rank, ("tp", "cp")), "token"),
-            "ep_group": factory.get(dims.experts.group_of(rank, ("ep",)), "ep"),
-            "etp_group": factory.get(dims.experts.group_of(rank, ("etp",)), "etp"),
-            "expert_replica_group": factory.get(
-                dims.experts.group_of(rank, ("edp",)), "edp"
-            ),
-        }
+        groups, cp_levels = _groups_within(dims, rank, factory)
+        groups["sync_group"] = factory.get(dims.sync_group_of(rank), "sync")
+        groups["world_group"] = None
+        if world.world_size > 1:
+            groups["world_group"] = dist.group.WORLD
+        if dims.replica_groups == 1:
+            groups["step_group"] = groups["world_group"]
         name_groups(_axis_names(groups, cp_levels))
         # Each group once, as axes may share a group, in the same order on all ranks.
         for group in dict.fromkeys((*groups.values(), *cp_levels)):
@@ -164,13 +154,48 @@ class ParallelMesh:
 
     @property
     def dp_rank(self) -> int:
-        """Index along dp."""
-        return collectives.rank(self.dp_group)
+        """Index along dp, over all replica groups."""
+        return self.dims.coordinates(self.rank)["dp"]
 
     @property
     def cp_rank(self) -> int:
         """Index along cp."""
         return collectives.rank(self.cp_group)
+
+
+def _groups_within(
+    dims: ParallelDims, rank: int, factory: "_GroupFactory"
+) -> tuple[dict[str, Group], list[Group]]:
+    """Makes the groups within a rank's replica group, and the levels of its cp group."""
+    grid = dims.of_group
+    place = dims.rank_in_group(rank)
+    index = dims.replica_group_index(rank)
+
+    def make(places: Iterable[int], name: str) -> Group:
+        return factory.get(tuple([dims.rank_of(index, each) for each in places]), name)
+
+    cp_levels = []
+    for level in grid.context_levels_of(place):
+        cp_levels.append(make(level, "cp level"))
+    shard_places, copy_places = grid.shard_levels_of(place)
+    groups = {
+        "shard_group": make(shard_places, "shard level"),
+        "copy_group": make(copy_places, "shard level"),
+        "tp_group": make(grid.group_of(place, ("tp",)), "tp"),
+        "dp_group": make(grid.group_of(place, ("dp",)), "dp"),
+        "cp_group": make(grid.group_of(place, ("cp",)), "cp"),
+        "replica_group": make(grid.group_of(place, ("dp", "cp")), "replica"),
+        "pp_group": make(grid.group_of(place, ("pp",)), "pp"),
+        "embedding_group": make(grid.embedding_group_of(place), "embedding"),
+        "token_group": make(grid.group_of(place, ("tp", "cp")), "token"),
+        "ep_group": make(grid.experts.group_of(place, ("ep",)), "ep"),
+        "etp_group": make(grid.experts.group_of(place, ("etp",)), "etp"),
+        "expert_replica_group": make(grid.experts.group_of(place, ("edp",)), "edp"),
+    }
+    # One group makes up the world, which has its process group already.
+    if dims.replica_groups > 1:
+        groups["step_group"] = make(range(grid.world_size), "step")
+    return groups, cp_levels
 
 
 def _axis_names(
@@ -197,6 +222,8 @@ _AXES = {
     "replica": "dp",
     "shard level": "dp",
     "edp": "dp",
+    "step": "dp",
+    "sync": "dp",
     "ep": "ep",
     "etp": "ep",
 }

@@ -36,16 +36,18 @@ def scale_and_clip(
 ) -> None:
     """Multiplies this rank's gradients by 1/global_tokens and by the clipping factor.
 
-    Gradients of a scaled loss are unscaled by the same product.
+    Gradients of a scaled loss are unscaled by the same product. Each replica group has its
+    own tokens and its own norm.
 
     The clipping factor is Megatron's min(1, limit / (norm + 1e-6)); a limit of 0 clips
     nothing.
     """
     # Computed on the device, so that the host never waits for the norm.
-    factor = 1.0 / sums.num_tokens.clamp(min=1.0)
+    of_group = sums.of_group
+    factor = 1.0 / of_group.num_tokens.clamp(min=1.0)
     if clip_grad_norm > 0:
         # The norm of the sums, divided by the tokens, is the norm of the means.
-        norm = sums.squared_norm.sqrt() * factor
+        norm = of_group.squared_norm.sqrt() * factor
         factor = factor * (clip_grad_norm / (norm + 1e-6)).clamp(max=1.0)
     if sums.grad_factor is not None:
         factor = factor / sums.grad_factor
@@ -61,7 +63,7 @@ def scale_and_clip(
 def squared_grad_norm(optimizer: ShardedOptimizer, mesh: ParallelMesh) -> Tensor:
     """Returns this rank's share of the squared gradient norm, fp64.
 
-    The sum of all shares over the world counts each logical element once. Gradients of a
+    The sum of all shares over a replica group counts each logical element once. Gradients of a
     scaled loss count unscaled.
     """
     total = torch.zeros((), dtype=torch.float64, device=mesh.device)

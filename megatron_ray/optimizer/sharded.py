@@ -10,6 +10,7 @@ a separate fp32 shard.
 
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from math import prod
 
 import torch
@@ -31,6 +32,7 @@ from megatron_ray.optimizer.partition import (
     pieces,
 )
 from megatron_ray.optimizer.piece_boxes import add_boxes
+from megatron_ray.optimizer.replica_groups.sync import GroupSync, SyncedPiece, SyncPlan
 from megatron_ray.optimizer.step_rules import StepRules
 from megatron_ray.optimizer.update_calls import (
     RunTensors,
@@ -291,6 +293,11 @@ class OptimizerShard:
             end = piece.end - placed.start
             self._main_shard[piece.shard_range].copy_(flat[start:end])
 
+    def synced_pieces(self) -> Iterator[SyncedPiece]:
+        """Yields what replica groups average: views of main parameters and state."""
+        for piece in self.pieces:
+            yield SyncedPiece(piece, self.main(piece), self.state_of(piece))
+
     def sharded_state(self) -> ShardedState:
         """Returns live views of the optimizer state that this rank owns.
 
@@ -324,7 +331,8 @@ class ShardedOptimizer:
     """The optimizer of this rank, with one shard per parameter group.
 
     Dense parameters and experts have replicas on different ranks, hence two groups.
-    `loss_scaler` is None where the losses are not scaled, `rules` where a run has none.
+    `loss_scaler` is None where the losses are not scaled, `rules` where a run has none,
+    `sync` where there is a single replica group.
     """
 
     def __init__(
@@ -335,12 +343,17 @@ class ShardedOptimizer:
         sharded: bool,
         loss_scaler: LossScaler | None = None,
         rules: StepRules | None = None,
+        sync: SyncPlan | None = None,
     ) -> None:
         self.loss_scaler = loss_scaler
         self.rules = rules
         self.shards = tuple(
             OptimizerShard(config, group, sharded=sharded) for group in groups
         )
+        self.group_sync: GroupSync | None = None
+        if sync is not None:
+            parts = [shard.synced_pieces() for shard in self.shards]
+            self.group_sync = GroupSync(sync, tuple(chain.from_iterable(parts)))
 
     def gradients(self) -> Iterator[tuple[Piece, Tensor]]:
         """Yields every piece that this rank updates and its flat main gradient.
@@ -357,13 +370,18 @@ class ShardedOptimizer:
             shard.copy_gradients()
 
     @torch.no_grad()
-    def step(self, lr: float, skip: Tensor | None = None) -> None:
+    def step(
+        self, lr: float, skip: Tensor | None = None, number: int | None = None
+    ) -> None:
         """Updates with the current gradients, then publishes the new weights.
 
-        Where the scalar `skip` is 1, weights and moments stay as they are.
+        Where the scalar `skip` is 1, weights and moments stay as they are. Replica groups
+        synchronize what is due after the step with this `number`, from 1, if any.
         """
         for shard in self.shards:
             shard.step(lr, skip)
+        if self.group_sync is not None and number is not None:
+            self.group_sync.after_update(number)
         self.publish()
 
     def set_steps_taken(self, steps: int) -> None:
@@ -393,6 +411,11 @@ class ShardedOptimizer:
         for shard in self.shards:
             shard.wait_for_weights()
 
+    def begin(self) -> None:
+        """Begins a run with the current weights, which replica groups have in common."""
+        if self.group_sync is not None:
+            self.group_sync.begin()
+
     def initialise(self, name: str, value: Tensor) -> None:
         """Sets one parameter in the model and in this rank's main parameters.
 
@@ -405,9 +428,12 @@ class ShardedOptimizer:
     def sharded_state(self) -> ShardedState:
         """Returns live views of this rank's state; see OptimizerShard.sharded_state.
 
-        A dynamic loss scale and the baselines of rules are part of it.
+        A dynamic loss scale, the baselines of rules and the state of an outer optimizer are
+        part of it.
         """
         state: ShardedState = {}
+        if self.group_sync is not None:
+            state |= self.group_sync.sharded_state()
         if self.rules is not None:
             state |= self.rules.sharded_state()
         if self.loss_scaler is not None:

@@ -3,7 +3,7 @@
 Owns: the order of numbers in the vector that all ranks sum.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 import torch
@@ -54,6 +54,15 @@ class StepSums:
     """Factor of the gradients by that scale."""
     verdict: Verdict | None = None
     """That of the run's rules; None without rules, and for a step that is left out."""
+    group_values: Tensor | None = None
+    """The same numbers of this rank's replica group only; None where there is one group."""
+
+    @property
+    def of_group(self) -> "StepSums":
+        """The sums over the ranks whose gradients are reduced together."""
+        if self.group_values is None:
+            return self
+        return replace(self, values=self.group_values, group_values=None)
 
     @property
     def skip(self) -> Tensor | None:

@@ -217,7 +217,11 @@ def build_model(
     sequence_parallel = parallel.sequence_parallel
     layers = ParallelLayerFactory(
         config,
-        ShardPosition.of_rank(mesh.dims, mesh.rank, sequence_parallel=sequence_parallel),
+        ShardPosition.of_rank(
+            mesh.dims.of_group,
+            mesh.dims.rank_in_group(mesh.rank),
+            sequence_parallel=sequence_parallel,
+        ),
         TensorParallel.of_group(mesh.tp_group, sequence_parallel=sequence_parallel),
         ExpertParallelGroups(
             mesh.ep_group, mesh.etp_group, mesh.token_group, parallel.dispatcher
@@ -257,8 +261,8 @@ def _parameter_table(
 ) -> tuple[LocalParameter, ...]:
     return local_parameters(
         config.model,
-        mesh.dims,
-        mesh.rank,
+        mesh.dims.of_group,
+        mesh.dims.rank_in_group(mesh.rank),
         sequence_parallel=config.parallel.sequence_parallel,
         stages=stages,
     )

@@ -13,6 +13,7 @@ from functools import cached_property
 
 from megatron_ray.config.optimizer import OptimizerConfig
 from megatron_ray.config.optimizer_kinds import state_bytes, updates_matrices
+from megatron_ray.config.parallelism import ParallelismConfig
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.parallel_dims import ParallelDims
 from megatron_ray.pipeline_parallel.schedules.plan import PipelinePlan
@@ -57,6 +58,14 @@ class PlannedBuffer:
                 share = self.replica_rank
             num_bytes += (of_matrix - each) * self.matrix_elements[share]
         return num_bytes
+
+    def outer_bytes(self, parallel: ParallelismConfig) -> int:
+        """Returns the bytes of the state of an outer optimizer on this rank, in fp32."""
+        elements = 0
+        for bucket in self.plan.buckets:
+            for placed in bucket.placed:
+                elements += self.owned(placed.start, placed.end)
+        return elements * parallel.outer_copies * 4
 
     @cached_property
     def matrix_elements(self) -> list[int]:

@@ -10,9 +10,11 @@ in `layer_communication`. Pure. Must not know: torch, bandwidths, how a collecti
 carried out.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from megatron_ray.commands import NUM_VOTES
+from megatron_ray.config.local_sgd import LocalSGDConfig
+from megatron_ray.config.optimizer_kinds import state_names
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.parallel_dims import ParallelDims
 from megatron_ray.pipeline_parallel.schedules.plan import PipelinePlan, plan_pipeline
@@ -20,6 +22,7 @@ from megatron_ray.planning.buffers import (
     PlannedBuffer,
     PlannedMatrices,
     RankBuffers,
+    distinct_buffers,
     is_fully_sharded,
     planned_matrices,
     rank_buffers,
@@ -32,25 +35,30 @@ from megatron_ray.planning.microbatch import (
     own_tokens_of,
 )
 from megatron_ray.planning.tally import Axis, Tally, group_sizes
+from megatron_ray.sharding.buckets import PlacedParameter
 from megatron_ray.sharding.matrices import tp_owners
-from megatron_ray.sharding.parameter_types import LocalParameter
+from megatron_ray.sharding.parameter_types import LocalParameter, Part
 
 _FP32 = 4
 _FP64 = 8
+_WEIGHTS = "weights"
 
 
 def step_communication(config: TrainConfig, rank: int) -> Tally | None:
     """Returns everything that a rank of a resolved config sends in one step.
 
-    None under ZeRO-3, where torch gathers weights and scatters gradients by itself.
+    None under ZeRO-3, where torch gathers weights and scatters gradients by itself. What
+    replica groups average after some steps is in `sync_communication`.
     """
-    dims = ParallelDims.of(config.parallel)
+    world = ParallelDims.of(config.parallel)
+    dims = world.of_group
+    rank = world.rank_in_group(rank)
     pipeline = plan_pipeline(config)
     if is_fully_sharded(config, dims):
         return None
     pp_rank = dims.coordinates(rank)["pp"]
     count = num_microbatches(config)
-    tally = Tally(group_sizes(dims))
+    tally = Tally(group_sizes(dims, config.parallel.replica_groups))
     for chunk, stage in enumerate(pipeline.stages_of(pp_rank)):
         tally.add_all(stage_communication(config, dims, stage), count)
         messages = count * _num_receivers(pipeline, pp_rank, chunk)
@@ -94,7 +102,7 @@ def update_communication(
 
     What an optimizer of matrices sends is in `matrix_communication`.
     """
-    tally = Tally(group_sizes(dims))
+    tally = Tally(group_sizes(dims, config.parallel.replica_groups))
     for buffer in buffers.buffers:
         _add_buckets(tally, buffer, grad_width_of(config))
     _add_shared_gradients(tally, dims, buffers.buffers, grad_width_of(config))
@@ -104,7 +112,86 @@ def update_communication(
     # losses, and the votes.
     numbers = 3 + len(config.model.aux_losses) + NUM_VOTES
     tally.add("world", "all_reduce", _FP64 * numbers)
+    tally.add("sync", "all_reduce", _FP64 * numbers)
     return tally
+
+
+def sync_communication(config: TrainConfig, rank: int, step: int) -> Tally:
+    """Returns what a rank sends to other replica groups after a step, from 1: means.
+
+    Weights and moments are averaged in fp32. The step's numbers are in
+    `step_communication`.
+    """
+    world = ParallelDims.of(config.parallel)
+    dims = world.of_group
+    tally = Tally(group_sizes(dims, world.replica_groups))
+    local_sgd = config.parallel.local_sgd
+    if local_sgd is None:
+        return tally
+    is_last = step == config.training.steps
+    buffers = rank_buffers(config, dims, plan_pipeline(config), world.rank_in_group(rank))
+    for (fragment, name), elements in _synced_elements(config, local_sgd, buffers).items():
+        every = _sync_period(local_sgd, name)
+        is_due = every is not None and local_sgd.is_due(step, every, fragment)
+        if is_due or (is_last and name == _WEIGHTS):
+            tally.add("sync", "all_reduce", _FP32 * elements)
+    return tally
+
+
+def mean_sync_bytes(config: TrainConfig, buffers: RankBuffers) -> float:
+    """Returns the bytes of `sync_communication` per step, on average over many steps."""
+    local_sgd = config.parallel.local_sgd
+    if local_sgd is None:
+        return 0.0
+    mean = 0.0
+    for (_, name), elements in _synced_elements(config, local_sgd, buffers).items():
+        every = _sync_period(local_sgd, name)
+        if every is not None:
+            mean += _FP32 * elements / every
+    return mean
+
+
+def most_mean_sync_bytes(config: TrainConfig) -> float:
+    """Returns the `mean_sync_bytes` of the rank with most of them."""
+    dims = ParallelDims.of(config.parallel).of_group
+    ranks = distinct_buffers(config, dims, plan_pipeline(config))
+    return max(mean_sync_bytes(config, buffers) for buffers in ranks)
+
+
+def _sync_period(local_sgd: LocalSGDConfig, name: str) -> int | None:
+    """Returns the steps between means of the weights, or of a moment."""
+    if name == _WEIGHTS:
+        return local_sgd.sync_every
+    return local_sgd.sync_moments_every.get(name)
+
+
+def _synced_elements(
+    config: TrainConfig, local_sgd: LocalSGDConfig, buffers: RankBuffers
+) -> dict[tuple[int, str], int]:
+    """Returns how many elements a rank averages, by fragment and name of what."""
+    elements: dict[tuple[int, str], int] = {}
+    for buffer in buffers.buffers:
+        for placed, part, start, end in _parts(buffer):
+            fragment = local_sgd.fragment_of(placed.parameter.parts[0].logical.name)
+            moments = state_names(config.optimizer, of_matrix=part.logical.is_matrix)
+            owned = buffer.owned(start, end)
+            for name in (_WEIGHTS, *moments):
+                key = (fragment, name)
+                elements[key] = elements.get(key, 0) + owned
+    return elements
+
+
+def _parts(
+    buffer: PlannedBuffer,
+) -> Iterator[tuple[PlacedParameter, Part, int, int]]:
+    """Yields the parts of trainable parameters with their ranges, without gaps after them."""
+    for bucket in buffer.plan.buckets:
+        for placed in bucket.placed:
+            parts = placed.parameter.parts
+            starts = [placed.part_start(part) for part in parts]
+            ends = [*starts[1:], placed.end]
+            for part, start, end in zip(parts, starts, ends, strict=True):
+                yield placed, part, start, end
 
 
 def _add_buckets(tally: Tally, buffer: PlannedBuffer, grad_width: int) -> None:

@@ -46,8 +46,9 @@ class RankMemory:
     """Main gradients of parameters that are trained and, where these are shorter, fp32
     copies of those that this rank updates with."""
     optimizer_bytes: int
-    """Moments, with bf16 or fp16 the fp32 main parameters, and the copy of these that
-    callbacks.optimizer makes; this rank's share where they are sharded over dp."""
+    """Moments, with bf16 or fp16 the fp32 main parameters, the copy of these that
+    callbacks.optimizer makes, and those of an outer optimizer; this rank's share where they
+    are sharded over dp."""
     gathered_bytes_estimate: int
     """Weights and gradients that ZeRO-3 gathers: those of two layers, and of everything
     outside of layers."""
@@ -79,7 +80,8 @@ def fullest_rank(config: TrainConfig, device: DeviceKind) -> RankMemory:
 
     Raises ValueError while dp or the vocabulary are not known.
     """
-    dims = ParallelDims.of(config.parallel)
+    world = ParallelDims.of(config.parallel)
+    dims = world.of_group
     pipeline = plan_pipeline(config)
     # Ranks of one pipeline stage have equally many bytes, but for rows that ZeRO-3 cannot
     # split evenly, of which the first replica has most.
@@ -87,7 +89,8 @@ def fullest_rank(config: TrainConfig, device: DeviceKind) -> RankMemory:
     for buffers in distinct_buffers(config, dims, pipeline):
         state = state_memory(config, dims, buffers)
         ranks.append(with_activations(config, pipeline, state, buffers.pp_rank, device))
-    return max(ranks, key=lambda memory: memory.total_bytes)
+    fullest = max(ranks, key=lambda memory: memory.total_bytes)
+    return replace(fullest, rank=world.rank_of(0, fullest.rank))
 
 
 def peer_copies_bytes(config: TrainConfig) -> int:
@@ -96,13 +99,14 @@ def peer_copies_bytes(config: TrainConfig) -> int:
     Two copies of its own state, and two of the rank whose partner it is. Raises
     ValueError while dp or the vocabulary are not known.
     """
-    dims = ParallelDims.of(config.parallel)
+    dims = ParallelDims.of(config.parallel).of_group
     largest = 0
     for buffers in distinct_buffers(config, dims, plan_pipeline(config)):
         num_bytes = 0
         for buffer in buffers.buffers:
-            # Main parameters, in fp32 whatever the precision, and the optimizer's state.
+            # Main parameters, in fp32 whatever the precision, and the optimizers' state.
             num_bytes += buffer.num_updated * _FP32 + buffer.state_bytes(config.optimizer)
+            num_bytes += buffer.outer_bytes(config.parallel)
         largest = max(largest, num_bytes)
     return NUM_PEER_COPIES * largest
 
@@ -140,6 +144,7 @@ def state_memory(
         trained += buffer.plan.num_trainable
         updated += buffer.num_updated
         state += buffer.state_bytes(config.optimizer)
+        state += buffer.outer_bytes(config.parallel)
         if has_main_parameters:
             state += buffer.num_updated * _FP32
     monitor = config.callbacks.optimizer

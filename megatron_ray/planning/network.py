@@ -13,8 +13,9 @@ from megatron_ray.planning.tally import Axis, Kind, Tally
 class Network:
     """Seconds of collectives at full bandwidth, for the groups of rank 0."""
 
-    def __init__(self, dims: ParallelDims, hardware: Hardware) -> None:
+    def __init__(self, world: ParallelDims, hardware: Hardware) -> None:
         self.hardware = hardware
+        dims = world.of_group
         groups: dict[Axis, tuple[int, ...]] = {
             "tp": dims.group_of(0, ("tp",)),
             "cp": dims.group_of(0, ("cp",)),
@@ -32,7 +33,10 @@ class Network:
         self._bandwidths = dict[Axis, float]()
         for axis, members in groups.items():
             self._sizes[axis] = len(members)
-            self._bandwidths[axis] = self._bandwidth(members)
+            ranks = tuple(world.rank_of(0, member) for member in members)
+            self._bandwidths[axis] = self._bandwidth(ranks)
+        self._sizes["sync"] = world.replica_groups
+        self._bandwidths["sync"] = self._bandwidth(world.sync_group_of(0))
 
     def _bandwidth(self, members: tuple[int, ...]) -> float:
         # Ranks are placed node by node, so the first ones share a node with rank 0.

@@ -26,6 +26,7 @@ from megatron_ray.planning.buffers import (
 )
 from megatron_ray.planning.communication import (
     matrix_communication,
+    mean_sync_bytes,
     transfer_bytes,
     update_communication,
 )
@@ -233,14 +234,15 @@ def step_parts(
     `ranks` are the distinct kinds of pipeline ranks and `update` their UpdateTime.
     Callers that try many micro batch sizes pass them, because they do not depend on it.
     """
-    dims = ParallelDims.of(config.parallel)
+    world = ParallelDims.of(config.parallel)
+    dims = world.of_group
     pipeline = plan_pipeline(config)
     training = config.training
     if ranks is None:
         ranks = distinct_buffers(config, dims, pipeline)
     if update is None:
         update = step_update(config, hardware, ranks)
-    network = Network(dims, hardware)
+    network = Network(world, hardware)
     stages = []
     for buffers in ranks:
         stages.append(_microbatch(config, dims, pipeline, buffers, network, precision))
@@ -253,7 +255,7 @@ def step_parts(
         update=update,
         model_flops=flops * training.seq_length * training.global_batch_size,
         tokens=tokens,
-        ranks=dims.world_size,
+        ranks=world.world_size,
         peak=hardware.peaks[precision],
     )
 
@@ -271,9 +273,10 @@ def step_update(
     config: TrainConfig, hardware: Hardware, ranks: Sequence[RankBuffers]
 ) -> UpdateTime:
     """Returns the update's time, each part of the rank for which it takes longest."""
-    dims = ParallelDims.of(config.parallel)
+    world = ParallelDims.of(config.parallel)
+    dims = world.of_group
     pipeline = plan_pipeline(config)
-    network = Network(dims, hardware)
+    network = Network(world, hardware)
     memory = 0.0
     products = 0.0
     reduced = 0.0
@@ -405,11 +408,12 @@ def _update(
             gathers.append((axis, kind))
         else:
             others.append((axis, kind))
+    averages = network.seconds("sync", "all_reduce", mean_sync_bytes(config, buffers))
     return UpdateTime(
         memory,
         matrices.products,
         network.total(communication, reductions),
-        network.total(communication, others) + matrices.published,
+        network.total(communication, others) + matrices.published + averages,
         network.total(communication, gathers),
     )
 

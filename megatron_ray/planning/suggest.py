@@ -312,7 +312,7 @@ def _expert_degrees(config: TrainConfig) -> list[tuple[int, int | None]]:
 
 def _best(layout: TrainConfig, world: int, hardware: Hardware) -> Suggestion | None:
     """Returns the fastest micro batch size, each with as little recomputation as fits."""
-    dims = ParallelDims.of(layout.parallel)
+    dims = ParallelDims.of(layout.parallel).of_group
     memory_limit = hardware.memory_bytes
     ranks = distinct_buffers(layout, dims, plan_pipeline(layout))
     states = list[tuple[int, RankMemory]]()

@@ -8,10 +8,13 @@ from typing import Literal
 
 from megatron_ray.parallel_dims import ParallelDims
 
-Axis = Literal["tp", "cp", "pp", "dp", "ep", "etp", "edp", "embedding", "tokens", "world"]
+Axis = Literal[
+    "tp", "cp", "pp", "dp", "ep", "etp", "edp", "embedding", "tokens", "world", "sync"
+]
 """Process groups. `dp` are the replicas of dense parameters, dp x cp; `edp` those of an
 expert; `tokens` the ranks that share a microbatch, tp x cp; `embedding` the two stages
-with tied word embeddings."""
+with tied word embeddings; `world` all ranks that take a step together; `sync` those in the
+same place of every replica group, while all others are within one."""
 Kind = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send"]
 
 
@@ -46,8 +49,8 @@ class Tally:
         self.bytes[key] = self.bytes.get(key, 0) + size
 
 
-def group_sizes(dims: ParallelDims) -> dict[Axis, int]:
-    """Returns the number of ranks of each group."""
+def group_sizes(dims: ParallelDims, replica_groups: int = 1) -> dict[Axis, int]:
+    """Returns the number of ranks of each group; `dims` are those of one replica group."""
     return {
         "tp": dims.tp,
         "cp": dims.cp,
@@ -59,4 +62,5 @@ def group_sizes(dims: ParallelDims) -> dict[Axis, int]:
         "embedding": 2 if dims.pp > 1 else 1,
         "tokens": dims.size("tp", "cp"),
         "world": dims.world_size,
+        "sync": replica_groups,
     }

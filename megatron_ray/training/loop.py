@@ -133,12 +133,12 @@ def _train_step(
         is_confirmed=checks.is_confirmed(progress.step + 1),
     )
     PROCESS.phase = "optimizer"
-    callbacks.after_backward(sums)
+    callbacks.after_backward(sums.of_group)
     rates = components.rates.at(progress.step + 1)
     scale_and_clip(components.optimizer, sums, rates.clip_grad_norm)
     if components.rates.varies:
         components.optimizer.set_numbers(rates.peak_lr, rates.numbers)
-    components.optimizer.step(rates.lr, sums.skip)
+    components.optimizer.step(rates.lr, sums.skip, progress.step + 1)
     monitored = callbacks.after_update()
     timer.mark("optimizer")
     PROCESS.phase = "reports"

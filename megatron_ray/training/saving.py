@@ -27,6 +27,7 @@ from megatron_ray.data.prepared import PreparedData
 from megatron_ray.distributed.mesh import ParallelMesh
 from megatron_ray.models.initialization import init_local
 from megatron_ray.optimizer.loss_scale import LOSS_SCALE
+from megatron_ray.optimizer.replica_groups.sync import OUTER
 from megatron_ray.optimizer.sharded import ShardedOptimizer
 from megatron_ray.optimizer.step_rules import RULES
 from megatron_ray.parallelize.parallelize import ParallelModel
@@ -39,6 +40,8 @@ from megatron_ray.training.progress import Progress, SkippedSteps
 
 _FP8 = "fp8/"
 """Prefix of the names of FP8 scales in checkpoints."""
+_OF_GROUP = ("model/", "optimizer/")
+"""Prefixes of the names of what may differ between replica groups."""
 
 
 @dataclass(frozen=True)
@@ -177,8 +180,28 @@ def training_state(model: ParallelModel, optimizer: ShardedOptimizer) -> Sharded
     """Returns live views of all tensors in a checkpoint.
 
     These are main parameters, moments, a loss scale, baselines of rules, balancing biases
-    of experts and FP8 scales.
+    of experts, FP8 scales and the state of an outer optimizer. Weights and moments of the
+    second replica group are `groups/1/model/...`, and so on; those of the first have the
+    names of a run with a single group.
     """
+    prefix = _group_prefix(optimizer)
+    state: ShardedState = {}
+    for name, tensor in _plain_state(model, optimizer).items():
+        if name.startswith(_OF_GROUP) and name != LOSS_SCALE:
+            name = prefix + name
+        state[name] = tensor
+    return state
+
+
+def _group_prefix(optimizer: ShardedOptimizer) -> str:
+    """Returns what the names of a replica group's tensors begin with."""
+    if optimizer.group_sync is None or optimizer.group_sync.group_index == 0:
+        return ""
+    return f"groups/{optimizer.group_sync.group_index}/"
+
+
+def _plain_state(model: ParallelModel, optimizer: ShardedOptimizer) -> ShardedState:
+    """Returns the state by the names of a run with a single replica group."""
     state = optimizer.sharded_state()
     for name, bias in model.expert_biases.items():
         state[f"model/{name}"] = whole_tensor(bias.value)
@@ -201,10 +224,18 @@ def resume(
     """
     saved = SavedCheckpoint(path)
     state = training_state(model, optimizer)
+    has_outer = any(name.startswith(OUTER) for name in saved.tensors)
+    starts_outer = not has_outer and any(name.startswith(OUTER) for name in state)
+    prefix = _group_prefix(optimizer)
+    has_group = any(name.startswith(prefix) for name in saved.tensors)
+    # A new replica group continues from the first one; all do where a new outer optimizer
+    # needs equal weights.
+    if starts_outer or not has_group:
+        state = _plain_state(model, optimizer)
     for name in tuple(state):
         # A run that changes to fp16 or FP8 had no scales until now, or histories of another
         # length, and new rules have no baseline; it starts with new ones.
-        is_of_run = name == LOSS_SCALE or name.startswith((_FP8, RULES))
+        is_of_run = name == LOSS_SCALE or name.startswith((_FP8, RULES, OUTER))
         tensor = saved.tensors.get(name)
         if is_of_run and (tensor is None or tensor.shape != state[name].shape):
             del state[name]
@@ -213,6 +244,8 @@ def resume(
         if name in saved.tensors:
             state[name] = watched
     saved.load_into(state)
+    if starts_outer:
+        optimizer.begin()
     return apply_train_state(read_train_state(path, rank), optimizer)
 
 
@@ -257,5 +290,6 @@ def start_from_weights(
             if parameter.parts[0].logical.name == logical_name:
                 optimizer.initialise(parameter.name, init_local(parameter, seed))
 
-    load_initial_weights(path, training_state(model, optimizer), draw)
+    load_initial_weights(path, _plain_state(model, optimizer), draw)
+    optimizer.begin()
     optimizer.publish()

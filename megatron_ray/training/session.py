@@ -23,6 +23,7 @@ from megatron_ray.data.prepared import PreparedData
 from megatron_ray.distributed.mesh import ParallelMesh
 from megatron_ray.models.initialization import init_local
 from megatron_ray.optimizer.loss_scale import LossScaler
+from megatron_ray.optimizer.replica_groups.sync import SyncPlan
 from megatron_ray.optimizer.sharded import ShardedOptimizer
 from megatron_ray.optimizer.step_rules import StepRules
 from megatron_ray.parallelize.parallelize import ParallelModel, parallelize
@@ -315,12 +316,18 @@ def build(
     rules: StepRules | None = None
     if config.training.rules:
         rules = StepRules(config.training, mesh.device)
+    sync: SyncPlan | None = None
+    if config.parallel.local_sgd is not None:
+        sync = SyncPlan(
+            config.parallel.local_sgd, config.training.num_steps, mesh.sync_group
+        )
     optimizer = ShardedOptimizer(
         config.optimizer,
         model.parameter_groups,
         sharded=config.parallel.zero == 1,
         loss_scaler=loss_scaler,
         rules=rules,
+        sync=sync,
     )
     if initialise:
         for parameter in model.parameters:
@@ -330,6 +337,7 @@ def build(
         # Weights were written to the flat buffers; under ZeRO-3 the model has other memory.
         for group in model.parameter_groups:
             group.sync_model()
+        optimizer.begin()
     return model, optimizer
 
 

@@ -73,6 +73,9 @@ def reduce_step(
 ) -> StepSums:
     """Completes the gradients, then sums the step's numbers over the world.
 
+    Replica groups keep their own sums for their update beside those of the world, in which
+    the squared norm is such that the reported norm is the root mean square of the groups'.
+
     `num_tokens` are this replica's. `votes` are summed too, so that ranks agree on a
     command without a separate collective. `skip_rule` and the run's rules determine
     whether the step changes the model; `is_confirmed` is as in `StepRules.judge`. A
@@ -101,7 +104,9 @@ def reduce_step(
     part: Tensor | None = None
     if optimizer.rules is not None:
         part = values[:NUM_FIXED].clone()
-    sums = StepSums(collectives.all_reduce(values, mesh.world_group), skip_rule)
+    sums = _sum_over_groups(
+        collectives.all_reduce(values, mesh.step_group), mesh, skip_rule
+    )
     scaler = optimizer.loss_scaler
     if scaler is not None:
         scale = scaler.scale
@@ -112,6 +117,17 @@ def reduce_step(
     model.update_expert_biases(mesh, sums.skip)
     model.update_scales(mesh, sums.skip)
     return sums
+
+
+def _sum_over_groups(values: Tensor, mesh: ParallelMesh, skip_rule: SkipRule) -> StepSums:
+    """Returns the sums over the world, given those of this rank's replica group."""
+    if mesh.sync_group is None:
+        return StepSums(values, skip_rule)
+    # Not finite where any group's numbers are not, so that all of them skip the step.
+    over_world = collectives.all_reduce(values.clone(), mesh.sync_group)
+    # With n groups of t tokens, sqrt(n x sum of squares) / (n x t) is that root mean square.
+    over_world[2] *= mesh.dims.replica_groups
+    return StepSums(over_world, skip_rule, group_values=values)
 
 
 def _judged(

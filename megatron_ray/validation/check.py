@@ -34,6 +34,11 @@ from megatron_ray.validation.parameters.matrices import matrix_problems
 from megatron_ray.validation.parameters.moments import moment_problems
 from megatron_ray.validation.parameters.monitored import monitor_problems
 from megatron_ray.validation.profiling import profile_problems, profile_warnings
+from megatron_ray.validation.replica_groups.rules import (
+    group_dp_problems,
+    local_sgd_problems,
+    local_sgd_warnings,
+)
 from megatron_ray.validation.resolution import expert_dp_multiple, least_dp
 from megatron_ray.validation.storage.path_rules import PathRules, path_problems
 
@@ -58,6 +63,7 @@ _RULES = (
     intervals.skipping_problems,
     rule_problems,
     replica_problems,
+    local_sgd_problems,
     profile_problems,
     recompute.recompute_problems,
     resume_rules.resume_changes_problems,
@@ -68,6 +74,7 @@ _STEP_WARNINGS = (
     intervals.interval_warnings,
     intervals.skipping_warnings,
     rule_warnings,
+    local_sgd_warnings,
     intervals.source_warnings,
     training_rules.rampup_warnings,
 )
@@ -127,7 +134,7 @@ def _batch_problems(config: TrainConfig, world_size: int | None) -> list[Problem
     if dp == "auto":
         dp = least_dp(config)
     # All of these are reported at once, since one may not follow from another.
-    problems = _grid_problems(config, dp)
+    problems = group_dp_problems(config, dp) or _grid_problems(config, dp)
 
     micro = config.training.micro_batch_size
     batch = config.training.global_batch_size
@@ -159,12 +166,17 @@ def _batch_problems(config: TrainConfig, world_size: int | None) -> list[Problem
 def _grid_problems(config: TrainConfig, dp: int) -> list[Problem]:
     """Returns why the dense and the expert grid do not cover the same ranks."""
     parallel = config.parallel
-    multiple = expert_dp_multiple(config)
+    # The experts of each replica group are spread over its own ranks.
+    multiple = expert_dp_multiple(config) * parallel.replica_groups
     if dp % multiple:
+        product = "tp x cp x dp"
+        numbers = f"{parallel.tp} x {parallel.cp} x {dp}"
+        if parallel.replica_groups > 1:
+            product += " / groups"
+            numbers += f" / {parallel.replica_groups}"
         detail = (
-            f"etp x ep = {parallel.expert_tp} x {parallel.ep} must divide tp x cp x dp = "
-            f"{parallel.tp} x {parallel.cp} x {dp}; use a dp that is a multiple of {multiple}, "
-            "or lower ep or etp"
+            f"etp x ep = {parallel.expert_tp} x {parallel.ep} must divide {product} = "
+            f"{numbers}; use a dp that is a multiple of {multiple}, or lower ep or etp"
         )
         return [Problem("/parallel/ep", "expert_grid", detail)]
     if not _replicas_divide(parallel, dp):

@@ -36,13 +36,18 @@ def resolve_dp(config: TrainConfig, max_world: int) -> int:
 def least_dp(config: TrainConfig) -> int:
     """Returns the number of which dp must be a multiple.
 
-    Only then can experts, and copies of sharded state, be spread evenly over replicas.
+    Only then can experts, and copies of sharded state, be spread evenly over the replicas
+    of each group.
     """
-    return lcm(expert_dp_multiple(config), _replica_dp_multiple(config))
+    of_group = lcm(expert_dp_multiple(config), _replica_dp_multiple(config))
+    return of_group * config.parallel.replica_groups
 
 
 def expert_dp_multiple(config: TrainConfig) -> int:
-    """Returns the number that must divide dp so that etp x ep divides tp x cp x dp."""
+    """Returns the number that must divide dp so that etp x ep divides tp x cp x dp.
+
+    With replica groups dp is that of one group.
+    """
     parallel = config.parallel
     ranks = parallel.expert_tp * parallel.ep
     return ranks // gcd(ranks, parallel.tp * parallel.cp)

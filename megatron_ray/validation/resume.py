@@ -50,6 +50,9 @@ FREE_ON_RESUME = (
 """Fields, and sections of fields, that change neither the model nor the learning rate nor
 the samples of a run."""
 
+_GUARDED_WITHIN = ("parallel.local_sgd",)
+"""Fields inside of free sections that do change how a model is trained."""
+
 FIXED_ON_RESUME = (
     "model",
     "optimizer.name",
@@ -87,6 +90,7 @@ _TRAINING_FIELDS_OF_MOE = tuple(
 _DECAY_END = "schedule.decay_steps"
 _STEPS = "training.steps"
 _RAMPUP = "training.rampup_batch_size"
+_MOMENTS = "parallel.local_sgd.sync_moments_every"
 _OF_DATA = ("model.vocab_size", _DECAY_END, _STEPS)
 _OF_DECAY = (
     "schedule.min_lr",
@@ -109,6 +113,7 @@ _EFFECTS = {
     "training.seed": "samples would come in another order, some of them again",
     "training.seq_length": "samples would be others, with text that was trained on already",
     "data": "samples would be others, with text that was trained on already",
+    "parallel.local_sgd": "replica groups would synchronize otherwise",
 }
 """What a change would do, by field or section; other fields need no explanation."""
 
@@ -326,7 +331,8 @@ def _guarded_values(config: TrainConfig) -> dict[str, Any]:
     del sections["model"]
     values = {}
     for field, value in _leaves(sections, ""):
-        if not _is_within(field, FREE_ON_RESUME):
+        is_guarded = _is_within(field, _GUARDED_WITHIN)
+        if is_guarded or not _is_within(field, FREE_ON_RESUME):
             values[field] = value
     values.update(_model_values(config))
     values.update(_data_values(config))
@@ -342,13 +348,21 @@ def _guarded_values(config: TrainConfig) -> dict[str, Any]:
         values[_DECAY_END] = config.training.known_steps
     if _counts_shares(config):
         values[_STEPS] = config.training.known_steps
-    # One field for users, who set it as a whole.
-    rampup = config.training.rampup_batch_size
-    for field in [field for field in values if _is_within(field, (_RAMPUP,))]:
+    # One field each for users, who set it as a whole.
+    for field in [field for field in values if _is_within(field, (_RAMPUP, _MOMENTS))]:
         del values[field]
-    values[_RAMPUP] = "no ramp-up"
+    return values | _whole_values(config)
+
+
+def _whole_values(config: TrainConfig) -> dict[str, Any]:
+    """Returns sections that count as one value each."""
+    values: dict[str, Any] = {_RAMPUP: "no ramp-up"}
+    rampup = config.training.rampup_batch_size
     if rampup is not None:
         values[_RAMPUP] = ", ".join(f"{name}={size}" for name, size in rampup)
+    local_sgd = config.parallel.local_sgd
+    if local_sgd is not None:
+        values[_MOMENTS] = local_sgd.sync_moments_every
     return values
 
 

@@ -14,7 +14,7 @@ from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.distributed import collectives
 from megatron_ray.distributed.collectives import Group
 from megatron_ray.distributed.mesh import ParallelMesh
-from megatron_ray.planning.communication import step_communication
+from megatron_ray.planning.communication import step_communication, sync_communication
 from megatron_ray.validation import check, resolution
 from tests.parallel.test_meta_step import step
 from tests.support.layout_matrix import EXPERTS
@@ -344,7 +344,71 @@ def test_bytes_of_whole_matrices_are_those_of_the_plan(case: str) -> None:
     assert_planned(TrainConfig.from_mapping(fields), RANK)
 
 
-def assert_planned(config: TrainConfig, rank: int) -> None:
+GROUPS: dict[str, Any] = {
+    "groups": 4,
+    "sync_every": 6,
+    "sync_moments_every": {"exp_avg": 2, "exp_avg_sq": 5},
+    "fragments": 2,
+}
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 5, 6, 8])
+@pytest.mark.parametrize(
+    ("shape", "parallel"),
+    [
+        (SHAPE | {"tie_embeddings": True}, {"tp": 4, "pp": 4, "bucket_elements": 5000}),
+        (MOE, {"tp": 2, "ep": 4, "etp": 1}),
+        (SHAPE, {"zero": 0, "cp": 2}),
+    ],
+    ids=["pipeline", "experts", "zero 0"],
+)
+def test_bytes_between_replica_groups_are_those_of_the_plan(
+    shape: dict[str, Any], parallel: dict[str, Any], number: int
+) -> None:
+    """Step 8 is the last one."""
+    config = make(shape, parallel | {"local_sgd": GROUPS}, {"steps": 8})
+    assert_planned(config, RANK, number)
+
+
+def test_moments_of_matrices_are_averaged_as_planned() -> None:
+    every = {"exp_avg": 2, "momentum_buffer": 3}
+    groups = GROUPS | {"sync_moments_every": every, "fragments": 1}
+    fields = make(SHAPE, {"local_sgd": GROUPS}, {"steps": 8}).model_dump()
+    fields["optimizer"] = {"name": "muon", "lr": 0.1}
+    fields["parallel"]["local_sgd"] = groups
+    assert_planned(TrainConfig.from_mapping(fields), RANK, 6)
+
+
+def test_groups_of_replicas_send_at_most_a_sixteenth_of_plain_data_parallelism() -> None:
+    """Weights every 32 steps, moments less often; counted over the longest period."""
+    every = {"exp_avg": 64, "exp_avg_sq": 128}
+    plain = make(SHAPE, {"tp": 2}, {"steps": 1000, "precision": "fp32"})
+    fields = plain.model_dump()
+    fields["parallel"]["local_sgd"] = {
+        "groups": plain.parallel.dp,
+        "sync_every": 32,
+        "sync_moments_every": every,
+    }
+    config = TrainConfig.from_mapping(fields)
+    assert check.find_problems(config, RANKS) == []
+    of_groups = 0
+    for number in range(1, 129):
+        for tally in (
+            step_communication(config, RANK),
+            sync_communication(config, RANK, number),
+        ):
+            assert tally is not None
+            assert ("dp", "reduce_scatter") not in tally.bytes
+            of_groups += tally.bytes.get(("sync", "all_reduce"), 0)
+    tally = step_communication(plain, RANK)
+    assert tally is not None
+    # An all-reduce is a reduce-scatter and an all-gather of as many bytes.
+    reduced = tally.bytes["dp", "reduce_scatter"]
+    assert of_groups / 128 <= reduced / 16
+    assert 128 * reduced / of_groups == pytest.approx(18.3, abs=0.5), "1/32 + 1/64 + 1/128"
+
+
+def assert_planned(config: TrainConfig, rank: int, number: int | None = None) -> None:
     """What a step of the rank sends is what the plan has."""
     sent = Sent()
     meshes = list[ParallelMesh]()
@@ -353,10 +417,11 @@ def assert_planned(config: TrainConfig, rank: int) -> None:
         meshes.append(mesh)
         return recording(sent)(mesh)
 
-    step(config, rank, "meta", around)
+    step(config, rank, "meta", around, number)
     mesh = meshes[0]
     planned = step_communication(config, rank)
     assert planned is not None
+    planned.add_all(sync_communication(config, rank, number or 1))
     groups = {
         "tp": mesh.tp_group,
         "cp": mesh.cp_group,
@@ -367,7 +432,8 @@ def assert_planned(config: TrainConfig, rank: int) -> None:
         "edp": mesh.expert_replica_group,
         "embedding": mesh.embedding_group,
         "tokens": mesh.token_group,
-        "world": mesh.world_group,
+        "world": mesh.step_group,
+        "sync": mesh.sync_group,
     }
     within = dict.fromkeys(mesh.cp_levels, mesh.cp_group) | {
         mesh.dp_group: mesh.replica_group

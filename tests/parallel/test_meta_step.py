@@ -105,7 +105,11 @@ Around = Callable[[ParallelMesh], AbstractContextManager[object]]
 
 
 def step(
-    config: TrainConfig, rank: int, device: str, around: Around = lambda _: nullcontext()
+    config: TrainConfig,
+    rank: int,
+    device: str,
+    around: Around = lambda _: nullcontext(),
+    number: int | None = None,
 ) -> None:
     dims = ParallelDims.of(config.parallel)
     training = config.training
@@ -135,7 +139,7 @@ def step(
                 SkipRule.IF_NOT_FINITE,
             )
             scale_and_clip(optimizer, stats, 1.0)
-            optimizer.step(1e-3, stats.skip)
+            optimizer.step(1e-3, stats.skip, number)
         assert stats.values.device.type == device
 
 

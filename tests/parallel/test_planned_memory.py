@@ -63,9 +63,10 @@ def size(tensors: list[Tensor]) -> int:
 
 
 def rank_memory(config: TrainConfig, rank: int, device: DeviceKind) -> RankMemory:
-    dims = ParallelDims.of(config.parallel)
+    world = ParallelDims.of(config.parallel)
+    dims = world.of_group
     pipeline = plan_pipeline(config)
-    buffers = rank_buffers(config, dims, pipeline, rank)
+    buffers = rank_buffers(config, dims, pipeline, world.rank_in_group(rank))
     state = state_memory(config, dims, buffers)
     return with_activations(config, pipeline, state, buffers.pp_rank, device)
 
@@ -94,6 +95,11 @@ def held_bytes(config: TrainConfig, rank: int) -> tuple[int, int, int]:
     state += [
         shard._main_shard for shard in optimizer.shards if shard._main_shard is not None
     ]
+    if optimizer.group_sync is not None:
+        for each in optimizer.group_sync._parts:
+            assert each.outer is not None
+            for flats in each.outer.state().values():
+                state.extend(flats)
     return (
         size([part.parameters for part in buffers]),
         size(gradients),
@@ -145,6 +151,18 @@ def assert_planned_state(config: TrainConfig) -> None:
         memory.gradients_bytes,
         memory.optimizer_bytes,
     ) == held_bytes(config, 1)
+
+
+@pytest.mark.parametrize(
+    ("parallel", "momentum"),
+    [({"dp": 4}, 0.9), ({"dp": 4, "zero": 0}, 0.0), ({"dp": 2, "tp": 2}, 0.9)],
+)
+def test_an_outer_optimizer_keeps_copies_of_what_is_updated(
+    parallel: dict[str, Any], momentum: float
+) -> None:
+    local_sgd = {"groups": 2, "sync_every": 2, "outer_optimizer": {"momentum": momentum}}
+    layout = parallel | {"local_sgd": local_sgd}
+    assert_planned_state(make_config(LLAMA, layout, steps=1, precision="bf16"))
 
 
 def test_what_is_frozen_has_neither_gradients_nor_state() -> None:

@@ -13,6 +13,7 @@ from megatron_ray.config.problem import Problem
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.planning.answers import estimates
 from megatron_ray.planning.answers.estimates import Estimates
+from megatron_ray.planning.communication import most_mean_sync_bytes
 from megatron_ray.planning.hardware import Hardware
 from megatron_ray.planning.memory import peer_copies_bytes
 from megatron_ray.planning.suggest import Suggestion, suggest
@@ -23,6 +24,7 @@ from megatron_ray.validation.parameters.matrices import matrix_notes
 from megatron_ray.validation.storage.disk_space import num_checkpoints
 
 _GIB = 2**30
+_MIB = 2**20
 _PRECISIONS = ("bf16", "fp32")
 """Values of training.precision, the one to suggest first."""
 
@@ -62,6 +64,7 @@ def plan_body(
             *_spec_notes(config),
             *_estimate_notes(config, hardware, estimate),
             *_copy_notes(config),
+            *_sync_notes(config),
         ],
         **_estimated(estimate),
     }
@@ -194,6 +197,18 @@ def _copy_notes(config: TrainConfig) -> list[str]:
     return [
         f"checkpoint.peer_every_steps: copies take up to {size:.2g} GiB of host memory per "
         f"rank, outside of the memory estimate; a node needs it for each of its ranks"
+    ]
+
+
+def _sync_notes(config: TrainConfig) -> list[str]:
+    """Returns what replica groups send to each other when they synchronize."""
+    complete = estimates.with_vocabulary(config)
+    if config.parallel.local_sgd is None or complete is None:
+        return []
+    size = most_mean_sync_bytes(complete) / _MIB
+    return [
+        f"parallel.local_sgd: a rank averages up to {size:.3g} MiB of weights and moments per "
+        "step with other replica groups, on average over many steps, beside its communication"
     ]
 
 

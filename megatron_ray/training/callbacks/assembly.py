@@ -42,7 +42,7 @@ def make_callbacks(context: CallbackContext) -> CallbackRunner:
     for name, installed in config.installed.items():
         callbacks.append(_installed(name, installed, context))
     _check_names(callbacks)
-    return CallbackRunner(callbacks, context.mesh.world_group, context.mesh.device)
+    return CallbackRunner(callbacks, context.mesh.step_group, context.mesh.device)
 
 
 def _installed(

@@ -67,7 +67,7 @@ class Callback:
     def after_backward(self, sums: StepSums) -> None:
         """Looks at complete gradients, which are sums over tokens, before clipping.
 
-        `sums` are the numbers of the step over the world.
+        `sums` are the numbers of the ranks that take the step together.
         """
 
     def after_update(self) -> Partials:

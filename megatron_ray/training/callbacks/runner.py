@@ -62,11 +62,11 @@ class CallbackRunner:
     def __init__(
         self,
         callbacks: Sequence[NamedCallback] = (),
-        world_group: Group = None,
+        step_group: Group = None,
         device: torch.device | str = "cpu",
     ) -> None:
         self._callbacks = callbacks
-        self._world_group = world_group
+        self._step_group = step_group
         self._device = device
         self._due: list[NamedCallback] = []
 
@@ -112,7 +112,7 @@ class CallbackRunner:
         sizes = [part.numel() for part in parts]
         flat = torch.cat([part.to(self._device) for part in parts])
         if flat.numel():
-            collectives.all_reduce(flat, self._world_group, op)
+            collectives.all_reduce(flat, self._step_group, op)
         return torch.split(flat, sizes)
 
     @torch.no_grad()

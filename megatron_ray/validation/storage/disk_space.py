@@ -28,14 +28,19 @@ def checkpoint_bytes(config: TrainConfig) -> int:
     frozen_bytes = _FP32_BYTES
     if config.training.precision != "fp32":
         frozen_bytes = 2
+    # Each replica group has weights and moments of its own; the first one has the outer
+    # optimizer's state for all of them.
+    groups = config.parallel.replica_groups
+    outer_width = _FP32_BYTES * config.parallel.outer_copies
     num_bytes = 0
     table = freeze(local_parameters(model, ParallelDims(), 0), config.optimizer.freeze)
     for local in table:
         for part in local.parts:
-            width = frozen_bytes
+            width = frozen_bytes * groups
             if local.trainable:
                 is_matrix = part.logical.is_matrix
                 width = _FP32_BYTES + state_bytes(config.optimizer, of_matrix=is_matrix)
+                width = width * groups + outer_width
             num_bytes += part.logical.num_elements * width
     if config.callbacks.unigram is not None:
         num_bytes += model.vocabulary * _COUNT_BYTES

@@ -50,7 +50,8 @@ class PlanTraffic(Body):
 
     axis: str
     """tp, cp, pp, dp (replicas of dense parameters), ep, etp, edp (replicas of an
-    expert), embedding, tokens (tp x cp) or world."""
+    expert), embedding, tokens (tp x cp), world (ranks that take a step together) or sync
+    (the same place in every replica group)."""
     kind: str
     """Collective operation."""
     operations: int

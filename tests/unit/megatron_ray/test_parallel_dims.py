@@ -154,3 +154,29 @@ def test_embedding_groups_and_context_levels() -> None:
         ValueError, match=r"hierarchical sizes \[2, 2\] multiply to 4, not to cp=8"
     ):
         ParallelDims(cp=8, cp_sizes=(2, 2))
+
+
+@pytest.mark.parametrize("order", ["tp-cp-ep-dp-pp", "tp-cp-ep-pp-dp", "dp-tp-cp-ep-pp"])
+def test_replica_groups_are_grids_of_their_own(order: str) -> None:
+    dims = ParallelDims(tp=2, dp=6, pp=2, replica_groups=3, order=tuple(order.split("-")))
+    grid = dims.of_group
+    assert (grid.dp, grid.world_size, grid.replica_groups) == (2, 8, 1)
+    assert grid.of_group is grid
+    for rank in range(dims.world_size):
+        index = dims.replica_group_index(rank)
+        place = dims.rank_in_group(rank)
+        assert dims.rank_of(index, place) == rank
+        others = grid.coordinates(place)
+        assert dims.coordinates(rank) == others | {"dp": 2 * index + others["dp"]}
+        peers = dims.sync_group_of(rank)
+        assert [dims.replica_group_index(peer) for peer in peers] == [0, 1, 2]
+        assert {dims.rank_in_group(peer) for peer in peers} == {place}
+        assert list(peers) == sorted(peers)
+
+
+def test_groups_must_divide_the_replicas_and_hold_all_experts() -> None:
+    with pytest.raises(ValueError, match="replica_groups=3 must divide dp=4"):
+        ParallelDims(dp=4, replica_groups=3)
+    assert ParallelDims(dp=4, ep=4).expert_dp == 1
+    with pytest.raises(ValueError, match="must divide the world"):
+        ParallelDims(dp=4, ep=4, replica_groups=2)

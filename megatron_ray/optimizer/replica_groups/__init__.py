@@ -1,0 +1,1 @@
+"""The synchronization of replica groups, which otherwise take their steps by themselves."""

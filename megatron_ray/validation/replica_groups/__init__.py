@@ -1,0 +1,1 @@
+"""Rules for replica groups that synchronize every few steps."""
