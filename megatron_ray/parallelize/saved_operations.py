@@ -112,7 +112,7 @@ class _SavingDispatcher:
             return executed[0].rows_RH
 
         rows = self._saver.saving(rows_of)(x_TH)
-        # Ranks have told each other how many rows they send in the first run only.
+        # Ranks exchange their numbers of rows in the first run only.
         counts, combine = self._saver.remember(
             lambda: (executed[0].counts, executed[0].combine)
         )

@@ -104,7 +104,7 @@ def _save_problems(config: TrainConfig) -> list[Problem]:
         problems.append(_problem("save", detail))
     if "attention" in save and config.model.attention_dropout:
         detail = (
-            f"attention is always recomputed with "
+            "attention is always recomputed with "
             f"attention_dropout={config.model.attention_dropout:g}; leave it out"
         )
         problems.append(_problem("save", detail))
