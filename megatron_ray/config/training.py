@@ -28,9 +28,10 @@ class RecomputeConfig(Config):
     pass.
     """
 
-    granularity: Literal["none", "selective", "full"] = "none"
+    granularity: Literal["none", "selective", "operations", "full"] = "none"
     """`selective` recomputes the given `modules` of every layer, `full` recomputes whole
-    layers and keeps only their inputs."""
+    layers and keeps only their inputs. `operations` keeps the outputs of the operations in
+    `save` besides, and recomputes the rest of every layer from them."""
     method: Literal["uniform", "block"] | None = None
     """`full` only, and required there. `uniform` divides a stage's layers into chunks of
     `num_layers` and keeps the input of each chunk; `block` recomputes the first
@@ -48,6 +49,34 @@ class RecomputeConfig(Config):
     `activation` (the activation function of the MLP or of the experts) free their output
     after its last use. `mlp` is a whole plain MLP, `moe` a whole mixture of experts.
     Default: core_attention."""
+    save: (
+        tuple[Literal["products", "attention", "reduce_scatter", "all_to_all"], ...] | None
+    ) = Field(default=None, min_length=1)
+    """`operations` only: what is not computed again. `products` are the matrix products of
+    linear layers, of which `every` chooses some; `attention` is the output of the
+    attention itself, and what its kernel keeps; `reduce_scatter` the sum over tp after the
+    attention's last product and that of a shared expert, also where it is an all-reduce,
+    which saves the product too; `all_to_all` the rows that experts exchange, there and
+    back. Default: all. Attention with dropout on its probabilities is always
+    recomputed."""
+    every: int | None = Field(default=None, ge=1, le=16)
+    """`operations` only: `products` are every n-th one of a layer, counted from the first:
+    1 is all of them. Default: 2."""
+
+    @property
+    def saved_operations(self) -> tuple[str, ...]:
+        """Operations of every layer whose outputs are kept, resolved."""
+        if self.granularity != "operations":
+            return ()
+        return self.save or ("products", "attention", "reduce_scatter", "all_to_all")
+
+    def saves_product(self, position: int) -> bool:
+        """Returns whether the output of a layer's product (counted from 0) is kept.
+
+        Products are counted in the order of the forward pass: those of attention, then
+        router, shared expert and experts, or the MLP's.
+        """
+        return "products" in self.saved_operations and position % (self.every or 2) == 0
 
     @property
     def chosen_modules(self) -> tuple[str, ...]:

@@ -3,14 +3,15 @@
 Owns: recomputed regions, and the parts of a model that they cover. Must not know:
 schedules, groups.
 
-There are two methods. `recomputed` saves a region's inputs and runs it again (Chen et
-al. 2016); `discard_output` saves a small module's inputs and frees its output. A region
+There are three methods. `recomputed` saves a region's inputs and runs it again (Chen et
+al. 2016); `saved_outputs` saves the outputs of some of its operations besides, which do
+not run again; `discard_output` saves a small module's inputs and frees its output. A region
 is a pure function of its inputs, including random numbers (rng.py), so the second run
 equals the first bit for bit. Weight gradients are delivered to slots in the backward
 pass only, once per microbatch, however often the forward runs.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -29,12 +30,19 @@ from megatron_ray.parallelize.discard_output import (
     leaf_grads,
     needs_grad,
 )
+from megatron_ray.parallelize.saved_operations import save_outputs
+from megatron_ray.parallelize.saved_outputs import OutputSaver
 
 
 def apply_recompute(model: GPT, config: RecomputeConfig) -> None:
     """Applies the config's recomputation to a model."""
     if config.granularity == "full":
         model.run_blocks = _run_blocks(config)
+    if config.granularity == "operations":
+        savers = dict[nn.Module, OutputSaver]()
+        for block in model.blocks:
+            savers[block] = save_outputs(block, config)
+        model.run_blocks = partial(_run_around_saved_outputs, savers)
     for block in model.blocks:
         for name in config.chosen_modules:
             _MODULES[name](block)
@@ -147,6 +155,30 @@ def _run_without_output(
     hidden_TH = run_sequentially(blocks[:-1], hidden_TH, context)
     output: Tensor = blocks[-1](hidden_TH, context.without_output(), None)
     return output
+
+
+# ---- layers without some of their operations
+
+
+def _run_around_saved_outputs(
+    savers: Mapping[nn.Module, OutputSaver],
+    blocks: Iterable[nn.Module],
+    hidden_TH: Tensor,
+    context: ForwardContext,
+) -> Tensor:
+    """Recomputes every layer by its saver."""
+    if not context.mode.is_training:
+        return run_sequentially(blocks, hidden_TH, context)
+    first = context.for_first_run()
+    again = context.for_recompute().without_output()
+    for block in blocks:
+        hidden_TH = savers[block].recomputed(
+            partial(run_sequentially, [block], context=context),
+            partial(run_sequentially, [block], context=first),
+            partial(run_sequentially, [block], context=again),
+            hidden_TH,
+        )
+    return hidden_TH
 
 
 # ---- some modules of every layer

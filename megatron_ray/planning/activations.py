@@ -34,6 +34,7 @@ from megatron_ray.planning.microbatch import (
     tokens_of,
     width_of,
 )
+from megatron_ray.planning.recompute.saved_outputs import saved_outputs
 
 _FP32 = 4
 _INT64 = 8
@@ -281,6 +282,9 @@ def kept_activations(config: TrainConfig, layers: Sequence[int], device: DeviceK
     """Returns the bytes that a stage with these layers keeps of a microbatch."""
     recompute = config.training.recompute
     activations = _by_layer(config, layers, device)
+    if recompute.granularity == "operations":
+        kept = sum(layer.layer_input for layer in activations)
+        return kept + sum(saved_outputs(config, index, device).whole for index in layers)
     if recompute.granularity != "full":
         return sum(layer.without(recompute.chosen_modules) for layer in activations)
     assert recompute.num_layers is not None
@@ -306,6 +310,12 @@ def recomputed_activations(
     recompute = config.training.recompute
     activations = _by_layer(config, layers, device)
     most = 0
+    if recompute.granularity == "operations":
+        for index, layer in zip(layers, activations, strict=True):
+            saved = saved_outputs(config, index, device)
+            kept = layer.layer_input + saved.whole - saved.before_attention
+            most = max(most, layer.whole - kept)
+        return most
     if recompute.granularity != "full":
         for layer in activations:
             most = max(most, layer.whole - layer.without(recompute.chosen_modules))

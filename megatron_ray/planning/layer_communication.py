@@ -19,6 +19,12 @@ from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.parallel_dims import ParallelDims
 from megatron_ray.pipeline_parallel.schedules.layout import StageContents
 from megatron_ray.planning.microbatch import own_tokens_of, tokens_of, width_of
+from megatron_ray.planning.recompute.saved_outputs import (
+    Product,
+    keeps_attention,
+    keeps_exchanges,
+    layer_products,
+)
 from megatron_ray.planning.tally import Axis, Kind, Tally, group_sizes
 
 _FP32 = 4
@@ -306,6 +312,12 @@ class LayerCommunication:
     def _experts_forward(self, moe: MoEConfig) -> None:
         if moe.shared_expert_ffn_hidden_size is not None:
             self._mlp_forward()
+        self._route(moe)
+        self._dispatch_and_combine(moe)
+        self._reduce_scales("etp", 2, self._expert_products(moe))
+
+    def _route(self, moe: MoEConfig) -> None:
+        """Adds what ranks tell each other about the choice of experts."""
         if self.parallel.dispatcher == "allgather":
             chosen = moe.top_k * self.own_tokens
             gathered = chosen * self.parallel.expert_tp
@@ -318,8 +330,6 @@ class LayerCommunication:
             # that number is known.
             self.tally.add("ep", "all_to_all", _INT64 * moe.num_experts)
             self.tally.add("etp", "all_gather", _INT64 * moe.num_experts)
-        self._dispatch_and_combine(moe)
-        self._reduce_scales("etp", 2, self._expert_products(moe))
 
     def _expert_products(self, moe: MoEConfig) -> int:
         """Products of this rank's experts in a forward pass, one after another."""
@@ -377,6 +387,11 @@ class LayerCommunication:
                     self.attention_forward()
                     self._recomputed_mlp(layer, is_last=layer == region[-1])
             return
+        if recompute.granularity == "operations":
+            for layer in layers:
+                self.enter(layer)
+                self._recomputed_around_saved_outputs(layer)
+            return
         for layer in layers:
             self.enter(layer)
             if "core_attention" in recompute.chosen_modules:
@@ -386,6 +401,34 @@ class LayerCommunication:
                 module = "moe"
             if module in recompute.chosen_modules:
                 self._recomputed_mlp(layer, is_last=True)
+
+    def _recomputed_around_saved_outputs(self, layer: int) -> None:
+        """Adds a layer's second forward pass without what `recompute.save` keeps."""
+        for product in layer_products(self.config, layer):
+            if product.runs_again:
+                self._product_forward(product)
+            elif product.ends_layer:
+                self._reduce_scales("tp", 1, 2)  # as in `_recomputed_mlp`
+        if self.model.mla is not None:
+            self._gather_tokens(self.model.mla.qk_rope_head_dim)
+        if not keeps_attention(self.config):
+            self.core_attention_forward()
+        elif self.parallel.cp_method.startswith("a2a"):
+            self._exchange_heads()
+        moe = self.model.experts_on(layer)
+        if moe is not None and not keeps_exchanges(self.config):
+            self._route(moe)
+            self._dispatch_and_combine(moe)
+
+    def _product_forward(self, product: Product) -> None:
+        if product.kind == "row":
+            self._row_parallel_forward()
+        elif product.kind == "column":
+            self._column_parallel_forward(product.inputs)
+        elif product.kind == "replicated":
+            self._replicated()
+        elif product.kind == "experts":
+            self._reduce_scales("etp", 2, product.num_matrices)
 
     def _recomputed_mlp(self, layer: int, *, is_last: bool) -> None:
         moe = self.model.experts_on(layer)

@@ -355,7 +355,7 @@ def _zero3_seconds(
     """
     width = width_of(config)
     passes = 2
-    if config.training.recompute.granularity == "full":
+    if config.training.recompute.granularity in ("operations", "full"):
         passes = 3
     dense = 0
     experts = 0

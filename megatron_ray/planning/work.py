@@ -19,6 +19,7 @@ from megatron_ray.planning.microbatch import (
     tokens_of,
     width_of,
 )
+from megatron_ray.planning.recompute.saved_outputs import keeps_attention, layer_products
 from megatron_ray.sharding.matrices import Matrix, tp_owners
 
 
@@ -150,6 +151,8 @@ class LayerWork:
     """MLP or experts with their norm, forward."""
     forward: Work
     """The whole layer, core and MLP included."""
+    around_saved_outputs: Work
+    """A forward pass without what recompute.granularity=operations does not repeat."""
     backward: Work
 
 
@@ -194,7 +197,22 @@ def layer_work(config: TrainConfig, index: int) -> LayerWork:
         attention=2.5 * core.attention,
         memory=10 * residual + projections.moved_bytes + 5 / 3 * activation + accumulated,
     )
-    return LayerWork(core, mlp, forward, backward)
+    return LayerWork(
+        core, mlp, forward, _around_saved_outputs(config, index, forward), backward
+    )
+
+
+def _around_saved_outputs(config: TrainConfig, index: int, forward: Work) -> Work:
+    """Returns what is left of a layer's forward pass, memory traffic as a whole."""
+    products = 0
+    for product in layer_products(config, index):
+        # As in the forward pass, those of a router are left out.
+        if product.runs_again and product.kind != "router":
+            products += product.flops
+    attention = forward.attention
+    if keeps_attention(config):
+        attention = 0.0
+    return Work(float(products), attention, forward.memory)
 
 
 def _core_work(config: TrainConfig, index: int) -> Work:
@@ -300,6 +318,10 @@ def _recomputed(config: TrainConfig, layers: Sequence[LayerWork]) -> Work:
     """Returns the work of the second forward passes."""
     recompute = config.training.recompute
     work = Work()
+    if recompute.granularity == "operations":
+        for layer in layers:
+            work += layer.around_saved_outputs
+        return work
     if recompute.granularity == "full":
         recomputed = layers
         if recompute.method == "block":

@@ -1,4 +1,4 @@
-"""Checks activation recomputation: which fields each granularity needs, and its modules.
+"""Checks activation recomputation: which fields each granularity needs, and their values.
 
 Pure. Must not know: how many ranks there are.
 """
@@ -10,7 +10,13 @@ from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.pipeline_parallel.schedules.layout import LayoutError
 from megatron_ray.pipeline_parallel.schedules.plan import plan_pipeline
 
-_GRANULARITY_OF = {"method": "full", "num_layers": "full", "modules": "selective"}
+_GRANULARITY_OF = {
+    "method": "full",
+    "num_layers": "full",
+    "modules": "selective",
+    "save": "operations",
+    "every": "operations",
+}
 """Field -> the granularity that it belongs to."""
 _REMEDIES = {
     "method": "give uniform or block",
@@ -26,6 +32,8 @@ def recompute_problems(config: TrainConfig) -> list[Problem]:
         "method": recompute.method,
         "num_layers": recompute.num_layers,
         "modules": recompute.modules,
+        "save": recompute.save,
+        "every": recompute.every,
     }
     problems = []
     for name, granularity in _GRANULARITY_OF.items():
@@ -42,7 +50,7 @@ def recompute_problems(config: TrainConfig) -> list[Problem]:
         # The number of layers can be judged only if it is given and the method is known.
         if not problems:
             problems += _layer_problems(config)
-    return problems + _module_problems(config)
+    return problems + _module_problems(config) + _save_problems(config)
 
 
 def _layer_problems(config: TrainConfig) -> list[Problem]:
@@ -75,6 +83,41 @@ def _module_problems(config: TrainConfig) -> list[Problem]:
         problems.append(_problem("modules", detail))
     if "moe" in modules and "activation" in modules:
         problems.append(_activation_inside("moe"))
+    return problems
+
+
+def _save_problems(config: TrainConfig) -> list[Problem]:
+    """Returns problems of operations that are listed although there are none."""
+    recompute = config.training.recompute
+    parallel = config.parallel
+    # Without a list, whatever there is of all operations is saved.
+    save = recompute.save or ()
+    problems = []
+    if save and recompute.every is not None and "products" not in save:
+        detail = (
+            f"every={recompute.every} chooses products, which are not in save; leave it out, "
+            "or add products to save"
+        )
+        problems.append(_problem("every", detail))
+    if "reduce_scatter" in save and parallel.tp == 1:
+        detail = "reduce_scatter is for sums over tp, and tp=1 has none; leave it out"
+        problems.append(_problem("save", detail))
+    if "attention" in save and config.model.attention_dropout:
+        detail = (
+            "attention is always recomputed with "
+            f"attention_dropout={config.model.attention_dropout:g}; leave it out"
+        )
+        problems.append(_problem("save", detail))
+    _, has_expert_layers = _kinds_of_layers(config)
+    is_exchanged = has_expert_layers and parallel.ep > 1
+    if "all_to_all" in save and not (is_exchanged and parallel.dispatcher == "alltoall"):
+        detail = (
+            "all_to_all is for experts with ep > 1 and dispatcher=alltoall, here is "
+            f"ep={parallel.ep}, dispatcher={parallel.dispatcher}; leave it out"
+        )
+        if not has_expert_layers:
+            detail = "all_to_all is for layers with experts, and the model has none; leave it out"
+        problems.append(_problem("save", detail))
     return problems
 
 

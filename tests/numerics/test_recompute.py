@@ -2,6 +2,8 @@
 gradient.
 """
 
+import gc
+import weakref
 from collections import Counter
 from dataclasses import replace
 from typing import Any
@@ -22,6 +24,7 @@ from megatron_ray.ops.matmul import forward_product_plus
 from megatron_ray.ops.products import PLAIN
 from megatron_ray.parallelize.recompute import recomputed
 from megatron_ray.planning.activations import kept_activations
+from megatron_ray.planning.work import layer_work
 from megatron_ray.tensor_parallel.norm import RMSNorm
 from megatron_ray.training.session import batch_maker, build
 from megatron_ray.training.step import forward_backward, reduce_step
@@ -89,6 +92,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "uniform1": {"granularity": "full", "method": "uniform", "num_layers": 1},
     "uniform2": {"granularity": "full", "method": "uniform", "num_layers": 2},
     "block2": {"granularity": "full", "method": "block", "num_layers": 2},
+    "operations": {"granularity": "operations"},
+    "all-products": {"granularity": "operations", "save": ["products"], "every": 1},
+    "attention-alone": {"granularity": "operations", "save": ["attention"]},
 }
 DROPOUT = {"hidden_dropout": 0.2, "attention_dropout": 0.1}
 
@@ -139,6 +145,87 @@ def test_gradients_are_those_without_recomputation_to_the_bit(
         again, measured = gradients(config_of(setting, model, precision, dropout))
         assert torch.equal(again, loss), setting
         assert torch.equal(measured, expected), setting
+
+
+@pytest.mark.parametrize(
+    ("model", "changes"),
+    [
+        ("llama", {"training": {"fp8": {"recipe": "delayed"}}}),
+        ("moe", {"training": {"fp8": {"recipe": "current"}}}),
+        ("latent", {"training": {"fp8": {"recipe": "blockwise"}}}),
+        pytest.param(
+            "llama",
+            {"training": {"compile": "blocks"}},
+            marks=[
+                pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),
+                # of the compiler, which looks at an input that is no leaf
+                pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning"),
+            ],
+        ),
+        ("families", {"data": {"separate_documents": True}}),
+        ("gpt2", {"training": {"fp32_residual_connection": True}}),
+    ],
+    ids=["delayed", "current", "blockwise", "compiled", "documents", "wide-residuals"],
+)
+def test_saved_outputs_change_no_bit_of_what_goes_with_recomputation(
+    model: str, changes: dict[str, dict[str, Any]]
+) -> None:
+    by_setting = []
+    for setting in ("none", "operations", "all-products"):
+        fields = config_of(setting, model, "bf16", True).model_dump()
+        for section, values in changes.items():
+            fields[section] |= values
+        by_setting.append(gradients(TrainConfig.from_mapping(fields)))
+    (loss, expected), *others = by_setting
+    for again, measured in others:
+        assert torch.equal(again, loss)
+        assert torch.equal(measured, expected)
+
+
+def test_what_is_saved_is_freed_with_its_graph_not_by_garbage_collection() -> None:
+    config = config_of("operations", "llama", "fp32", False)
+    model, hidden, context = blocks_of(config, ParallelMesh.single())
+    output = model.run_blocks(model.layers.values(), hidden, context)
+    saved: Any = output.grad_fn
+    # the inputs are referenced by the graph of an operation and by what replays it
+    parts = [weakref.ref(saved.run), weakref.ref(saved.run.operations[0].inputs)]
+    gc.disable()
+    try:
+        del saved, output
+        assert [part() for part in parts] == [None, None]
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("model", ["llama", "gpt2", "latent"])
+@pytest.mark.parametrize("setting", ["operations", "all-products", "attention-alone"])
+def test_products_of_a_second_run_have_the_planned_flops(
+    monkeypatch: pytest.MonkeyPatch, model: str, setting: str
+) -> None:
+    flops = 0
+
+    def counted(name: str) -> None:
+        plain = getattr(PLAIN, name)
+
+        def product(inputs: Tensor, weight: Tensor, *addend: Tensor) -> Tensor:
+            nonlocal flops
+            flops += 2 * inputs.shape[0] * weight.numel()
+            output: Tensor = plain(inputs, weight, *addend)
+            return output
+
+        monkeypatch.setattr(PLAIN, name, product)
+
+    counted("forward")
+    counted("forward_plus")
+    config = config_of(setting, model, "fp32", False)
+    module, hidden, context = blocks_of(config, ParallelMesh.single())
+    flops = 0
+    output = module.run_blocks(module.layers.values(), hidden, context)
+    by_layer = [layer_work(config, index) for index in range(LAYERS)]
+    assert flops == sum(layer.forward.products for layer in by_layer)
+    flops = 0
+    output.sum().backward()
+    assert flops == sum(layer.around_saved_outputs.products for layer in by_layer)
 
 
 def without_capacity(config: TrainConfig) -> TrainConfig:
@@ -202,6 +289,9 @@ def test_latent_attention_in_blocks_keeps_less(device: DeviceKind, kept: int) ->
         ("uniform1", 6, {"core": 6, "norm": 12, "activation": 6, "last": 3}),
         ("uniform2", 6, {"core": 6, "norm": 12, "activation": 6, "last": 4}),
         ("block2", 5, {"core": 5, "norm": 10, "activation": 5, "last": 3}),
+        ("operations", 6, {"core": 3, "norm": 12, "activation": 6, "last": 3}),
+        ("all-products", 6, {"core": 6, "norm": 12, "activation": 6, "last": 3}),
+        ("attention-alone", 6, {"core": 3, "norm": 12, "activation": 6, "last": 3}),
     ],
 )
 def test_each_part_runs_as_often_as_it_should_and_the_last_product_of_a_region_once(

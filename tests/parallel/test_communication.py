@@ -62,6 +62,7 @@ DEEPSEEK = LATENT | {
     },
 }
 FULL = {"granularity": "full", "method": "uniform", "num_layers": 2}
+OPERATIONS = {"granularity": "operations"}
 CORE = {"granularity": "selective", "modules": ("core_attention", "mlp")}
 Sent = Counter[tuple[Group, str]]
 
@@ -82,6 +83,20 @@ FP8_CASES: list[tuple[str, str, dict[str, Any], dict[str, Any], dict[str, Any]]]
     ("current", "tp", SHAPE | {"head_dim": 16}, {"tp": 8, "sequence_parallel": True}, {}),
     ("current", "mlp recomputed", SHAPE | {"head_dim": 16}, {"tp": 4}, {"recompute": CORE}),
     ("current", "deepseek", WIDE_LATENTS, IN_MOST_DIRECTIONS, {"recompute": FULL}),
+    (
+        "current",
+        "deepseek with saved outputs",
+        WIDE_LATENTS,
+        IN_MOST_DIRECTIONS,
+        {"recompute": OPERATIONS},
+    ),
+    (
+        "current",
+        "saved attention",
+        SHAPE | {"head_dim": 16},
+        {"tp": 4},
+        {"recompute": OPERATIONS | {"save": ("attention",)}},
+    ),
     ("delayed", "deepseek", WIDE_LATENTS, IN_MOST_DIRECTIONS, {}),
     ("mxfp8", "tp", SHAPE | {"head_dim": 32}, {"tp": 4}, {}),
 ]
@@ -138,6 +153,36 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = [
         SHAPE,
         {"tp": 4},
         {"recompute": {"granularity": "selective", "modules": ("mlp", "norm")}},
+    ),
+    (
+        "every second product saved",
+        SHAPE | {"peri_norm": True},
+        {"tp": 4, "sequence_parallel": True, "cp": 2},
+        {"recompute": OPERATIONS},
+    ),
+    (
+        "attention saved between exchanges of heads",
+        SHAPE,
+        {"tp": 2, "cp": 4, "cp_method": "a2a"},
+        {"recompute": OPERATIONS | {"save": ("attention",)}, "precision": "fp32"},
+    ),
+    (
+        "products saved, experts exchanged again",
+        DEEPSEEK,
+        {"tp": 4, "sequence_parallel": True, "ep": 2, "etp": 2, "pp": 2, "cp": 2},
+        {"recompute": OPERATIONS | {"save": ("products",), "every": 1}},
+    ),
+    (
+        "exchanges of experts saved",
+        MOE | {"moe": MOE["moe"] | {"shared_expert_ffn_hidden_size": 32}},
+        {"tp": 2, "sequence_parallel": True, "ep": 4, "etp": 2, "cp": 2},
+        {"recompute": OPERATIONS | {"save": ("all_to_all", "reduce_scatter")}},
+    ),
+    (
+        "products saved, experts gathered again",
+        MOE,
+        {"tp": 2, "sequence_parallel": True, "ep": 4, "etp": 2, "dispatcher": "allgather"},
+        {"recompute": OPERATIONS | {"every": 3}},
     ),
     ("experts", MOE, {"ep": 8}, {}),
     (

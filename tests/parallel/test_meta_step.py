@@ -168,10 +168,11 @@ def test_every_layout_of_the_matrix_steps_without_a_device(entry: Entry) -> None
 RECOMPUTE: list[dict[str, Any]] = [
     {"granularity": "full", "method": "uniform", "num_layers": 1},
     {"granularity": "selective", "modules": ["core_attention", "norm", "activation"]},
+    {"granularity": "operations"},
 ]
 
 
-@pytest.mark.parametrize("recompute", RECOMPUTE, ids=["full", "selective"])
+@pytest.mark.parametrize("recompute", RECOMPUTE, ids=["full", "selective", "operations"])
 def test_recomputed_layers_with_dropout_step_without_a_device(
     recompute: dict[str, Any],
 ) -> None:

@@ -306,6 +306,21 @@ DEEPSEEK_CASES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]]
         {"granularity": "selective", "modules": ("norm", "activation", "core_attention")},
     ),
     "dropout": (DENSE | {"hidden_dropout": 0.2}, {"tp": 2, "sequence_parallel": True}, {}),
+    "operations": (
+        DEEPSEEK_WITH_ROOM,
+        {"tp": 2, "sequence_parallel": True, "ep": 2, "etp": 1, "pp": 2},
+        {"granularity": "operations"},
+    ),
+    "operations-ring": (
+        DENSE,
+        {"tp": 2, "cp": 2},
+        {"granularity": "operations", "save": ("products", "attention"), "every": 3},
+    ),
+    "operations-heads-exchanged": (
+        DENSE,
+        {"cp": 2, "cp_method": "a2a"},
+        {"granularity": "operations", "every": 1},
+    ),
 }
 
 

@@ -27,6 +27,8 @@ SETTINGS: list[dict[str, Any]] = [
     {"granularity": "full", "method": "block", "num_layers": 1},
     {"granularity": "selective", "modules": ["core_attention", "norm", "activation"]},
     {"granularity": "selective", "modules": ["norm", "mlp", "moe"]},
+    {"granularity": "operations"},
+    {"granularity": "operations", "save": ["products", "all_to_all"], "every": 1},
 ]
 PERI_NORM = {"peri_norm": True, "embedding_norm": True, "attention_scale": 0.2}
 MODELS = {

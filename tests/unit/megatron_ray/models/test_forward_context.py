@@ -35,6 +35,7 @@ RECOMPUTE: dict[str, dict[str, Any]] = {
     "moe": {"granularity": "selective", "modules": ["norm", "moe"]},
     "uniform": {"granularity": "full", "method": "uniform", "num_layers": 2},
     "block": {"granularity": "full", "method": "block", "num_layers": 1},
+    "operations": {"granularity": "operations"},
 }
 
 

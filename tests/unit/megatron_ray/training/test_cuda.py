@@ -96,6 +96,7 @@ DROPOUT = {"hidden_dropout": 0.1, "attention_dropout": 0.1}
 RECOMPUTE: list[dict[str, Any]] = [
     {"granularity": "full", "method": "uniform", "num_layers": 1},
     {"granularity": "selective", "modules": ["core_attention", "norm", "activation"]},
+    {"granularity": "operations"},
 ]
 
 

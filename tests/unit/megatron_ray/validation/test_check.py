@@ -440,6 +440,86 @@ def test_a_good_config_has_no_problem() -> None:
             "moe is for layers with experts, and the model has none; leave it out",
         ),
         (
+            {
+                "training": {
+                    "recompute": {
+                        "granularity": "full",
+                        "method": "block",
+                        "num_layers": 1,
+                        "save": ["attention"],
+                    }
+                }
+            },
+            None,
+            "/training/recompute/save",
+            "save is for granularity=operations, not for full; leave it out, or change "
+            "granularity",
+        ),
+        (
+            {"training": {"recompute": {"every": 2}}},
+            None,
+            "/training/recompute/every",
+            "every is for granularity=operations, not for none",
+        ),
+        (
+            {
+                "training": {
+                    "recompute": {
+                        "granularity": "operations",
+                        "save": ["attention"],
+                        "every": 2,
+                    }
+                }
+            },
+            None,
+            "/training/recompute/every",
+            "every=2 chooses products, which are not in save; leave it out, or add products "
+            "to save",
+        ),
+        (
+            {
+                "training": {
+                    "recompute": {"granularity": "operations", "save": ["reduce_scatter"]}
+                }
+            },
+            None,
+            "/training/recompute/save",
+            "reduce_scatter is for sums over tp, and tp=1 has none; leave it out",
+        ),
+        (
+            {
+                "training": {
+                    "recompute": {"granularity": "operations", "save": ["attention"]}
+                },
+                "model": {"attention_dropout": 0.1},
+            },
+            None,
+            "/training/recompute/save",
+            "attention is always recomputed with attention_dropout=0.1; leave it out",
+        ),
+        (
+            {
+                "training": {
+                    "recompute": {"granularity": "operations", "save": ["all_to_all"]}
+                }
+            },
+            None,
+            "/training/recompute/save",
+            "all_to_all is for layers with experts, and the model has none; leave it out",
+        ),
+        (
+            {
+                "training": {
+                    "recompute": {"granularity": "operations", "save": ["all_to_all"]}
+                },
+                "model": {"moe": {"num_experts": 4}},
+            },
+            None,
+            "/training/recompute/save",
+            "all_to_all is for experts with ep > 1 and dispatcher=alltoall, here is ep=1, "
+            "dispatcher=alltoall; leave it out",
+        ),
+        (
             {"schedule": {"min_lr": 0.1}},
             None,
             "/schedule/min_lr",

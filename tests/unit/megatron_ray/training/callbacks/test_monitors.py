@@ -234,7 +234,7 @@ class Plain:
 
 
 @pytest.mark.parametrize("separates", [False, True])
-@pytest.mark.parametrize("granularity", ["none", "full", "selective"])
+@pytest.mark.parametrize("granularity", ["none", "full", "selective", "operations"])
 def test_activations_of_each_layer(separates: bool, granularity: str) -> None:
     config = watched_config(
         GPT2, callbacks={"activations": EVERY}, separate_documents=separates
