@@ -1,4 +1,4 @@
-"""What a plan says of replica groups."""
+"""The figures of a plan with replica groups."""
 
 from typing import Any
 
