@@ -3,22 +3,28 @@ numbers in every layout. The library needs a GPU, so a stand-in with its recorde
 computes here; `test_transformer_engine_gpu.py` compares the library itself.
 """
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from megatron_ray.checkpoint.directory import commit, list_checkpoints
 from megatron_ray.config.train_config import TrainConfig
+from megatron_ray.data.prepared import PreparedData
 from megatron_ray.distributed.mesh import ParallelMesh
+from megatron_ray.inference.generate import generate, load_model
 from megatron_ray.parallelize.parallelize import parallelize
 from megatron_ray.parallelize.transformer_engine.apply import apply_transformer_engine
+from tests.parallel import test_checkpoint_training as resuming
 from tests.support import parity
 from tests.support.parity import GPT2, LLAMA, RankResult, make_config
 from tests.support.ranks import run_ranks
 from tests.support.transformer_engine import installed, stand_in
 
 pytestmark = pytest.mark.parallel
+corpus = resuming.corpus
 
 STEPS = 4
 EXPERTS = LLAMA | {
@@ -207,3 +213,38 @@ def test_the_norm_before_a_product_is_part_of_it() -> None:
     hidden = torch.randn(6, 64)
     block = model.module.blocks[0]
     assert block.attention_norm(hidden) is hidden
+
+
+def resumed(
+    folder: Path, data: PreparedData, specs: tuple[str, str]
+) -> tuple[dict[int, Any], str]:
+    """Steps of a run that changes its spec halfway, and its checkpoint there."""
+
+    def in_bf16(spec: str) -> TrainConfig:
+        fields = resuming.config(folder, 1, 1).model_dump()
+        fields["model"]["spec"] = spec
+        fields["training"]["precision"] = "bf16"
+        fields["storage"]["path"] = str(folder / "-".join(specs))
+        return TrainConfig.from_mapping(fields)
+
+    first, second = specs
+    with installed():
+        resuming.train(0, 1, in_bf16(first), data, 1, None)
+        half, _ = (info.path for info in list_checkpoints(str(folder / "-".join(specs))))
+        commit(half, {}, [])
+        return resuming.train(0, 1, in_bf16(second), data, 2, half), half
+
+
+def test_a_checkpoint_goes_on_in_the_other_spec(
+    tmp_path: Path, corpus: PreparedData
+) -> None:
+    engine, local = "transformer_engine", "local"
+    expected, _ = resumed(tmp_path, corpus, (local, local))
+    for specs in ((engine, local), (local, engine), (engine, engine)):
+        steps, half = resumed(tmp_path, corpus, specs)
+        assert steps.keys() == expected.keys()
+        for step, values in steps.items():
+            assert values == pytest.approx(expected[step], rel=1e-2)
+    # Without the library.
+    model, tokenizer = load_model(half)
+    assert len(generate(model, tokenizer, "line 7: ", 4, temperature=0).tokens) > 0

@@ -8,7 +8,7 @@ those of vectors (biases, weights of norms) to autograd. One backward pass of a 
 
     _begin_backward          clears main gradients that are fresh in this step
     (the library's backward) adds to them
-    _Delivered.backward      tells the slots, and delivers the vectors' gradients
+    _Delivered.backward      notes it in the slots, and delivers the vectors' gradients
 """
 
 from collections.abc import Callable, Sequence
