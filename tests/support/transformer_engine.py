@@ -207,7 +207,9 @@ class Linear(Recorded):
         if group is not None and given.parallel_mode == "row":
             output = (Scatter if is_split else Sum).apply(output, group)
         if given.bias:
-            output = output + self.bias
+            # Computed in the product of the weight's gradient, so not without that.
+            bias = self.bias if self.weight.requires_grad else self.bias.detach()
+            output = output + bias
         return output
 
 

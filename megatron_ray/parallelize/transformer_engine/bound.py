@@ -19,7 +19,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from megatron_ray.ops.autograd import AutogradFunction
-from megatron_ray.ops.grad_slots import SlottedModule, deliver_computed_grad, needs_grad
+from megatron_ray.ops.grad_slots import (
+    SlottedModule,
+    deliver_bias_grad,
+    deliver_computed_grad,
+    needs_grad,
+)
 
 Precision = Callable[[], AbstractContextManager[Any]]
 """Makes the context of one forward pass, which turns FP8 on."""
@@ -68,6 +73,7 @@ class BoundModule:
         self._vectors = vectors
         self._precision = precision
         self._num_weights = num_weights
+        self._has_bias = any(vector.layer is layer for vector in vectors)
         self._bound: nn.Parameter | None = None
         self._weights: list[nn.Parameter] = []
         # Tensors with a history take their places in each pass.
@@ -106,10 +112,13 @@ class BoundModule:
             self._weights.append(parameter)
             self._inner.register_parameter(f"weight{index}", parameter)
 
-    def _begin_backward(self, _: Tensor) -> None:
+    def _begin_backward(self, grad: Tensor) -> None:
         slot = self._layer.slot("weight")
         if slot is None:
-            return  # frozen
+            # Beside a frozen weight the library computes no gradient of the bias.
+            if self._has_bias:
+                deliver_bias_grad(self._layer, grad)
+            return
         # The module reads its own flag for that in the forward pass, when other microbatches
         # of a pipeline may still add their gradients before.
         if slot.fresh:
@@ -124,7 +133,8 @@ class BoundModule:
         if slot is not None:
             slot.contribute(_is_added)
         for vector, gradient in zip(self._vectors, gradients, strict=True):
-            if needs_grad(vector.layer, vector.name):
+            is_delivered = slot is None and vector.layer is self._layer
+            if needs_grad(vector.layer, vector.name) and not is_delivered:
                 assert gradient is not None
                 deliver_computed_grad(vector.layer, vector.name, gradient)
 
