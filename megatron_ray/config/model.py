@@ -141,6 +141,10 @@ class ModelConfig(Config):
     mup: MuPConfig | None = None
     """Maximal update parametrization: numbers of a small base model fit this one. Default:
     none."""
+    spec: Literal["local", "transformer_engine"] = "local"
+    """Whose kernels compute the layers: the project's own, for CPUs and GPUs, or those of
+    NVIDIA's Transformer Engine, for GPUs on which it is installed (extra `te`). Weights and
+    checkpoints are the same."""
 
     @model_validator(mode="before")
     @classmethod

@@ -40,6 +40,8 @@ from megatron_ray.parallelize.storage import (
     place_in_buffers,
     shard_fully,
 )
+from megatron_ray.parallelize.transformer_engine.apply import apply_transformer_engine
+from megatron_ray.parallelize.transformer_engine.library import load_transformer_engine
 from megatron_ray.pipeline_parallel.schedules.actions import Order
 from megatron_ray.pipeline_parallel.schedules.layout import StageContents
 from megatron_ray.pipeline_parallel.schedules.plan import PipelinePlan, plan_pipeline
@@ -162,6 +164,12 @@ def parallelize(
     if training.fp32_residual_connection:
         hidden_dtype = torch.float32
         module.activation_dtype = dtype
+    if config.model.spec == "transformer_engine":
+        apply_transformer_engine(
+            module,
+            training.fp8,
+            load_transformer_engine(mesh.device_kind, training.fp8),
+        )
     if training.compile == "blocks":
         apply_compile(module, compiled_ops())
     apply_recompute(module, training.recompute)

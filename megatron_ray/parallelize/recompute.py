@@ -30,6 +30,7 @@ from megatron_ray.parallelize.discard_output import (
     leaf_grads,
     needs_grad,
 )
+from megatron_ray.parallelize.replaced_forward import replace_forward
 from megatron_ray.parallelize.saved_operations import save_outputs
 from megatron_ray.parallelize.saved_outputs import OutputSaver
 
@@ -221,7 +222,7 @@ def _recompute_mlp(block: Block) -> None:
         again = partial(run, is_output_needed=False)
         return recomputed(run, x_TH, residual_TH, again=again)
 
-    _replace_forward(block.mlp, forward)
+    replace_forward(block.mlp, forward)
 
 
 def _recompute_moe(block: Block) -> None:
@@ -242,7 +243,7 @@ def _recompute_moe(block: Block) -> None:
             again=partial(run, context=context.for_recompute()),
         )
 
-    _replace_forward(block.moe, forward)
+    replace_forward(block.moe, forward)
 
 
 def _discard_norm_outputs(block: Block) -> None:
@@ -269,12 +270,3 @@ _MODULES: dict[str, Callable[[Block], None]] = {
     "mlp": _recompute_mlp,
     "moe": _recompute_moe,
 }
-
-
-def _replace_forward(module: nn.Module, forward: Callable[..., Tensor]) -> None:
-    """Replaces a module's forward.
-
-    A wrapper module would change the names of its parameters, which must match the
-    parameter table.
-    """
-    module.forward = forward

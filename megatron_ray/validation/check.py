@@ -28,6 +28,9 @@ from megatron_ray.validation.faults.rules import (
     rule_problems,
     rule_warnings,
 )
+from megatron_ray.validation.layers.transformer_engine import (
+    transformer_engine_problems,
+)
 from megatron_ray.validation.parameters.freezing import freezing_problems
 from megatron_ray.validation.parameters.groups import group_problems
 from megatron_ray.validation.parameters.matrices import matrix_problems
@@ -66,6 +69,7 @@ _RULES = (
     local_sgd_problems,
     profile_problems,
     recompute.recompute_problems,
+    transformer_engine_problems,
     resume_rules.resume_changes_problems,
 )
 """Rules in the order in which their problems are listed."""

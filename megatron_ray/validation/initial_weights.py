@@ -19,6 +19,7 @@ _TRAINING_ONLY = (
     "init_std",
     "vocab_multiple",
     "full_attention_every",
+    "spec",
 )
 """Fields that do not affect the function of given weights. full_attention_every is
 among them because the signature contains the window of every layer instead."""

@@ -46,6 +46,7 @@ FREE_ON_RESUME = (
     "model.preset",
     "model.init_std",
     "model.vocab_multiple",
+    "model.spec",
 )
 """Fields, and sections of fields, that change neither the model nor the learning rate nor
 the samples of a run."""

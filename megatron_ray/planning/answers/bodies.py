@@ -180,7 +180,7 @@ def _estimate_notes(
             f"no time estimate: no {config.training.precision} timings for "
             f"{hardware.name}; {_precision_remedy(hardware)}"
         )
-    return [*notes, *_assumption_notes(config, hardware), *_fp8_notes(config, hardware)]
+    return [*notes, *_assumption_notes(config, hardware), *_kernel_notes(config, hardware)]
 
 
 def _copy_notes(config: TrainConfig) -> list[str]:
@@ -220,11 +220,30 @@ def _precision_remedy(hardware: Hardware) -> str:
     return "name another device"
 
 
-def _fp8_notes(config: TrainConfig, hardware: Hardware | None) -> list[str]:
-    """Returns that a device has no kernel for a recipe, and which recipes it has."""
-    fp8 = config.training.fp8
-    if fp8 is None or hardware is None or hardware.device.multiplies_fp8(fp8.recipe):
+def _kernel_notes(config: TrainConfig, hardware: Hardware | None) -> list[str]:
+    """Returns which kernels of a spec a device does not have."""
+    if hardware is None:
         return []
+    is_local = config.model.spec == "local"
+    if not is_local and hardware.device.type != "cuda":
+        return [
+            f"{hardware.name} does not run transformer_engine, and no rank starts there; set "
+            "model.spec to local"
+        ]
+    fp8 = config.training.fp8
+    if fp8 is None or hardware.device.multiplies_fp8(fp8.recipe):
+        return []
+    if is_local:
+        return [_emulation_note(fp8.recipe, hardware)]
+    return [
+        f"{hardware.name} does not multiply in FP8 with recipe={fp8.recipe}, which "
+        "transformer_engine does not emulate, and no rank starts there; use another recipe, "
+        "or set model.spec to local"
+    ]
+
+
+def _emulation_note(given: str, hardware: Hardware) -> str:
+    """Returns that a device has no kernel for a recipe, and which recipes it has."""
     others = []
     for recipe in _FP8_RECIPES:
         if hardware.device.multiplies_fp8(recipe):
@@ -232,10 +251,10 @@ def _fp8_notes(config: TrainConfig, hardware: Hardware | None) -> list[str]:
     remedy = "leave training.fp8 out for speed"
     if others:
         remedy = f"for speed set training.fp8.recipe to {others[0]}"
-    return [
-        f"{hardware.name} does not multiply in FP8 with recipe={fp8.recipe}: the products "
-        f"have its numbers, and are slower than in bf16; {remedy}"
-    ]
+    return (
+        f"{hardware.name} does not multiply in FP8 with recipe={given}: the products have its "
+        f"numbers, and are slower than in bf16; {remedy}"
+    )
 
 
 def _assumption_notes(config: TrainConfig, hardware: Hardware | None) -> list[str]:
