@@ -13,7 +13,11 @@ def transformer_engine_problems(config: TrainConfig) -> list[Problem]:
     """Returns problems of `model.spec: transformer_engine`."""
     if config.model.spec != "transformer_engine":
         return []
-    return _precision_problems(config) + _layout_problems(config)
+    return [
+        *_precision_problems(config),
+        *_layout_problems(config),
+        *_recompute_problems(config),
+    ]
 
 
 def _precision_problems(config: TrainConfig) -> list[Problem]:
@@ -59,7 +63,20 @@ def _layout_problems(config: TrainConfig) -> list[Problem]:
             "set model.spec to local"
         )
         problems.append(Problem("/parallel/schedule", _CODE, detail))
-    if "norm" in config.training.recompute.chosen_modules:
+    return problems
+
+
+def _recompute_problems(config: TrainConfig) -> list[Problem]:
+    recompute = config.training.recompute
+    problems = []
+    if recompute.granularity == "operations":
+        detail = (
+            "granularity=operations keeps outputs of operations, and spec=transformer_engine "
+            "computes several of them at once; use selective or full, or set model.spec to "
+            "local"
+        )
+        problems.append(Problem("/training/recompute/granularity", _CODE, detail))
+    if "norm" in recompute.chosen_modules:
         detail = (
             "norm frees the output of a norm, which spec=transformer_engine computes inside "
             "of the product that reads it; leave it out, or set model.spec to local"

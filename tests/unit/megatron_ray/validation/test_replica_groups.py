@@ -20,7 +20,10 @@ BASE: dict[str, Any] = {
         "max_sequence_length": 64,
     },
     "parallel": {"dp": 4, "local_sgd": GROUPS},
-    "data": {"train": [{"path": "builtin://python-stdlib"}]},
+    "data": {
+        "train": [{"path": "builtin://python-stdlib"}],
+        "tokenizer": {"kind": "bytes"},
+    },
     "training": {
         "seq_length": 64,
         "micro_batch_size": 1,

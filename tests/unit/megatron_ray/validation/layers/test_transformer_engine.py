@@ -72,6 +72,12 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
         "norm frees the output of a norm, which spec=transformer_engine computes inside of "
         "the product that reads it; leave it out, or set model.spec to local",
     ),
+    (
+        {"training": {"recompute": {"granularity": "operations"}}},
+        "/training/recompute/granularity",
+        "granularity=operations keeps outputs of operations, and spec=transformer_engine "
+        "computes several of them at once; use selective or full, or set model.spec to local",
+    ),
 ]
 
 
