@@ -29,7 +29,7 @@ class CountedPart:
 
     @property
     def main(self) -> Tensor:
-        """The fp32 main parameters, as a flat view."""
+        """The fp32 main parameters, flat, on the device."""
         return self.shard.main(self.piece)
 
     @property
@@ -39,8 +39,10 @@ class CountedPart:
 
     @property
     def state(self) -> Mapping[str, Tensor]:
-        """The optimizer's state, as flat views."""
-        return self.shard.state_of(self.piece)
+        """The optimizer's state, flat, on the device."""
+        kept = self.shard.state_of(self.piece)
+        device = self.gradient.device
+        return {name: flat.to(device) for name, flat in kept.items()}
 
 
 def counted_parts(optimizer: ShardedOptimizer, tp_rank: int) -> Iterator[CountedPart]:

@@ -1,7 +1,7 @@
 """Updates this rank's shard of the flat buffers, with fp32 main parameters.
 
-Owns: main parameters, optimizer state, the gather of updated weights. Must not know: the
-model, microbatches, files, the arithmetic of the update.
+Owns: optimizer state, the gather of updated weights. Must not know: the model,
+microbatches, files, the arithmetic of the update, how main parameters are kept.
 
 ZeRO-1 (Rajbhandari et al. 2020): each data-parallel rank updates an equal part of every
 bucket. In fp32 the main parameters are the model's own memory; in bf16 and fp16 they are
@@ -25,17 +25,25 @@ from megatron_ray.optimizer.matrix_update import LocalMatrix, MatrixUpdate, Segm
 from megatron_ray.optimizer.partition import (
     Piece,
     Run,
+    chunks,
     cut,
     flat_runs,
     owned_range,
     pieces,
 )
 from megatron_ray.optimizer.piece_boxes import add_boxes
+from megatron_ray.optimizer.state_memory.main_parameters import (
+    CHUNK,
+    main_parameters,
+    zeros,
+)
+from megatron_ray.optimizer.state_memory.streaming import StreamedRun
 from megatron_ray.optimizer.step_rules import StepRules
 from megatron_ray.optimizer.update_calls import (
     RunTensors,
     RunUpdate,
     UpdateCall,
+    UpdatedRun,
     update_call,
 )
 from megatron_ray.optimizer.update_rule import UpdateRule
@@ -63,6 +71,7 @@ class OptimizerShard:
     ) -> None:
         """Makes the shard: this replica's part (`sharded`, ZeRO-1) or the whole group."""
         self.buffers = group.buffers
+        self._device = self.buffers.parameters.device
         self.group = group.group
         # With a single rank nothing is sharded or gathered.
         self.sharded = sharded and self.group is not None
@@ -90,18 +99,17 @@ class OptimizerShard:
             self._updates.append(self._matrix_update(config, config.muon, group))
 
     def _allocate(self, config: OptimizerConfig) -> None:
-        """Allocates the state and, unless the model is fp32, main parameters."""
+        """Allocates the state, main parameters and gradients of a shorter type in fp32."""
         num_elements = 0
         if self.runs:
             num_elements = self.runs[-1].shard_range.stop
-        device = self.buffers.parameters.device
-        self.main_is_model = self.buffers.parameters.dtype == torch.float32
-        self._main_shard: Tensor | None = None
         self._gradient_shard: Tensor | None = None
         if self.buffers.gradients.dtype != torch.float32:
-            self._gradient_shard = torch.zeros(num_elements, device=device)
-        if not self.main_is_model:
-            self._main_shard = torch.zeros(num_elements, device=device)
+            self._gradient_shard = torch.zeros(num_elements, device=self._device)
+        self._offload = config.offload
+        self._streams = config.offload or config.store_param_remainders
+        weights = self.buffers.parameters
+        self.main_parameters = main_parameters(config, weights, num_elements)
         self.state = self._zeros(config, of_matrix=False)
         self.matrix_state = self._zeros(config, of_matrix=True)
 
@@ -113,30 +121,40 @@ class OptimizerShard:
                 num_elements += run.end - run.start
         state = {}
         for name in state_names(config, of_matrix=of_matrix):
-            state[name] = torch.zeros(
-                num_elements,
-                dtype=_DTYPES[state_dtype(config, name)],
-                device=self.buffers.parameters.device,
-            )
+            dtype = _DTYPES[state_dtype(config, name)]
+            state[name] = zeros(num_elements, dtype, self._device, offload=self._offload)
         return state
 
     def _update_calls(self, config: OptimizerConfig) -> list[UpdateCall]:
-        """Returns one call per rule, since its numbers are arguments of the call."""
+        """Returns one call per rule, since its numbers are arguments of the call.
+
+        Of runs that are streamed, each part is a call, which opens only that.
+        """
+        runs = [run for run in self.runs if not run.rule.of_matrix]
+        if self._streams:
+            streamed = list[UpdateCall]()
+            for part in chunks(runs, CHUNK):
+                call = update_call(config, part.rule, self._device)
+                call.add(self._updated(part))
+                streamed.append(call)
+            return streamed
         calls: dict[UpdateRule, RunUpdate] = {}
-        for run in self.runs:
-            if run.rule.of_matrix:
-                continue
+        for run in runs:
             if run.rule not in calls:
-                device = self.buffers.parameters.device
-                calls[run.rule] = update_call(config, run.rule, device)
-            calls[run.rule].add(self._tensors(run))
+                calls[run.rule] = update_call(config, run.rule, self._device)
+            calls[run.rule].add(self._updated(run))
         return list(calls.values())
 
-    def _tensors(self, run: Run) -> RunTensors:
-        return RunTensors(self.main(run), self.gradient(run), self.state_of(run))
+    def _updated(self, run: Run) -> UpdatedRun:
+        """Returns what an update gets of a run."""
+        gradient = self.gradient(run)
+        state = self.state_of(run)
+        if self._streams:
+            return StreamedRun(run, self.main_parameters, gradient, state, self._offload)
+        return RunTensors(self.main(run), gradient, state)
 
     def state_of(self, run: Run | Piece) -> dict[str, Tensor]:
-        """Returns the state of a run or a piece, as views."""
+        """Returns the state of a run or a piece, as views where it is kept."""
         state = self.state
         if run.of_matrix:
             state = self.matrix_state
@@ -166,7 +184,7 @@ class OptimizerShard:
             replica_group,
             group.tp_group,
             config.lr,
-            self.buffers.parameters.device,
+            self._device,
         )
 
     def _local(self, owned: OwnedMatrix, replica: int) -> LocalMatrix:
@@ -190,16 +208,17 @@ class OptimizerShard:
         while start < end:
             run = self.runs[index]
             part = cut(run, start, min(end, run.end))
-            segments.append(Segment(run.rule, self._tensors(part)))
+            segments.append(Segment(run.rule, self._updated(part)))
             start = part.end
             index += 1
         return tuple(segments)
 
     def main(self, run: Run | Piece) -> Tensor:
-        """Returns the fp32 main parameters of a run or a piece, as a view."""
-        if self._main_shard is None:
-            return self.buffers.parameters[run.start : run.end]
-        return self._main_shard[run.shard_range]
+        """Returns the fp32 main parameters of a run or a piece, on the device.
+
+        A view, or a copy where they are kept in another form.
+        """
+        return self.main_parameters.load(run)
 
     def gradient(self, run: Run | Piece) -> Tensor:
         """Returns the fp32 gradients of a run or a piece, as a view."""
@@ -241,9 +260,7 @@ class OptimizerShard:
         """
         self.wait_for_weights()
         # Rounded before the gather, since short weights have half the bytes.
-        if self._main_shard is not None:
-            for run in self.runs:
-                self.buffers.parameters[run.start : run.end].copy_(self.main(run))
+        self.main_parameters.publish(self.runs)
         self._gather()
         self._sync_model()
 
@@ -282,24 +299,27 @@ class OptimizerShard:
         flat = value.reshape(-1)
         placed = self._placed[name]
         # All replicas set the same value, so no gather is needed.
-        self.buffers.parameters[placed.start : placed.end].copy_(flat)
-        if self._main_shard is None:
-            return
+        weights = self.buffers.parameters[placed.start : placed.end]
+        self.main_parameters.round_to(weights, flat)
         # Main parameters keep fp32 precision.
         for piece in self._pieces_by_parameter.get(name, ()):
             start = piece.start - placed.start
             end = piece.end - placed.start
-            self._main_shard[piece.shard_range].copy_(flat[start:end])
+            self.main_parameters.store(piece, flat[start:end])
 
     def sharded_state(self) -> ShardedState:
         """Returns live views of the optimizer state that this rank owns.
 
         `model/...` are the fp32 main parameters, or the model's parameters if frozen;
-        `optimizer/...` is its state.
+        `optimizer/...` is its state. Main parameters are copies where they are kept in
+        another form, unless `begin_load` was called.
         """
+        if self._offload and self._device.type == "cuda":
+            # The last update may still be on its way to host memory.
+            torch.cuda.current_stream(self._device).synchronize()
         state: ShardedState = {}
         for piece in self.pieces:
-            add_boxes(state, "model/", piece, self.main(piece))
+            add_boxes(state, "model/", piece, self.main_parameters.view(piece))
             for name, flat in self.state_of(piece).items():
                 add_boxes(state, f"optimizer/{name}/", piece, flat)
         # Frozen parameters belong to no run, but a checkpoint contains the whole model.
@@ -388,6 +408,11 @@ class ShardedOptimizer:
         for shard in self.shards:
             shard.publish()
 
+    def begin_load(self) -> None:
+        """Has main parameters set through `sharded_state`, until they are published."""
+        for shard in self.shards:
+            shard.main_parameters.begin_load()
+
     def wait_for_weights(self) -> None:
         """Waits until all published weights have arrived, for what is no forward pass."""
         for shard in self.shards:
@@ -403,7 +428,7 @@ class ShardedOptimizer:
                 shard.initialise(name, value)
 
     def sharded_state(self) -> ShardedState:
-        """Returns live views of this rank's state; see OptimizerShard.sharded_state.
+        """Returns this rank's state as in OptimizerShard.sharded_state.
 
         A dynamic loss scale and the baselines of rules are part of it.
         """

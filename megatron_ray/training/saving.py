@@ -130,7 +130,7 @@ class TrainingSaver:
         self._callbacks.before_save()
 
     def state(self) -> ShardedState:
-        """Returns live views of all tensors in a checkpoint."""
+        """Returns all tensors in a checkpoint, as they are now."""
         state = training_state(self._model, self._optimizer)
         return state | self._callbacks.state()
 
@@ -174,7 +174,7 @@ def read_file(path: str) -> bytes:
 
 
 def training_state(model: ParallelModel, optimizer: ShardedOptimizer) -> ShardedState:
-    """Returns live views of all tensors in a checkpoint.
+    """Returns all tensors in a checkpoint, as `ShardedOptimizer.sharded_state`.
 
     These are main parameters, moments, a loss scale, baselines of rules, balancing biases
     of experts and FP8 scales.
@@ -200,6 +200,7 @@ def resume(
     Returns the run's progress. Raises CheckpointError.
     """
     saved = SavedCheckpoint(path)
+    optimizer.begin_load()
     state = training_state(model, optimizer)
     for name in tuple(state):
         # A run that changes to fp16 or FP8 had no scales until now, or histories of another
@@ -257,5 +258,6 @@ def start_from_weights(
             if parameter.parts[0].logical.name == logical_name:
                 optimizer.initialise(parameter.name, init_local(parameter, seed))
 
+    optimizer.begin_load()
     load_initial_weights(path, training_state(model, optimizer), draw)
     optimizer.publish()
