@@ -99,19 +99,17 @@ def test_offloaded_state_changes_no_loss_and_frees_the_device(remainders: bool) 
     optimizer = plain.optimizer.model_copy(update=numbers)
     offloaded = plain.model_copy(update={"optimizer": optimizer})
     np.testing.assert_allclose(
-        losses_and_norms(offloaded, "cuda"),
-        losses_and_norms(plain, "cuda"),
-        rtol=1e-3 if remainders else 0,
+        losses_and_norms(offloaded, "cuda"), losses_and_norms(plain, "cuda"), rtol=1e-3
     )
-    held = []
+    allocated = []
     for config in (plain, offloaded):
         before = torch.cuda.memory_allocated()
         built = build(config, ParallelMesh.single("cuda"))
-        held.append(torch.cuda.memory_allocated() - before)
+        allocated.append(torch.cuda.memory_allocated() - before)
         updated = sum(shard.pieces[-1].shard_range.stop for shard in built[1].shards)
         del built
     # Two moments and the main parameters.
-    assert held[0] - held[1] >= 12 * updated
+    assert allocated[0] - allocated[1] >= 12 * updated
 
 
 DROPOUT = {"hidden_dropout": 0.1, "attention_dropout": 0.1}
