@@ -23,6 +23,7 @@ from megatron_ray.checkpoint.digests import DigestedFiles
 from megatron_ray.checkpoint.directory import INDEX
 from megatron_ray.checkpoint.index import RankPlan, Slot, data_file, plan_save
 from megatron_ray.checkpoint.train_state import TRAIN_STATE, rank_state_file
+from megatron_ray.distributed.host_memory import allocate_host, unregister_host
 from megatron_ray.distributed.mesh import ParallelMesh
 from megatron_ray.exceptions import MegatronRayError
 from megatron_ray.reports import CheckpointFailedReport, CheckpointReport
@@ -287,27 +288,3 @@ def copy_to_host(
         return None
     event: torch.cuda.Event = torch.cuda.current_stream(device).record_event()
     return event
-
-
-def allocate_host(num_bytes: int, device: torch.device) -> torch.Tensor:
-    """Returns host memory for copies, page-locked where they come from CUDA.
-
-    Raises MemoryError when it cannot be page-locked.
-    """
-    # Filled with zeros, so that the first save does not wait for page faults.
-    memory = torch.empty(num_bytes, dtype=torch.uint8).zero_()
-    if device.type == "cuda" and num_bytes:
-        # Registered and not `pin_memory`, whose allocator rounds up to a power of two.
-        status = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), num_bytes, 0))
-        if status:
-            raise MemoryError(
-                f"cannot page-lock {num_bytes} bytes of host memory for checkpoints (CUDA "
-                f"error {status})"
-            )
-    return memory
-
-
-def unregister_host(address: int) -> None:
-    """Ends the page-locking of memory from `allocate_host`; 0 is the address of none."""
-    if address:
-        torch.cuda.cudart().cudaHostUnregister(address)

@@ -231,6 +231,15 @@ class OptimizerConfig(Config):
     fp32. Without torch's fused kernel of AdamW."""
     exp_avg_sq_dtype: Literal["fp32", "bf16"] = "fp32"
     """The same for second moments."""
+    store_param_remainders: bool = False
+    """Whether 16 bits are kept beside each bf16 weight instead of its fp32 value, which both
+    together are, bit for bit: half the memory, and the same checkpoints. Weights exactly
+    between two bf16 numbers, about 1 in 100,000, are rounded away from zero instead of to
+    the even one. For precision=bf16, not with zero=3."""
+    offload: bool = False
+    """Whether the optimizer's state and the fp32 values of short weights are kept in host
+    memory. Updates bring them to the device and back part by part, so that the weights are
+    the same to the bit; the step takes as long longer as the copies take."""
     freeze: tuple[Pattern, ...] = Field(default=(), max_length=64)
     """Names of parameters that are not trained, where `*` matches any characters, such
     as `embedding.weight` or `layers.0.*`. They have no gradients and no optimizer

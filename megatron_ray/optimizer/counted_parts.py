@@ -11,7 +11,8 @@ from torch import Tensor
 
 from megatron_ray.distributed import collectives
 from megatron_ray.optimizer.partition import Piece, cut
-from megatron_ray.optimizer.sharded import OptimizerShard, ShardedOptimizer
+from megatron_ray.optimizer.shard import OptimizerShard
+from megatron_ray.optimizer.sharded import ShardedOptimizer
 
 # fp32 is accurate enough for the norm of this many elements; their squares are summed in
 # fp64.
@@ -29,7 +30,7 @@ class CountedPart:
 
     @property
     def main(self) -> Tensor:
-        """The fp32 main parameters, as a flat view."""
+        """The fp32 main parameters, flat, on the device."""
         return self.shard.main(self.piece)
 
     @property
@@ -39,8 +40,10 @@ class CountedPart:
 
     @property
     def state(self) -> Mapping[str, Tensor]:
-        """The optimizer's state, as flat views."""
-        return self.shard.state_of(self.piece)
+        """The optimizer's state, flat, on the device."""
+        kept = self.shard.state_of(self.piece)
+        device = self.gradient.device
+        return {name: flat.to(device) for name, flat in kept.items()}
 
 
 def counted_parts(optimizer: ShardedOptimizer, tp_rank: int) -> Iterator[CountedPart]:

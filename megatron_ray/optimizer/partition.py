@@ -5,7 +5,7 @@ Owns: the `flat` strategy (equal ranges, parameter borders ignored).
 Pure; torch-free. Must not know: gradients, arithmetic of the update.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -111,6 +111,13 @@ def cut(flat: _Flat, start: int, end: int) -> _Flat:
         shard_start=flat.shard_start + shift,
         state_start=flat.state_start + shift,
     )
+
+
+def chunks(flats: Iterable[_Flat], most: int) -> Iterator[_Flat]:
+    """Yields parts of runs or pieces, of at most so many elements each."""
+    for flat in flats:
+        for start in range(flat.start, flat.end, most):
+            yield cut(flat, start, min(flat.end, start + most))
 
 
 def owned_range(bucket: Bucket, dp_rank: int, dp: int, *, sharded: bool) -> tuple[int, int]:

@@ -1,330 +1,23 @@
-"""Updates this rank's shard of the flat buffers, with fp32 main parameters.
+"""Updates this rank's part of all parameters, and keeps its state.
 
-Owns: main parameters, optimizer state, the gather of updated weights. Must not know: the
-model, microbatches, files, the arithmetic of the update.
-
-ZeRO-1 (Rajbhandari et al. 2020): each data-parallel rank updates an equal part of every
-bucket. In fp32 the main parameters are the model's own memory; in bf16 and fp16 they are
-a separate fp32 shard.
+Owns: the order of update, synchronization of replica groups and publication. Must not
+know: the model, microbatches, files, the arithmetic of the update.
 """
 
-from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
-from math import prod
 
 import torch
 from torch import Tensor
 
-from megatron_ray.config.optimizer import MuonConfig, OptimizerConfig
-from megatron_ray.config.optimizer_kinds import state_dtype, state_names
+from megatron_ray.config.optimizer import OptimizerConfig
 from megatron_ray.data_parallel.buffers import ParameterGroup
-from megatron_ray.data_parallel.weight_gathers import WeightGathers
-from megatron_ray.distributed import collectives
 from megatron_ray.optimizer.loss_scale import LossScaler
-from megatron_ray.optimizer.matrix_update import LocalMatrix, MatrixUpdate, Segment
-from megatron_ray.optimizer.partition import (
-    Piece,
-    Run,
-    cut,
-    flat_runs,
-    owned_range,
-    pieces,
-)
-from megatron_ray.optimizer.piece_boxes import add_boxes
-from megatron_ray.optimizer.replica_groups.sync import GroupSync, SyncedPiece, SyncPlan
+from megatron_ray.optimizer.partition import Piece
+from megatron_ray.optimizer.replica_groups.sync import GroupSync, SyncPlan
+from megatron_ray.optimizer.shard import OptimizerShard
 from megatron_ray.optimizer.step_rules import StepRules
-from megatron_ray.optimizer.update_calls import (
-    RunTensors,
-    RunUpdate,
-    UpdateCall,
-    update_call,
-)
-from megatron_ray.optimizer.update_rule import UpdateRule
-from megatron_ray.sharding.matrices import (
-    OwnedMatrix,
-    rounds_of_buckets,
-    rounds_of_rows,
-)
-from megatron_ray.sharding.row_shards import row_range
 from megatron_ray.sharding.sharded_state import ShardedState
-
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-
-class OptimizerShard:
-    """This rank's shard of a parameter group.
-
-    `state` are flat tensors in the order of `runs`, by the optimizer's names for them.
-    Where the optimizer updates matrices whole, `matrix_state` are those of their runs, and
-    `state` those of the others.
-    """
-
-    def __init__(
-        self, config: OptimizerConfig, group: ParameterGroup, *, sharded: bool
-    ) -> None:
-        """Makes the shard: this replica's part (`sharded`, ZeRO-1) or the whole group."""
-        self.buffers = group.buffers
-        self.group = group.group
-        # With a single rank nothing is sharded or gathered.
-        self.sharded = sharded and self.group is not None
-        self._sync_model = group.sync_model
-        self._gathers = group.gathers
-        self._rows = group.rows
-        plan = self.buffers.plan
-        dp_rank = collectives.rank(self.group)
-        dp = collectives.size(self.group)
-        self.runs = flat_runs(plan, config, dp_rank, dp, sharded=self.sharded)
-        self._owned: list[tuple[int, int]] = []
-        for bucket in plan.buckets:
-            self._owned.append(owned_range(bucket, dp_rank, dp, sharded=self.sharded))
-        # Updates work on runs; checkpoints and reductions of single parameters work on
-        # pieces, which have names.
-        self.pieces = tuple(pieces(plan, self.runs))
-        self._placed = {placed.parameter.name: placed for placed in plan.placed}
-        self._pieces_by_parameter: dict[str, list[Piece]] = {}
-        for piece in self.pieces:
-            name = piece.placed.parameter.name
-            self._pieces_by_parameter.setdefault(name, []).append(piece)
-        self._allocate(config)
-        self._updates = self._update_calls(config)
-        if config.muon is not None:
-            self._updates.append(self._matrix_update(config, config.muon, group))
-
-    def _allocate(self, config: OptimizerConfig) -> None:
-        """Allocates the state and, unless the model is fp32, main parameters."""
-        num_elements = 0
-        if self.runs:
-            num_elements = self.runs[-1].shard_range.stop
-        device = self.buffers.parameters.device
-        self.main_is_model = self.buffers.parameters.dtype == torch.float32
-        self._main_shard: Tensor | None = None
-        self._gradient_shard: Tensor | None = None
-        if self.buffers.gradients.dtype != torch.float32:
-            self._gradient_shard = torch.zeros(num_elements, device=device)
-        if not self.main_is_model:
-            self._main_shard = torch.zeros(num_elements, device=device)
-        self.state = self._zeros(config, of_matrix=False)
-        self.matrix_state = self._zeros(config, of_matrix=True)
-
-    def _zeros(self, config: OptimizerConfig, *, of_matrix: bool) -> dict[str, Tensor]:
-        """Returns the state of one kind of runs."""
-        num_elements = 0
-        for run in self.runs:
-            if run.rule.of_matrix == of_matrix:
-                num_elements += run.end - run.start
-        state = {}
-        for name in state_names(config, of_matrix=of_matrix):
-            state[name] = torch.zeros(
-                num_elements,
-                dtype=_DTYPES[state_dtype(config, name)],
-                device=self.buffers.parameters.device,
-            )
-        return state
-
-    def _update_calls(self, config: OptimizerConfig) -> list[UpdateCall]:
-        """Returns one call per rule, since its numbers are arguments of the call."""
-        calls: dict[UpdateRule, RunUpdate] = {}
-        for run in self.runs:
-            if run.rule.of_matrix:
-                continue
-            if run.rule not in calls:
-                device = self.buffers.parameters.device
-                calls[run.rule] = update_call(config, run.rule, device)
-            calls[run.rule].add(self._tensors(run))
-        return list(calls.values())
-
-    def _tensors(self, run: Run) -> RunTensors:
-        return RunTensors(self.main(run), self.gradient(run), self.state_of(run))
-
-    def state_of(self, run: Run | Piece) -> dict[str, Tensor]:
-        """Returns the state of a run or a piece, as views."""
-        state = self.state
-        if run.of_matrix:
-            state = self.matrix_state
-        return {name: flat[run.state_range] for name, flat in state.items()}
-
-    def _matrix_update(
-        self, config: OptimizerConfig, muon: MuonConfig, group: ParameterGroup
-    ) -> MatrixUpdate:
-        """Returns the update of all matrices, which are whole on one replica each."""
-        replica_group = None
-        if self._rows is not None:
-            replica_group = self._rows.group
-            replicas = collectives.size(replica_group)
-            rounds = rounds_of_rows(self._rows.table, muon, replicas)
-        else:
-            if self.sharded:
-                replica_group = group.group
-            replicas = collectives.size(replica_group)
-            rounds = rounds_of_buckets(self.buffers.plan, muon, replicas)
-        replica = collectives.rank(replica_group)
-        local_rounds = []
-        for round_ in rounds:
-            local_rounds.append([self._local(owned, replica) for owned in round_])
-        return MatrixUpdate(
-            muon,
-            local_rounds,
-            replica_group,
-            group.tp_group,
-            config.lr,
-            self.buffers.parameters.device,
-        )
-
-    def _local(self, owned: OwnedMatrix, replica: int) -> LocalMatrix:
-        """Returns a matrix with this replica's range of it."""
-        share = owned.share_of(replica)
-        if share is None:
-            return LocalMatrix(owned, ())
-        matrix = owned.matrix
-        start = self._placed[matrix.tensor.name].start + matrix.start
-        if self._rows is not None:
-            # The buffer has the tensor from this replica's first row on.
-            num_rows, *inner = matrix.tensor.shape
-            replicas = collectives.size(self._rows.group)
-            start -= row_range(num_rows, replica, replicas)[0] * prod(inner)
-        return LocalMatrix(owned, self._segments(start + share.start, start + share.end))
-
-    def _segments(self, start: int, end: int) -> tuple[Segment, ...]:
-        """Returns a range of the buffers by the runs in it."""
-        segments = []
-        index = bisect_right(self.runs, start, key=lambda run: run.start) - 1
-        while start < end:
-            run = self.runs[index]
-            part = cut(run, start, min(end, run.end))
-            segments.append(Segment(run.rule, self._tensors(part)))
-            start = part.end
-            index += 1
-        return tuple(segments)
-
-    def main(self, run: Run | Piece) -> Tensor:
-        """Returns the fp32 main parameters of a run or a piece, as a view."""
-        if self._main_shard is None:
-            return self.buffers.parameters[run.start : run.end]
-        return self._main_shard[run.shard_range]
-
-    def gradient(self, run: Run | Piece) -> Tensor:
-        """Returns the fp32 gradients of a run or a piece, as a view."""
-        if self._gradient_shard is None:
-            return self.buffers.gradients[run.start : run.end]
-        return self._gradient_shard[run.shard_range]
-
-    def copy_gradients(self) -> None:
-        """Copies reduced gradients of a shorter type to fp32."""
-        if self._gradient_shard is None:
-            return
-        for run in self.runs:
-            self.gradient(run).copy_(self.buffers.gradients[run.start : run.end])
-
-    def step(self, lr: float, skip: Tensor | None = None) -> None:
-        """Updates the main parameters with the current gradients, unless `skip` is 1.
-
-        The new weights are not published yet.
-        """
-        # Those of the update before may still be on their way to other ranks.
-        self.wait_for_weights()
-        for update in self._updates:
-            update.step(lr, skip)
-
-    def set_steps_taken(self, steps: int) -> None:
-        """Sets the number of previous updates, for bias correction after a resume."""
-        for update in self._updates:
-            update.set_steps_taken(steps)
-
-    def set_numbers(self, peak_lr: float, numbers: Mapping[str, float]) -> None:
-        """Sets numbers that replace those of the config from the next update on."""
-        for update in self._updates:
-            update.set_numbers(peak_lr, numbers)
-
-    def publish(self) -> None:
-        """Copies main parameters into the model's weights on every rank.
-
-        To be called after an update, a load, or initialisation of the shard.
-        """
-        self.wait_for_weights()
-        # Rounded before the gather, since short weights have half the bytes.
-        if self._main_shard is not None:
-            for run in self.runs:
-                self.buffers.parameters[run.start : run.end].copy_(self.main(run))
-        self._gather()
-        self._sync_model()
-
-    def _gather(self) -> None:
-        """Gathers the parts of all buckets that other ranks have updated."""
-        if not self.sharded:
-            return
-        flat = self.buffers.parameters
-        buckets = self.buffers.plan.buckets
-        gathers = self._gathers or WeightGathers()
-        # Starts all buckets, in the order in which a forward pass reads them, before
-        # anything waits for the first.
-        for bucket in reversed(buckets):
-            start, end = self._owned[bucket.index]
-            gather = collectives.start_all_gather_into(
-                flat[bucket.start : bucket.end], flat[start:end], self.group
-            )
-            gathers.start(bucket, gather)
-        if gathers is not self._gathers:
-            gathers.wait_for_all()
-
-    def wait_for_weights(self) -> None:
-        """Waits until all published weights have arrived."""
-        if self._gathers is not None:
-            self._gathers.wait_for_all()
-
-    def has_parameter(self, name: str) -> bool:
-        """Returns whether a parameter is in this group."""
-        return name in self._placed
-
-    def initialise(self, name: str, value: Tensor) -> None:
-        """Sets one parameter in the model and in this rank's main parameters.
-
-        `value` is fp32, of the parameter's local shape.
-        """
-        flat = value.reshape(-1)
-        placed = self._placed[name]
-        # All replicas set the same value, so no gather is needed.
-        self.buffers.parameters[placed.start : placed.end].copy_(flat)
-        if self._main_shard is None:
-            return
-        # Main parameters keep fp32 precision.
-        for piece in self._pieces_by_parameter.get(name, ()):
-            start = piece.start - placed.start
-            end = piece.end - placed.start
-            self._main_shard[piece.shard_range].copy_(flat[start:end])
-
-    def synced_pieces(self) -> Iterator[SyncedPiece]:
-        """Yields what replica groups average: views of main parameters and state."""
-        for piece in self.pieces:
-            yield SyncedPiece(piece, self.main(piece), self.state_of(piece))
-
-    def sharded_state(self) -> ShardedState:
-        """Returns live views of the optimizer state that this rank owns.
-
-        `model/...` are the fp32 main parameters, or the model's parameters if frozen;
-        `optimizer/...` is its state.
-        """
-        state: ShardedState = {}
-        for piece in self.pieces:
-            add_boxes(state, "model/", piece, self.main(piece))
-            for name, flat in self.state_of(piece).items():
-                add_boxes(state, f"optimizer/{name}/", piece, flat)
-        # Frozen parameters belong to no run, but a checkpoint contains the whole model.
-        for placed in self.buffers.plan.frozen:
-            whole = Piece(placed, placed.start, placed.end, shard_start=0)
-            values = self.buffers.parameters[placed.start : placed.end]
-            add_boxes(state, "model/", whole, values)
-        return state
-
-    def sharded_gradients(self) -> ShardedState:
-        """Returns live views of the gradients this rank updates with, by logical name.
-
-        Used to compare layouts.
-        """
-        state: ShardedState = {}
-        for piece in self.pieces:
-            add_boxes(state, "", piece, self.gradient(piece))
-        return state
 
 
 class ShardedOptimizer:
@@ -406,6 +99,11 @@ class ShardedOptimizer:
         for shard in self.shards:
             shard.publish()
 
+    def begin_load(self) -> None:
+        """Has main parameters set through `sharded_state`, until they are published."""
+        for shard in self.shards:
+            shard.main_parameters.begin_load()
+
     def wait_for_weights(self) -> None:
         """Waits until all published weights have arrived, for what is no forward pass."""
         for shard in self.shards:
@@ -426,7 +124,7 @@ class ShardedOptimizer:
                 shard.initialise(name, value)
 
     def sharded_state(self) -> ShardedState:
-        """Returns live views of this rank's state; see OptimizerShard.sharded_state.
+        """Returns this rank's state as in OptimizerShard.sharded_state.
 
         A dynamic loss scale, the baselines of rules and the state of an outer optimizer are
         part of it.

@@ -7,7 +7,8 @@ AdamW uses torch's fused kernel; its functional form, because the class would im
 compiler, which takes a second. Other rules are elementwise functions.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Protocol
@@ -35,6 +36,18 @@ class RunTensors:
     gradient: Tensor
     state: Mapping[str, Tensor]
 
+    @contextmanager
+    def opened(self) -> Iterator["RunTensors"]:
+        """Gives the views themselves."""
+        yield self
+
+
+class UpdatedRun(Protocol):
+    """A run that is updated in place: `RunTensors`, or what is not kept in such views."""
+
+    def opened(self) -> AbstractContextManager[RunTensors]:
+        """Gives the run's tensors; they are kept as they are at the end."""
+
 
 class UpdateCall(Protocol):
     """Updates some elements of flat memory."""
@@ -55,7 +68,7 @@ class UpdateCall(Protocol):
 class RunUpdate(UpdateCall, Protocol):
     """Updates all runs that share a rule."""
 
-    def add(self, run: RunTensors) -> None:
+    def add(self, run: UpdatedRun) -> None:
         """Adds a run."""
 
 
@@ -89,33 +102,34 @@ class FusedAdamW:
         self._rule = rule
         self._peak_lr = peak_lr
         self._device = device
-        self._weights: list[Tensor] = []
-        self._gradients: list[Tensor] = []
-        self._exp_avgs: list[Tensor] = []
-        self._exp_avg_sqs: list[Tensor] = []
+        self._runs: list[UpdatedRun] = []
         # On the device, where the kernel reads them without synchronization.
         self._counts: list[Tensor] = []
 
-    def add(self, run: RunTensors) -> None:
+    def add(self, run: UpdatedRun) -> None:
         """Adds a run."""
-        self._weights.append(run.weights)
-        self._gradients.append(run.gradient)
-        self._exp_avgs.append(run.state["exp_avg"])
-        self._exp_avg_sqs.append(run.state["exp_avg_sq"])
+        self._runs.append(run)
         self._counts.append(torch.zeros((), device=self._device))
 
     def step(self, lr: float, skip: Tensor | None) -> None:
         """Updates with the current gradients, unless the scalar `skip` is 1."""
+        with ExitStack() as stack:
+            runs = [stack.enter_context(run.opened()) for run in self._runs]
+            self._update(runs, lr, skip)
+
+    def _update(self, runs: Sequence[RunTensors], lr: float, skip: Tensor | None) -> None:
+        """Updates all runs by one call."""
         rule = self._rule
+        weights = [run.weights for run in runs]
         weight_decay = rule.weight_decay
         if rule.decay == "schedule" and weight_decay > 0:
-            self._decay(decay_of(rule, lr, self._peak_lr), skip)
+            _decay(weights, decay_of(rule, lr, self._peak_lr), skip)
             weight_decay = 0.0
         adamw(
-            self._weights,
-            self._gradients,
-            self._exp_avgs,
-            self._exp_avg_sqs,
+            weights,
+            [run.gradient for run in runs],
+            [run.state["exp_avg"] for run in runs],
+            [run.state["exp_avg_sq"] for run in runs],
             max_exp_avg_sqs=[],
             state_steps=self._counts,
             fused=True,
@@ -130,12 +144,6 @@ class FusedAdamW:
             found_inf=skip,
         )
 
-    def _decay(self, decay: float, skip: Tensor | None) -> None:
-        if skip is None:
-            torch._foreach_mul_(self._weights, 1 - decay)
-        else:
-            torch._foreach_mul_(self._weights, 1 - decay * (1 - skip))
-
     def set_steps_taken(self, steps: int) -> None:
         """Sets the number of previous updates."""
         for count in self._counts:
@@ -145,6 +153,13 @@ class FusedAdamW:
         """Sets numbers that replace those of the rule from the next update on."""
         self._rule = self._spec_rule.with_numbers(numbers)
         self._peak_lr = peak_lr
+
+
+def _decay(weights: list[Tensor], decay: float, skip: Tensor | None) -> None:
+    if skip is None:
+        torch._foreach_mul_(weights, 1 - decay)
+    else:
+        torch._foreach_mul_(weights, 1 - decay * (1 - skip))
 
 
 class ElementwiseUpdate:
@@ -157,12 +172,12 @@ class ElementwiseUpdate:
         self._spec_rule = rule
         self._rule = rule
         self._peak_lr = peak_lr
-        self._runs: list[RunTensors] = []
+        self._runs: list[UpdatedRun] = []
         # On the device: a skipped step must not count, and the host does not know of it.
         # fp64, since 1 - 0.9999**1 has three digits in fp32.
         self._count = torch.zeros((), dtype=torch.float64, device=device)
 
-    def add(self, run: RunTensors) -> None:
+    def add(self, run: UpdatedRun) -> None:
         """Adds a run."""
         self._runs.append(run)
 
@@ -175,8 +190,9 @@ class ElementwiseUpdate:
         rule = self._rule
         rates = Rates(lr * rule.lr_scale, decay_of(rule, lr, self._peak_lr), self._count)
         for run in self._runs:
-            for start in range(0, run.weights.numel(), _CHUNK):
-                self._update(run, slice(start, start + _CHUNK), rates, skip)
+            with run.opened() as tensors:
+                for start in range(0, tensors.weights.numel(), _CHUNK):
+                    self._update(tensors, slice(start, start + _CHUNK), rates, skip)
 
     def _update(
         self, run: RunTensors, chunk: slice, rates: Rates, skip: Tensor | None

@@ -31,6 +31,7 @@ from megatron_ray.planning.pipeline import kept_and_released
 from megatron_ray.sharding.parameter_types import LocalParameter
 
 _FP32 = 4
+_REMAINDER = 2
 NUM_PEER_COPIES = 4
 """Copies of one rank's size in its process's memory."""
 
@@ -46,9 +47,12 @@ class RankMemory:
     """Main gradients of parameters that are trained and, where these are shorter, fp32
     copies of those that this rank updates with."""
     optimizer_bytes: int
-    """Moments, with bf16 or fp16 the fp32 main parameters, the copy of these that
-    callbacks.optimizer makes, and those of an outer optimizer; this rank's share where they
-    are sharded over dp."""
+    """Moments, with bf16 or fp16 the fp32 main parameters or their remainders, the copy of
+    main parameters that callbacks.optimizer makes, and those of an outer optimizer; this
+    rank's share where they are sharded over dp. Without what optimizer.offload keeps in
+    host memory."""
+    offloaded_bytes: int
+    """Moments and main parameters, or their remainders, in host memory."""
     gathered_bytes_estimate: int
     """Weights and gradients that ZeRO-3 gathers: those of two layers, and of everything
     outside of layers."""
@@ -58,7 +62,7 @@ class RankMemory:
 
     @property
     def total_bytes(self) -> int:
-        """Sum of all terms."""
+        """Sum of all terms on the device."""
         state = self.parameters_bytes + self.gradients_bytes + self.optimizer_bytes
         return state + self.gathered_bytes_estimate + self.activations_bytes_estimate
 
@@ -135,6 +139,9 @@ def state_memory(
     # With short weights there are fp32 main parameters too; under ZeRO-3 the
     # weights themselves are fp32.
     has_main_parameters = width_of(config) < _FP32 and not is_sharded
+    main_width = _FP32
+    if config.optimizer.store_param_remainders:
+        main_width = _REMAINDER
     parameters = 0
     trained = 0
     updated = 0
@@ -146,7 +153,11 @@ def state_memory(
         state += buffer.state_bytes(config.optimizer)
         state += buffer.outer_bytes(config.parallel)
         if has_main_parameters:
-            state += buffer.num_updated * _FP32
+            state += buffer.num_updated * main_width
+    offloaded = 0
+    if config.optimizer.offload:
+        offloaded = state
+        state = 0
     monitor = config.callbacks.optimizer
     if monitor is not None and monitor.compares_weights:
         state += updated * _FP32
@@ -158,6 +169,7 @@ def state_memory(
         parameters_bytes=parameters,
         gradients_bytes=_gradients(config, trained, updated, is_sharded=is_sharded),
         optimizer_bytes=state,
+        offloaded_bytes=offloaded,
         gathered_bytes_estimate=gathered,
         activations_bytes_estimate=0,
     )

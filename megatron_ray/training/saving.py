@@ -133,7 +133,7 @@ class TrainingSaver:
         self._callbacks.before_save()
 
     def state(self) -> ShardedState:
-        """Returns live views of all tensors in a checkpoint."""
+        """Returns all tensors in a checkpoint, as they are now."""
         state = training_state(self._model, self._optimizer)
         return state | self._callbacks.state()
 
@@ -177,7 +177,7 @@ def read_file(path: str) -> bytes:
 
 
 def training_state(model: ParallelModel, optimizer: ShardedOptimizer) -> ShardedState:
-    """Returns live views of all tensors in a checkpoint.
+    """Returns all tensors in a checkpoint, as `ShardedOptimizer.sharded_state`.
 
     These are main parameters, moments, a loss scale, baselines of rules, balancing biases
     of experts, FP8 scales and the state of an outer optimizer. Weights and moments of the
@@ -223,6 +223,7 @@ def resume(
     Returns the run's progress. Raises CheckpointError.
     """
     saved = SavedCheckpoint(path)
+    optimizer.begin_load()
     state = training_state(model, optimizer)
     has_outer = any(name.startswith(OUTER) for name in saved.tensors)
     starts_outer = not has_outer and any(name.startswith(OUTER) for name in state)
@@ -290,6 +291,7 @@ def start_from_weights(
             if parameter.parts[0].logical.name == logical_name:
                 optimizer.initialise(parameter.name, init_local(parameter, seed))
 
+    optimizer.begin_load()
     load_initial_weights(path, _plain_state(model, optimizer), draw)
     optimizer.begin()
     optimizer.publish()

@@ -8,7 +8,6 @@ needs no other rank's copy. It fits only the layout that it was made in.
 """
 
 import hashlib
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -16,7 +15,8 @@ from typing import Any, Protocol
 import torch
 
 from megatron_ray.checkpoint.index import Slot, plan_copy, size_of
-from megatron_ray.checkpoint.writer import allocate_host, copy_to_host, unregister_host
+from megatron_ray.checkpoint.writer import copy_to_host
+from megatron_ray.distributed.host_memory import allocate_lasting
 from megatron_ray.optimizer.sharded import ShardedOptimizer
 from megatron_ray.parallelize.parallelize import ParallelModel
 from megatron_ray.sharding.sharded_state import ShardedState
@@ -86,7 +86,8 @@ class StateCopier:
         # A copy that the run continues from is sent too, to partners that lack it.
         self._all_sent = False
         # Now, so that the first copies take no longer than later ones.
-        store.reserve(size_of(self._slots), lambda size: _allocate(size, device))
+        # Other than a checkpoint's memory, a store's outlives the run.
+        store.reserve(size_of(self._slots), lambda size: allocate_lasting(size, device))
 
     @property
     def is_sending(self) -> bool:
@@ -136,6 +137,7 @@ def load_copy(
 
     Raises ValueError for a copy of another layout.
     """
+    optimizer.begin_load()
     state = training_state(model, optimizer) | callbacks
     slots = plan_copy(state)
     if copy.layout != _digest(slots) or len(copy.memory) != size_of(slots):
@@ -148,16 +150,6 @@ def load_copy(
             source = raw.view(slot.dtype).view(slot.box.size)
             state[slot.fqn].memory(slot.box).copy_(source)
     return apply_train_state(copy.state, optimizer)
-
-
-def _allocate(num_bytes: int, device: torch.device) -> torch.Tensor:
-    """Returns host memory that stays page-locked as long as it is used."""
-    memory = allocate_host(num_bytes, device)
-    if device.type == "cuda":
-        # Other than a checkpoint's, it outlives the run, so no object of the run can.
-        release = weakref.finalize(memory, unregister_host, memory.data_ptr())
-        release.atexit = False
-    return memory
 
 
 def _digest(slots: Sequence[Slot]) -> str:

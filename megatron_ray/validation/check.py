@@ -33,6 +33,7 @@ from megatron_ray.validation.layers.transformer_engine import (
 )
 from megatron_ray.validation.parameters.freezing import freezing_problems
 from megatron_ray.validation.parameters.groups import group_problems
+from megatron_ray.validation.parameters.main_parameters import remainder_problems
 from megatron_ray.validation.parameters.matrices import matrix_problems
 from megatron_ray.validation.parameters.moments import moment_problems
 from megatron_ray.validation.parameters.monitored import monitor_problems
@@ -62,6 +63,7 @@ _RULES = (
     training_rules.loss_scale_problems,
     training_rules.precision_problems,
     moment_problems,
+    remainder_problems,
     fp8.fp8_problems,
     intervals.skipping_problems,
     rule_problems,

@@ -39,6 +39,8 @@ FREE_ON_RESUME = (
     "training.profile",
     "training.loss_scale",
     "training.grad_reduce_in_fp32",
+    "optimizer.store_param_remainders",
+    "optimizer.offload",
     "data.cache",
     "callbacks",
     "checkpoint",

@@ -302,6 +302,7 @@ RESPONSES: dict[str, Any] = {
             "parameters_bytes": 7_340_032,
             "gradients_bytes": 7_340_032,
             "optimizer_bytes": 14_680_064,
+            "offloaded_bytes": 0,
             "gathered_bytes_estimate": 0,
             "activations_bytes_estimate": 62_914_560,
             "total_bytes_estimate": 92_274_688,

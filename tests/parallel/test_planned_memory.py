@@ -72,7 +72,9 @@ def rank_memory(config: TrainConfig, rank: int, device: DeviceKind) -> RankMemor
 
 
 def held_bytes(config: TrainConfig, rank: int) -> tuple[int, int, int]:
-    """Bytes of weights, gradients and optimizer state that are allocated on a rank."""
+    """Bytes of weights, gradients and optimizer state that are allocated on a rank, what
+    is offloaded included.
+    """
     dims = ParallelDims.of(config.parallel)
     # torch's fully_shard takes no parameters on meta.
     device = "cpu" if config.parallel.zero == 3 else "meta"
@@ -92,9 +94,8 @@ def held_bytes(config: TrainConfig, rank: int) -> tuple[int, int, int]:
     state = [tensor for shard in optimizer.shards for tensor in shard.state.values()]
     for shard in optimizer.shards:
         state.extend(shard.matrix_state.values())
-    state += [
-        shard._main_shard for shard in optimizer.shards if shard._main_shard is not None
-    ]
+    main = [shard.main_parameters.kept for shard in optimizer.shards]
+    state += [kept for kept in main if kept is not None]
     if optimizer.group_sync is not None:
         for each in optimizer.group_sync._parts:
             assert each.outer is not None
@@ -183,6 +184,44 @@ def test_short_gradients_have_fp32_copies_of_what_is_updated(
     fields["training"]["grad_reduce_in_fp32"] = False
     config = TrainConfig.from_mapping(fields)
     assert_planned_state(config)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.parametrize("parallel", [{"dp": 2}, {"dp": 2, "zero": 0}, {"tp": 2, "pp": 2}])
+def test_remainders_have_two_bytes(parallel: dict[str, Any], name: str) -> None:
+    layout = {"dp": 1} | parallel
+    fields = make_config(LLAMA, layout, steps=1, precision="bf16").model_dump()
+    plain = TrainConfig.from_mapping(fields | {"optimizer": {"name": name, "lr": 0.1}})
+    fields["optimizer"] = {"name": name, "lr": 0.1, "store_param_remainders": True}
+    config = TrainConfig.from_mapping(fields)
+    assert_planned_state(config)
+    updated = sum(
+        buffer.num_updated
+        for buffer in rank_buffers(
+            config, ParallelDims.of(config.parallel), plan_pipeline(config), 1
+        ).buffers
+    )
+    saved = rank_memory(plain, 1, CPUS["new"]).total_bytes
+    assert saved - rank_memory(config, 1, CPUS["new"]).total_bytes == 2 * updated
+
+
+@pytest.mark.parametrize("remainders", [False, True])
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("parallel", [{"dp": 2}, {"dp": 2, "zero": 3}])
+def test_offloaded_state_is_planned_where_it_is(
+    parallel: dict[str, Any], precision: str, remainders: bool
+) -> None:
+    fields = make_config(LLAMA, parallel, steps=1, precision=precision).model_dump()
+    fields["optimizer"] = {
+        "lr": 0.1,
+        "offload": True,
+        "store_param_remainders": remainders,
+    }
+    config = TrainConfig.from_mapping(fields)
+    memory = rank_memory(config, 1, CPUS["new"])
+    assert memory.optimizer_bytes == 0
+    assert memory.offloaded_bytes == held_bytes(config, 1)[2] > 0
+    assert "optimizer state" not in {name for name, size in memory.terms.items() if size}
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])

@@ -169,6 +169,12 @@ def _estimate_notes(
             "no memory estimate before the tokenizer's file is read; set model.vocab_size"
         ]
     notes = []
+    if estimate.memory.offloaded_bytes:
+        notes.append(
+            f"optimizer.offload: {estimate.memory.offloaded_bytes / _GIB:.2g} GiB of host "
+            "memory per rank, outside of the memory estimate; a node needs it for each of "
+            "its ranks, and the time of the copies is not estimated"
+        )
     # Each note belongs to a field of the plan that is null.
     if estimate.communication is None:
         notes.append("communication is not counted with zero=3, where torch does it")

@@ -83,6 +83,13 @@ def _exclusions(config: TrainConfig) -> Iterator[tuple[str, str, str]]:
     if config.parallel.zero == 3:
         reason = "zero=3 leaves the reduction of gradients to torch, over all replicas"
         yield "/parallel/zero", reason, "use zero=1"
+    optimizer = config.optimizer
+    for field in ("store_param_remainders", "offload"):
+        if getattr(optimizer, field):
+            reason = (
+                f"replica groups average fp32 weights on the device, which {field} frees"
+            )
+            yield f"/optimizer/{field}", reason, "leave it out"
     if training.check_replicas_every_steps is not None:
         reason = "replica groups have other weights between two synchronizations"
         yield "/training/check_replicas_every_steps", reason, "leave it out"

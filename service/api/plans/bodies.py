@@ -35,12 +35,14 @@ class PlanMemory(Body):
     """Gradients."""
     optimizer_bytes: int
     """Optimizer state."""
+    offloaded_bytes: int
+    """Optimizer state in host memory, which the sum leaves out."""
     gathered_bytes_estimate: int
     """Weights and gradients that ZeRO-3 gathers for a short time."""
     activations_bytes_estimate: int
     """Activations of all microbatches that are in progress at once."""
     total_bytes_estimate: int
-    """Sum of all parts."""
+    """Sum of all parts on the device."""
     vocab_size: int
     """Vocabulary size that the numbers are computed for."""
 

@@ -92,6 +92,26 @@ def test_bf16_follows_the_cpu(model: dict[str, Any]) -> None:
     )
 
 
+@pytest.mark.parametrize("remainders", [False, True])
+def test_offloaded_state_changes_no_loss_and_frees_the_device(remainders: bool) -> None:
+    plain = make_config(LLAMA, {"dp": 1}, steps=20, precision="bf16")
+    numbers = {"offload": True, "store_param_remainders": remainders}
+    optimizer = plain.optimizer.model_copy(update=numbers)
+    offloaded = plain.model_copy(update={"optimizer": optimizer})
+    np.testing.assert_allclose(
+        losses_and_norms(offloaded, "cuda"), losses_and_norms(plain, "cuda"), rtol=1e-3
+    )
+    allocated = []
+    for config in (plain, offloaded):
+        before = torch.cuda.memory_allocated()
+        built = build(config, ParallelMesh.single("cuda"))
+        allocated.append(torch.cuda.memory_allocated() - before)
+        updated = sum(shard.pieces[-1].shard_range.stop for shard in built[1].shards)
+        del built
+    # Two moments and the main parameters.
+    assert allocated[0] - allocated[1] >= 12 * updated
+
+
 DROPOUT = {"hidden_dropout": 0.1, "attention_dropout": 0.1}
 RECOMPUTE: list[dict[str, Any]] = [
     {"granularity": "full", "method": "uniform", "num_layers": 1},

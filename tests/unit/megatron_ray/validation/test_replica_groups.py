@@ -97,6 +97,21 @@ OR_NONE = ", or leave parallel.local_sgd out"
             f"zero=1{OR_NONE}",
         ),
         (
+            {
+                "training": {"precision": "bf16"},
+                "optimizer": {"store_param_remainders": True},
+            },
+            "/optimizer/store_param_remainders",
+            "replica groups average fp32 weights on the device, which "
+            f"store_param_remainders frees; leave it out{OR_NONE}",
+        ),
+        (
+            {"optimizer": {"offload": True}},
+            "/optimizer/offload",
+            "replica groups average fp32 weights on the device, which offload frees; leave "
+            f"it out{OR_NONE}",
+        ),
+        (
             {"training": {"check_replicas_every_steps": 5}},
             "/training/check_replicas_every_steps",
             "replica groups have other weights between two synchronizations; leave it "

@@ -13,12 +13,13 @@ from torch import Tensor
 
 from megatron_ray.config.optimizer import MuonConfig
 from megatron_ray.distributed.collectives import Group
-from megatron_ray.optimizer.matrix_exchange import apply_to_whole
+from megatron_ray.optimizer.matrices.exchange import apply_to_whole
 from megatron_ray.optimizer.rules.elements import Rates
 from megatron_ray.optimizer.rules.muon import orthogonalize
 from megatron_ray.optimizer.rules.sgd import with_momentum
 from megatron_ray.optimizer.update_calls import (
     RunTensors,
+    UpdatedRun,
     decay_of,
     replace_unless,
     widened,
@@ -32,7 +33,7 @@ class Segment:
     """Consecutive elements of a matrix on this rank that have the same rule."""
 
     rule: UpdateRule
-    tensors: RunTensors
+    run: UpdatedRun
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,9 @@ class MatrixUpdate:
             for matrix in round_:
                 ranges = [self._nothing]
                 for segment in matrix.segments:
-                    ranges.append(self._momentum(segment, skip))
+                    rule = self._rules[segment.rule]
+                    with segment.run.opened() as tensors:
+                        ranges.append(_momentum(tensors, rule, skip))
                 matrices.append(matrix.owned)
                 updates.append(torch.cat(ranges))
             results = apply_to_whole(
@@ -94,31 +97,19 @@ class MatrixUpdate:
     def _orthogonalize(self, matrix: Tensor) -> Tensor:
         return orthogonalize(matrix, self._muon)
 
-    def _momentum(self, segment: Segment, skip: Tensor | None) -> Tensor:
-        """Returns the update of some elements, and stores their new momentum."""
-        rule = self._rules[segment.rule]
-        tensors = segment.tensors
-        gradient = tensors.gradient
-        if rule.decay == "l2" and rule.weight_decay > 0:
-            gradient = gradient + rule.weight_decay * tensors.weights
-        old = {name: widened(values) for name, values in tensors.state.items()}
-        update, state = with_momentum(old, gradient, rule)
-        for name, values in state.items():
-            replace_unless(skip, tensors.state[name], values)
-        return update
-
     def _move(
         self, matrix: LocalMatrix, result: Tensor, lr: float, skip: Tensor | None
     ) -> None:
         start = 0
         for segment in matrix.segments:
             rule = self._rules[segment.rule]
-            old = segment.tensors.weights
-            end = start + old.numel()
             decay = decay_of(rule, lr, self._peak_lr)
             rates = Rates(lr * rule.lr_scale, decay, self._count)
-            new = rates.decayed(old) - rates.lr * result[start:end].view(old.shape)
-            replace_unless(skip, old, new)
+            with segment.run.opened() as tensors:
+                old = tensors.weights
+                end = start + old.numel()
+                new = rates.decayed(old) - rates.lr * result[start:end].view(old.shape)
+                replace_unless(skip, old, new)
             start = end
 
     def set_steps_taken(self, steps: int) -> None:
@@ -129,3 +120,15 @@ class MatrixUpdate:
         self._peak_lr = peak_lr
         for rule in self._rules:
             self._rules[rule] = rule.with_numbers(numbers)
+
+
+def _momentum(tensors: RunTensors, rule: UpdateRule, skip: Tensor | None) -> Tensor:
+    """Returns the update of some elements, and stores their new momentum."""
+    gradient = tensors.gradient
+    if rule.decay == "l2" and rule.weight_decay > 0:
+        gradient = gradient + rule.weight_decay * tensors.weights
+    old = {name: widened(values) for name, values in tensors.state.items()}
+    update, state = with_momentum(old, gradient, rule)
+    for name, values in state.items():
+        replace_unless(skip, tensors.state[name], values)
+    return update

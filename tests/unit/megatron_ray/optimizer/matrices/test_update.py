@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron_ray.config.optimizer import MuonConfig, OptimizerConfig
-from megatron_ray.optimizer.matrix_update import LocalMatrix, MatrixUpdate, Segment
+from megatron_ray.optimizer.matrices.update import LocalMatrix, MatrixUpdate, Segment
 from megatron_ray.optimizer.rules.muon import COEFFICIENTS, newton_schulz
 from megatron_ray.optimizer.update_calls import RunTensors
 from megatron_ray.optimizer.update_rule import UpdateRule

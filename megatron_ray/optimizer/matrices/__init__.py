@@ -1,0 +1,1 @@
+"""Updates of whole matrices, by the ranks that own them."""

@@ -1,0 +1,1 @@
+"""Where main parameters and optimizer state are kept, and how an update gets at them."""
