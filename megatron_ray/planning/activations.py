@@ -283,8 +283,10 @@ def kept_activations(config: TrainConfig, layers: Sequence[int], device: DeviceK
     recompute = config.training.recompute
     activations = _by_layer(config, layers, device)
     if recompute.granularity == "operations":
-        kept = sum(layer.layer_input for layer in activations)
-        return kept + sum(saved_outputs(config, index, device).whole for index in layers)
+        kept = 0
+        for index, layer in zip(layers, activations, strict=True):
+            kept += layer.layer_input + saved_outputs(config, index, device).whole
+        return kept
     if recompute.granularity != "full":
         return sum(layer.without(recompute.chosen_modules) for layer in activations)
     assert recompute.num_layers is not None

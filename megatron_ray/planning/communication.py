@@ -11,6 +11,7 @@ carried out.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 
 from megatron_ray.commands import NUM_VOTES
 from megatron_ray.config.local_sgd import LocalSGDConfig
@@ -155,7 +156,7 @@ def most_mean_sync_bytes(config: TrainConfig) -> float:
     """Returns the `mean_sync_bytes` of the rank with most of them."""
     dims = ParallelDims.of(config.parallel).of_group
     ranks = distinct_buffers(config, dims, plan_pipeline(config))
-    return max(mean_sync_bytes(config, buffers) for buffers in ranks)
+    return max(map(partial(mean_sync_bytes, config), ranks))
 
 
 def _sync_period(local_sgd: LocalSGDConfig, name: str) -> int | None:

@@ -7,7 +7,7 @@ random stream) is stored in its own part.
 """
 
 import base64
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -225,10 +225,8 @@ def resume(
     saved = SavedCheckpoint(path)
     optimizer.begin_load()
     state = training_state(model, optimizer)
-    has_outer = any(name.startswith(OUTER) for name in saved.tensors)
-    starts_outer = not has_outer and any(name.startswith(OUTER) for name in state)
-    prefix = _group_prefix(optimizer)
-    has_group = any(name.startswith(prefix) for name in saved.tensors)
+    starts_outer = _has(state, OUTER) and not _has(saved.tensors, OUTER)
+    has_group = _has(saved.tensors, _group_prefix(optimizer))
     # A new replica group continues from the first one; all do where a new outer optimizer
     # needs equal weights.
     if starts_outer or not has_group:
@@ -275,6 +273,11 @@ def _planned_samples(state: Mapping[str, Any]) -> tuple[int, ...]:
     # Earlier versions drew the order for the steps of their config.
     training = state["config"]["training"]
     return (training["steps"] * training["global_batch_size"],)
+
+
+def _has(names: Iterable[str], prefix: str) -> bool:
+    """Returns whether any name has a prefix."""
+    return any(name.startswith(prefix) for name in names)
 
 
 def start_from_weights(

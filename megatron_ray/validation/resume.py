@@ -352,8 +352,9 @@ def _guarded_values(config: TrainConfig) -> dict[str, Any]:
     if _counts_shares(config):
         values[_STEPS] = config.training.known_steps
     # One field each for users, who set it as a whole.
-    for field in [field for field in values if _is_within(field, (_RAMPUP, _MOMENTS))]:
-        del values[field]
+    for field in tuple(values):
+        if _is_within(field, (_RAMPUP, _MOMENTS)):
+            del values[field]
     return values | _whole_values(config)
 
 

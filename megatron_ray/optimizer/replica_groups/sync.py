@@ -65,15 +65,18 @@ class _Part:
         cls, config: LocalSGDConfig, fragment: int, pieces: Sequence[SyncedPiece]
     ) -> "_Part":
         """Sorts the views of some pieces by what is averaged together."""
-        weights = [piece.weights for piece in pieces]
+        kept = []
+        weights = []
         moments: dict[str, list[Tensor]] = {}
         for piece in pieces:
+            kept.append(piece.piece)
+            weights.append(piece.weights)
             for name, flat in piece.moments.items():
                 moments.setdefault(name, []).append(flat)
         outer = None
         if config.outer_optimizer is not None:
             outer = OuterUpdate(config.outer_optimizer, weights)
-        return cls(fragment, [piece.piece for piece in pieces], weights, moments, outer)
+        return cls(fragment, kept, weights, moments, outer)
 
 
 class GroupSync:
@@ -124,9 +127,11 @@ class GroupSync:
             flat = torch.cat([view.float() for view in chunk])
             collectives.all_reduce(flat, group)
             flat.div_(collectives.size(group))
-            sizes = [view.numel() for view in chunk]
-            for view, mean in zip(chunk, torch.split(flat, sizes), strict=True):
-                view.copy_(mean)
+            start = 0
+            for view in chunk:
+                end = start + view.numel()
+                view.copy_(flat[start:end])
+                start = end
 
     def sharded_state(self) -> ShardedState:
         """Returns live views of the outer optimizer's state, equal in all groups."""

@@ -41,7 +41,9 @@ class _Attention:
         batch, heads, length, width = q_BNSD.shape
         if self.core is None:
             self.core = self._make_core(heads, k_BGSD.shape[1], width)
-        q, k, v = (heads_first.transpose(1, 2) for heads_first in (q_BNSD, k_BGSD, v_BGSD))
+        q = q_BNSD.transpose(1, 2)
+        k = k_BGSD.transpose(1, 2)
+        v = v_BGSD.transpose(1, 2)
         if packed is None:
             attended = self.core(q, k, v, qkv_format="bshd", window_size=self.window_size)
         else:
@@ -63,11 +65,10 @@ class _Attention:
         starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
         starts = starts.to(q_BSND.device, non_blocking=True)
         longest = max(lengths)
-        q, k, v = (tensor.flatten(0, 1) for tensor in (q_BSND, k_BSGD, v_BSGD))
         attended: Tensor = self.core(
-            q,
-            k,
-            v,
+            q_BSND.flatten(0, 1),
+            k_BSGD.flatten(0, 1),
+            v_BSGD.flatten(0, 1),
             qkv_format="thd",
             cu_seqlens_q=starts,
             cu_seqlens_kv=starts,

@@ -161,4 +161,4 @@ class _Delivered(AutogradFunction[tuple[Tensor, ...]]):
         ctx: Any, grad_inputs: Tensor | None, *gradients: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         ctx.bound.deliver(gradients)
-        return None, grad_inputs, None, *(None for _ in gradients)
+        return None, grad_inputs, None, *([None] * len(gradients))
