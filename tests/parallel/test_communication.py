@@ -402,7 +402,7 @@ GROUPS: dict[str, Any] = {
     ("shape", "parallel"),
     [
         (SHAPE | {"tie_embeddings": True}, {"tp": 4, "pp": 4, "bucket_elements": 5000}),
-        (MOE, {"tp": 2, "ep": 4, "etp": 1}),
+        (MOE, {"tp": 2, "sequence_parallel": True, "ep": 4, "etp": 1}),
         (SHAPE, {"zero": 0, "cp": 2}),
     ],
     ids=["pipeline", "experts", "zero 0"],
@@ -447,10 +447,12 @@ def test_groups_of_replicas_send_at_most_a_sixteenth_of_plain_data_parallelism()
             of_groups += tally.bytes.get(("sync", "all_reduce"), 0)
     tally = step_communication(plain, RANK)
     assert tally is not None
-    # An all-reduce is a reduce-scatter and an all-gather of as many bytes.
-    reduced = tally.bytes["dp", "reduce_scatter"]
-    assert of_groups / 128 <= reduced / 16
-    assert 128 * reduced / of_groups == pytest.approx(18.3, abs=0.5), "1/32 + 1/64 + 1/128"
+    # An all-reduce is a reduce-scatter and an all-gather of as many bytes. Here buckets are
+    # padded a lot for so many replicas, so the weights themselves are compared too.
+    assert of_groups / 128 <= tally.bytes["dp", "reduce_scatter"] / 16
+    weights = sync_communication(config, RANK, 32).bytes["sync", "all_reduce"]
+    assert of_groups / 128 <= weights / 16
+    assert 128 * weights / of_groups == pytest.approx(18.3, abs=0.2), "1/32 + 1/64 + 1/128"
 
 
 def assert_planned(config: TrainConfig, rank: int, number: int | None = None) -> None:
@@ -490,9 +492,11 @@ def assert_planned(config: TrainConfig, rank: int, number: int | None = None) ->
     for (axis, kind), size in planned.bytes.items():
         expected[groups[axis], kind] += size
     names = {group: axis for axis, group in groups.items()}
-    assert {(names[group], kind): size for (group, kind), size in sent_bytes.items()} == {
-        (names[group], kind): size for (group, kind), size in expected.items()
-    }
+
+    def by_name(sizes: Sent) -> dict[tuple[str, str], int]:
+        return {(names[group], kind): size for (group, kind), size in sizes.items() if size}
+
+    assert by_name(sent_bytes) == by_name(expected)
 
 
 def test_what_torch_sends_is_not_counted() -> None:

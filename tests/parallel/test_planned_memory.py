@@ -280,9 +280,11 @@ def kept(
     apart = {
         tensor.untyped_storage()._cdata for tensor in (*model.module.parameters(), *angles)
     }
+    # A tensor without values has no memory.
     storages = {
         tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes()
         for tensor in saved
+        if not tensor.is_meta
     }
     return sum(size for storage, size in storages.items() if storage not in apart)
 

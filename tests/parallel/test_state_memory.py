@@ -15,7 +15,7 @@ from megatron_ray.checkpoint.directory import commit, list_checkpoints
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.data.preparation.prepare import prepare
 from megatron_ray.data.prepared import PreparedData
-from megatron_ray.optimizer import sharded
+from megatron_ray.optimizer import shard
 from megatron_ray.optimizer.state_memory import main_parameters
 from megatron_ray.optimizer.state_memory.main_parameters import MainShard, split
 from tests.parallel.test_checkpoint_training import config as resumed_config
@@ -139,7 +139,7 @@ def test_parts_of_a_run_change_no_bit(name: str) -> None:
         (before, weights) = one_rank(config)
     optimizer = config.optimizer.model_copy(update=REMAINDERS | OFFLOAD)
     with pytest.MonkeyPatch.context() as patch:
-        for module in (sharded, main_parameters):
+        for module in (shard, main_parameters):
             patch.setattr(module, "CHUNK", 1000)
         (after, others) = one_rank(config.model_copy(update={"optimizer": optimizer}))
     assert before.losses == after.losses

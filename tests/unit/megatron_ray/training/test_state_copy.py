@@ -132,6 +132,8 @@ class KeepingStore(Store):
 class Optimizer:
     """Nothing but the state of a loss scale."""
 
+    group_sync = None
+
     def __init__(self) -> None:
         training = TrainingConfig(
             seq_length=1, global_batch_size=1, steps=1, precision="fp16"
