@@ -12,7 +12,7 @@ carried out.
 
 from collections.abc import Iterable, Sequence
 
-from megatron_ray.commands import NUM_VOTES
+from megatron_ray.commands import NUM_VOTES, num_marks
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.parallel_dims import ParallelDims
 from megatron_ray.pipeline_parallel.schedules.plan import PipelinePlan, plan_pipeline
@@ -101,8 +101,10 @@ def update_communication(
     _add_expert_biases(tally, config, dims, pipeline, buffers.pp_rank)
     _add_delayed_scales(tally, config, dims, buffers.table)
     # One all-reduce in fp64: loss, tokens and squared gradient norm, the auxiliary
-    # losses, and the votes.
+    # losses, the votes, and a bit for each rank where own gradients are checked.
     numbers = 3 + len(config.model.aux_losses) + NUM_VOTES
+    if config.training.checks_own_gradients:
+        numbers += num_marks(dims.world_size)
     tally.add("world", "all_reduce", _FP64 * numbers)
     return tally
 
