@@ -1,12 +1,13 @@
 """Defines commands to a running training loop, and how all ranks agree on one.
 
-Owns: the commands, their precedence, the form of all votes, requests of profiles and where
-their files are. Torch-free. Must not know: the sender of a command.
+Owns: the commands, their precedence, the form of all votes and of marks of ranks, requests
+of profiles and where their files are. Torch-free. Must not know: the sender of a command.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from math import ceil
 
 
 class Command(IntEnum):
@@ -59,6 +60,31 @@ def strongest_voted(counts: Sequence[float]) -> Command:
         if count:
             strongest = command
     return strongest
+
+
+_RANKS_OF_A_NUMBER = 48
+"""Ranks that have a bit of one fp64 number, whose sums are exact below 2^53."""
+
+
+def num_marks(num_ranks: int) -> int:
+    """Returns how many numbers of a step's reduction have a bit for each rank."""
+    return ceil(num_ranks / _RANKS_OF_A_NUMBER)
+
+
+def mark_of(rank: int) -> tuple[int, float]:
+    """Returns the index of the number with a rank's bit, and that bit."""
+    index, bit = divmod(rank, _RANKS_OF_A_NUMBER)
+    return index, 2.0**bit
+
+
+def marked_ranks(marks: Sequence[float]) -> tuple[int, ...]:
+    """Returns the ranks whose bits are set; `marks` are those of every rank, summed."""
+    ranks = []
+    for index, number in enumerate(marks):
+        for bit in range(_RANKS_OF_A_NUMBER):
+            if int(number) >> bit & 1:
+                ranks.append(index * _RANKS_OF_A_NUMBER + bit)
+    return tuple(ranks)
 
 
 def all_sent(counts: Sequence[float]) -> bool:

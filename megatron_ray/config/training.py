@@ -386,6 +386,11 @@ class TrainingConfig(Config):
         return self.loss_scale or LossScaleConfig()
 
     @property
+    def checks_own_gradients(self) -> bool:
+        """Whether a rule has every rank check its gradients before their reduction."""
+        return any(rule.before_reduction for rule in self.rules)
+
+    @property
     def grad_precision(self) -> str:
         """Precision in which gradients are added up and reduced."""
         if self.grad_reduce_in_fp32:

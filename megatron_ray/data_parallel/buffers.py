@@ -69,6 +69,10 @@ class Reducer(Protocol):
     `GradReducer` and `full_shard.TorchReducer` are the two.
     """
 
+    not_finite: Tensor | None
+    """Whether this rank's own gradients of the step are not finite, a bool scalar; None
+    where that is not checked."""
+
     def begin_step(self, trainable: set[str]) -> None:
         """Resets the state of the previous step."""
         ...
@@ -177,7 +181,7 @@ class GradReducer:
 
     With `sharded` (ZeRO-1) each rank receives the sum of its own part only, in place;
     the rest of the bucket is then undefined. `on_start` is called with each bucket when
-    its reduction starts.
+    its reduction starts. With `checks` each bucket is read before it.
     """
 
     def __init__(
@@ -187,8 +191,13 @@ class GradReducer:
         *,
         sharded: bool,
         on_start: OnReduce | None = None,
+        checks: bool = False,
     ) -> None:
         self.buffers = buffers
+        self.not_finite: Tensor | None = None
+        if checks:
+            device = buffers.gradients.device
+            self.not_finite = torch.zeros((), dtype=torch.bool, device=device)
         self.group = group
         self.sharded = sharded
         self._on_start = on_start
@@ -210,6 +219,8 @@ class GradReducer:
             if name in trainable:
                 self._num_missing[bucket.index] += 1
         self._pending = []
+        if self.not_finite is not None:
+            self.not_finite.zero_()
 
     def ready(self, slot: GradSlot) -> None:
         """Starts the collective of a parameter's bucket when its gradient was the last."""
@@ -244,6 +255,10 @@ class GradReducer:
     def _start(self, bucket: Bucket) -> Pending:
         gradients = self.buffers.gradients
         whole = gradients[bucket.start : bucket.end]
+        if self.not_finite is not None:
+            # The largest magnitude, in one pass and without a copy; NaN if one of them is.
+            largest = torch.linalg.vector_norm(whole, float("inf"))
+            self.not_finite.logical_or_(torch.isfinite(largest).logical_not())
         if not self.sharded or self.group is None:
             return collectives.start_all_reduce(whole, self.group)
         # In place: the output is this rank's part of the bucket.

@@ -121,6 +121,8 @@ class FullShard:
 class TorchReducer:
     """The reducer under ZeRO-3, where torch reduces gradients into the buffers."""
 
+    not_finite: Tensor | None = None
+
     def __init__(self, buffers: FlatBuffers) -> None:
         self._buffers = buffers
 

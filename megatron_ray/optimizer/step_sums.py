@@ -45,7 +45,8 @@ class StepSums:
     """
 
     values: Tensor
-    """fp64 [loss sum, tokens, squared gradient norm, auxiliary losses ..., votes ...]."""
+    """fp64 [loss sum, tokens, squared gradient norm, auxiliary losses ..., votes ..., marks
+    of ranks ...], the last only where a rule checks gradients before their reduction."""
     skip_rule: SkipRule = SkipRule.NEVER
     loss_scale: Tensor | None = None
     """Scale of the step's loss, an fp64 scalar; None where it is not scaled. The numbers

@@ -122,6 +122,15 @@ class ParallelModel:
         for group in self.parameter_groups:
             group.reducer.finish()
 
+    def not_finite_gradients(self) -> Tensor | None:
+        """Whether this rank's own gradients are not finite; None if that is not checked."""
+        result: Tensor | None = None
+        for group in self.parameter_groups:
+            own = group.reducer.not_finite
+            if own is not None:
+                result = own if result is None else result | own
+        return result
+
     def update_expert_biases(self, mesh: ParallelMesh, skip: Tensor | None) -> None:
         """Updates the biases of experts, unless `skip` is 1.
 
@@ -185,6 +194,7 @@ def parallelize(
         shards_gradients=parallel.zero == 1,
         overlaps_gathers=parallel.overlap_param_gather,
         on_reduce=on_reduce,
+        checks_gradients=training.checks_own_gradients,
     )
     if is_fully_sharded:
         storage = shard_fully(module, table, mesh, options)

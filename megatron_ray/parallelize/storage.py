@@ -64,6 +64,8 @@ class StorageOptions:
     overlaps_gathers: bool = False
     """ZeRO-1: the next forward pass waits for updated weights, layer by layer."""
     on_reduce: OnReduce | None = None
+    checks_gradients: bool = False
+    """Whether each rank's gradients are checked before they are reduced."""
 
 
 def place_in_buffers(
@@ -95,7 +97,11 @@ def _reduced_group(
     plan = plan_buckets(parameters, collectives.size(group), options.bucket_elements)
     buffers = FlatBuffers.allocate(plan, options.dtype, device, options.grad_dtype)
     reducer = GradReducer(
-        buffers, group, sharded=options.shards_gradients, on_start=options.on_reduce
+        buffers,
+        group,
+        sharded=options.shards_gradients,
+        on_start=options.on_reduce,
+        checks=options.checks_gradients,
     )
     gathers = None
     if options.overlaps_gathers and group is not None:

@@ -13,7 +13,7 @@ carried out.
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 
-from megatron_ray.commands import NUM_VOTES
+from megatron_ray.commands import NUM_VOTES, num_marks
 from megatron_ray.config.local_sgd import LocalSGDConfig
 from megatron_ray.config.optimizer_kinds import state_names
 from megatron_ray.config.train_config import TrainConfig
@@ -110,8 +110,10 @@ def update_communication(
     _add_expert_biases(tally, config, dims, pipeline, buffers.pp_rank)
     _add_delayed_scales(tally, config, dims, buffers.table)
     # One all-reduce in fp64: loss, tokens and squared gradient norm, the auxiliary
-    # losses, and the votes.
+    # losses, the votes, and a bit for each rank where own gradients are checked.
     numbers = 3 + len(config.model.aux_losses) + NUM_VOTES
+    if config.training.checks_own_gradients:
+        numbers += num_marks(dims.world_size)
     tally.add("world", "all_reduce", _FP64 * numbers)
     tally.add("sync", "all_reduce", _FP64 * numbers)
     return tally

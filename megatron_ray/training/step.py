@@ -10,6 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from megatron_ray.commands import mark_of, num_marks
 from megatron_ray.distributed import collectives
 from megatron_ray.distributed.activity import PROCESS
 from megatron_ray.distributed.mesh import ParallelMesh
@@ -101,6 +102,7 @@ def reduce_step(
     for index, vote in enumerate(votes):
         if vote:
             values[votes_start + index].fill_(vote)
+    values = _with_mark(values, model, mesh)
     part: Tensor | None = None
     if optimizer.rules is not None:
         part = values[:NUM_FIXED].clone()
@@ -128,6 +130,20 @@ def _sum_over_groups(values: Tensor, mesh: ParallelMesh, skip_rule: SkipRule) ->
     # With n groups of t tokens, sqrt(n x sum of squares) / (n x t) is that root mean square.
     over_world[2] *= mesh.dims.replica_groups
     return StepSums(over_world, skip_rule, group_values=values)
+
+
+def _with_mark(values: Tensor, model: ParallelModel, mesh: ParallelMesh) -> Tensor:
+    """Adds the marks of ranks, with this rank's if its own numbers are not finite.
+
+    Nothing is added where own gradients are not checked.
+    """
+    not_finite = model.not_finite_gradients()
+    if not_finite is None:
+        return values
+    index, bit = mark_of(mesh.rank)
+    marks = values.new_zeros(num_marks(mesh.dims.world_size))
+    marks[index] = (not_finite | torch.isfinite(values[0]).logical_not()) * bit
+    return torch.cat([values, marks])
 
 
 def _judged(

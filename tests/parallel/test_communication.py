@@ -132,6 +132,12 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = [
         {"pp": 4, "vpp": 2, "schedule": "zb-v"},
         {},
     ),
+    (
+        "own gradients checked",
+        SHAPE,
+        {"tp": 2, "pp": 2},
+        {"rules": [{"when": "not_finite", "action": "stop", "before_reduction": True}]},
+    ),
     ("ring", SHAPE, {"tp": 2, "sequence_parallel": True, "cp": 8}, {}),
     ("ring recomputed", SHAPE, {"cp": 4}, {"recompute": {"granularity": "selective"}}),
     ("gathered keys", SHAPE, {"cp": 4, "cp_method": "all_gather"}, {}),

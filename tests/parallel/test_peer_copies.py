@@ -194,11 +194,26 @@ def corpus(tmp_path: Path) -> PreparedData:
     return prepare(config(tmp_path).data, str(tmp_path / "cache"), seq_length=32)
 
 
+@pytest.mark.parametrize(
+    ("precision", "optimizer"),
+    [("fp32", {}), ("bf16", {"store_param_remainders": True, "offload": True})],
+    ids=["plain", "remainders"],
+)
 def test_a_lost_node_costs_the_steps_since_the_copy(
-    run_ranks: Run, tmp_path: Path, corpus: PreparedData
+    run_ranks: Run,
+    tmp_path: Path,
+    corpus: PreparedData,
+    precision: str,
+    optimizer: dict[str, bool],
 ) -> None:
-    undisturbed = run_ranks(plain, 4, config(tmp_path, None), corpus)[0]
-    lives = run_ranks(loses_a_node, 4, config(tmp_path), corpus)
+    def of_case(every_steps: int | None) -> TrainConfig:
+        fields = config(tmp_path, every_steps).model_dump()
+        fields["training"]["precision"] = precision
+        fields["optimizer"] |= optimizer
+        return TrainConfig.from_mapping(fields)
+
+    undisturbed = run_ranks(plain, 4, of_case(None), corpus)[0]
+    lives = run_ranks(loses_a_node, 4, of_case(3), corpus)
     steps, before, after, last = lives[0]
     assert steps == (6, 9)
     for attempt, numbers in ((before, range(1, 9)), (after, range(7, 11))):

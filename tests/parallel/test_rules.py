@@ -40,8 +40,10 @@ def train(
     fault: Fault,
     recheck: Recheck | None = None,
     flip_after: int | None = None,
+    weight: float = 1e6,
+    struck_replica: int = 0,
 ) -> Result:
-    """Trains with a fault of the first replica; flips a bit on rank 1 before a step."""
+    """Trains with a fault of one replica; flips a bit on rank 1 before a step."""
     torch.set_num_threads(1)
     mesh = make_mesh(rank, world_size, config)
     loader = FaultySteps(
@@ -51,6 +53,8 @@ def train(
     )
     loader.steps = (BAD,)
     loader.fault = fault
+    loader.weight = weight
+    loader.struck_replica = struck_replica
     loader.is_faulty_device = recheck is None or recheck.step is None
     model, optimizer = build(config, mesh)
     reports: list[Report] = []
@@ -83,6 +87,8 @@ def train(
         "losses": [item.loss for item in reports if isinstance(item, StepReport)],
         "skipped": [item.step for item in reports if isinstance(item, SkippedStepReport)],
         "verdicts": [item.verdict for item in reports if isinstance(item, RuleReport)],
+        "messages": [item.message for item in reports if isinstance(item, RuleReport)],
+        "suspects": [item.suspect for item in reports if isinstance(item, RuleReport)],
     }
 
 
@@ -103,6 +109,42 @@ def test_skip_acts_on_exactly_its_step_on_all_ranks(parallel: dict[str, Any]) ->
         assert skipped["skipped"] == [BAD]
         assert skipped["losses"][BAD - 1] > 100
         assert skipped["losses"] == left_out["losses"], "to the bit"
+
+
+NOT_FINITE = {"when": "not_finite", "action": "skip", "rerun": True}
+
+
+@pytest.mark.parametrize(
+    ("parallel", "named"),
+    [
+        ({"dp": 2}, "rank 1"),
+        ({"dp": 2, "zero": 0, "bucket_elements": 8000}, "rank 1"),
+        ({"tp": 2, "sequence_parallel": True}, "ranks 0, 1"),
+    ],
+    ids=["zero1", "zero0", "tp2"],
+)
+def test_ranks_with_own_numbers_that_are_not_finite_are_named(
+    parallel: dict[str, Any], named: str
+) -> None:
+    checked = configured(parallel, rules=[NOT_FINITE | {"before_reduction": True}])
+    unchecked = configured(parallel, rules=[NOT_FINITE])
+    replica = 1 if "dp" in parallel else 0
+    struck = (None, float("inf"), replica)
+    cases = [
+        (checked, Fault.TRANSIENT, None, *struck),
+        (unchecked, Fault.TRANSIENT, None, *struck),
+        (checked, Fault.PERSISTENT, Recheck(can_move=True), *struck),
+    ]
+    for transient, plain, persistent in run_ranks(train_all, 2, cases):
+        assert transient["losses"] == plain["losses"], "to the bit"
+        assert len(transient["losses"]) == 4
+        assert transient["verdicts"] == ["rerun", "transient"]
+        sentence = f"; before the reduction that was so on {named} (training.rules[0])"
+        assert sentence in transient["messages"][0]
+        assert "before the reduction" not in plain["messages"][0]
+        assert persistent["verdicts"] == ["rerun", "recheck"]
+        assert persistent["suspects"] == [None, replica]
+        assert persistent["facts"] == {"step": BAD, "rank": replica}
 
 
 def test_transient_and_persistent_faults_are_distinguished_on_two_ranks() -> None:

@@ -31,6 +31,7 @@ class FaultySteps(StepLoader):
     rate: int | None = None
     fault = Fault.OF_THE_DATA
     weight = 1e6
+    struck_replica = 0
     is_faulty_device = True
     batch = 8
 
@@ -43,7 +44,7 @@ class FaultySteps(StepLoader):
         return [replace(first, loss_mask_BS=mask), *rest]
 
     def _is_struck(self, step: int) -> bool:
-        if self.dp_rank:
+        if self.dp_rank != self.struck_replica:
             return False
         is_due = step in self.steps
         if self.rate is not None:

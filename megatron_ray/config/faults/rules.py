@@ -53,6 +53,11 @@ class RuleConfig(Config):
     weights and samples. If the rule is not broken again, the first result was a transient
     fault of the hardware, and the run goes on with the second."""
 
+    before_reduction: bool = False
+    """`not_finite` only: whether every rank also checks its own loss and gradients, before
+    they are summed over replicas, so that messages about a step name the ranks whose own
+    numbers are not finite. Each step then reads the gradients once more."""
+
     @property
     def name(self) -> str:
         """Identifies what the rule compares, and with what."""

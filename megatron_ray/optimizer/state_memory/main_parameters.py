@@ -158,7 +158,7 @@ class Remainders:
     The weight is the upper half of the value's bits, rounded to the nearest, and of two to
     the larger in magnitude: with the lower half as a signed remainder, their sum is the
     value, bit for bit. Rounding to the even one, as torch does, would leave 2^16 + 1 values
-    to some weights, one more than 16 bits have.
+    to some weights, one more than a remainder distinguishes.
     """
 
     def __init__(self, weights: Tensor, num_elements: int, *, offload: bool) -> None:

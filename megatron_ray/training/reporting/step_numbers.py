@@ -12,7 +12,13 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from megatron_ray.commands import Command, all_sent, strongest_voted
+from megatron_ray.commands import (
+    NUM_VOTES,
+    Command,
+    all_sent,
+    marked_ranks,
+    strongest_voted,
+)
 from megatron_ray.distributed import device
 from megatron_ray.distributed.activity import DEVICE, PROCESS, Operation
 from megatron_ray.optimizer.step_sums import NUM_FIXED, StepSums
@@ -57,6 +63,8 @@ class StepNumbers:
     """Index of the rule that the step breaks."""
     limit: float = inf
     """What that rule has compared with."""
+    faulty_ranks: tuple[int, ...] = ()
+    """Ranks whose own loss or gradients were not finite, where a rule has them checked."""
     monitored: Mapping[str, float] = field(default_factory=dict)
     """Numbers of the callbacks that were due, by name."""
 
@@ -75,6 +83,8 @@ class StepNumbers:
         """
         loss_sum, num_tokens, squared_norm = sums[:NUM_FIXED]
         votes_start = NUM_FIXED + num_aux
+        marks_start = votes_start + NUM_VOTES
+        votes = sums[votes_start:marks_start]
         # A step may have no tokens in the loss, when all its documents are padding.
         divisor = max(num_tokens, 1.0)
         broken = list(verdict[: len(verdict) // 2])
@@ -89,11 +99,12 @@ class StepNumbers:
             loss_sum / divisor,
             sqrt(squared_norm) / divisor,
             tuple(aux_sum / divisor for aux_sum in sums[NUM_FIXED:votes_start]),
-            strongest_voted(sums[votes_start:]),
-            all_sent(sums[votes_start:]),
+            strongest_voted(votes),
+            all_sent(votes),
             loss_scale,
             broken_rule,
             limit,
+            marked_ranks(sums[marks_start:]),
         )
 
 

@@ -18,7 +18,12 @@ from megatron_ray.training.rules.errors import (
     RollbackError,
     RuleStopError,
 )
-from megatron_ray.training.rules.verdicts import Conclusion, conclude, describe_break
+from megatron_ray.training.rules.verdicts import (
+    Conclusion,
+    conclude,
+    describe_break,
+    describe_ranks,
+)
 
 
 @dataclass(frozen=True)
@@ -95,7 +100,7 @@ class StepChecks:
                 self._announce(numbers, conclusion, message)
                 raise RerunError(message, accepted)
             case Conclusion.RECHECK:
-                rank = self._suspect()
+                rank = self._suspected(numbers)
                 message = (
                     f"{text}, and again when computed for the second time; the step is to be "
                     f"computed on other devices than those of rank {rank}"
@@ -118,6 +123,13 @@ class StepChecks:
                 )
                 self._announce(numbers, conclusion, message, rank)
         return None
+
+    def _suspected(self, numbers: StepNumbers) -> int:
+        """Returns the rank that may have computed a step wrongly."""
+        # Where only one rank's own numbers were wrong, there is no need to guess.
+        if len(numbers.faulty_ranks) == 1:
+            return numbers.faulty_ranks[0]
+        return self._suspect()
 
     def act(self, rule: RuleConfig, numbers: StepNumbers, accepted: Progress) -> None:
         """Raises the exception that a rule's action means, after a report of it.
@@ -155,6 +167,8 @@ class StepChecks:
     def _describe(self, rule: RuleConfig, numbers: StepNumbers) -> str:
         step = numbers.host.progress.step
         text = describe_break(rule, step, numbers.loss, numbers.grad_norm, numbers.limit)
+        if rule.before_reduction:
+            text += describe_ranks(numbers.faulty_ranks)
         return f"{text} (training.rules[{numbers.broken_rule}])"
 
     def _announce(

@@ -10,6 +10,9 @@ from math import isfinite
 
 from megatron_ray.config.faults.rules import RuleConfig
 
+_MOST_LISTED = 8
+"""Ranks that are listed at most."""
+
 
 class Conclusion(StrEnum):
     """What the numbers of a step mean."""
@@ -72,6 +75,18 @@ def describe_break(
     if rule.baseline == "recent_median":
         baseline = f"median of the last {rule.samples} steps"
     return f"{sentence}{rule.factor:g} times the {baseline}, which is {limit / rule.factor:.4g}"
+
+
+def describe_ranks(ranks: Sequence[int]) -> str:
+    """Returns on which ranks the numbers were not finite before their reduction."""
+    if not ranks:
+        return ", though the own loss and gradients of every rank were finite"
+    listed = ", ".join(map(str, ranks[:_MOST_LISTED]))
+    if len(ranks) == 1:
+        return f"; before the reduction that was so on rank {listed}"
+    if len(ranks) > _MOST_LISTED:
+        listed += f" and {len(ranks) - _MOST_LISTED} others"
+    return f"; before the reduction that was so on ranks {listed}"
 
 
 def suspect_rank(parts: Sequence[Sequence[float]]) -> int:

@@ -28,6 +28,14 @@ def rule_problems(config: TrainConfig) -> list[Problem]:
         if rule.action == "rollback" and training.max_rollbacks == 0:
             detail = "action=rollback needs training.max_rollbacks above 0; raise it, or use stop"
             problems.append(Problem(f"{pointer}/action", "no_rollbacks", detail))
+        if rule.before_reduction and config.parallel.zero == 3:
+            detail = (
+                "before_reduction checks a rank's own gradients, which torch reduces by itself "
+                "with parallel.zero=3; leave it out, or use zero=1"
+            )
+            problems.append(
+                Problem(f"{pointer}/before_reduction", "no_own_gradients", detail)
+            )
         first = index_of.setdefault(rule.name, index)
         if first != index:
             detail = (
@@ -62,6 +70,8 @@ def _unused_fields(rule: RuleConfig) -> Iterator[tuple[str, str]]:
             yield name, f"{name} is for a rule without limit={rule.limit:g}; leave one out"
         elif rule.action != "rollback" and name in ("back_steps", "leave_out"):
             yield name, f"{name} is for action=rollback, not {rule.action}; leave it out"
+        elif rule.when != "not_finite" and name == "before_reduction":
+            yield name, f"{name} is for when=not_finite, not {rule.when}; leave it out"
 
 
 def rule_warnings(config: TrainConfig) -> list[Problem]:

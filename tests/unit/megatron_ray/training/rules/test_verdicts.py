@@ -1,5 +1,6 @@
 """What follows from a step that breaks a rule, as a table."""
 
+from collections.abc import Sequence
 from itertools import product
 from math import inf, nan
 
@@ -10,6 +11,7 @@ from megatron_ray.training.rules.verdicts import (
     Conclusion,
     conclude,
     describe_break,
+    describe_ranks,
     suspect_rank,
 )
 
@@ -77,3 +79,19 @@ def test_the_suspect_has_the_most_conspicuous_numbers(
     parts: list[list[float]], rank: int
 ) -> None:
     assert suspect_rank(parts) == rank
+
+
+@pytest.mark.parametrize(
+    ("ranks", "expected"),
+    [
+        ((), ", though the own loss and gradients of every rank were finite"),
+        ((3,), "; before the reduction that was so on rank 3"),
+        ((3, 4), "; before the reduction that was so on ranks 3, 4"),
+        (
+            range(20),
+            "; before the reduction that was so on ranks 0, 1, 2, 3, 4, 5, 6, 7 and 12 others",
+        ),
+    ],
+)
+def test_ranks_are_named(ranks: Sequence[int], expected: str) -> None:
+    assert describe_ranks(ranks) == expected

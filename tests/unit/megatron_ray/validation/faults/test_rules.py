@@ -50,6 +50,19 @@ def test_usual_rules_have_no_problem() -> None:
     ("rules", "options", "pointer", "words"),
     [
         (
+            [{"when": "not_finite", "action": "stop", "before_reduction": True}],
+            {"zero": 3},
+            "/training/rules/0/before_reduction",
+            "before_reduction checks a rank's own gradients, which torch reduces by itself "
+            "with parallel.zero=3; leave it out, or use zero=1",
+        ),
+        (
+            [SPIKE | {"before_reduction": True}],
+            {},
+            "/training/rules/0/before_reduction",
+            "before_reduction is for when=not_finite, not loss_spike; leave it out",
+        ),
+        (
             [SPIKE | {"action": "skip"}],
             {},
             "/training/rules/0/action",
