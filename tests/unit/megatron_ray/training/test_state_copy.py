@@ -206,8 +206,7 @@ def test_a_copy_has_the_scales_of_fp8() -> None:
 def test_a_copy_of_another_layout_is_not_loaded() -> None:
     copy = StateCopy(5, memoryview(b""), "other", {}, {})
     model: Any = type("Model", (), {"expert_biases": {}, "delayed_scaling": None})()
-    optimizer: Any = type(
-        "Optimizer", (), {"begin_load": lambda self: None, "sharded_state": lambda self: {}}
-    )()
+    optimizer: Any = Optimizer()
+    optimizer.sharded_state = dict
     with pytest.raises(ValueError, match="the copy of step 5 has another layout"):
         load_copy(copy, model, optimizer, {})
