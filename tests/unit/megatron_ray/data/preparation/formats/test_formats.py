@@ -103,14 +103,22 @@ def parquet(*texts: str | None) -> bytes:
 
 
 ROWS = lines(*[{"text": "gr\u00fcn \u4e0a"}] * 20)
-GZIPPED = gzip.compress(ROWS)
+GZIPPED = gzip.compress(ROWS, mtime=0)
 OTHER_CONTENTS = [
     ("a.jsonl", GZIPPED, "a.jsonl is compressed with gzip; add .gz to its name"),
     ("a.txt", zstd(ROWS), "a.txt is compressed with zstd; add .zst to its name"),
     ("a.json", bz2.compress(ROWS), "is compressed with bzip2; add .bz2 to its name"),
     ("a.txt", lzma.compress(ROWS), "a.txt is compressed with xz; unpack it"),
-    ("a.jsonl.gz", gzip.compress(GZIPPED), "a.jsonl.gz is compressed with gzip; unpack it"),
-    ("a.jsonl.gz", gzip.compress(tar(ROWS)), "a.jsonl.gz is a tar archive; unpack it"),
+    (
+        "a.jsonl.gz",
+        gzip.compress(GZIPPED, mtime=0),
+        "a.jsonl.gz is compressed with gzip; unpack it",
+    ),
+    (
+        "a.jsonl.gz",
+        gzip.compress(tar(ROWS), mtime=0),
+        "a.jsonl.gz is a tar archive; unpack it",
+    ),
     ("a.txt", tar(ROWS), "a.txt is a tar archive; unpack it"),
     ("a.jsonl", parquet("a"), "is a Parquet file; let its name end in .parquet"),
     ("a.txt", ROWS.decode().encode("utf-16"), "a.txt is UTF-16 text; convert it to UTF-8"),
@@ -158,7 +166,7 @@ def test_files_that_hold_nothing_are_noted(tmp_path: Path) -> None:
     (tmp_path / "b.jsonl").write_bytes(b"")
     assert read(tmp_path)[1].notes("d") == [f"d: 1 file holds nothing: {tmp_path}/b.jsonl"]
     for name in ("c.jsonl.gz", "d.jsonl.gz", "e.jsonl.gz"):
-        (tmp_path / name).write_bytes(gzip.compress(b"\n"))
+        (tmp_path / name).write_bytes(gzip.compress(b"\n", mtime=0))
     (tmp_path / "f.parquet").write_bytes(parquet())
     (note,) = read(tmp_path)[1].notes("d")
     shown = ", ".join(f"{tmp_path}/{name}" for name in ("b.jsonl", "c.jsonl.gz"))
@@ -273,7 +281,9 @@ def test_byte_order_marks_are_no_text(tmp_path: Path) -> None:
     )
     pq.write_table(pa.table({"text": [f"{MARK}four", MARK]}), tmp_path / "c.parquet")
     (tmp_path / "d.txt").write_text(MARK, encoding="utf-8")
-    (tmp_path / "e.txt.gz").write_bytes(gzip.compress(f"{MARK}five{MARK}".encode()))
+    (tmp_path / "e.txt.gz").write_bytes(
+        gzip.compress(f"{MARK}five{MARK}".encode(), mtime=0)
+    )
     texts, tally = read(tmp_path)
     # Within a text it is a character.
     assert texts == ["one", "two", "three", "four", f"five{MARK}"]
