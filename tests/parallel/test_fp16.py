@@ -22,17 +22,17 @@ from megatron_ray.training.components import TrainingComponents
 from megatron_ray.training.loop import train
 from megatron_ray.training.progress import Progress
 from megatron_ray.training.reporting.step_reporter import NonFiniteLossError
-from megatron_ray.training.session import batch_maker, build
+from megatron_ray.training.session import build
 from tests.support import parity
 from tests.support.parity import (
     GPT2,
     LLAMA,
     NoSaver,
-    RandomDataset,
     assemble,
     boxes,
     make_config,
     make_mesh,
+    random_loader,
     worst_relative_l2,
 )
 from tests.support.ranks import run_ranks
@@ -107,15 +107,7 @@ def run(
 ) -> Result:
     torch.set_num_threads(1)
     mesh = make_mesh(rank, world_size, config)
-    training = config.training
-    loader = LargeTokens(
-        RandomDataset(config.model.vocabulary, training.seq_length),
-        training.micro_batch_size,
-        training.global_batch_size,
-        mesh.dp_rank,
-        mesh.dims.dp,
-        batch_maker(config, mesh),
-    )
+    loader = random_loader(config, mesh, LargeTokens)
     loader.steps = bad
     loader.weight = weight
     model, optimizer = build(config, mesh)

@@ -17,15 +17,15 @@ from megatron_ray.training.components import TrainingComponents
 from megatron_ray.training.loop import train
 from megatron_ray.training.progress import Progress
 from megatron_ray.training.reporting.step_reporter import NonFiniteLossError
-from megatron_ray.training.session import batch_maker, build
+from megatron_ray.training.session import build
 from tests.support.parity import (
     LLAMA,
     NoSaver,
-    RandomDataset,
     assemble,
     boxes,
     make_config,
     make_mesh,
+    random_loader,
 )
 from tests.support.ranks import run_ranks
 
@@ -76,15 +76,7 @@ def run_with_bad_steps(
 ) -> Result:
     torch.set_num_threads(1)
     mesh = make_mesh(rank, world_size, config)
-    training = config.training
-    loader = BadSteps(
-        RandomDataset(config.model.vocabulary, training.seq_length),
-        training.micro_batch_size,
-        training.global_batch_size,
-        mesh.dp_rank,
-        mesh.dims.dp,
-        batch_maker(config, mesh),
-    )
+    loader = random_loader(config, mesh, BadSteps)
     loader.steps = bad
     model, optimizer = build(config, mesh)
     reports: list[Report] = []

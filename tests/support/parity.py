@@ -4,7 +4,7 @@ results are numpy, reassembled by logical name in the parent.
 """
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -48,6 +48,9 @@ GPT2_FIELDS: dict[str, Any] = {
 }
 """What makes a Llama of four heads a GPT-2."""
 GPT2 = LLAMA | GPT2_FIELDS
+
+
+Loader = TypeVar("Loader", bound=StepLoader)
 
 
 class RandomDataset:
@@ -153,6 +156,21 @@ def make_config(
 def make_mesh(rank: int, world_size: int, config: TrainConfig) -> ParallelMesh:
     return ParallelMesh.create(
         ParallelDims.of(config.parallel, world_size), World(rank, world_size, 0, "cpu")
+    )
+
+
+def random_loader(
+    config: TrainConfig, mesh: ParallelMesh, loader_class: type[Loader]
+) -> Loader:
+    """A rank's loader of random tokens."""
+    training = config.training
+    return loader_class(
+        RandomDataset(config.model.vocabulary, training.seq_length),
+        training.micro_batch_size,
+        training.global_batch_size,
+        mesh.dp_rank,
+        mesh.dims.dp,
+        batch_maker(config, mesh),
     )
 
 

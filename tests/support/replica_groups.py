@@ -23,7 +23,14 @@ from megatron_ray.training.loop import train
 from megatron_ray.training.progress import Progress
 from megatron_ray.training.session import batch_maker, build, no_command
 from megatron_ray.training.step import forward_backward, reduce_step
-from tests.support.parity import NoSaver, RandomDataset, boxes, make_config, make_mesh
+from tests.support.parity import (
+    NoSaver,
+    RandomDataset,
+    boxes,
+    make_config,
+    make_mesh,
+    random_loader,
+)
 
 Boxes = list[tuple[str, tuple[int, ...], np.ndarray]]
 SGD = {"name": "sgd", "lr": 0.1, "momentum": 0.9, "clip_grad_norm": 0}
@@ -64,15 +71,7 @@ def train_rank(
     """Runs the real loop on one rank."""
     torch.set_num_threads(1)
     mesh = make_mesh(rank, world_size, config)
-    training = config.training
-    loader = StepLoader(
-        RandomDataset(config.model.vocabulary, training.seq_length),
-        training.micro_batch_size,
-        training.global_batch_size,
-        mesh.dp_rank,
-        mesh.dims.dp,
-        batch_maker(config, mesh),
-    )
+    loader = random_loader(config, mesh, StepLoader)
     model, optimizer = build(config, mesh)
     reports: list[StepReport] = []
 
