@@ -9,6 +9,7 @@ from pydantic import Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
 from megatron_ray.config.base import Config
+from megatron_ray.config.faults.injection import FaultConfig
 from megatron_ray.config.faults.rules import RuleConfig
 from megatron_ray.config.schedules.batch_sizes import (
     MAX_INCREMENTS,
@@ -306,6 +307,9 @@ class TrainingConfig(Config):
     job."""
     max_rollbacks: int = Field(default=3, ge=0, le=100)
     """Number of rollbacks by `rules` in the whole job; one more ends it."""
+    inject_faults: tuple[FaultConfig, ...] = Field(default=(), max_length=16)
+    """Faults that are injected into the numbers of chosen steps, to rehearse what `rules`
+    make of them. Default: none."""
     check_replicas_every_steps: int | None = Field(default=None, ge=1, le=1 << 40)
     """Steps between comparisons of the weights on all replicas, which must be equal to the
     bit. A difference, as memory errors make, ends the attempt and names ranks and

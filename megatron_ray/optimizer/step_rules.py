@@ -67,6 +67,18 @@ class StepRules:
             limits=torch.stack(limits),
         )
 
+    def can_break(self, when: str) -> Tensor:
+        """Whether the next step can break a rule of this kind, a bool scalar.
+
+        It cannot while such rules have no baseline yet.
+        """
+        can_break = torch.zeros_like(self._halted)
+        for rule in self._rules:
+            if rule.config.when == when:
+                has_limit = torch.isfinite(rule.limit())
+                can_break = can_break | has_limit
+        return can_break
+
     def resume(self) -> None:
         """Ends a halt: the next step is judged by itself."""
         self._halted = torch.zeros_like(self._halted)

@@ -19,6 +19,7 @@ from megatron_ray.training.callbacks.runner import CallbackRunner
 from megatron_ray.training.evaluate import Evaluation
 from megatron_ray.training.progress import Progress
 from megatron_ray.training.reporting.step_numbers import StepNumbers
+from megatron_ray.training.rules.injection import FaultInjector
 from megatron_ray.training.rules.replicas import ReplicaCheck
 
 
@@ -90,6 +91,11 @@ class TrainingComponents:
         """The comparison of this rank's weights with its replicas."""
         every_steps = self.config.training.check_replicas_every_steps
         return ReplicaCheck(every_steps, self.mesh, self.model.parameter_groups)
+
+    @cached_property
+    def faults(self) -> FaultInjector:
+        """The faults that strike this rank's steps."""
+        return FaultInjector(self.config.training, self.mesh.rank)
 
     @cached_property
     def batch_sizes(self) -> BatchSizes:

@@ -130,7 +130,7 @@ def _train_step(
         _count_tokens(batches),
         votes_for(poll(), is_sending=components.copier.is_sending),
         _skip_rule(config.training, progress.step + 1),
-        is_confirmed=checks.is_confirmed(progress.step + 1),
+        components.faults.judging(progress.step + 1, checks),
     )
     PROCESS.phase = "optimizer"
     callbacks.after_backward(sums.of_group)

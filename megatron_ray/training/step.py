@@ -21,6 +21,7 @@ from megatron_ray.optimizer.sharded import ShardedOptimizer
 from megatron_ray.optimizer.step_sums import NUM_FIXED, SkipRule, StepSums
 from megatron_ray.parallelize.parallelize import ParallelModel
 from megatron_ray.reports import StepPart
+from megatron_ray.training.rules.injection import PLAIN_JUDGING, Judging, strike_
 from megatron_ray.training.stages import loss_sum, run_stages
 
 
@@ -69,8 +70,7 @@ def reduce_step(
     num_tokens: int,
     votes: Sequence[float] = (),
     skip_rule: SkipRule = SkipRule.NEVER,
-    *,
-    is_confirmed: bool = False,
+    judging: Judging = PLAIN_JUDGING,
 ) -> StepSums:
     """Completes the gradients, then sums the step's numbers over the world.
 
@@ -79,8 +79,8 @@ def reduce_step(
 
     `num_tokens` are this replica's. `votes` are summed too, so that ranks agree on a
     command without a separate collective. `skip_rule` and the run's rules determine
-    whether the step changes the model; `is_confirmed` is as in `StepRules.judge`. A
-    scaled loss has its next scale afterwards.
+    whether the step changes the model; `judging` is how these judge it. A scaled
+    loss has its next scale afterwards.
     """
     model.finish_reductions()
     finalize_grads(optimizer, mesh)
@@ -102,6 +102,7 @@ def reduce_step(
     for index, vote in enumerate(votes):
         if vote:
             values[votes_start + index].fill_(vote)
+    strike_(values, judging.faults, num_tokens, optimizer.rules)
     values = _with_mark(values, model, mesh)
     part: Tensor | None = None
     if optimizer.rules is not None:
@@ -115,7 +116,7 @@ def reduce_step(
         sums = replace(sums, loss_scale=scale, grad_factor=scaler.grad_factor(scale))
     # The numbers of a step that is left out mean nothing.
     if skip_rule is not SkipRule.ALWAYS:
-        sums = _judged(sums, optimizer, part, is_confirmed=is_confirmed)
+        sums = _judged(sums, optimizer, part, is_confirmed=judging.is_confirmed)
     model.update_expert_biases(mesh, sums.skip)
     model.update_scales(mesh, sums.skip)
     return sums

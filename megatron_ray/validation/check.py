@@ -23,6 +23,10 @@ from megatron_ray.validation import (
 from megatron_ray.validation import model as model_rules
 from megatron_ray.validation import resume as resume_rules
 from megatron_ray.validation import training as training_rules
+from megatron_ray.validation.faults.injection import (
+    injection_problems,
+    injection_warnings,
+)
 from megatron_ray.validation.faults.rules import (
     replica_problems,
     rule_problems,
@@ -67,6 +71,7 @@ _RULES = (
     fp8.fp8_problems,
     intervals.skipping_problems,
     rule_problems,
+    injection_problems,
     replica_problems,
     local_sgd_problems,
     profile_problems,
@@ -90,6 +95,7 @@ _WARNINGS = (
     intervals.clipping_warnings,
     intervals.model_warnings,
     profile_warnings,
+    injection_warnings,
 )
 """Such rules for any number of steps."""
 

@@ -32,6 +32,7 @@ FREE_ON_RESUME = (
     "training.max_consecutive_skipped_steps",
     "training.rules",
     "training.max_rollbacks",
+    "training.inject_faults",
     "training.check_replicas_every_steps",
     "training.max_duration_s",
     "training.exit_every_steps",

@@ -67,6 +67,15 @@ class StepChecks:
             return True
         return step == self._again and not self._recheck.can_move
 
+    def is_rerun(self, step: int) -> bool:
+        """Whether a step is computed for the second time on these devices."""
+        return step == self._again
+
+    @property
+    def has_moved(self) -> bool:
+        """Whether the run is on other devices than those that broke a rule twice."""
+        return self._recheck.step is not None and self._recheck.has_moved
+
     def examine(self, numbers: StepNumbers, accepted: Progress) -> RuleConfig | None:
         """Returns the rule that a step breaks, once that is certain; None for a good step.
 

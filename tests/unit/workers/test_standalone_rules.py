@@ -197,6 +197,21 @@ def test_one_step_back_costs_no_step(job: Path) -> None:
     assert own == expected
 
 
+def test_a_rehearsed_fault_strikes_again_after_a_resume(job: Path) -> None:
+    fault = "{kind: transient, breaks: loss_spike, steps: [3, 7]}"
+    rehearsal = [*options(SPIKE | {"action": "stop", "rerun": True})]
+    rehearsal.append(f"training.inject_faults=[{fault}]")
+    reports = job.parent / "reports.jsonl"
+    notices: list[str] = []
+    first = [*rehearsal, "training.exit_every_steps=6"]
+    run(job, *first, reports=reports, notify=notices.append)
+    assert notices[0].startswith("warning: /training/inject_faults: the run is a rehearsal")
+    run(job, *rehearsal, resume=True, reports=reports)
+    struck = [(3, "rerun"), (3, "transient"), (7, "rerun"), (7, "transient")]
+    assert verdicts(reports) == struck
+    assert losses(reports) == expected_losses(job.parent / "other", []), "to the bit"
+
+
 def test_a_new_run_in_the_folder_leaves_nothing_out(job: Path) -> None:
     folder = job.parent / "runs" / "job" / "checkpoints"
     folder.mkdir(parents=True)
