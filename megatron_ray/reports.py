@@ -60,6 +60,8 @@ class StepReport:
     or gradient norm was not finite."""
     loss_scale: float | None = None
     """Factor of the step's loss in fp16; None in other precisions."""
+    weight_decay: float | None = None
+    """Weight decay of the step; None where every step has the same."""
 
 
 @dataclass(frozen=True)

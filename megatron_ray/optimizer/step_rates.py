@@ -24,6 +24,9 @@ class StepRates:
     """The rate of which the schedule is a share."""
     numbers: Mapping[str, float]
     """Numbers of the optimizer that differ from those of its config."""
+    weight_decay: float | None = None
+    """Weight decay of parameters without one of their own; None where every step has the
+    same."""
 
 
 class RunRates:
@@ -55,7 +58,10 @@ class RunRates:
             share = self._clock.samples(step) / self._num_samples
             start = self._optimizer.weight_decay
             numbers["weight_decay"] = weight_decay(share, start, schedule)
-        return StepRates(lr, clip_grad_norm, phase.peak_lr, numbers)
+        decay: float | None = None
+        if "weight_decay" in self._optimizer.varying_numbers:
+            decay = numbers.get("weight_decay", self._optimizer.weight_decay)
+        return StepRates(lr, clip_grad_norm, phase.peak_lr, numbers, decay)
 
 
 def weight_decay(share: float, start: float, schedule: WeightDecayScheduleConfig) -> float:

@@ -13,6 +13,7 @@ from megatron_ray.config.training import TrainingConfig
 from megatron_ray.distributed.activity import PROCESS
 from megatron_ray.models.batch import Batch
 from megatron_ray.optimizer.finalize_grads import scale_and_clip
+from megatron_ray.optimizer.step_rates import StepRates
 from megatron_ray.optimizer.step_sums import SkipRule, StepSums
 from megatron_ray.reports import Report
 from megatron_ray.training.callbacks.runner import Monitored
@@ -61,7 +62,12 @@ def train(
         launched = _train_step(components, progress, poll, timer, reporter.checks)
         progress = progress.after_step(components.batch_sizes)
         in_flight.add(
-            progress, launched.lr, timer.finish(), launched.sums, launched.monitored
+            progress,
+            launched.rates.lr,
+            timer.finish(),
+            launched.sums,
+            launched.monitored,
+            launched.rates.weight_decay,
         )
         profiler.end_step(progress.step)
 
@@ -97,7 +103,7 @@ class _LaunchedStep:
     """The numbers of a step, those from the device still on it."""
 
     sums: StepSums
-    lr: float
+    rates: StepRates
     monitored: Monitored | None
 
 
@@ -142,7 +148,7 @@ def _train_step(
     monitored = callbacks.after_update()
     timer.mark("optimizer")
     PROCESS.phase = "reports"
-    return _LaunchedStep(sums, rates.lr, monitored)
+    return _LaunchedStep(sums, rates, monitored)
 
 
 def _skip_rule(training: TrainingConfig, step: int) -> SkipRule:

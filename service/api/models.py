@@ -290,6 +290,8 @@ class MetricsRow(Body):
     """Steps of the job so far that were skipped because their numbers were not finite."""
     loss_scale: float | None = None
     """Factor of the step's loss in fp16; null in other precisions."""
+    weight_decay: float | None = None
+    """Weight decay of the step; null where every step has the same."""
     val_loss: float | None = None
     """Validation loss after the step, in nats per token; null where nothing was evaluated."""
     monitors: dict[str, float | None] | None = None

@@ -21,7 +21,7 @@ from sqlalchemy import (
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 Json = dict[str, Any]
-REVISION = "0010"
+REVISION = "0011"
 """The newest migration, after which a database has exactly these tables."""
 BigKey = BigInteger().with_variant(Integer, "sqlite")
 """64 bits everywhere: SQLite gives rows a number only when the type is called INTEGER."""
@@ -215,6 +215,7 @@ class MetricRow(Table):
     other_losses: Mapped[Json | None]
     skipped_steps: Mapped[int | None]
     loss_scale: Mapped[float | None]
+    weight_decay: Mapped[float | None]
 
 
 class EvaluationRow(Table):

@@ -38,6 +38,8 @@ class HostNumbers:
     """As this rank has measured them; on CUDA they arrive with the sums."""
     memory_bytes: int
     """Peak so far; device memory, or the process's on CPU."""
+    weight_decay: float | None = None
+    """None where every step has the same."""
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,7 @@ class _Launched:
     """Numbers of the verdict."""
     monitored: tuple[str, ...]
     """Names of the last numbers."""
+    weight_decay: float | None
 
 
 class StepsInFlight:
@@ -147,6 +150,7 @@ class StepsInFlight:
         times: PendingTimes,
         sums: StepSums,
         monitored: Monitored | None = None,
+        weight_decay: float | None = None,
     ) -> None:
         """Adds a step that was just launched and starts copying its sums to the host."""
         # The peak is that at the launch of the step.
@@ -172,6 +176,7 @@ class StepsInFlight:
                 sums.loss_scale is not None,
                 num_verdict,
                 names,
+                weight_decay,
             )
         )
 
@@ -203,6 +208,7 @@ class StepsInFlight:
                 # Marked before the copy was started, so they have arrived with it.
                 launched.times.read(),
                 launched.memory_bytes,
+                launched.weight_decay,
             )
             numbers = StepNumbers.from_sums(
                 host, values, self._num_aux, loss_scale, verdict

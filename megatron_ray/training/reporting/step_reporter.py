@@ -159,6 +159,7 @@ class StepReporter:
             other_losses=dict(zip(self._other_losses, numbers.other_losses, strict=True)),
             skipped_steps=self.skipped.total + self.skipped.overflows,
             loss_scale=numbers.loss_scale,
+            weight_decay=host.weight_decay,
         )
 
     def _skip_by_rule(self, report: StepReport, reason: str) -> None:

@@ -45,6 +45,9 @@ def test_reports_count_the_samples_of_growing_batches(job: Path) -> None:
             *[5e-4] * 3,
         ]
     )
+    assert [row["weight_decay"] for row in rows] == pytest.approx(
+        [0.3 * samples / 30 for samples in (2, 4, 6, 8, 12, 16, 22, 30)]
+    )
 
 
 def test_a_run_goes_on_bit_for_bit_within_its_ramp_up(job: Path) -> None:

@@ -1,5 +1,6 @@
 """The numbers of each step against closed forms, and what switches change."""
 
+from dataclasses import replace
 from math import ceil, cos, pi, sqrt
 from typing import Any
 
@@ -143,12 +144,14 @@ def test_weight_decay_follows_its_schedule(kind: str) -> None:
         ratio = 0.5 * (cos(pi * (1 - ratio)) + 1)
     assert grown.at(300).numbers["weight_decay"] == pytest.approx(0.1 + 0.4 * ratio)
     assert grown.at(STEPS).numbers == {"weight_decay": 0.5}
+    assert grown.at(STEPS).weight_decay == 0.5
 
 
 def test_without_schedules_and_switches_nothing_varies() -> None:
     rates = RunRates(config({}, {"weight_decay": 0.1}))
     assert not rates.varies
     assert rates.at(5).numbers == {}
+    assert rates.at(5).weight_decay is None
     assert rates.at(5).clip_grad_norm == 1.0
 
 
@@ -163,12 +166,13 @@ def test_a_switch_sets_numbers_and_the_schedule_goes_on() -> None:
     rates = RunRates(config({"kind": "linear", "min_lr": 0}, {"switches": switches}))
     plain = RunRates(config({"kind": "linear", "min_lr": 0}))
     for step in (1, 100):
-        assert rates.at(step) == plain.at(step)
+        assert rates.at(step) == replace(plain.at(step), weight_decay=0.0)
     for step in (101, 1000):
         assert rates.at(step).lr == pytest.approx(plain.at(step).lr / 2)
         assert rates.at(step).peak_lr == PEAK / 2
     assert rates.at(200).numbers == {"beta2": 0.9}
     assert rates.at(201).numbers == {"beta2": 0.9, "weight_decay": 0.4}
+    assert [rates.at(step).weight_decay for step in (200, 201)] == [0.0, 0.4]
     assert (rates.at(200).clip_grad_norm, rates.at(201).clip_grad_norm) == (1.0, 0.5)
 
 

@@ -182,6 +182,7 @@ def test_numbers_that_are_not_finite_become_null(service: Any, make_step: Any) -
                 other_losses={"z_loss": 2.5},
                 skipped_steps=2,
                 loss_scale=65536.0,
+                weight_decay=0.05,
             ),
         ),
         ("eval", {"step": 1, "split": "validation", "loss": math.nan}),
@@ -190,7 +191,9 @@ def test_numbers_that_are_not_finite_become_null(service: Any, make_step: Any) -
     )
     row = service.user.get(
         f"/v1/jobs/{job_id}/metrics",
-        params={"keys": "loss,grad_norm,lr,split_s,other_losses,skipped_steps,loss_scale"},
+        params={
+            "keys": "loss,grad_norm,lr,split_s,other_losses,skipped_steps,loss_scale,weight_decay"
+        },
     ).json()["data"][0]
     assert row == {
         "step": 1,
@@ -202,6 +205,7 @@ def test_numbers_that_are_not_finite_become_null(service: Any, make_step: Any) -
         "other_losses": {"z_loss": 2.5},
         "skipped_steps": 2,
         "loss_scale": 65536.0,
+        "weight_decay": 0.05,
     }
     assert "not finite" in service.events(job_id)[-1]["message"]
     assert service.job(job_id)["progress"]["loss"] is None
