@@ -18,8 +18,9 @@ assumed to be balanced. With latent attention Q and C are the widths of the late
 Pure. Must not know: torch, nodes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from megatron_ray.config.architecture.moe import MoEConfig
 from megatron_ray.config.train_config import TrainConfig
@@ -34,10 +35,11 @@ from megatron_ray.planning.microbatch import (
     tokens_of,
     width_of,
 )
-from megatron_ray.planning.recompute.saved_outputs import saved_outputs
+from megatron_ray.planning.recompute.saved_outputs import SavedOutputs, saved_outputs
 
 _FP32 = 4
 _INT64 = 8
+PerLayer = TypeVar("PerLayer")
 
 
 @dataclass(frozen=True)
@@ -264,28 +266,41 @@ def _router_bytes(moe: MoEConfig) -> int:
 
 
 def _by_layer(
-    config: TrainConfig, layers: Sequence[int], device: DeviceKind
-) -> list[LayerActivations]:
-    """Returns the activations of each layer; layers of one kind share an object."""
+    config: TrainConfig, layers: Sequence[int], compute: Callable[[int], PerLayer]
+) -> list[PerLayer]:
+    """Returns the result of each layer's number; layers of one kind share an object."""
     # Layers differ in having experts or not, and in their window, which decides the kernel.
-    by_kind: dict[object, LayerActivations] = {}
-    activations = []
+    by_kind: dict[object, PerLayer] = {}
+    results = []
     for index in layers:
         kind = (config.model.experts_on(index) is not None, config.model.window_on(index))
         if kind not in by_kind:
-            by_kind[kind] = layer_activations(config, index, device)
-        activations.append(by_kind[kind])
-    return activations
+            by_kind[kind] = compute(index)
+        results.append(by_kind[kind])
+    return results
+
+
+def _activations(
+    config: TrainConfig, layers: Sequence[int], device: DeviceKind
+) -> list[LayerActivations]:
+    return _by_layer(config, layers, lambda index: layer_activations(config, index, device))
+
+
+def _saved(
+    config: TrainConfig, layers: Sequence[int], device: DeviceKind
+) -> list[SavedOutputs]:
+    return _by_layer(config, layers, lambda index: saved_outputs(config, index, device))
 
 
 def kept_activations(config: TrainConfig, layers: Sequence[int], device: DeviceKind) -> int:
     """Returns the bytes that a stage with these layers keeps of a microbatch."""
     recompute = config.training.recompute
-    activations = _by_layer(config, layers, device)
+    activations = _activations(config, layers, device)
     if recompute.granularity == "operations":
         kept = 0
-        for index, layer in zip(layers, activations, strict=True):
-            kept += layer.layer_input + saved_outputs(config, index, device).whole
+        saved = _saved(config, layers, device)
+        for layer, outputs in zip(activations, saved, strict=True):
+            kept += layer.layer_input + outputs.whole
         return kept
     if recompute.granularity != "full":
         return sum(layer.without(recompute.chosen_modules) for layer in activations)
@@ -310,12 +325,12 @@ def recomputed_activations(
     Those are the activations of a whole chunk of layers, or what one layer did not keep.
     """
     recompute = config.training.recompute
-    activations = _by_layer(config, layers, device)
+    activations = _activations(config, layers, device)
     most = 0
     if recompute.granularity == "operations":
-        for index, layer in zip(layers, activations, strict=True):
-            saved = saved_outputs(config, index, device)
-            kept = layer.layer_input + saved.whole - saved.before_attention
+        saved = _saved(config, layers, device)
+        for layer, outputs in zip(activations, saved, strict=True):
+            kept = layer.layer_input + outputs.whole - outputs.before_attention
             most = max(most, layer.whole - kept)
         return most
     if recompute.granularity != "full":

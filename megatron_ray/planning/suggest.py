@@ -42,11 +42,17 @@ _MIN_TOKENS = 8192
 """Tokens of a sequence on a context-parallel rank; larger cp is not tried."""
 _MICRO_BATCHES = (1, 2, 4, 8)
 _RECOMPUTE = (
-    RecomputeConfig(),
-    RecomputeConfig(granularity="selective", modules=("norm", "activation")),
-    RecomputeConfig(granularity="full", method="uniform", num_layers=1),
+    (RecomputeConfig(),),
+    (RecomputeConfig(granularity="selective", modules=("norm", "activation")),),
+    (
+        RecomputeConfig(granularity="operations", every=2),
+        RecomputeConfig(granularity="operations", every=3),
+        RecomputeConfig(granularity="operations", save=("attention",)),
+    ),
+    (RecomputeConfig(granularity="full", method="uniform", num_layers=1),),
 )
-"""Recompute options from the fastest to the one that keeps least."""
+"""Recompute options from the fastest to those that keep least. Which of those listed
+together is faster and which keeps less depends on the products of a layer."""
 _MAX_BUBBLE = 0.5
 """Largest share of a step in which the pipeline may be idle."""
 
@@ -326,12 +332,10 @@ def _best(layout: TrainConfig, world: int, hardware: Hardware) -> Suggestion | N
     fastest: Suggestion | None = None
     for size in _micro_batches(layout):
         config = _with_training(layout, micro_batch_size=size)
-        fitting = _least_recomputation(config, states, world, hardware)
-        if fitting is None:
-            continue
-        suggestion = _timed(*fitting, hardware, update, ranks)
-        if fastest is None or suggestion.time.step_s < fastest.time.step_s:
-            fastest = suggestion
+        for fitting in _least_recomputation(config, states, world, hardware):
+            suggestion = _timed(*fitting, hardware, update, ranks)
+            if fastest is None or suggestion.time.step_s < fastest.time.step_s:
+                fastest = suggestion
     return fastest
 
 
@@ -346,27 +350,36 @@ def _least_recomputation(
     states: Sequence[tuple[int, RankMemory]],
     world: int,
     hardware: Hardware,
-) -> tuple[TrainConfig, RankMemory] | None:
-    """Returns the config with the least recomputation that fits, and its memory.
+) -> list[tuple[TrainConfig, RankMemory]]:
+    """Returns the configs with the least recomputation that fit, and their memory.
 
     `states` are pairs of pipeline rank and memory without activations.
     """
-    pipeline = plan_pipeline(layout)
-    memory_limit = hardware.memory_bytes
-    # Less recomputation is faster, so the first that fits is the best.
-    for recompute in _RECOMPUTE:
-        config = _with_training(layout, recompute=recompute)
-        ranks = []
-        for pp_rank, state in states:
-            ranks.append(
-                with_activations(config, pipeline, state, pp_rank, hardware.device)
-            )
-        fullest = max(ranks, key=lambda memory: memory.total_bytes)
-        if memory_limit is not None and fullest.total_bytes > memory_limit:
-            continue
-        if not check.find_problems(config, world):
-            return config, fullest
-    return None
+    # Less recomputation is faster, so the first options that fit are the best.
+    for options in _RECOMPUTE:
+        fitting = []
+        for recompute in options:
+            config = _with_training(layout, recompute=recompute)
+            memory = _fullest(config, states, hardware)
+            limit = hardware.memory_bytes
+            if limit is not None and memory.total_bytes > limit:
+                continue
+            if not check.find_problems(config, world):
+                fitting.append((config, memory))
+        if fitting:
+            return fitting
+    return []
+
+
+def _fullest(
+    config: TrainConfig, states: Sequence[tuple[int, RankMemory]], hardware: Hardware
+) -> RankMemory:
+    """Returns the memory of the most loaded rank, with activations."""
+    pipeline = plan_pipeline(config)
+    ranks = []
+    for pp_rank, state in states:
+        ranks.append(with_activations(config, pipeline, state, pp_rank, hardware.device))
+    return max(ranks, key=lambda memory: memory.total_bytes)
 
 
 def _timed(

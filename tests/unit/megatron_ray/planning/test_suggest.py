@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from megatron_ray.config.train_config import TrainConfig
+from megatron_ray.config.training import RecomputeConfig
 from megatron_ray.planning.hardware import HARDWARE
 from megatron_ray.planning.memory import fullest_rank
 from megatron_ray.planning.step_time import step_time
@@ -85,6 +86,29 @@ def test_405b_on_1024_devices_takes_seconds_at_most_and_stays_inside_nodes() -> 
         suggestion.config.parallel.tp <= 8 and suggestion.config.parallel.pp > 1
         for suggestion in suggestions
     )
+
+
+def test_outputs_of_operations_are_kept_where_layers_need_not_be_recomputed_whole() -> None:
+    (best,) = suggest(config({"preset": "llama3-70b"}, batch=128), 16, H100, most=1)
+    assert best.config.training.recompute.granularity == "operations"
+    assert best.changes["training.recompute"] == {
+        "granularity": "operations",
+        "save": ("attention",),
+    }
+    assert H100.memory_bytes is not None
+    for recompute, fits in [
+        (RecomputeConfig(granularity="selective", modules=("norm", "activation")), False),
+        (RecomputeConfig(granularity="operations", every=2), False),
+        (RecomputeConfig(granularity="operations", every=3), False),
+        (RecomputeConfig(granularity="full", method="uniform", num_layers=1), True),
+    ]:
+        training = best.config.training.model_copy(update={"recompute": recompute})
+        other = best.config.model_copy(update={"training": training})
+        memory = fullest_rank(other, H100.device)
+        assert (memory.total_bytes <= H100.memory_bytes) == fits
+        estimate = step_time(other, H100)
+        assert estimate is not None
+        assert (estimate.step_s > best.time.step_s) == fits
 
 
 def test_mtp_layers_are_part_of_a_layout_of_uneven_stages() -> None:
