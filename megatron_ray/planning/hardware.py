@@ -46,6 +46,8 @@ class Hardware:
     """Bytes/s that a device sends to others in its node."""
     network_bandwidth: float
     """Bytes/s that a device sends to other nodes."""
+    host_bandwidth: float
+    """Bytes/s of its link to the host's memory, in each direction."""
     node_size: int
     """Devices in a node."""
     latency_s: float
@@ -81,8 +83,8 @@ of all layouts with overlapped tensor parallelism (fp8)."""
 _CPU = Efficiency(products=0.70, attention=0.50, memory=0.80, network=0.60)
 
 _DEVICES = (
-    # NVIDIA A100 80GB SXM data sheet; DGX A100: NVLink 3 with 600 GB/s in both
-    # directions together, 8 x 200 Gb/s HDR InfiniBand.
+    # NVIDIA A100 80GB SXM data sheet; DGX A100: NVLink 3 with 600 GB/s and PCIe 4 x16 with
+    # 64 GB/s in both directions together, 8 x 200 Gb/s HDR InfiniBand.
     Hardware(
         "A100",
         _AMPERE,
@@ -91,12 +93,13 @@ _DEVICES = (
         80 * GIB,
         300 * GB,
         25 * GB,
+        32 * GB,
         8,
         20e-6,
         _A100,
     ),
     # NVIDIA H100 SXM data sheet, dense (without sparsity). DGX H100: NVLink 4 with 900
-    # GB/s, 8 x 400 Gb/s.
+    # GB/s, PCIe 5 x16 with 128 GB/s, 8 x 400 Gb/s.
     Hardware(
         "H100",
         _HOPPER,
@@ -105,6 +108,7 @@ _DEVICES = (
         80 * GIB,
         450 * GB,
         50 * GB,
+        64 * GB,
         8,
         20e-6,
         _H100,
@@ -118,12 +122,13 @@ _DEVICES = (
         140 * GIB,
         450 * GB,
         50 * GB,
+        64 * GB,
         8,
         20e-6,
         _H100,
     ),
     # NVIDIA DGX B200 data sheet divided by eight: 36 PFLOP/s of dense fp8, 64 TB/s of
-    # HBM3e, NVLink 5 with 14.4 TB/s, 8 x 400 Gb/s.
+    # HBM3e, NVLink 5 with 14.4 TB/s, PCIe 5 x16, 8 x 400 Gb/s.
     Hardware(
         "B200",
         _BLACKWELL,
@@ -132,6 +137,7 @@ _DEVICES = (
         179 * GIB,
         900 * GB,
         50 * GB,
+        64 * GB,
         8,
         20e-6,
         _H100,
@@ -148,6 +154,7 @@ _DEVICES = (
         memory_bytes=None,
         link_bandwidth=4 * GB,
         network_bandwidth=1 * GB,
+        host_bandwidth=13 * GB,
         node_size=8,
         latency_s=65e-6,
         efficiencies={"fp32": _CPU, "bf16": _CPU, "fp16": _CPU},

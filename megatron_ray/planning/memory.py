@@ -131,29 +131,41 @@ def with_activations(
     return replace(state, activations_bytes_estimate=activations)
 
 
+def update_state_bytes(
+    config: TrainConfig, dims: ParallelDims, buffers: RankBuffers
+) -> int:
+    """Returns the bytes of optimizer state and main parameters of a rank.
+
+    They are in host memory with optimizer.offload.
+    """
+    main_width = 0
+    # With short weights there are fp32 main parameters too; under ZeRO-3 the
+    # weights themselves are fp32.
+    if width_of(config) < _FP32 and not is_fully_sharded(config, dims):
+        main_width = _FP32
+        if config.optimizer.store_param_remainders:
+            main_width = _REMAINDER
+    state = 0
+    for buffer in buffers.buffers:
+        state += buffer.state_bytes(config.optimizer)
+        state += buffer.outer_bytes(config.parallel)
+        state += buffer.num_updated * main_width
+    return state
+
+
 def state_memory(
     config: TrainConfig, dims: ParallelDims, buffers: RankBuffers
 ) -> RankMemory:
     """Returns a rank's memory without activations."""
     is_sharded = is_fully_sharded(config, dims)
-    # With short weights there are fp32 main parameters too; under ZeRO-3 the
-    # weights themselves are fp32.
-    has_main_parameters = width_of(config) < _FP32 and not is_sharded
-    main_width = _FP32
-    if config.optimizer.store_param_remainders:
-        main_width = _REMAINDER
     parameters = 0
     trained = 0
     updated = 0
-    state = 0
     for buffer in buffers.buffers:
         parameters += buffer.plan.num_elements * buffer.width
         trained += buffer.plan.num_trainable
         updated += buffer.num_updated
-        state += buffer.state_bytes(config.optimizer)
-        state += buffer.outer_bytes(config.parallel)
-        if has_main_parameters:
-            state += buffer.num_updated * main_width
+    state = update_state_bytes(config, dims, buffers)
     offloaded = 0
     if config.optimizer.offload:
         offloaded = state

@@ -33,6 +33,7 @@ from megatron_ray.planning.communication import (
 from megatron_ray.planning.flops import flops_per_token
 from megatron_ray.planning.hardware import Efficiency, Hardware
 from megatron_ray.planning.layer_communication import stage_communication
+from megatron_ray.planning.memory import update_state_bytes
 from megatron_ray.planning.microbatch import grad_width_of, num_microbatches, width_of
 from megatron_ray.planning.network import Network
 from megatron_ray.planning.pipeline import bubble
@@ -46,6 +47,9 @@ from megatron_ray.planning.work import (
 
 _FP32_SHARE = 1 / 16
 """Peak of a GPU in fp32 by that in bf16; A100 and H100 data sheets."""
+_HOST_SHARE = 0.8
+"""Share of a PCIe link that copies from pinned memory reach; packets have headers. It is
+assumed: no published run tells more."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,8 @@ class StepTime:
     bubble_s: float
     """Idle time of the pipeline."""
     update_s: float
-    """Optimizer, with exposed communication of gradients and weights."""
+    """Optimizer, with exposed communication of gradients and weights, and with the copies
+    of optimizer.offload."""
     model_flops: float
     """FLOPs of the whole step over all ranks, as MFU counts them: nothing recomputed,
     attention in full, frozen weights like all others."""
@@ -132,6 +137,9 @@ class UpdateTime:
     """Weights and sums, whose communication nothing overlaps."""
     gathered: float = 0.0
     """Weights that are gathered during the forward pass of the first microbatch."""
+    copied: float = 0.0
+    """State that optimizer.offload brings to the device and back. An update waits for it,
+    since the copies are queued with its kernels."""
 
 
 @dataclass(frozen=True)
@@ -186,6 +194,7 @@ class StepParts:
             + max(0.0, reduced - 2 * forward)
             + max(0.0, gathered - forward)
             + self.update.published / efficiency.network
+            + self.update.copied / _HOST_SHARE
         )
 
 
@@ -282,6 +291,7 @@ def step_update(
     reduced = 0.0
     published = 0.0
     gathered = 0.0
+    copied = 0.0
     for buffers in ranks:
         update = _update(config, dims, pipeline, buffers, network)
         # The ranks wait for each other in each of these parts.
@@ -290,7 +300,8 @@ def step_update(
         reduced = max(reduced, update.reduced)
         published = max(published, update.published)
         gathered = max(gathered, update.gathered)
-    return UpdateTime(memory, products, reduced, published, gathered)
+        copied = max(copied, _copy_seconds(config, dims, buffers, hardware))
+    return UpdateTime(memory, products, reduced, published, gathered, copied)
 
 
 def _microbatch(
@@ -416,6 +427,15 @@ def _update(
         network.total(communication, others) + matrices.published + averages,
         network.total(communication, gathers),
     )
+
+
+def _copy_seconds(
+    config: TrainConfig, dims: ParallelDims, buffers: RankBuffers, hardware: Hardware
+) -> float:
+    """Returns the seconds in which a rank's state comes from the host and goes back."""
+    if not config.optimizer.offload:
+        return 0.0
+    return 2 * update_state_bytes(config, dims, buffers) / hardware.host_bandwidth
 
 
 def _matrix_update(

@@ -173,7 +173,7 @@ def _estimate_notes(
         notes.append(
             f"optimizer.offload: {estimate.memory.offloaded_bytes / _GIB:.2g} GiB of host "
             "memory per rank, outside of the memory estimate; a node needs it for each of "
-            "its ranks, and the time of the copies is not estimated"
+            "its ranks, and every step copies it to the device and back"
         )
     # Each note belongs to a field of the plan that is null.
     if estimate.communication is None:
