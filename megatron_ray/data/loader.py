@@ -140,7 +140,13 @@ class BatchMaker:
         # Of whole sequences, also if this rank has only a part, because keys come from
         # other ranks.
         documents_BS = np.cumsum(starts_BS, axis=1, dtype=np.int32)
-        return Packed(self._to_device(documents_BS), tuple(lengths))
+        # A row's first token starts a document, so rows one after another need no more.
+        cu_seqlens = np.append(np.flatnonzero(starts_BS), rows * length)
+        return Packed(
+            self._to_device(documents_BS),
+            tuple(lengths),
+            self._to_device(cu_seqlens.astype(np.int32)),
+        )
 
     def _to_device(self, values: np.ndarray) -> Tensor:
         tensor = torch.from_numpy(np.ascontiguousarray(values))

@@ -19,10 +19,11 @@ from megatron_ray.models.forward_context import ForwardContext
 from megatron_ray.models.layers import LayerFactory
 from megatron_ray.models.rope import ROTATION, RotateQKV, split_qkv
 from megatron_ray.ops.attention.blockwise import causal_attention
-from megatron_ray.ops.attention.choice import attention_kernel
+from megatron_ray.ops.attention.choice import attention_kernel, document_kernel
 from megatron_ray.ops.attention.fp32 import fp32_causal_attention
 from megatron_ray.ops.attention.fused import band
 from megatron_ray.ops.attention.sliding_window import masked_attention, windowed_attention
+from megatron_ray.ops.attention.varlen import varlen_attention
 from megatron_ray.ops.dtypes import precision_of
 from megatron_ray.sharding.model_specs import attention_spec
 
@@ -206,6 +207,13 @@ class LocalAttention(nn.Module):
         """Returns the attention outputs [B, N, S, D], within documents if `packed`."""
         if packed is None:
             return self._attend_whole(q_BNSD, k_BGSD, v_BGSD)
+        kernel = document_kernel(
+            self.device, precision=precision_of(q_BNSD.dtype), head_width=q_BNSD.shape[-1]
+        )
+        if kernel == "varlen":
+            return varlen_attention(
+                q_BNSD, k_BGSD, v_BGSD, packed.cu_seqlens, packed.longest, self.window
+            )
         # One call per document, so that no scores between documents are computed.
         rows = []
         for row, lengths in enumerate(packed.lengths):

@@ -7,6 +7,7 @@ depths of multi-token prediction (MTP).
 """
 
 from dataclasses import dataclass
+from itertools import chain
 
 from torch import Tensor
 
@@ -20,6 +21,14 @@ class Packed:
     a rank has only a part."""
     lengths: tuple[tuple[int, ...], ...]
     """Tokens of each document, by row; on the host."""
+    cu_seqlens: Tensor
+    """int32 [documents of all rows + 1] on the device: where each document starts, rows one
+    after another, and where the last one ends."""
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest document."""
+        return max(chain.from_iterable(self.lengths))
 
 
 @dataclass(frozen=True)

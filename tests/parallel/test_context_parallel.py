@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from megatron_ray.context_parallel import ring
 from megatron_ray.context_parallel.tiles import Documents, PartialAttention, Tile, attend
 from megatron_ray.models.attention import LocalAttention
-from megatron_ray.models.batch import Packed
 from megatron_ray.parallelize.parallelize import context_attention
 from megatron_ray.sharding.sequence_split import SequenceCut
+from tests.support.packed_rows import packed_rows
 from tests.support.parity import LLAMA, make_config, make_mesh
 from tests.support.ranks import run_ranks
 
@@ -178,9 +178,7 @@ def windowed(
         mesh = make_mesh(
             rank, world_size, make_config(LLAMA, {"dp": 1} | parallel, steps=1)
         )
-        for window, packed in product(
-            windows, (None, Packed(documents, ((23, 41),) * batch))
-        ):
+        for window, packed in product(windows, (None, packed_rows(*[(23, 41)] * batch))):
             seen = (behind >= 0) & (behind < window)
             if packed is not None:
                 seen = seen & (documents[:, None, :, None] == documents[:, None, None, :])

@@ -40,7 +40,8 @@ Result = dict[str, Any]
 
 def configured(parallel: dict[str, Any], kind: str | None, **fault: Any) -> TrainConfig:
     """A run of four steps, the third of which has a fault, if any."""
-    config = make_config(LLAMA, {"dp": 1} | parallel, steps=4).model_dump(mode="json")
+    made = make_config(LLAMA, {"dp": 1} | parallel, steps=4, batch=4)
+    config = made.model_dump(mode="json")
     config["training"] |= {"max_skipped_steps": 2, "rules": [NOT_FINITE, SPIKE, LARGE_NORM]}
     if kind is not None:
         injected = {"kind": kind, "steps": [BAD], "rank": STRUCK} | fault
@@ -55,7 +56,7 @@ def train(
     mesh = make_mesh(rank, world_size, config)
     loader = StepLoader(
         RandomDataset(config.model.vocabulary, 32),
-        *(2, 8, mesh.dp_rank, mesh.dims.dp),
+        *(2, 4, mesh.dp_rank, mesh.dims.dp),
         batch_maker(config, mesh),
     )
     model, optimizer = build(config, mesh)

@@ -51,6 +51,8 @@ def test_a_packed_batch_says_which_documents_it_has() -> None:
     assert batch.position_ids.tolist() == [[0, 1, 2, 0, 1, 2, 3, 0]]
     assert batch.packed is not None
     assert batch.packed.lengths == ((3, 4, 1),)
+    assert batch.packed.cu_seqlens.tolist() == [0, 3, 7, 8]
+    assert batch.packed.longest == 4
     assert batch.packed.documents_BS.tolist() == [[1, 1, 1, 2, 2, 2, 2, 3]]
     assert batch.loss_mask_BS.tolist() == [[1, 1, 0, 1, 1, 1, 0, 1]]
     assert batch.num_tokens == 6

@@ -15,6 +15,10 @@ fp32 (ops.attention.fp32). `blocks`: batched products in bf16
 (ops.attention.sliding_window). `masked`: the same stripes by torch's own function with a
 mask."""
 
+DocumentKernel = Literal["varlen", "one_by_one"]
+"""`varlen`: one call for all documents (ops.attention.varlen). `one_by_one`: an
+AttentionKernel for each document."""
+
 _MIN_TOKENS_FOR_BLOCKS = 16
 """Measured on sequences of 16 to 4096 tokens."""
 
@@ -41,3 +45,21 @@ def attention_kernel(
     if device.type == "cpu" and precision == "bf16" and is_long:
         return "blocks"
     return "fused"
+
+
+def document_kernel(
+    device: DeviceKind, *, precision: str, head_width: int
+) -> DocumentKernel:
+    """Returns how causal attention within the documents of a packed row is computed.
+
+    torch's kernel for them is flash attention: for two bytes per number, on GPUs from
+    Ampere on.
+    """
+    is_flash_device = device.type == "cuda" and device.capability >= (8, 0)
+    if not is_flash_device or precision not in ("bf16", "fp16"):
+        return "one_by_one"
+    # It pads no heads, and on some GPUs has no backward for widths of 193 to 255.
+    is_flash_width = head_width <= 192 or head_width == 256
+    if head_width % 8 or not is_flash_width:
+        return "one_by_one"
+    return "varlen"

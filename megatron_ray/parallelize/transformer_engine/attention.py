@@ -6,10 +6,8 @@ Shapes: B batch, S sequence, T = B x S tokens, N query heads, G key/value heads,
 width.
 """
 
-from itertools import accumulate, chain
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from megatron_ray.models.attention import LocalAttention
@@ -61,19 +59,15 @@ class _Attention:
         self, q_BSND: Tensor, k_BSGD: Tensor, v_BSGD: Tensor, packed: Packed
     ) -> Tensor:
         # All samples become one row of documents.
-        lengths = list(chain.from_iterable(packed.lengths))
-        starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
-        starts = starts.to(q_BSND.device, non_blocking=True)
-        longest = max(lengths)
         attended: Tensor = self.core(
             q_BSND.flatten(0, 1),
             k_BSGD.flatten(0, 1),
             v_BSGD.flatten(0, 1),
             qkv_format="thd",
-            cu_seqlens_q=starts,
-            cu_seqlens_kv=starts,
-            max_seqlen_q=longest,
-            max_seqlen_kv=longest,
+            cu_seqlens_q=packed.cu_seqlens,
+            cu_seqlens_kv=packed.cu_seqlens,
+            max_seqlen_q=packed.longest,
+            max_seqlen_kv=packed.longest,
             attn_mask_type="padding_causal",
             window_size=self.window_size,
         )

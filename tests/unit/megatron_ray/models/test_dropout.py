@@ -22,6 +22,7 @@ from megatron_ray.models.dropout import AttentionWithDropout, Dropout
 from megatron_ray.models.forward_context import ForwardMode
 from megatron_ray.models.gpt import GPT
 from megatron_ray.training.session import batch_maker, build
+from tests.support.packed_rows import packed_rows
 from tests.support.parity import LLAMA, RandomDataset, make_config
 
 HERE = Streams(7, {"tp": 0, "cp": 0})
@@ -93,7 +94,7 @@ def qkv(dtype: torch.dtype, groups: int = 2) -> list[Tensor]:
 
 @pytest.mark.parametrize(
     "packed",
-    [None, Packed(torch.tensor([[0] * 10 + [1] * 14, [0] * 24]), ((10, 14), (24,)))],
+    [None, packed_rows((10, 14), (24,))],
 )
 def test_attention_that_drops_nothing_is_attention(packed: Packed | None) -> None:
     inputs = qkv(torch.float64)

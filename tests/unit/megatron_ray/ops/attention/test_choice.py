@@ -4,7 +4,12 @@ import pytest
 
 from megatron_ray.distributed import device
 from megatron_ray.distributed.device_kind import DeviceKind
-from megatron_ray.ops.attention.choice import AttentionKernel, attention_kernel
+from megatron_ray.ops.attention.choice import (
+    AttentionKernel,
+    DocumentKernel,
+    attention_kernel,
+    document_kernel,
+)
 
 NEW = DeviceKind("cpu", bf16_products=True)
 OLD = DeviceKind("cpu", bf16_products=False)
@@ -46,6 +51,33 @@ def test_the_device_the_type_and_the_shape_decide(
     chosen: AttentionKernel,
 ) -> None:
     kernel = attention_kernel(kind, precision=precision, sequence=sequence, window=window)
+    assert kernel == chosen
+
+
+AMPERE = DeviceKind("cuda", bf16_products=True, capability=(8, 0))
+TURING = DeviceKind("cuda", bf16_products=False, capability=(7, 5))
+
+
+@pytest.mark.parametrize(
+    ("kind", "precision", "head_width", "chosen"),
+    [
+        (AMPERE, "bf16", 128, "varlen"),
+        (AMPERE, "fp16", 192, "varlen"),
+        (AMPERE, "bf16", 256, "varlen"),
+        (AMPERE, "bf16", 200, "one_by_one"),
+        (AMPERE, "bf16", 264, "one_by_one"),
+        (AMPERE, "bf16", 100, "one_by_one"),
+        (AMPERE, "fp32", 128, "one_by_one"),
+        (TURING, "fp16", 128, "one_by_one"),
+        (GPU, "bf16", 128, "one_by_one"),
+        (NEW, "bf16", 128, "one_by_one"),
+        (META, "bf16", 128, "one_by_one"),
+    ],
+)
+def test_flash_attention_has_documents_of_short_numbers(
+    kind: DeviceKind, precision: str, head_width: int, chosen: DocumentKernel
+) -> None:
+    kernel = document_kernel(kind, precision=precision, head_width=head_width)
     assert kernel == chosen
 
 

@@ -20,6 +20,7 @@ from megatron_ray.ops.attention.sliding_window import (
     stripes,
     windowed_attention,
 )
+from tests.support.packed_rows import packed_rows
 
 CPU = DeviceKind("cpu", bf16_products=True)
 ALLOWED = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 6e-3}
@@ -109,7 +110,7 @@ def test_a_window_as_long_as_the_sequence_hides_nothing() -> None:
 
 @pytest.mark.parametrize(
     "packed",
-    [None, Packed(torch.tensor([[0] * 10 + [1] * 14, [0] * 24]), ((10, 14), (24,)))],
+    [None, packed_rows((10, 14), (24,))],
 )
 def test_documents_and_dropout_know_the_window(packed: Packed | None) -> None:
     q, k, v = (x.double() for x in inputs(24, torch.float32))
