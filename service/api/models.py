@@ -256,8 +256,7 @@ class MetricsRow(Body):
 
     model_config = ConfigDict(extra="allow")
 
-    # Fields of StepReport, which a test compares. Rows are answered as the database has
-    # them, so this class only describes them.
+    # Fields of StepReport, which a test compares; this class only describes the rows.
     step: int
     """Number of the step, from 1."""
     attempt: int
@@ -277,8 +276,7 @@ class MetricsRow(Body):
     tokens_per_s: float | None = None
     """Tokens per second, all ranks together."""
     mfu: float | None = None
-    """Model FLOPs utilisation: the share of the devices' peak that the model uses; null
-    where the peak is not known, as on CPUs."""
+    """Model FLOPs utilisation, the share of the devices' peak; null where that is unknown."""
     memory_bytes: int | None = None
     """Peak device memory; on CPUs the memory of the process."""
     split_s: dict[str, float | None] | None = None
