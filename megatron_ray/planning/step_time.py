@@ -66,8 +66,7 @@ class StepTime:
     bubble_s: float
     """Idle time of the pipeline."""
     update_s: float
-    """Optimizer, with exposed communication of gradients and weights, and with the copies
-    of optimizer.offload."""
+    """Optimizer with its exposed communication, and with the copies of optimizer.offload."""
     model_flops: float
     """FLOPs of the whole step over all ranks, as MFU counts them: nothing recomputed,
     attention in full, frozen weights like all others."""
@@ -137,8 +136,7 @@ class UpdateTime:
     gathered: float = 0.0
     """Weights that are gathered during the forward pass of the first microbatch."""
     copied: float = 0.0
-    """State that optimizer.offload brings to the device and back. An update waits for it,
-    since the copies are queued with its kernels."""
+    """State that optimizer.offload brings to the device and back: the update waits for it."""
 
 
 @dataclass(frozen=True)
