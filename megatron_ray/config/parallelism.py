@@ -88,10 +88,31 @@ class ParallelismConfig(Config):
 
     @property
     def replica_groups(self) -> int:
-        """Number of groups of replicas that take steps by themselves."""
+        """Number of groups of this job's replicas that take steps by themselves."""
+        if self.local_sgd is None:
+            return 1
+        return self.local_sgd.groups_in_job
+
+    @property
+    def sync_groups(self) -> int:
+        """Number of groups that synchronize, in this job and in others."""
         if self.local_sgd is None:
             return 1
         return self.local_sgd.groups
+
+    @property
+    def jobs(self) -> int:
+        """Jobs that train together, each on its own part of the samples."""
+        if self.local_sgd is None:
+            return 1
+        return self.local_sgd.jobs
+
+    @property
+    def job_index(self) -> int:
+        """This job's index among them."""
+        if self.local_sgd is None:
+            return 0
+        return self.local_sgd.job_index
 
     @property
     def outer_copies(self) -> int:
