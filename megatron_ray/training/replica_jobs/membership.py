@@ -2,7 +2,7 @@
 
 Pure. Must not know: clocks, files, tensors.
 
-Every job is one replica group. At a meeting, each says where it is; those that have come
+Every job is one replica group. At a meeting, each shows where it is; those that have come
 furthest synchronize, the others take over the state of one of them. One of the jobs, the
 host, decides for all; when it is lost, the next one does.
 """
@@ -134,7 +134,7 @@ def is_complete(
     *,
     has_time: bool,
 ) -> bool:
-    """Returns whether nobody is to be waited for.
+    """Returns whether the meeting can take place.
 
     Every living job must have come. As long as none of them trains, there is time for the
     others to start, too.

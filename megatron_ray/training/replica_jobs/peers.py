@@ -3,7 +3,7 @@
 Owns: what the ranks of a job learn from their first rank, the group of the ranks in the
 same place, whether a synchronization counts. Must not know: what is averaged, the files.
 
-The first rank meets the other jobs and tells the rest by its store. Only what every rank of
+The first rank meets the other jobs; the rest read the result in its store. Only what every rank of
 a job has received counts, so that they stay equal; else the jobs meet again.
 """
 
@@ -303,7 +303,7 @@ class JobPeers:
     # ---- lost jobs
 
     def _mark_lost(self) -> None:
-        """Tells the job's ranks that a job of the meeting is lost; in another thread."""
+        """Notes for the job's ranks that a job of the meeting is lost; in another thread."""
         meeting = self._meeting
         if self._rendezvous is not None and meeting is not None:
             if self._rendezvous.is_lost(meeting):

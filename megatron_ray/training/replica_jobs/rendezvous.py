@@ -107,7 +107,7 @@ class Rendezvous:
         meeting = host.meeting
         if meeting is not None and meeting.includes(arrival):
             return meeting
-        # The host waits for the others; here nobody else is waited for.
+        # The host waits for the others, and this job for the host only.
         self._give_up_ended([host])
         return None
 
@@ -141,5 +141,5 @@ class Rendezvous:
             except ConnectionRefusedError:
                 self._heartbeats.give_up(beat)
             except OSError:
-                # A slow network says nothing; the heartbeat will.
+                # The network may be slow; then the heartbeat decides.
                 continue
