@@ -209,7 +209,7 @@ class Outbox:
             for name, queue in self._sources.items():
                 if name not in (DRIVER, source):
                     records += queue.pending
-            # Until the service has said what it has stored.
+            # Until the service has answered which of these it has stored.
             for name, lines in self._from_checkpoints.items():
                 if name != source:
                     records += [Record.model_validate_json(line.text) for line in lines]
