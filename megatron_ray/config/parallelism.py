@@ -60,6 +60,10 @@ class ParallelismConfig(Config):
     sequence_parallel: bool = False
     """Splits activations between tensor-parallel regions along the sequence, which saves
     memory at the same communication volume. Has no effect at tp=1."""
+    tp_comm_overlap: bool = False
+    """With sequence_parallel: multiplies a rank's own tokens while those of others arrive, and
+    sends the sums of one rank's tokens while those of the next are computed. Has no effect
+    at tp=1."""
     zero: Literal[0, 1, 3] = 1
     """ZeRO stage: 0 shards nothing, 1 shards the optimizer state over the data-parallel
     ranks, 3 shards weights and gradients too."""
