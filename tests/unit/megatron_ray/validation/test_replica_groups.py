@@ -155,7 +155,8 @@ OR_NONE = ", or leave parallel.local_sgd out"
         (
             job(path="redis://host/meeting"),
             "/parallel/local_sgd/rendezvous/path",
-            "'redis' is no known kind of storage; use a path, file://, s3:// or gs://",
+            "the scheme 'redis' is not supported; use a path or one of file://, s3://, "
+            "gs://, gcs://",
         ),
         (
             {"parallel": {**job()["parallel"], "dp": "auto"}},
