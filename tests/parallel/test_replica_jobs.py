@@ -25,18 +25,11 @@ from megatron_ray.reports import Report, StepReport
 from megatron_ray.training.replica_jobs.heartbeats import file_of
 from megatron_ray.training.replica_jobs.peers import Place, joined_jobs
 from megatron_ray.training.session import TrainingSession
+from tests.parallel.test_checkpoint_training import MODEL
 from tests.support.parity import boxes
 from tests.support.ranks import RankFailedError, run_ranks
 
 pytestmark = pytest.mark.parallel
-MODEL = {
-    "num_layers": 2,
-    "hidden_size": 32,
-    "num_attention_heads": 4,
-    "ffn_hidden_size": 64,
-    "max_sequence_length": 32,
-    "vocab_multiple": 64,
-}
 LOST_AFTER_S = 60.0
 """So long that a test which waits for it fails."""
 TIMEOUT_S = 240.0
@@ -124,7 +117,7 @@ def train(
             return Command.CHECKPOINT_AND_STOP
         return Command.CONTINUE
 
-    with joined_jobs(settings, Place(mesh, "127.0.0.1", note, poll)) as peers:
+    with joined_jobs(settings, Place(mesh, lambda: "127.0.0.1", note, poll)) as peers:
         session = TrainingSession(settings, mesh, data, report=note, poll=poll, peers=peers)
         session.run()
     state = session.optimizer.sharded_state()

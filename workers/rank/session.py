@@ -23,7 +23,7 @@ from megatron_ray.distributed.stores import (
     HashStore,
     PrefixStore,
     Store,
-    TCPStore,
+    connected_store,
     environment_store,
 )
 from megatron_ray.parallel_dims import ParallelDims
@@ -91,7 +91,7 @@ def train(
         mesh = _create_mesh(request, spec, start_timeout)
         poll = _with_timeout_after_start(mesh, spec.network, poll)
         report(PhaseReport("rendezvous", time.monotonic() - started))
-        place = Place(mesh, own_address(), report, poll)
+        place = Place(mesh, own_address, report, poll)
         with (
             attempt_copies(peers, request, store, mesh, report) as copies,
             joined_jobs(spec, place) as jobs,
@@ -222,9 +222,7 @@ def connect_store(request: StartRequest) -> Store:
     timeout = timedelta(seconds=request.timeout_s)
     if request.store is not None:
         host, port = request.store
-        return TCPStore(
-            host, port, is_master=False, wait_for_workers=False, timeout=timeout
-        )
+        return connected_store(host, port, timeout)
     env = request.env
     if env.world_size == 1:
         return HashStore()

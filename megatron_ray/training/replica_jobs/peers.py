@@ -45,8 +45,8 @@ class Place:
     """Where a rank is, for other jobs, and how it reports and learns that it is to stop."""
 
     mesh: ParallelMesh
-    address: str
-    """Of this rank's node."""
+    find_address: Callable[[], str]
+    """Returns that of this rank's node; called only where there are other jobs."""
     report: Callable[[Report], None]
     poll: Callable[[], Command]
 
@@ -88,7 +88,8 @@ class JobPeers:
         self._place = place
         self._heartbeats: Heartbeats | None = None
         self._rendezvous: Rendezvous | None = None
-        self._address: Address = (place.address, 0)
+        self._host = place.find_address()
+        self._address: Address = (self._host, 0)
         self._store = self._open_store()
         self._hosts: tuple[Address, Store] | None = None
         self._layout = ""
@@ -107,8 +108,8 @@ class JobPeers:
         mesh = self._place.mesh
         store: Store | None = None
         if mesh.rank == 0:
-            served = serve_store(self._place.address)
-            self._address = (self._place.address, served.port)
+            served = serve_store(self._host)
+            self._address = (self._host, served.port)
             store = served
         address: list[Address] = [self._address]
         if mesh.world_group is not None:
@@ -149,8 +150,12 @@ class JobPeers:
         return None
 
     def end_meeting(self) -> None:
-        """Notes that this job has done what the last meeting was for."""
+        """Notes that this job has taken or given the states of the last meeting."""
         self._is_pending = False
+        self._note_met()
+
+    def _note_met(self) -> None:
+        """Notes that this job has done what the last meeting was for."""
         if self._rendezvous is not None and self._meeting is not None:
             self._rendezvous.has_met(self._meeting)
 
@@ -254,7 +259,7 @@ class JobPeers:
             f"{meeting.name}/{purpose}/{self._place.mesh.rank}",
             index,
             size,
-            self._place.address,
+            self._host,
             self._timeout,
             self._is_lost,
         )
@@ -284,8 +289,7 @@ class JobPeers:
         if self.any_rank(self._has_failed):
             self._drop()
             return False
-        if self._rendezvous is not None and self._meeting is not None:
-            self._rendezvous.has_met(self._meeting)
+        self._note_met()
         return True
 
     def any_rank(self, has_failed: bool) -> bool:
