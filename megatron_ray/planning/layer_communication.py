@@ -91,9 +91,10 @@ class LayerCommunication:
         self.hidden = config.model.hidden_size
         """H"""
         self._reduces_scales = False
+        # Weights that are gathered in FP8 come with their scales.
+        self._weight = int(tally.sizes["shard"] == 1 or not config.training.gathers_in_fp8)
 
-    # ---- FP8 with a scale for each tensor: the largest value of a tensor of which each rank
-    # has a part, fp32
+    # ---- FP8 with a scale for each tensor: the largest values of all its parts, fp32
 
     def has_scales(self, layer: int) -> bool:
         """Returns whether the products of a layer reduce the scales of tensors."""
@@ -141,7 +142,7 @@ class LayerCommunication:
 
     def _column_parallel_forward(self, features: int) -> None:
         self._gather_tokens(features)
-        self._reduce_scales("tp", 1)  # the weight
+        self._reduce_scales("tp", self._weight)
 
     def _column_parallel_backward(self, features: int) -> None:
         # Gathered inputs are not kept: the weight gradient gathers them again.
@@ -150,7 +151,7 @@ class LayerCommunication:
         self._sum_over_tp(features)
 
     def _row_parallel_forward(self) -> None:
-        self._reduce_scales("tp", 2)  # inputs and weight
+        self._reduce_scales("tp", 1 + self._weight)  # inputs and weight
         self._sum_over_tp(self.hidden)
 
     def _row_parallel_backward(self) -> None:
@@ -314,7 +315,7 @@ class LayerCommunication:
             self._mlp_forward()
         self._route(moe)
         self._dispatch_and_combine(moe)
-        self._reduce_scales("etp", 2, self._expert_products(moe))
+        self._reduce_scales("etp", 1 + self._weight, self._expert_products(moe))
 
     def _route(self, moe: MoEConfig) -> None:
         """Adds what ranks tell each other about the choice of experts."""
@@ -408,7 +409,7 @@ class LayerCommunication:
             if product.runs_again:
                 self._product_forward(product)
             elif product.ends_layer:
-                self._reduce_scales("tp", 1, 2)  # as in `_recomputed_mlp`
+                self._reduce_scales("tp", 1, 1 + self._weight)  # as in `_recomputed_mlp`
         if self.model.mla is not None:
             self._gather_tokens(self.model.mla.qk_rope_head_dim)
         if not keeps_attention(self.config):
@@ -428,7 +429,7 @@ class LayerCommunication:
         elif product.kind == "replicated":
             self._replicated()
         elif product.kind == "experts":
-            self._reduce_scales("etp", 2, product.num_matrices)
+            self._reduce_scales("etp", 1 + self._weight, product.num_matrices)
 
     def _recomputed_mlp(self, layer: int, *, is_last: bool) -> None:
         moe = self.model.experts_on(layer)
@@ -436,9 +437,8 @@ class LayerCommunication:
             self._experts_forward(moe)
         elif is_last:
             self._column_parallel_forward(self.hidden)
-            # Without its product it has no scales yet when the backward pass begins, which
-            # then reduces that of the weight and that of the inputs.
-            self._reduce_scales("tp", 1, 2)
+            # Without its product the backward pass reduces the scales, one by one.
+            self._reduce_scales("tp", 1, 1 + self._weight)
         else:
             self._mlp_forward()
 

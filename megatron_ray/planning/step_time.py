@@ -25,6 +25,8 @@ from megatron_ray.planning.buffers import (
     planned_matrices,
 )
 from megatron_ray.planning.communication import (
+    gather_communication,
+    gather_scale_communication,
     matrix_communication,
     mean_sync_bytes,
     transfer_bytes,
@@ -33,7 +35,7 @@ from megatron_ray.planning.communication import (
 from megatron_ray.planning.flops import flops_per_token
 from megatron_ray.planning.hardware import Efficiency, Hardware
 from megatron_ray.planning.layer_communication import stage_communication
-from megatron_ray.planning.microbatch import grad_width_of, num_microbatches, width_of
+from megatron_ray.planning.microbatch import grad_width_of, num_microbatches
 from megatron_ray.planning.network import Network
 from megatron_ray.planning.pipeline import bubble
 from megatron_ray.planning.tally import Axis, Kind, Tally
@@ -353,7 +355,6 @@ def _zero3_seconds(
     Weights are gathered for the forward pass, for the backward pass and for a second
     forward pass.
     """
-    width = width_of(config)
     passes = 2
     if config.training.recompute.granularity in ("operations", "full"):
         passes = 3
@@ -364,15 +365,11 @@ def _zero3_seconds(
             experts += parameter.num_elements
         else:
             dense += parameter.num_elements
-    groups: tuple[tuple[Axis, int, int], ...] = (
-        ("dp", dense, dims.size("dp", "cp")),
-        ("edp", experts, dims.expert_dp),
-    )
-    seconds = 0.0
-    for axis, elements, size in groups:
-        seconds += passes * network.seconds(axis, "all_gather", elements * width / size)
-        seconds += network.seconds(axis, "reduce_scatter", grad_width_of(config) * elements)
-    return seconds
+    width = grad_width_of(config)
+    gathers = gather_communication(config, dims, buffers)
+    seconds = passes * network.total(gathers, gathers.bytes)
+    seconds += network.seconds("dp", "reduce_scatter", width * dense)
+    return seconds + network.seconds("edp", "reduce_scatter", width * experts)
 
 
 def _update(
@@ -395,7 +392,9 @@ def _update(
     matrices = _matrix_update(config, dims, buffers, network)
     if is_fully_sharded(config, dims):
         # Gradients arrive scattered, and weights are gathered by the next forward pass.
-        return replace(matrices, memory=memory)
+        communication = gather_scale_communication(config, dims, buffers)
+        scales = network.total(communication, communication.bytes)
+        return replace(matrices, memory=memory, published=matrices.published + scales)
     communication = update_communication(config, dims, pipeline, buffers)
     reductions: list[tuple[Axis, Kind]] = []
     gathers: list[tuple[Axis, Kind]] = []

@@ -39,6 +39,7 @@ FREE_ON_RESUME = (
     "training.profile",
     "training.loss_scale",
     "training.grad_reduce_in_fp32",
+    "training.fp8.param_gather",
     "optimizer.store_param_remainders",
     "optimizer.offload",
     "data.cache",
