@@ -175,9 +175,9 @@ def recorded(sent: Sent) -> Iterator[None]:
             ranks = tuple(dist.get_process_group_ranks(group))
             sent[ranks, kind] += tensor.numel() * tensor.element_size()
 
-    def noted_gather(*args: Any, **given: Any) -> Any:
-        note("all_gather", given["input_tensor"], given["group"])
-        return gather(*args, **given)
+    def noted_gather(output: Tensor, part: Tensor, *, group: Group, async_op: bool) -> Any:
+        note("all_gather", part, group)
+        return gather(output, part, group=group, async_op=async_op)
 
     def noted_reduction(tensor: Tensor, group: Group, *args: Any) -> Any:
         note("all_reduce", tensor, group)
