@@ -35,6 +35,7 @@ or, if it inherits the kind, its module:
     ├── ReplicaError                  training.rules.replicas (replicas)
     │   └── FaultyReplicaError        training.rules.replicas (hardware)
     ├── RankOutOfMemoryError          memory
+    ├── PeerLostError                 distributed.outside_group
     ├── ScheduleError                 pipeline_parallel.schedules.simulation
     └── WriteAbandonedError           checkpoint.writer
 """

@@ -10,9 +10,9 @@ from datetime import timedelta
 from typing import Any
 
 from megatron_ray.data.preparation.errors import UnusableDataError
+from megatron_ray.distributed.stores import Store
 from megatron_ray.exceptions import ErrorKind, MegatronRayError
 from workers.rank.messages import UserError
-from workers.rank.stores import Store
 
 _TIMEOUT = timedelta(hours=24)
 """Longest wait for rank 0, which may be preparing data."""

@@ -25,6 +25,7 @@ from megatron_ray.checkpoint.directory import (
     rollbacks_of,
 )
 from megatron_ray.data.prepared import PreparedData
+from megatron_ray.distributed.stores import PrefixStore, Store
 from megatron_ray.exceptions import ErrorKind, MegatronRayError
 from megatron_ray.reports import (
     CheckpointFailedReport,
@@ -52,7 +53,6 @@ from workers.rank.environment import (
 )
 from workers.rank.messages import StartRequest, UserError
 from workers.rank.session import connect_store, train
-from workers.rank.stores import PrefixStore, Store
 from workers.run_reports import RunReports, prepared_report
 from workers.run_start import Notify, RunStart, StartDecision
 from workers.stop_signals import StopSignals

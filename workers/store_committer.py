@@ -9,6 +9,7 @@ import threading
 import time
 from contextlib import suppress
 
+from megatron_ray.distributed.stores import Store
 from megatron_ray.reports import (
     CheckpointFailedReport,
     CheckpointReport,
@@ -21,7 +22,6 @@ from megatron_ray.reports import (
 from workers.driver.commit import CheckpointLedger, WholeCheckpoint, commit_whole
 from workers.protocol.job import JobSpec
 from workers.rank.messages import StartRequest
-from workers.rank.stores import Store
 from workers.run_start import RunStart
 
 _COMMIT_CHECK_S = 0.02

@@ -31,6 +31,27 @@ class OuterOptimizerConfig(Config):
     """Whether momentum looks ahead (Nesterov)."""
 
 
+class RendezvousConfig(Config):
+    """Where the groups of a run meet when each of them is a job of its own.
+
+    The jobs have the same spec but for `group`, `storage.path` and where they run; every
+    field but `groups` is about one job.
+    """
+
+    path: str = Field(min_length=1, max_length=4096)
+    """Folder or URI (`s3://`, `gs://`) that every job can read and write. Each keeps one
+    small file there, which has its address and is renewed every few seconds."""
+    group: int = Field(ge=0, le=1 << 20)
+    """Number of the group that this job is, from 0 to groups - 1. It has its own part of
+    the samples."""
+    lost_after_s: float = Field(default=20.0, ge=1, le=3600)
+    """Seconds without a sign of another job after which the rest goes on without it. A job
+    that ends is noticed at once."""
+    start_timeout_s: float = Field(default=600.0, ge=0, le=86400)
+    """Seconds for which jobs wait for the others as long as none of them trains. Later ones
+    join the others when these synchronize, and continue from their state."""
+
+
 class LocalSGDConfig(Config):
     """Replica groups that update by themselves and average their weights now and then.
 
@@ -56,6 +77,28 @@ class LocalSGDConfig(Config):
     """Parts of the model that are synchronized at different steps, spread evenly over the
     period: layer n is in fragment n modulo their number, embeddings in the first, final
     norm and head in the last. More of them send less at once, and as much in all."""
+    rendezvous: RendezvousConfig | None = None
+    """Makes each group a job of its own, which trains on while others are lost: `dp` and
+    the batch are those of one job. Default: all groups are in one job."""
+
+    @property
+    def groups_in_job(self) -> int:
+        """Groups that this job has."""
+        if self.rendezvous is None:
+            return self.groups
+        return 1
+
+    @property
+    def jobs(self) -> int:
+        """Jobs that train together, each on its own part of the samples."""
+        return self.groups // self.groups_in_job
+
+    @property
+    def job_index(self) -> int:
+        """This job's index among them."""
+        if self.rendezvous is None:
+            return 0
+        return self.rendezvous.group
 
     @property
     def outer_copies(self) -> int:

@@ -60,6 +60,10 @@ class ParallelismConfig(Config):
     sequence_parallel: bool = False
     """Splits activations between tensor-parallel regions along the sequence, which saves
     memory at the same communication volume. Has no effect at tp=1."""
+    tp_comm_overlap: bool = False
+    """With sequence_parallel: multiplies a rank's own tokens while those of others arrive, and
+    sends the sums of one rank's tokens while those of the next are computed. Has no effect
+    at tp=1."""
     zero: Literal[0, 1, 3] = 1
     """ZeRO stage: 0 shards nothing, 1 shards the optimizer state over the data-parallel
     ranks, 3 shards weights and gradients too."""
@@ -88,10 +92,31 @@ class ParallelismConfig(Config):
 
     @property
     def replica_groups(self) -> int:
-        """Number of groups of replicas that take steps by themselves."""
+        """Number of groups of this job's replicas that take steps by themselves."""
+        if self.local_sgd is None:
+            return 1
+        return self.local_sgd.groups_in_job
+
+    @property
+    def sync_groups(self) -> int:
+        """Number of groups that synchronize, in this job and in others."""
         if self.local_sgd is None:
             return 1
         return self.local_sgd.groups
+
+    @property
+    def jobs(self) -> int:
+        """Jobs that train together, each on its own part of the samples."""
+        if self.local_sgd is None:
+            return 1
+        return self.local_sgd.jobs
+
+    @property
+    def job_index(self) -> int:
+        """This job's index among them."""
+        if self.local_sgd is None:
+            return 0
+        return self.local_sgd.job_index
 
     @property
     def outer_copies(self) -> int:

@@ -178,7 +178,9 @@ class StepLoader:
     """Loads the microbatches of one data-parallel rank.
 
     A pure function of the consumed samples, so a resumed run continues with the same
-    data.
+    data. `job` is the index and the number of the jobs that train together: sizes and
+    consumed samples are those of one of them, and each has the samples that its replicas
+    would have in a single job.
     """
 
     def __init__(
@@ -190,12 +192,14 @@ class StepLoader:
         dp: int,
         make_batch: BatchMaker,
         rampup: RampupConfig | None = None,
+        job: tuple[int, int] = (0, 1),
     ) -> None:
         self.dataset = dataset
         self.micro_batch_size = micro_batch_size
         self.make_batch = make_batch
         self.dp_rank = dp_rank
         self.dp = dp
+        self._job_index, self._num_jobs = job
         self._batch_sizes = BatchSizes(global_batch_size, rampup)
 
     def num_microbatches(self, consumed_samples: int) -> int:
@@ -206,10 +210,10 @@ class StepLoader:
     def step(self, consumed_samples: int) -> list[Batch]:
         """Returns the batches of the step that starts after `consumed_samples`."""
         ids = sample_ids(
-            consumed_samples,
+            consumed_samples * self._num_jobs,
             self.micro_batch_size,
-            self.dp_rank,
-            self.dp,
+            self._job_index * self.dp + self.dp_rank,
+            self.dp * self._num_jobs,
             self.num_microbatches(consumed_samples),
         )
         batches = []

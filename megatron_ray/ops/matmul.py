@@ -48,17 +48,29 @@ def _library_or_default(tensor: Tensor, library: Library | None) -> Library:
 
 
 def forward_product(
-    inputs_TI: Tensor, weight_OI: Tensor, library: Library | None = None
+    inputs_TI: Tensor,
+    weight_OI: Tensor,
+    library: Library | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """Returns inputs @ weight^T: [T, O]."""
+    """Returns inputs @ weight^T: [T, O], in `out` if it is passed."""
     library = _library_or_default(inputs_TI, library)
+    if library == "torch":
+        return torch.mm(inputs_TI, weight_OI.t(), out=out)
     if library == "fp32":
-        return forward_product(inputs_TI.float(), weight_OI.float()).to(inputs_TI.dtype)
-    if library == "onednn":
-        return torch.ops.mkldnn._linear_pointwise(  # type: ignore[no-any-return]
+        product = forward_product(inputs_TI.float(), weight_OI.float()).to(inputs_TI.dtype)
+    else:
+        product = torch.ops.mkldnn._linear_pointwise(
             inputs_TI, weight_OI, None, "none", [], ""
         )
-    return torch.mm(inputs_TI, weight_OI.t())
+    return _put_into(out, product)
+
+
+def _put_into(out: Tensor | None, product: Tensor) -> Tensor:
+    # oneDNN cannot write into an existing tensor.
+    if out is None:
+        return product
+    return out.copy_(product)
 
 
 def forward_product_plus(
@@ -79,17 +91,22 @@ def forward_product_plus(
 
 
 def input_grad_product(
-    grad_TO: Tensor, weight_OI: Tensor, library: Library | None = None
+    grad_TO: Tensor,
+    weight_OI: Tensor,
+    library: Library | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """Returns grad @ weight: [T, I]."""
+    """Returns grad @ weight: [T, I], in `out` if it is passed."""
     library = _library_or_default(grad_TO, library)
+    if library == "torch":
+        return torch.mm(grad_TO, weight_OI, out=out)
     if library == "fp32":
-        return input_grad_product(grad_TO.float(), weight_OI.float()).to(grad_TO.dtype)
-    if library == "onednn":
-        return torch.ops.mkldnn._linear_pointwise(  # type: ignore[no-any-return]
+        product = input_grad_product(grad_TO.float(), weight_OI.float()).to(grad_TO.dtype)
+    else:
+        product = torch.ops.mkldnn._linear_pointwise(
             grad_TO, weight_OI.t(), None, "none", [], ""
         )
-    return torch.mm(grad_TO, weight_OI)
+    return _put_into(out, product)
 
 
 def weight_grad_product(

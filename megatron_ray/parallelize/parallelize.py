@@ -241,7 +241,11 @@ def build_model(
             mesh.dims.rank_in_group(mesh.rank),
             sequence_parallel=sequence_parallel,
         ),
-        TensorParallel.of_group(mesh.tp_group, sequence_parallel=sequence_parallel),
+        TensorParallel.of_group(
+            mesh.tp_group,
+            sequence_parallel=sequence_parallel,
+            comm_overlap=parallel.tp_comm_overlap,
+        ),
         ExpertParallelGroups(
             mesh.ep_group, mesh.etp_group, mesh.token_group, parallel.dispatcher
         ),

@@ -182,7 +182,7 @@ def sync_communication(config: TrainConfig, rank: int, step: int) -> Tally:
     """
     world = ParallelDims.of(config.parallel)
     dims = world.of_group
-    tally = Tally(group_sizes(dims, world.replica_groups))
+    tally = Tally(group_sizes(dims, config.parallel.sync_groups))
     local_sgd = config.parallel.local_sgd
     if local_sgd is None:
         return tally

@@ -102,6 +102,8 @@ class MicrobatchTime:
     """Communication that overlaps with all computation: activations between stages,
     weights that ZeRO-3 gathers."""
     latency: float
+    multiplied: float
+    """Tokens that tp ranks send while they multiply others."""
 
     def seconds(self, efficiency: Efficiency) -> _MicrobatchSeconds:
         """Returns the seconds at these efficiencies, with exposed communication only."""
@@ -112,7 +114,9 @@ class MicrobatchTime:
         ring = max(0.0, self.ring / efficiency.network - attention)
         overlapped = self.overlapped / efficiency.network
         overlapped = max(0.0, overlapped - products - attention - memory)
-        exposed = self.exposed / efficiency.network
+        # The other half of products are gradients of weights and of column-parallel inputs.
+        multiplied = max(0.0, self.multiplied / efficiency.network - products / 2)
+        exposed = self.exposed / efficiency.network + multiplied
         communication = exposed + ring + overlapped + self.latency
         return _MicrobatchSeconds(products, attention, memory, communication)
 
@@ -320,12 +324,15 @@ def _microbatch(
     if is_fully_sharded(config, dims):
         overlapped += _zero3_seconds(config, dims, buffers, network)
     ring: list[tuple[Axis, Kind]] = []
+    multiplied: list[tuple[Axis, Kind]] = []
     others: list[tuple[Axis, Kind]] = []
     operations = 0
     for key in communication.bytes:
-        # Hops in the ring overlap with attention, so their latency is hidden too.
+        # Hops in a ring overlap with attention or products, and so does their latency.
         if key == ("cp", "send"):
             ring.append(key)
+        elif key == ("tp", "send"):
+            multiplied.append(key)
         else:
             others.append(key)
             operations += communication.operations[key]
@@ -337,6 +344,7 @@ def _microbatch(
         ring=network.total(communication, ring),
         overlapped=overlapped,
         latency=hardware.latency_s * operations,
+        multiplied=network.total(communication, multiplied),
     )
 
 

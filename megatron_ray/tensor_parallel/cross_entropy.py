@@ -26,9 +26,14 @@ from megatron_ray.ops.dtypes import to_fp32
 from megatron_ray.ops.grad_slots import SlottedModule, deliver_weight_grad
 from megatron_ray.ops.loss_chunks import rows_at_once
 from megatron_ray.ops.matmul import forward_product, input_grad_product
+from megatron_ray.ops.products import PLAIN
 from megatron_ray.tensor_parallel.embedding import local_ids
 from megatron_ray.tensor_parallel.group import TensorParallel
-from megatron_ray.tensor_parallel.layers import Shape, start_input_grad_reduction
+from megatron_ray.tensor_parallel.layers import (
+    Shape,
+    multiply_gathered,
+    start_input_grad_reduction,
+)
 
 # If a rank's largest logit is further below the global maximum, its probabilities are under
 # 1e-26 and are clamped to that, so that no quotient overflows.
@@ -117,8 +122,7 @@ class _HeadLoss(AutogradFunction[Tensor]):
         module: VocabParallelHead,
     ) -> Tensor:
         tp = module.tp
-        gathered = collectives.all_gather_rows(hidden, tp.sequence_group)
-        logits = forward_product(gathered, weight)
+        gathered, logits = multiply_gathered(tp, PLAIN, hidden, weight)
         # Padding rows are excluded from the softmax.
         if module.valid_rows < logits.shape[1]:
             logits[:, module.valid_rows :] = -torch.inf

@@ -16,12 +16,20 @@ class TensorParallel:
     """This rank's index in the group."""
     sequence_parallel: bool = False
     """Whether activations between these layers are split along the tokens."""
+    comm_overlap: bool = False
+    """Whether these tokens are sent while products of others are computed."""
 
     @classmethod
-    def of_group(cls, group: Group, *, sequence_parallel: bool = False) -> "TensorParallel":
+    def of_group(
+        cls, group: Group, *, sequence_parallel: bool = False, comm_overlap: bool = False
+    ) -> "TensorParallel":
         """Describes a live process group, or one rank where it is None."""
         return cls(
-            group, collectives.size(group), collectives.rank(group), sequence_parallel
+            group,
+            collectives.size(group),
+            collectives.rank(group),
+            sequence_parallel,
+            comm_overlap,
         )
 
     @property
@@ -32,4 +40,14 @@ class TensorParallel:
         """
         if self.sequence_parallel:
             return self.group
+        return None
+
+    @property
+    def overlap_group(self) -> Group:
+        """The group over which products overlap with gathers and sums of their tokens.
+
+        None where they do not.
+        """
+        if self.comm_overlap:
+            return self.sequence_group
         return None

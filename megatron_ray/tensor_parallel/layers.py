@@ -26,8 +26,13 @@ from megatron_ray.ops.grad_slots import (
     deliver_weight_grad,
     needs_grad,
 )
+from megatron_ray.ops.matmul import forward_product, input_grad_product
 from megatron_ray.ops.products import PLAIN, Multiplication, Products
 from megatron_ray.tensor_parallel.group import TensorParallel
+from megatron_ray.tensor_parallel.overlap import (
+    gather_and_multiply,
+    multiply_and_reduce_scatter,
+)
 
 Shape = tuple[int, ...]
 
@@ -88,8 +93,7 @@ class _Column(AutogradFunction[Tensor]):
         ctx.module = module
         products = module.multiplication.begin_pass()
         ctx.products = products
-        gathered = collectives.all_gather_rows(inputs, module.tp.sequence_group)
-        output = products.forward(gathered, weight)
+        _, output = multiply_gathered(module.tp, products, inputs, weight)
         if bias is not None:
             output.add_(bias)
         return output
@@ -103,9 +107,7 @@ class _Column(AutogradFunction[Tensor]):
         # Gathering the inputs overlaps with the input gradient's product, and reducing the
         # input gradient overlaps with the weight gradient's product.
         gathered, arriving = _start_gather_for_weight_grad(module, inputs)
-        grad_inputs = products.input_grad(grad, weight)
-        arriving.wait()
-        reduced, pending = start_input_grad_reduction(module.tp, grad_inputs)
+        reduced, pending = _start_input_grad(module, products, grad, weight, arriving)
         grad_weight = None
         if module.is_deferred("weight"):
             _defer_weight_grad(module, inputs, grad, products)
@@ -116,18 +118,59 @@ class _Column(AutogradFunction[Tensor]):
         return reduced, grad_weight, grad_bias, None
 
 
+def multiply_gathered(
+    tp: TensorParallel, products: Products, inputs_tI: Tensor, weight_OI: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Returns the inputs of all tokens [T, I], and inputs @ weight^T of them [T, O].
+
+    What overlaps is never multiplied in FP8, see `validation.layout`.
+    """
+    if tp.overlap_group is not None:
+        product = partial(forward_product, weight_OI=weight_OI)
+        return gather_and_multiply(product, inputs_tI, weight_OI.shape[0], tp.overlap_group)
+    gathered = collectives.all_gather_rows(inputs_tI, tp.sequence_group)
+    return gathered, products.forward(gathered, weight_OI)
+
+
 # Inputs are gathered again in the backward instead of saved. If the weight's product is
 # deferred, they are gathered when it is computed, so that a zero-bubble schedule saves no
 # more than others.
+
+
+def _multiplies_weight_grad(module: ColumnParallelLinear) -> bool:
+    """Returns whether the running backward pass computes the weight's gradient."""
+    return needs_grad(module, "weight") and not module.is_deferred("weight")
 
 
 def _start_gather_for_weight_grad(
     module: ColumnParallelLinear, inputs_tI: Tensor
 ) -> tuple[Tensor, collectives.Pending]:
     group = None
-    if needs_grad(module, "weight") and not module.is_deferred("weight"):
+    if _multiplies_weight_grad(module):
         group = module.tp.sequence_group
     return collectives.start_all_gather_rows(inputs_tI, group)
+
+
+def _start_input_grad(
+    module: ColumnParallelLinear,
+    products: Products,
+    grad_TO: Tensor,
+    weight_OI: Tensor,
+    arriving: collectives.Pending,
+) -> tuple[Tensor, collectives.Pending]:
+    """Computes the input gradient and starts its sum over tp.
+
+    The gather for the weight gradient has `arriving` then. Returns what
+    `start_input_grad_reduction` returns.
+    """
+    group = module.tp.overlap_group
+    if group is None or _multiplies_weight_grad(module):
+        grad_TI = products.input_grad(grad_TO, weight_OI)
+        arriving.wait()
+        return start_input_grad_reduction(module.tp, grad_TI)
+    # No other product overlaps with the sum.
+    product = partial(input_grad_product, weight_OI=weight_OI)
+    return multiply_and_reduce_scatter(product, grad_TO, group), collectives.DONE
 
 
 def _defer_weight_grad(
@@ -229,11 +272,7 @@ class _Row(AutogradFunction[Tensor]):
         if tp.group is None and residual is not None and not is_wide:
             output = products.forward_plus(inputs, weight, residual)
         else:
-            output = products.forward(inputs, weight)
-            if tp.sequence_group is not None:
-                output = collectives.reduce_scatter_rows(output, tp.sequence_group)
-            else:
-                output = collectives.all_reduce(output, tp.group)
+            output = _sum_of_products(tp, products, inputs, weight)
             if residual is not None:
                 output = add_residual_(output, residual)
         if bias is not None:
@@ -249,8 +288,7 @@ class _Row(AutogradFunction[Tensor]):
         # gradient. A wide gradient is that of the residual; products take the short one.
         grad = grad.contiguous()
         short = grad.to(inputs.dtype)
-        gathered = collectives.all_gather_rows(short, module.tp.sequence_group)
-        grad_inputs = products.input_grad(gathered, weight)
+        gathered, grad_inputs = _multiply_gathered_grad(module.tp, products, short, weight)
         grad_residual = None
         if ctx.has_residual:
             grad_residual = grad
@@ -259,6 +297,30 @@ class _Row(AutogradFunction[Tensor]):
         # marks the bias as summed over tp.
         grad_bias = deliver_bias_grad(module, grad)
         return grad_inputs, grad_residual, grad_weight, grad_bias, None, None
+
+
+def _sum_of_products(
+    tp: TensorParallel, products: Products, inputs_TI: Tensor, weight_OI: Tensor
+) -> Tensor:
+    """Returns the sum over ranks of inputs @ weight^T: [T or t, O]."""
+    if tp.overlap_group is not None:
+        product = partial(forward_product, weight_OI=weight_OI)
+        return multiply_and_reduce_scatter(product, inputs_TI, tp.overlap_group)
+    output = products.forward(inputs_TI, weight_OI)
+    if tp.sequence_group is not None:
+        return collectives.reduce_scatter_rows(output, tp.sequence_group)
+    return collectives.all_reduce(output, tp.group)
+
+
+def _multiply_gathered_grad(
+    tp: TensorParallel, products: Products, grad_tO: Tensor, weight_OI: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Returns the gradients of all tokens [T, O], and grad @ weight of them [T, I]."""
+    if tp.overlap_group is not None:
+        product = partial(input_grad_product, weight_OI=weight_OI)
+        return gather_and_multiply(product, grad_tO, weight_OI.shape[1], tp.overlap_group)
+    gathered = collectives.all_gather_rows(grad_tO, tp.sequence_group)
+    return gathered, products.input_grad(gathered, weight_OI)
 
 
 class ReplicatedLinear(SlottedModule):

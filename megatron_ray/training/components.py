@@ -65,6 +65,34 @@ class NoCopies:
         """Does nothing."""
 
 
+class Exchange(Protocol):
+    """Exchanges states with other jobs of a run; see training.replica_jobs."""
+
+    @property
+    def is_due(self) -> bool:
+        """Whether this job has a state to give or to take, on all ranks."""
+
+    def join(self, progress: Progress) -> Progress:
+        """Waits for the other jobs before the first step; returns where to begin."""
+
+    def exchange(self, progress: Progress) -> Progress:
+        """Gives or takes the state after a step; returns where to go on."""
+
+
+class NoExchange:
+    """Stands for the exchange of a run that is a single job."""
+
+    is_due = False
+
+    def join(self, progress: Progress) -> Progress:
+        """Returns the progress as it is."""
+        return progress
+
+    def exchange(self, progress: Progress) -> Progress:
+        """Returns the progress as it is."""
+        return progress
+
+
 @dataclass(frozen=True)
 class TrainingComponents:
     """The components of the training loop on one rank."""
@@ -79,6 +107,7 @@ class TrainingComponents:
     saver: Saver
     copier: Copier = field(default_factory=NoCopies)
     callbacks: CallbackRunner = field(default_factory=CallbackRunner)
+    exchange: Exchange = field(default_factory=NoExchange)
 
     @cached_property
     def rates(self) -> RunRates:

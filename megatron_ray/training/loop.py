@@ -65,8 +65,8 @@ def train(
         )
         profiler.end_step(progress.step)
 
+        progress, command = _arrive(components, progress, reporter, in_flight, timer)
         is_last = progress.step == config.training.num_steps
-        command = _take(components, reporter, in_flight, waits=is_last)
         if is_due(config.training.exit_every_steps, progress):
             command = Command.EXIT
 
@@ -154,6 +154,27 @@ def _skip_rule(training: TrainingConfig, step: int) -> SkipRule:
     if training.max_skipped_steps > 0 or is_dynamic:
         return SkipRule.IF_NOT_FINITE
     return SkipRule.NEVER
+
+
+def _arrive(
+    components: TrainingComponents,
+    progress: Progress,
+    reporter: StepReporter,
+    in_flight: StepsInFlight,
+    timer: StepTimer,
+) -> tuple[Progress, Command]:
+    """Ends a step: returns where the run goes on, and the command of the steps so far.
+
+    A job that is behind the others of its run goes on where they are.
+    """
+    command = Command.CONTINUE
+    if components.exchange.is_due:
+        command = _take(components, reporter, in_flight, waits=True)
+        progress = components.exchange.exchange(progress.with_skipped(reporter.skipped))
+        # The next step's time must not include the transfer.
+        timer.restart()
+    is_last = progress.step == components.config.training.num_steps
+    return progress, max(command, _take(components, reporter, in_flight, waits=is_last))
 
 
 def _save(

@@ -23,7 +23,7 @@ from megatron_ray.data.prepared import PreparedData
 from megatron_ray.distributed.mesh import ParallelMesh
 from megatron_ray.models.initialization import init_local
 from megatron_ray.optimizer.loss_scale import LossScaler
-from megatron_ray.optimizer.replica_groups.sync import SyncPlan
+from megatron_ray.optimizer.replica_groups.sync import GroupPeers, SyncPeers, SyncPlan
 from megatron_ray.optimizer.sharded import ShardedOptimizer
 from megatron_ray.optimizer.step_rules import StepRules
 from megatron_ray.parallelize.parallelize import ParallelModel, parallelize
@@ -31,18 +31,32 @@ from megatron_ray.reports import PhaseReport, Report
 from megatron_ray.sharding.sequence_split import SequenceCut
 from megatron_ray.training.callbacks.assembly import make_callbacks
 from megatron_ray.training.callbacks.protocol import CallbackContext
-from megatron_ray.training.components import Copier, NoCopies, TrainingComponents
+from megatron_ray.training.components import (
+    Copier,
+    Exchange,
+    NoCopies,
+    NoExchange,
+    TrainingComponents,
+)
 from megatron_ray.training.evaluate import Evaluation
 from megatron_ray.training.exits import with_time_limit
 from megatron_ray.training.loop import Outcome
 from megatron_ray.training.origin import RunOrigin, raise_for
 from megatron_ray.training.profiling.out_of_memory import explained_out_of_memory
 from megatron_ray.training.profiling.profiler import ProfileSource, StepProfiler
+from megatron_ray.training.progress import Progress
+from megatron_ray.training.replica_jobs.exchange import JobExchange
+from megatron_ray.training.replica_jobs.peers import JobPeers
 from megatron_ray.training.rules.checks import Recheck
 from megatron_ray.training.rules.errors import RuleError
 from megatron_ray.training.rules.run import train_by_rules
 from megatron_ray.training.saving import Extras, TrainingSaver
-from megatron_ray.training.state_copy import CopyStore, StateCopier, StateCopy
+from megatron_ray.training.state_copy import (
+    CopyStore,
+    StateCopier,
+    StateCopy,
+    load_copy,
+)
 from megatron_ray.validation import check, resolution
 
 
@@ -69,13 +83,14 @@ class TrainingSession:
     `resume_from` is the path of a committed checkpoint, of any layout; without it the
     run begins with checkpoint.start_from, or with weights drawn from the seed. `copies`
     gets copies of the state for checkpoint.peer_every_steps; a run continues from a copy
-    that it restores, not from `resume_from`.
+    that it restores, not from `resume_from`. `peers` are this rank's in the other jobs of
+    its run, for parallel.local_sgd.rendezvous.
 
     Raises ConfigError when the config contradicts the mesh, the data, the weights it
     begins with or the checkpoint that it resumes from, and RankOutOfMemoryError.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - keywords, each with a default
         self,
         config: TrainConfig,
         mesh: ParallelMesh,
@@ -86,6 +101,7 @@ class TrainingSession:
         attempt: int = 1,
         resume_from: str | None = None,
         copies: CopyStore | None = None,
+        peers: JobPeers | None = None,
     ) -> None:
         resolved = resolution.resolve(config, mesh.world_size)
         resolved = resolution.with_length(resolved, data.num_train_tokens)
@@ -98,6 +114,8 @@ class TrainingSession:
         origin.check_tokenizer(data)
         self.mesh = mesh
         self._report = report
+        if peers is not None:
+            poll = peers.poll
         self._poll = with_time_limit(poll, resolved.training.max_duration_s, mesh.rank)
         self._phase_start = time.monotonic()
         # Not use_deterministic_algorithms, which imports the compiler and takes a second.
@@ -109,7 +127,7 @@ class TrainingSession:
         is_same_order = origin.check_changes(self.config, data)
         with explained_out_of_memory(self.config, mesh, attempt):
             self.model, self.optimizer = build(
-                self.config, mesh, initialise=not origin.has_weights
+                self.config, mesh, peers, initialise=not origin.has_weights
             )
         self._callbacks = make_callbacks(
             CallbackContext(self.config, mesh, self.model, self.optimizer)
@@ -142,6 +160,7 @@ class TrainingSession:
                 self._saver,
                 copier,
                 self._callbacks,
+                self._exchange(peers),
             )
         self._end_phase("data")
 
@@ -159,6 +178,8 @@ class TrainingSession:
         profiler = self._make_profiler(profiles)
         try:
             with explained_out_of_memory(self.config, self.mesh, self._attempt):
+                # Waits for the other jobs of the run, if any.
+                self.progress = self._components.exchange.join(self.progress)
                 outcome = train_by_rules(
                     self._components,
                     self.progress,
@@ -225,6 +246,16 @@ class TrainingSession:
             every_steps, self._saver, copies, self.mesh.device, self.progress
         )
 
+    def _exchange(self, peers: JobPeers | None) -> Exchange:
+        """Returns what exchanges this rank's state with other jobs."""
+        if peers is None:
+            return NoExchange()
+
+        def load(copy: StateCopy) -> Progress:
+            return load_copy(copy, self.model, self.optimizer, self._callbacks.state())
+
+        return JobExchange(peers, self.mesh, self._saver, load)
+
     def _end_phase(self, name: str) -> None:
         now = time.monotonic()
         self._report(PhaseReport(name, now - self._phase_start))
@@ -235,7 +266,8 @@ class TrainingSession:
         mesh = self.mesh
         # Samples of the whole run, also after a resume, because their order is drawn at
         # once.
-        *earlier, num_samples = self.progress.planned_samples
+        jobs = self.config.parallel.jobs
+        *earlier, num_samples = [each * jobs for each in self.progress.planned_samples]
         dataset = build_dataset(
             data.train,
             num_samples,
@@ -253,6 +285,7 @@ class TrainingSession:
             mesh.dims.dp,
             batch_maker(self.config, mesh, data.end_of_document),
             training.rampup_batch_size,
+            (self.config.parallel.job_index, jobs),
         )
 
     def _evaluation(self, data: PreparedData) -> Evaluation | None:
@@ -302,11 +335,16 @@ def batch_maker(
 
 
 def build(
-    config: TrainConfig, mesh: ParallelMesh, *, initialise: bool = True
+    config: TrainConfig,
+    mesh: ParallelMesh,
+    peers: SyncPeers | None = None,
+    *,
+    initialise: bool = True,
 ) -> tuple[ParallelModel, ShardedOptimizer]:
     """Returns model and optimizer of one rank.
 
-    Weights are drawn from the seed, or left zero for a checkpoint to fill.
+    Replica groups synchronize with `peers`, by default those of the mesh. Weights are drawn
+    from the seed, or left zero for a checkpoint to fill.
     """
     model = parallelize(config, mesh)
     loss_scaler: LossScaler | None = None
@@ -319,7 +357,9 @@ def build(
     sync: SyncPlan | None = None
     if config.parallel.local_sgd is not None:
         sync = SyncPlan(
-            config.parallel.local_sgd, config.training.num_steps, mesh.sync_group
+            config.parallel.local_sgd,
+            config.training.num_steps,
+            peers or GroupPeers(mesh.sync_group),
         )
     optimizer = ShardedOptimizer(
         config.optimizer,

@@ -81,7 +81,6 @@ class StateCopier:
         self._store = store
         self._device = device
         self._slots = plan_copy(saver.state())
-        self._layout = _digest(self._slots)
         self._last_step = progress.step
         # A copy that the run continues from is sent too, to partners that lack it.
         self._all_sent = False
@@ -107,24 +106,40 @@ class StateCopier:
 
     def copy(self, progress: Progress) -> None:
         """Copies the state to host memory; the rest happens in the background."""
-        self._saver.complete_state()
         memory = self._store.next_memory()
-        copied = copy_to_host(self._slots, self._saver.state(), memory, self._device)
-
-        def wait() -> None:
-            if copied is not None:
-                copied.synchronize()
-
-        copy = StateCopy(
-            progress.step,
-            memory.numpy().data,
-            self._layout,
-            self._saver.train_state(progress),
-            self._saver.published,
+        self._store.keep(
+            *copy_state(self._saver, self._slots, memory, self._device, progress)
         )
-        self._store.keep(copy, wait)
         self._last_step = progress.step
         self._all_sent = False
+
+
+def copy_state(
+    saver: TrainingSaver,
+    slots: Sequence[Slot],
+    memory: torch.Tensor,
+    device: torch.device,
+    progress: Progress,
+) -> tuple[StateCopy, Callable[[], None]]:
+    """Copies a rank's state to `memory`; every rank must call it.
+
+    Returns the copy, and what to call, possibly in another thread, before it is read.
+    """
+    saver.complete_state()
+    copied = copy_to_host(slots, saver.state(), memory, device)
+
+    def wait() -> None:
+        if copied is not None:
+            copied.synchronize()
+
+    copy = StateCopy(
+        progress.step,
+        memory.numpy().data,
+        layout_of(slots),
+        saver.train_state(progress),
+        saver.published,
+    )
+    return copy, wait
 
 
 def load_copy(
@@ -140,7 +155,7 @@ def load_copy(
     optimizer.begin_load()
     state = training_state(model, optimizer) | callbacks
     slots = plan_copy(state)
-    if copy.layout != _digest(slots) or len(copy.memory) != size_of(slots):
+    if copy.layout != layout_of(slots) or len(copy.memory) != size_of(slots):
         raise ValueError(f"the copy of step {copy.step} has another layout than the model")
     # A tensor without a byte cannot be made from a buffer.
     if slots:
@@ -152,5 +167,6 @@ def load_copy(
     return apply_train_state(copy.state, optimizer)
 
 
-def _digest(slots: Sequence[Slot]) -> str:
+def layout_of(slots: Sequence[Slot]) -> str:
+    """Returns a digest of names, boxes and dtypes."""
     return hashlib.sha256(repr(slots).encode()).hexdigest()

@@ -49,6 +49,7 @@ from megatron_ray.validation.storage.path_rules import PathRules, path_problems
 _RULES = (
     layout.order_problems,
     layout.tensor_parallel_problems,
+    layout.comm_overlap_problems,
     experts.expert_problems,
     latent_attention.latent_attention_problems,
     latent_attention.mtp_problems,

@@ -66,6 +66,31 @@ def tensor_parallel_problems(config: TrainConfig) -> list[Problem]:
     return problems
 
 
+def comm_overlap_problems(config: TrainConfig) -> list[Problem]:
+    """Returns problems of `parallel.tp_comm_overlap`, which has no effect at tp=1."""
+    parallel = config.parallel
+    if not parallel.tp_comm_overlap or parallel.tp == 1:
+        return []
+    pointer = "/parallel/tp_comm_overlap"
+    problems = []
+    if not parallel.sequence_parallel:
+        detail = (
+            "tp_comm_overlap sends the tokens that sequence_parallel splits over "
+            f"tp={parallel.tp}, and sequence_parallel is false; set it to true, or leave "
+            "tp_comm_overlap out"
+        )
+        problems.append(Problem(pointer, "overlap_needs_sequence_parallel", detail))
+    fp8 = config.training.fp8
+    if fp8 is not None and config.model.spec != "transformer_engine":
+        detail = (
+            f"tp_comm_overlap multiplies the tokens of each of tp={parallel.tp} ranks by "
+            f"themselves, and fp8.recipe={fp8.recipe} quantizes all of them at once; leave "
+            "tp_comm_overlap or fp8 out"
+        )
+        problems.append(Problem(pointer, "overlap_excludes_fp8", detail))
+    return problems
+
+
 def context_parallel_problems(config: TrainConfig) -> list[Problem]:
     """Returns problems of context parallelism: its method, the sequence and the heads."""
     parallel = config.parallel

@@ -24,13 +24,13 @@ import httpx
 import torch.distributed as dist
 
 from megatron_ray.distributed import recording
+from megatron_ray.distributed.stores import HashStore
 from megatron_ray.reports import STEP_PARTS, StepReport
 from tests.support.running_stack import Road, stack
 from workers.protocol.wire import AgentReport, NodeInfo
 from workers.rank.attempt import RankAttempt
 from workers.rank.environment import RankEnv
 from workers.rank.messages import StartRequest
-from workers.rank.stores import HashStore
 
 ROUNDS = 7
 STEPS = 200

@@ -102,6 +102,39 @@ FP8_CASES: list[tuple[str, str, dict[str, Any], dict[str, Any], dict[str, Any]]]
 ]
 CASES: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = [
     ("tp with sequence parallelism", SHAPE, {"tp": 8, "sequence_parallel": True}, {}),
+    (
+        "tp overlapped",
+        SHAPE | {"tie_embeddings": True},
+        {"tp": 8, "sequence_parallel": True, "tp_comm_overlap": True},
+        {},
+    ),
+    (
+        "tp overlapped, layers recomputed",
+        LATENT | MTP,
+        {"tp": 4, "sequence_parallel": True, "tp_comm_overlap": True, "pp": 2},
+        {"recompute": FULL},
+    ),
+    (
+        "tp overlapped, zero bubble in a V",
+        DEEPSEEK,
+        {
+            "tp": 2,
+            "sequence_parallel": True,
+            "tp_comm_overlap": True,
+            "ep": 2,
+            "pp": 4,
+            "vpp": 2,
+            "schedule": "zb-v",
+        },
+        {},
+    ),
+    (
+        "tp overlapped, every second product saved",
+        MOE,
+        {"tp": 4, "sequence_parallel": True, "tp_comm_overlap": True, "ep": 4, "etp": 2},
+        {"recompute": OPERATIONS},
+    ),
+    ("tp overlapped on one rank", SHAPE, {"tp_comm_overlap": True, "cp": 2}, {}),
     ("tp without, nothing sharded", SHAPE, {"tp": 8, "zero": 0}, {}),
     (
         "more tp ranks than key/value heads",

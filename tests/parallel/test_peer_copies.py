@@ -14,6 +14,7 @@ from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.data.preparation.prepare import prepare
 from megatron_ray.data.prepared import PreparedData
 from megatron_ray.distributed.mesh import ParallelMesh, World
+from megatron_ray.distributed.stores import PrefixStore
 from megatron_ray.parallel_dims import ParallelDims
 from megatron_ray.reports import PeerCopiesRefusedReport, Report, StepReport
 from megatron_ray.training.session import TrainingSession
@@ -23,7 +24,6 @@ from workers.rank.environment import RankEnv
 from workers.rank.messages import CopySource, StartRequest
 from workers.rank.peer_attempt import attempt_copies
 from workers.rank.process_copies import ProcessCopies
-from workers.rank.stores import PrefixStore
 
 pytestmark = pytest.mark.parallel
 Run = Callable[..., list[Any]]

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from megatron_ray.commands import Command
 from megatron_ray.distributed.mesh import ParallelMesh, World
 from megatron_ray.distributed.speed import Sizes, SpeedTest
+from megatron_ray.distributed.stores import HashStore, serve_store
 from megatron_ray.parallel_dims import ParallelDims
 from megatron_ray.reports import Report, SpeedReport
 from workers.decisions.placement import RankPlace
@@ -22,7 +23,6 @@ from workers.preflight import Preflight
 from workers.rank.environment import RankEnv
 from workers.rank.messages import StartRequest
 from workers.rank.session import process_group, run_preflight
-from workers.rank.stores import HashStore, serve_store
 
 pytestmark = pytest.mark.parallel
 

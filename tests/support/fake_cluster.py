@@ -242,8 +242,9 @@ class FakeOutbox:
             return 0
         return 1 << 30
 
-    def unstored(self, source: str) -> list[Record]:
-        return self._control_plane.unstored.get(source, [])
+    def unstored_before(self, source: str) -> list[Record]:
+        unstored = self._control_plane.unstored
+        return [record for name in unstored if name != source for record in unstored[name]]
 
     def last(self, source: str) -> int:
         return 0

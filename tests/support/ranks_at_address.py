@@ -14,10 +14,10 @@ from multiprocessing.connection import Connection
 import torch
 import torch.distributed as dist
 
+from megatron_ray.distributed.stores import serve_store
 from workers.rank.environment import RankEnv, prepare_process
 from workers.rank.messages import StartRequest
 from workers.rank.session import process_group
-from workers.rank.stores import serve_store
 
 NUM_RANKS = 2
 _TIMEOUT = timedelta(seconds=30)

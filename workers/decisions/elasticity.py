@@ -79,6 +79,12 @@ def elastic_problems(spec: JobSpec) -> list[Problem]:
     elastic = spec.elastic
     if elastic is None:
         return []
+    if spec.parallel.jobs > 1:
+        detail = (
+            "the other jobs of parallel.local_sgd.rendezvous need as many replicas as this "
+            "one; leave elastic out: the others go on when this job is lost"
+        )
+        return [Problem("/elastic", "rendezvous", detail)]
     dp = spec.parallel.dp
     if dp != "auto":
         problems = _bound_problems(spec, dp, "; set a dp between them, or auto")

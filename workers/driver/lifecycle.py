@@ -27,7 +27,6 @@ from workers.driver.attempt.progress import JobProgress
 from workers.driver.attempt.spares import SparePool
 from workers.driver.attempt.start import RankStarter
 from workers.driver.attempt.supervision import Supervision
-from workers.driver.commit import source_of
 from workers.driver.context import JobContext
 from workers.driver.ports import JobPorts
 from workers.driver.preparation import DataPreparation
@@ -182,9 +181,6 @@ class JobLifecycle:
             "code_version": entry.code_version,
             **job.run.to_manifest(),
         }
-        earlier_source = None
-        if entry.copies is not None:
-            earlier_source = source_of(entry.copies.attempt)
         return AttemptPlan(
             attempt=entry.attempt,
             epoch=entry.epoch,
@@ -194,7 +190,6 @@ class JobLifecycle:
             grace_s=job.spec.grace_s,
             manifest=manifest,
             last_commit=entry.last_commit,
-            earlier_source=earlier_source,
             checkpoint_requests=entry.checkpoint_requests,
             diagnosis_requests=entry.diagnosis_requests,
             slow_ranks=job.records.slow_ranks(entry.attempt),

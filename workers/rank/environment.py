@@ -234,6 +234,23 @@ def interface_variables(name: str) -> dict[str, str]:
     return {"GLOO_SOCKET_IFNAME": name, "NCCL_SOCKET_IFNAME": f"={name}"}
 
 
+def own_address() -> str:
+    """Returns the address at which processes of other jobs reach this one.
+
+    That of gloo's network interface where one is chosen, else that of the node's name, and
+    of the loopback for a node whose name has none.
+    """
+    interface = os.environ.get("GLOO_SOCKET_IFNAME")
+    if interface is not None:
+        network = _network_of(interface)
+        if network is not None:
+            return str(network.ip)
+    try:
+        return socket.gethostbyname(socket.gethostname())
+    except OSError:
+        return "127.0.0.1"
+
+
 def interface_of(address: str) -> str | None:
     """Returns the name of the network interface with an address of this node.
 

@@ -15,6 +15,7 @@ import torch
 
 from megatron_ray.distributed import collectives
 from megatron_ray.distributed.mesh import ParallelMesh
+from megatron_ray.distributed.stores import Store
 from megatron_ray.reports import PeerCopiesRefusedReport, PhaseReport, Report
 from megatron_ray.training.state_copy import StateCopy
 from workers.decisions.peers.copies import layout_of
@@ -27,7 +28,6 @@ from workers.rank.peer_copies import (
 )
 from workers.rank.peer_server import PeerAddress, connected
 from workers.rank.process_copies import ProcessCopies
-from workers.rank.stores import Store
 
 _RETRY_S = 1.0
 _REFUSED = "copies/refused"

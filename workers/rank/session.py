@@ -19,20 +19,32 @@ from megatron_ray.data.prepared import PreparedData
 from megatron_ray.distributed import device
 from megatron_ray.distributed.mesh import NcclOptions, ParallelMesh, World
 from megatron_ray.distributed.speed import SpeedTest
+from megatron_ray.distributed.stores import (
+    HashStore,
+    PrefixStore,
+    Store,
+    connected_store,
+    environment_store,
+)
 from megatron_ray.parallel_dims import ParallelDims
 from megatron_ray.parallelize.parallelize import DTYPES
 from megatron_ray.reports import PhaseReport, Report
 from megatron_ray.training.loop import Outcome
+from megatron_ray.training.replica_jobs.peers import Place, joined_jobs
 from megatron_ray.training.rules.checks import Recheck
 from megatron_ray.training.session import TrainingSession, no_profile
 from workers.preflight import Preflight, await_stop
 from workers.protocol.job import JobSpec
 from workers.protocol.network import NetworkConfig
-from workers.rank.environment import choose_interface, export_credentials, fix_kernels
+from workers.rank.environment import (
+    choose_interface,
+    export_credentials,
+    fix_kernels,
+    own_address,
+)
 from workers.rank.messages import StartRequest
 from workers.rank.peer_attempt import attempt_copies
 from workers.rank.process_copies import ProcessCopies
-from workers.rank.stores import HashStore, PrefixStore, Store, TCPStore, environment_store
 
 ReportSink = Callable[[Report], None]
 CommandSource = Callable[[], Command]
@@ -79,7 +91,11 @@ def train(
         mesh = _create_mesh(request, spec, start_timeout)
         poll = _with_timeout_after_start(mesh, spec.network, poll)
         report(PhaseReport("rendezvous", time.monotonic() - started))
-        with attempt_copies(peers, request, store, mesh, report) as copies:
+        place = Place(mesh, own_address, report, poll)
+        with (
+            attempt_copies(peers, request, store, mesh, report) as copies,
+            joined_jobs(spec, place) as jobs,
+        ):
             session = TrainingSession(
                 _leaving_out(spec, request.left_out),
                 mesh,
@@ -89,6 +105,7 @@ def train(
                 attempt=request.attempt,
                 resume_from=request.resume_from,
                 copies=copies,
+                peers=jobs,
             )
             return session.run(profiles, _recheck(request))
 
@@ -205,9 +222,7 @@ def connect_store(request: StartRequest) -> Store:
     timeout = timedelta(seconds=request.timeout_s)
     if request.store is not None:
         host, port = request.store
-        return TCPStore(
-            host, port, is_master=False, wait_for_workers=False, timeout=timeout
-        )
+        return connected_store(host, port, timeout)
     env = request.env
     if env.world_size == 1:
         return HashStore()

@@ -159,7 +159,7 @@ class RankWorker:
         # The store is part of torch, which the preload thread is still importing.
         self._preload_thread.join()
         if self._store is None:
-            from workers.rank.stores import serve_store
+            from megatron_ray.distributed.stores import serve_store
 
             self._store = serve_store(self._address)
         return self._address, self._store.port

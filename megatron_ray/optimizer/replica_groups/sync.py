@@ -1,7 +1,8 @@
 """Averages weights and moments over replica groups.
 
-Owns: which tensors go into one collective, the mean. Must not know: how groups are made,
-the update within a group, steps that are skipped.
+Owns: which tensors go into one collective, and that all or none of a step's means are
+taken. Must not know: how groups are made, the update within a group, steps that are
+skipped.
 
 Means are of fp32 main parameters and of moments in fp32, by element; so a rank averages
 what it updates with the ranks in the same place of the other groups.
@@ -9,6 +10,7 @@ what it updates with the ranks in the same place of the other groups.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -27,6 +29,53 @@ _CHUNK = 1 << 24
 """Elements of one collective, which bounds the memory for it."""
 
 
+class SyncPeers(Protocol):
+    """The ranks in the same place of every replica group.
+
+    Every rank of a group must call each method, in the same order.
+    """
+
+    @property
+    def group_index(self) -> int:
+        """Which of the job's replica groups this rank is in."""
+
+    @property
+    def can_lose(self) -> bool:
+        """Whether the group goes on when others are lost."""
+
+    def meet(self, step: int) -> bool:
+        """Waits for the others after a step; returns whether to synchronize."""
+
+    def mean(self, flat: Tensor) -> None:
+        """Replaces a flat fp32 tensor by its mean over the groups."""
+
+    def confirm(self) -> bool:
+        """Returns whether all means since `meet` are right on every rank of this group."""
+
+
+class GroupPeers:
+    """Peers in a process group of the job's own world, whose loss ends the job's attempt."""
+
+    can_lose = False
+
+    def __init__(self, group: Group) -> None:
+        self._group = group
+        self.group_index = collectives.rank(group)
+
+    def meet(self, step: int) -> bool:
+        """Returns True: all groups take their steps together."""
+        return True
+
+    def mean(self, flat: Tensor) -> None:
+        """Replaces the tensor by its mean."""
+        collectives.all_reduce(flat, self._group)
+        flat.div_(collectives.size(self._group))
+
+    def confirm(self) -> bool:
+        """Returns True: a collective that fails ends the attempt."""
+        return True
+
+
 @dataclass(frozen=True)
 class SyncPlan:
     """What a run's replica groups synchronize, and with which ranks."""
@@ -34,8 +83,7 @@ class SyncPlan:
     config: LocalSGDConfig
     num_steps: int
     """Steps of the run; weights are synchronized after the last one."""
-    group: Group
-    """Ranks in the same place of every replica group."""
+    peers: SyncPeers
 
 
 @dataclass(frozen=True)
@@ -85,8 +133,8 @@ class GroupSync:
     def __init__(self, plan: SyncPlan, pieces: Sequence[SyncedPiece]) -> None:
         self._plan = plan
         self._parts: list[_Part] = []
-        self.group_index = collectives.rank(plan.group)
-        """Which replica group this rank is in."""
+        self.group_index = plan.peers.group_index
+        """Which of the job's replica groups this rank is in."""
         by_key: dict[tuple[int, bool], list[SyncedPiece]] = {}
         for piece in pieces:
             parameter = piece.piece.placed.parameter
@@ -108,30 +156,41 @@ class GroupSync:
     @torch.no_grad()
     def after_update(self, step: int) -> None:
         """Synchronizes what is due after a step, from 1; all ranks must call it."""
+        due = self._due(step)
+        peers = self._plan.peers
+        while due and peers.meet(step):
+            # Where a group may be lost meanwhile, nothing changes until it is sure that
+            # every rank has all means: ranks with copies of a weight must stay equal.
+            kept: list[tuple[list[Tensor], Tensor]] = []
+            for views, _ in due:
+                for chunk in _chunks(views):
+                    flat = torch.cat([view.float() for view in chunk])
+                    peers.mean(flat)
+                    if peers.can_lose:
+                        kept.append((chunk, flat))
+                    else:
+                        _copy(flat, chunk)
+            if peers.confirm():
+                for chunk, flat in kept:
+                    _copy(flat, chunk)
+                for _, outer in due:
+                    if outer is not None:
+                        outer.step()
+                return
+
+    def _due(self, step: int) -> list[tuple[Sequence[Tensor], OuterUpdate | None]]:
+        """Returns the tensors that are averaged after a step, and what follows."""
         config = self._plan.config
         is_last = step == self._plan.num_steps
+        due: list[tuple[Sequence[Tensor], OuterUpdate | None]] = []
         for part in self._parts:
             if is_last or config.is_due(step, config.sync_every, part.fragment):
-                self._average(part.weights)
-                if part.outer is not None:
-                    part.outer.step()
+                due.append((part.weights, part.outer))
             for name, views in part.moments.items():
                 every = config.sync_moments_every.get(name)
                 if every is not None and config.is_due(step, every, part.fragment):
-                    self._average(views)
-
-    def _average(self, views: Sequence[Tensor]) -> None:
-        """Replaces flat tensors by their means over the groups."""
-        group = self._plan.group
-        for chunk in _chunks(views):
-            flat = torch.cat([view.float() for view in chunk])
-            collectives.all_reduce(flat, group)
-            flat.div_(collectives.size(group))
-            start = 0
-            for view in chunk:
-                end = start + view.numel()
-                view.copy_(flat[start:end])
-                start = end
+                    due.append((views, None))
+        return due
 
     def sharded_state(self) -> ShardedState:
         """Returns live views of the outer optimizer's state, equal in all groups."""
@@ -159,3 +218,12 @@ def _chunks(views: Sequence[Tensor]) -> Iterator[list[Tensor]]:
             size += part.numel()
     if chunk:
         yield chunk
+
+
+def _copy(flat: Tensor, views: Sequence[Tensor]) -> None:
+    """Copies consecutive parts of a flat tensor to other tensors."""
+    start = 0
+    for view in views:
+        end = start + view.numel()
+        view.copy_(flat[start:end])
+        start = end

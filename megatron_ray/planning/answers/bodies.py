@@ -212,10 +212,17 @@ def _sync_notes(config: TrainConfig) -> list[str]:
     if config.parallel.local_sgd is None or complete is None:
         return []
     size = most_mean_sync_bytes(complete) / _MIB
-    return [
+    notes = [
         f"parallel.local_sgd: a rank averages up to {size:.3g} MiB of weights and moments per "
         "step with other replica groups, on average over many steps, beside its communication"
     ]
+    if config.parallel.jobs > 1:
+        notes.append(
+            "parallel.local_sgd.rendezvous: averages are kept until all ranks have them, in "
+            "up to 4 bytes for each averaged number; the estimates of memory and of step "
+            "time do not include the links between jobs"
+        )
+    return notes
 
 
 def _precision_remedy(hardware: Hardware) -> str:

@@ -63,6 +63,13 @@ def _layout_problems(config: TrainConfig) -> list[Problem]:
             "set model.spec to local"
         )
         problems.append(Problem("/parallel/schedule", _CODE, detail))
+    if parallel.tp_comm_overlap and parallel.tp > 1:
+        detail = (
+            f"tp_comm_overlap with tp={parallel.tp} cuts products of spec=local, and "
+            "spec=transformer_engine multiplies and sends inside of the library; leave it "
+            "out, or set model.spec to local"
+        )
+        problems.append(Problem("/parallel/tp_comm_overlap", _CODE, detail))
     return problems
 
 

@@ -23,6 +23,7 @@ def local_sgd_problems(config: TrainConfig) -> list[Problem]:
     problems = [
         *_moment_problems(local_sgd, config.optimizer),
         *_fragment_problems(local_sgd, config),
+        *_rendezvous_problems(local_sgd, config),
     ]
     for pointer, reason, remedy in _exclusions(config):
         detail = f"{reason}; {remedy}, or leave parallel.local_sgd out"
@@ -75,6 +76,32 @@ def _fragment_problems(local_sgd: LocalSGDConfig, config: TrainConfig) -> list[P
         f"its own and a step of its own; use at most {limits[name]}"
     )
     return [Problem(f"{_POINTER}/fragments", "fragments", detail)]
+
+
+def _rendezvous_problems(
+    local_sgd: LocalSGDConfig, config: TrainConfig
+) -> Iterator[Problem]:
+    """Yields problems of groups that are jobs of their own."""
+    rendezvous = local_sgd.rendezvous
+    if rendezvous is None:
+        return
+    pointer = f"{_POINTER}/rendezvous"
+    if rendezvous.group >= local_sgd.groups:
+        last = local_sgd.groups - 1
+        detail = (
+            f"group={rendezvous.group} is not below groups={local_sgd.groups}: groups are "
+            f"numbered from 0; use one of 0 to {last}"
+        )
+        yield Problem(f"{pointer}/group", "group_number", detail)
+    if config.parallel.dp == "auto":
+        detail = (
+            "dp=auto may give each job another number of replicas, and all need the same; "
+            "set it to a number"
+        )
+        yield Problem("/parallel/dp", "rendezvous", detail)
+    if config.training.known_steps is None:
+        detail = "a job knows the samples of its own group only; set training.steps"
+        yield Problem("/training", "rendezvous", detail)
 
 
 def _exclusions(config: TrainConfig) -> Iterator[tuple[str, str, str]]:

@@ -110,6 +110,10 @@ def path_fields(config: TrainConfig) -> Iterator[PathField]:
     yield from _source_fields("/data/validation", config.data.validation)
     if config.data.tokenizer.path:
         yield PathField("/data/tokenizer/path", config.data.tokenizer.path, "read")
+    local_sgd = config.parallel.local_sgd
+    if local_sgd is not None and local_sgd.rendezvous is not None:
+        pointer = "/parallel/local_sgd/rendezvous/path"
+        yield PathField(pointer, local_sgd.rendezvous.path, "write")
     if config.checkpoint.start_from:
         yield PathField("/checkpoint/start_from", config.checkpoint.start_from, "read")
 

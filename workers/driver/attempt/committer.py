@@ -203,11 +203,13 @@ class CheckpointCommitter:
         return True
 
     def _earlier(self) -> Iterator[dict[str, Any]]:
-        """Yields records that no checkpoint has and this attempt does not repeat."""
-        source = self._plan.earlier_source
-        if source is not None:
-            for record in self._ports.outbox.unstored(source):
-                yield record.model_dump(mode="json")
+        """Yields records of earlier attempts that the service lacks.
+
+        No checkpoint has those of steps that an attempt does not repeat, as it continues
+        from copies. Others are in checkpoints that retention deletes after this one.
+        """
+        for record in self._ports.outbox.unstored_before(self._plan.source):
+            yield record.model_dump(mode="json")
 
     def _take_result(
         self, retry_for_s: float

@@ -30,9 +30,6 @@ class AttemptPlan:
     manifest: dict[str, Any]
     last_commit: int
     """Step from which the attempt started."""
-    earlier_source: str | None = None
-    """Source of rank 0's records in the attempt from whose copies this one continues, so
-    that it does not repeat the steps after the last commit."""
     checkpoint_requests: int = 0
     """Number of checkpoint requests that were passed on to the ranks before."""
     diagnosis_requests: int = 0

@@ -199,10 +199,21 @@ class Outbox:
         with self._changed:
             return self._source(source).stored
 
-    def unstored(self, source: str) -> list[Record]:
-        """Returns the records of a source that the service has not stored, in order."""
+    def unstored_before(self, source: str) -> list[Record]:
+        """Returns what the service may lack of the ranks' records before this source's.
+
+        In order within each of their sources.
+        """
+        records: list[Record] = []
         with self._changed:
-            return list(self._source(source).pending)
+            for name, queue in self._sources.items():
+                if name not in (DRIVER, source):
+                    records += queue.pending
+            # Until the service has answered which of these it has stored.
+            for name, lines in self._from_checkpoints.items():
+                if name != source:
+                    records += [Record.model_validate_json(line.text) for line in lines]
+        return records
 
     def last(self, source: str) -> int:
         """Returns the highest number of a source that is stored or pending."""

@@ -62,6 +62,21 @@ def test_a_product_of_fp32_is_the_exact_one_by_either_library(
     torch.testing.assert_close(measured.double(), exact, rtol=1e-6, atol=1e-5)
 
 
+@pytest.mark.parametrize("library", ["torch", "onednn", "fp32"])
+def test_a_product_is_put_into_rows_of_a_larger_one(library: Library) -> None:
+    x, w, g = operands()
+    if library == "onednn":
+        x, w, g = x.float(), w.float(), g.float()
+    for product, rows in ((matmul.forward_product, x), (matmul.input_grad_product, g)):
+        expected = product(rows, w, library)
+        larger = torch.zeros(3 * len(rows), expected.shape[1], dtype=rows.dtype)
+        out = larger.chunk(3)[1]
+        assert product(rows, w, library, out) is out
+        assert torch.equal(larger.chunk(3)[1], expected)
+        assert not larger.chunk(3)[0].any()
+        assert not larger.chunk(3)[2].any()
+
+
 @pytest.mark.parametrize("fresh", [True, False])
 @pytest.mark.parametrize(
     ("dtype", "library", "rtol"),

@@ -102,6 +102,24 @@ def test_gathers_in_the_forward_pass_take_time_only_where_they_are_longer() -> N
     assert overlapped.step_s - overlapped.update_s == plain.step_s - plain.update_s
 
 
+def test_tokens_that_are_sent_during_products_take_time_only_where_they_are_longer() -> (
+    None
+):
+    layout = {"tp": 8, "dp": 8}
+    overlap = {"tp_comm_overlap": True}
+    for hardware in ("H100", "CPU"):
+        plain = plan("llama3-8b", layout, batch=64, hardware=hardware)
+        overlapped = plan("llama3-8b", layout | overlap, batch=64, hardware=hardware)
+        assert overlapped.communication_s < 0.45 * plain.communication_s
+        for part in ("products_s", "attention_s", "memory_s", "update_s"):
+            assert getattr(overlapped, part) == getattr(plain, part)
+    # Between nodes products are shorter than the transfers.
+    far = {"tp": 32, "dp": 8}
+    plain = plan("llama3-405b", far, batch=64)
+    overlapped = plan("llama3-405b", far | overlap, batch=64)
+    assert overlapped.communication_s > 0.5 * plain.communication_s
+
+
 def test_interleaving_makes_405b_quicker_than_1f1b() -> None:
     plain, interleaved = (
         plan(

@@ -35,6 +35,12 @@ def test_a_good_config_has_no_problem() -> None:
     )
 
 
+@pytest.mark.parametrize("tp", [1, 2])
+def test_overlapped_tokens_are_legal_and_have_no_effect_on_one_rank(tp: int) -> None:
+    parallel = {"tp": tp, "sequence_parallel": tp > 1, "tp_comm_overlap": True}
+    assert check.find_problems(config(parallel=parallel), tp) == []
+
+
 @pytest.mark.parametrize(
     ("groups", "world", "pointer", "words"),
     [
@@ -102,6 +108,13 @@ def test_a_good_config_has_no_problem() -> None:
             "/parallel/overlap_param_gather",
             "overlap_param_gather needs zero=1, not 0, which gathers no weights after an "
             "update; leave it out, or use zero=1",
+        ),
+        (
+            {"parallel": {"tp": 2, "tp_comm_overlap": True}},
+            None,
+            "/parallel/tp_comm_overlap",
+            "tp_comm_overlap sends the tokens that sequence_parallel splits over tp=2, and "
+            "sequence_parallel is false; set it to true, or leave tp_comm_overlap out",
         ),
         (
             {"parallel": {"zero": 3, "dp": 4, "zero_replicas": 3}},

@@ -149,6 +149,16 @@ def test_good_sizes_are_legal(recipe: str, model: dict[str, Any], tp: int) -> No
         ),
         (
             {
+                "parallel": {"tp": 2, "sequence_parallel": True, "tp_comm_overlap": True},
+                "training": fp8("current"),
+            },
+            "/parallel/tp_comm_overlap",
+            "tp_comm_overlap multiplies the tokens of each of tp=2 ranks by themselves, and "
+            "fp8.recipe=current quantizes all of them at once; leave tp_comm_overlap or fp8 "
+            "out",
+        ),
+        (
+            {
                 "model": {"moe": EXPERTS | {"ffn_hidden_size": 200}},
                 "training": fp8("current"),
             },

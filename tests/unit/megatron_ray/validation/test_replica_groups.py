@@ -43,6 +43,12 @@ def in_groups(**fields: Any) -> dict[str, Any]:
     return {"parallel": {"dp": 4, "local_sgd": {**GROUPS, **fields}}}
 
 
+def job(**fields: Any) -> dict[str, Any]:
+    """The groups as jobs of their own."""
+    meeting = {"path": "/shared/meeting", "group": 1, **fields}
+    return in_groups(rendezvous=meeting)
+
+
 OR_NONE = ", or leave parallel.local_sgd out"
 
 
@@ -141,6 +147,28 @@ OR_NONE = ", or leave parallel.local_sgd out"
             "unigram counts the tokens of all replicas, and groups take other steps; leave "
             f"it out{OR_NONE}",
         ),
+        (
+            job(group=2),
+            "/parallel/local_sgd/rendezvous/group",
+            "group=2 is not below groups=2: groups are numbered from 0; use one of 0 to 1",
+        ),
+        (
+            job(path="redis://host/meeting"),
+            "/parallel/local_sgd/rendezvous/path",
+            "the scheme 'redis' is not supported; use a path or one of file://, s3://, "
+            "gs://, gcs://",
+        ),
+        (
+            {"parallel": {**job()["parallel"], "dp": "auto"}},
+            "/parallel/dp",
+            "dp=auto may give each job another number of replicas, and all need the same; "
+            "set it to a number",
+        ),
+        (
+            {**job(), "training": {"steps": None, "epochs": 1.5}},
+            "/training",
+            "a job knows the samples of its own group only; set training.steps",
+        ),
     ],
 )
 def test_each_exclusion_has_one_problem(
@@ -159,6 +187,16 @@ def test_installed_callbacks_are_refused(monkeypatch: pytest.MonkeyPatch) -> Non
     assert problem.detail == (
         f"installed callbacks expect replicas with equal weights; leave them out{OR_NONE}"
     )
+
+
+def test_groups_that_are_jobs_need_not_divide_dp() -> None:
+    fields = job()
+    fields["parallel"]["dp"] = 1
+    settings = config(**fields)
+    assert check.find_problems(settings) == []
+    parallel = settings.parallel
+    assert (parallel.replica_groups, parallel.sync_groups) == (1, 2)
+    assert (parallel.jobs, parallel.job_index) == (2, 1)
 
 
 def test_groups_that_only_meet_at_the_end_are_said() -> None:

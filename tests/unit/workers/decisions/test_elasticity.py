@@ -60,6 +60,20 @@ def test_possible_sizes_divide_every_batch_of_a_ramp_up() -> None:
     )
 
 
+def test_jobs_that_synchronize_have_one_size() -> None:
+    spec = spec_of()
+    fields = spec.parallel.model_dump(exclude_unset=True)
+    meeting = {"path": "/shared/meeting", "group": 0}
+    fields["local_sgd"] = {"groups": 2, "sync_every": 8, "rendezvous": meeting}
+    parallel = type(spec.parallel).model_validate(fields)
+    (problem,) = elasticity.elastic_problems(spec.model_copy(update={"parallel": parallel}))
+    assert problem.pointer == "/elastic"
+    assert problem.detail == (
+        "the other jobs of parallel.local_sgd.rendezvous need as many replicas as this one; "
+        "leave elastic out: the others go on when this job is lost"
+    )
+
+
 @pytest.mark.parametrize(
     ("ranks", "has_room", "waited_s", "dp"),
     [

@@ -147,6 +147,26 @@ def test_records_in_checkpoints_are_sent_before_those_of_the_ranks(
     outbox.close()
 
 
+def test_what_the_service_lacks_of_earlier_attempts_is_known_before_it_is_back(
+    tmp_path: Path, service: FakeService
+) -> None:
+    service.records[(JOB, "a1/r0")] = [{"n": 1, "kind": "step", "data": {"step": 1}}]
+    outbox = open_outbox(tmp_path, 2, [line(n) for n in (1, 2, 3)])
+    outbox.append("event", {"type": "t"}, 2)
+    outbox.relay("a2/r0", [line(1)])
+    outbox.relay("a3/r0", [line(1), line(2)])
+
+    def before(source: str) -> list[int]:
+        return [record.n for record in outbox.unstored_before(source)]
+
+    assert before("a3/r0") == [1, 1, 2, 3]
+    assert before("a1/r0") == [1, 1, 2]
+    attach(outbox, service)
+    assert outbox.flush(timeout_s=10)
+    assert before("a3/r0") == []
+    outbox.close()
+
+
 def test_requests_arrive_without_records(tmp_path: Path, service: FakeService) -> None:
     outbox = open_outbox(tmp_path, epoch=1)
     attach(outbox, service)

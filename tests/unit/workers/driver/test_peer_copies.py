@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from megatron_ray.checkpoint.directory import list_checkpoints
 from megatron_ray.checkpoint.resume_point import choose_resume_point
 from tests.support.fake_cluster import (
     JOB_ID,
@@ -118,6 +119,21 @@ def test_reports_that_no_attempt_repeats_are_in_the_next_checkpoint(
     assert [line.n for line in records["a1/r0"]] == [*range(1, 7), 8]
     steps = [line.value()["data"]["step"] for line in records["a2/r0"]]
     assert steps == [9, 10, 11, 12]
+
+
+def test_reports_that_the_service_lacks_outlive_the_checkpoint_that_has_them(
+    tmp_path: Path,
+) -> None:
+    """Retention deletes it while the service is away, and the driver may die then."""
+    job = Job(tmp_path, copy_every=100, save_every=3, dies=(1, 5))
+    data = {"step": 2, "loss": 0.5}
+    record = Record(n=2, at=0.0, kind="step", attempt=1, data=data)
+    job.control_plane.unstored["a1/r0"] = [record]
+    job.run()
+    assert job.begins() == ["from step 0", "from checkpoint step 3"]
+    infos = list_checkpoints(str(tmp_path))
+    assert [(info.step, info.attempt) for info in infos] == [(9, 2), (12, 2)]
+    assert [line.n for line in contained_records(str(tmp_path))["a1/r0"]] == [2]
 
 
 def test_a_driver_that_dies_anywhere_asks_the_processes_again(tmp_path: Path) -> None:

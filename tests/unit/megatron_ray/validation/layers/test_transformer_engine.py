@@ -57,6 +57,12 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
         "use zero=1, or set model.spec to local",
     ),
     (
+        {"parallel": {"tp": 2, "sequence_parallel": True, "tp_comm_overlap": True}},
+        "/parallel/tp_comm_overlap",
+        "tp_comm_overlap with tp=2 cuts products of spec=local, and spec=transformer_engine "
+        "multiplies and sends inside of the library; leave it out, or set model.spec to local",
+    ),
+    (
         {"parallel": {"pp": 2, "schedule": "zb-h1"}},
         "/parallel/schedule",
         "schedule=zb-h1 computes gradients of weights after those of activations, and "

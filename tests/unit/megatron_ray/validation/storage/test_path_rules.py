@@ -43,6 +43,16 @@ FIELDS: dict[str, dict[str, Any]] = {
         "data": {**BASE["data"], "tokenizer": {"kind": "file", "path": None}}
     },
     "/checkpoint/start_from": {"checkpoint": {"start_from": None}},
+    "/parallel/local_sgd/rendezvous/path": {
+        "parallel": {
+            "dp": 1,
+            "local_sgd": {
+                "groups": 2,
+                "sync_every": 1,
+                "rendezvous": {"path": None, "group": 0},
+            },
+        }
+    },
 }
 MALFORMED = [
     f"s3://KEY:{SECRET}@bucket/x",
@@ -152,6 +162,7 @@ def test_no_field_that_is_a_path_is_left_out() -> None:
         "DataSource.path",
         "TokenizerConfig.path",
         "CheckpointConfig.start_from",
+        "RendezvousConfig.path",
     }
     assert paths_of(JobSpec) == judged, (
         "name the new one in validation/storage/path_rules.py"

@@ -13,6 +13,7 @@ __all__ = [
     "PrefixStore",
     "Store",
     "TCPStore",
+    "connected_store",
     "environment_store",
     "serve_store",
 ]
@@ -24,6 +25,11 @@ def serve_store(address: str) -> TCPStore:
     `address` is one of this node, IPv4 or IPv6. The kernel chooses the port.
     """
     return TCPStore(address, 0, is_master=True, wait_for_workers=False)
+
+
+def connected_store(host: str, port: int, timeout: timedelta) -> TCPStore:
+    """Returns the store that another process serves. Raises RuntimeError."""
+    return TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timeout)
 
 
 def environment_store(rank: int, world_size: int, timeout: timedelta) -> Store:
