@@ -11,7 +11,7 @@ from megatron_ray.checkpoint.directory import CheckpointError
 from megatron_ray.checkpoint.train_state import model_values, read_train_state
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.validation.initial_weights import with_latent_eps_of
-from megatron_ray.validation.resume import (
+from megatron_ray.validation.resume.comparison import (
     CorpusSize,
     ResumeComparison,
     compare,

@@ -53,9 +53,8 @@ class CheckpointConfig(Config):
     micro_batch_size, recompute, compile, deterministic, eval_every_steps, eval_samples,
     skip_steps, max_skipped_steps, max_consecutive_skipped_steps, rules, max_rollbacks,
     inject_faults, check_replicas_every_steps, loss_scale, grad_reduce_in_fp32,
-    max_duration_s, exit_every_steps and profile; of `optimizer` store_param_remainders
-    and offload.
-    Default: nothing else may change."""
+    fp8.param_gather, max_duration_s, exit_every_steps and profile; of `optimizer`
+    store_param_remainders and offload. Default: nothing else may change."""
 
 
 class StorageConfig(Config):

@@ -207,6 +207,11 @@ class Fp8Config(Config):
     amax_algorithm: Literal["most_recent", "max"] = "most_recent"
     """`delayed` only: the step that a scale is made from, the last one or, of those
     that are kept, the one with the largest value."""
+    param_gather: bool = False
+    """`current` with parallel.zero=3: whether weights that are multiplied in FP8 are
+    quantized before they are gathered instead of before each product. They are sent, and
+    kept by the ranks that gather them, as numbers of one byte, half of bf16. No number
+    changes."""
     first_layers_in_bf16: int = Field(default=0, ge=0, le=1024)
     """Number of layers at the start of the model that multiply in bf16."""
     last_layers_in_bf16: int = Field(default=0, ge=0, le=1024)
@@ -388,6 +393,11 @@ class TrainingConfig(Config):
         if self.precision != "fp16":
             return None
         return self.loss_scale or LossScaleConfig()
+
+    @property
+    def gathers_in_fp8(self) -> bool:
+        """Whether ZeRO-3 gathers weights that are multiplied in FP8 as such."""
+        return self.fp8 is not None and self.fp8.param_gather
 
     @property
     def checks_own_gradients(self) -> bool:

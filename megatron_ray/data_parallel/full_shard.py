@@ -8,7 +8,7 @@ parameter table determines the rows of each rank. DTensor is used only here. Mus
 know: the optimizer's arithmetic, scaling.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_ray.data_parallel.buffers import FlatBuffers, replace_parameters
+from megatron_ray.data_parallel.fp8_shards import Fp8Shard
 from megatron_ray.distributed.collectives import Group
 from megatron_ray.ops.weight_grad import GradSlot
 
@@ -43,7 +44,8 @@ class FullShard:
 
     `model` is on device meta, in fp32, and is the last module of `parts`, where inner
     modules come before outer ones. `dtype` is the type of gathered weights, `grad_dtype`
-    that in which gradients are reduced.
+    that in which gradients are reduced. The weights `in_fp8` are gathered in FP8: their
+    shards must be attached as `Fp8Shard`.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class FullShard:
         parts: Sequence[Shards],
         dtype: torch.dtype,
         grad_dtype: torch.dtype,
+        in_fp8: Collection[str] = (),
     ) -> None:
         from torch.distributed.fsdp import (
             FSDPModule,
@@ -63,6 +66,8 @@ class FullShard:
         policy = MixedPrecisionPolicy(
             param_dtype=dtype, reduce_dtype=grad_dtype, cast_forward_inputs=False
         )
+        # torch looks at the type of a parameter before and after sharding.
+        _mark_in_fp8(model, in_fp8)
         for part in parts:
             if not part.modules:
                 continue
@@ -76,7 +81,7 @@ class FullShard:
         # Pipelines call `stage` instead of `forward`, which must gather as well.
         register_fsdp_forward_method(model, "stage")
         self.model = model
-        self._shards: list[tuple[nn.Parameter, Tensor]] = []
+        self._shards: dict[str, tuple[nn.Parameter, Tensor]] = {}
 
     def attach(
         self,
@@ -97,22 +102,25 @@ class FullShard:
                     f"{name}: the table has {tuple(weight.shape)} here, torch {tuple(shape)}"
                 )
             shard = nn.Parameter(_like(parameter, weight), parameter.requires_grad)
+            # A copy of the DTensor loses the type of its local tensor.
+            shard._local_tensor = weight  # type: ignore[attr-defined]
             if parameter.requires_grad:
                 # torch accumulates into existing gradients, so these use the buffer's
                 # memory.
                 gradient = _view_or_zeros(gradients, name, shape, device)
                 shard.grad = _like(parameter, gradient)
             replaced[parameter] = shard
-            self._shards.append((shard, weight))
+            self._shards[name] = (shard, weight)
         replace_parameters(self.model, replaced)
 
     @torch.no_grad()
-    def sync_model(self) -> None:
-        """Copies the flat buffers' weights to the model.
+    def sync_model(self, names: Collection[str]) -> None:
+        """Copies the flat buffers' weights with these names to the model.
 
         Needed where torch keeps a padded copy of shards that do not divide evenly.
         """
-        for parameter, weight in self._shards:
+        for name in names:
+            parameter, weight = self._shards[name]
             shard = _local_shard(parameter)
             if shard.data_ptr() != weight.data_ptr():
                 shard.copy_(weight)
@@ -136,6 +144,16 @@ class TorchReducer:
 
     def finish(self) -> None:
         """Does nothing: torch waits for reductions at the end of each backward."""
+
+
+def _mark_in_fp8(model: nn.Module, names: Collection[str]) -> None:
+    replaced = {}
+    for name, parameter in model.named_parameters():
+        replaced[parameter] = parameter
+        if name in names:
+            marked = parameter.detach().as_subclass(Fp8Shard)
+            replaced[parameter] = nn.Parameter(marked, parameter.requires_grad)
+    replace_parameters(model, replaced)
 
 
 def _device_mesh(part: Shards) -> "DeviceMesh":

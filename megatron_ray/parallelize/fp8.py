@@ -50,6 +50,18 @@ def apply_fp8(
     return scaling
 
 
+def scales_of_gathers(module: GPT, config: Fp8Config | None) -> dict[str, int]:
+    """Returns the weights that ZeRO-3 gathers in FP8, by name -> number of their scales."""
+    scales: dict[str, int] = {}
+    if config is None or not config.param_gather:
+        return scales
+    for name, layer in _linear_layers(module, config):
+        scales[f"{name}.weight"] = 1
+        if isinstance(layer, GroupedLinear):
+            scales[f"{name}.weight"] = layer.num_experts
+    return scales
+
+
 def recipe_of(config: Fp8Config, device: DeviceKind) -> Recipe:
     """Returns how operands are quantized and multiplied on a device."""
     grad_dtype = E5M2 if config.grad_format == "e5m2" else E4M3

@@ -27,7 +27,7 @@ from megatron_ray.models.gpt import GPT
 from megatron_ray.ops.fp8.delayed import DelayedScaling
 from megatron_ray.ops.weight_grad import WeightGradSink
 from megatron_ray.parallelize.compile import apply_compile, compiled_ops
-from megatron_ray.parallelize.fp8 import apply_fp8
+from megatron_ray.parallelize.fp8 import apply_fp8, scales_of_gathers
 from megatron_ray.parallelize.parallel_layers import (
     ExpertParallelGroups,
     ParallelLayerFactory,
@@ -195,6 +195,7 @@ def parallelize(
         overlaps_gathers=parallel.overlap_param_gather,
         on_reduce=on_reduce,
         checks_gradients=training.checks_own_gradients,
+        fp8_scales=scales_of_gathers(module, training.fp8),
     )
     if is_fully_sharded:
         storage = shard_fully(module, table, mesh, options)

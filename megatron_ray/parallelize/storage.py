@@ -5,8 +5,8 @@ or as shards under torch's fully_shard (ZeRO-3). Both return a `ParameterStorage
 not know: the model's config, the order of assembly.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -23,6 +23,7 @@ from megatron_ray.data_parallel.buffers import (
     bind_parameters,
     buffer_views,
 )
+from megatron_ray.data_parallel.fp8_shards import Fp8Shards, WeightRows
 from megatron_ray.data_parallel.full_shard import FullShard, Shards, TorchReducer
 from megatron_ray.data_parallel.weight_gathers import WeightGathers, wait_in_forward
 from megatron_ray.distributed import collectives
@@ -33,7 +34,7 @@ from megatron_ray.models.moe.experts import GatedExperts, PlainExperts
 from megatron_ray.ops.weight_grad import GradSlot, WeightGradSink
 from megatron_ray.sharding.buckets import plan_buckets
 from megatron_ray.sharding.parameter_types import LocalParameter
-from megatron_ray.sharding.row_shards import shard_rows
+from megatron_ray.sharding.row_shards import row_range, shard_rows
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,8 @@ class StorageOptions:
     on_reduce: OnReduce | None = None
     checks_gradients: bool = False
     """Whether each rank's gradients are checked before they are reduced."""
+    fp8_scales: Mapping[str, int] = field(default_factory=dict)
+    """ZeRO-3: the weights that are gathered in FP8, by name -> number of their scales."""
 
 
 def place_in_buffers(
@@ -125,6 +128,7 @@ def shard_fully(
     shards = _wrap(module, mesh, options)
     groups = []
     parameters: list[LocalParameter] = []
+    weights: dict[str, Tensor] = {}
     dense, experts = _split(table)
     for part, tensors, tp_group in (
         (shards.dense, dense, mesh.tp_group),
@@ -132,26 +136,58 @@ def shard_fully(
     ):
         if not part.modules:
             continue
-        rank = collectives.rank(part.group)
-        rows = shard_rows(tensors, rank, collectives.size(part.group))
+        sharded = RowShards(tuple(tensors), part.group)
+        rows = shard_rows(
+            tensors, collectives.rank(part.group), collectives.size(part.group)
+        )
         parameters.extend(rows)
         # Buffers of shards belong to this rank only, like those of a single replica.
         plan = plan_buckets(rows, 1, options.bucket_elements)
         buffers = FlatBuffers.allocate(plan, torch.float32, mesh.device)
+        views = buffers.views(buffers.parameters)
+        fp8 = _shards_in_fp8(sharded, views, tp_group, options, mesh.device)
+        weights |= views | fp8.shards()
         groups.append(
             ParameterGroup(
                 buffers,
                 TorchReducer(buffers),
                 part.copies,
+                sync_model=partial(_sync_model, shards.model, tuple(views), fp8),
                 tp_group=tp_group,
-                rows=RowShards(tuple(tensors), part.group),
+                rows=sharded,
             )
         )
-    # One call syncs the whole model, so only the first group has the function.
-    groups[0] = replace(groups[0], sync_model=shards.model.sync_model)
-    weights = buffer_views(groups, _weights)
     shards.model.attach(weights, buffer_views(groups, _gradients), mesh.device)
     return ParameterStorage(tuple(parameters), tuple(groups), uses_slots=False)
+
+
+def _shards_in_fp8(
+    sharded: RowShards,
+    views: Mapping[str, Tensor],
+    tp_group: Group,
+    options: StorageOptions,
+    device: torch.device,
+) -> Fp8Shards:
+    """Returns the rows of weights that are gathered in FP8."""
+    shards = collectives.size(sharded.group)
+    rank = collectives.rank(sharded.group)
+    weights = {}
+    for parameter in sharded.table:
+        name = parameter.name
+        if name not in options.fp8_scales:
+            continue
+        num_rows, width = parameter.shape
+        # A rank may have none of the rows.
+        rows = views.get(name, torch.zeros(0, width, device=device))
+        start, _ = row_range(num_rows, rank, shards)
+        _, most = row_range(num_rows, 0, shards)
+        weights[name] = WeightRows(rows, start, num_rows, most, options.fp8_scales[name])
+    return Fp8Shards(weights, (sharded.group, tp_group), options.dtype, device)
+
+
+def _sync_model(model: FullShard, names: Sequence[str], fp8: Fp8Shards) -> None:
+    model.sync_model(names)
+    fp8.update_scales()
 
 
 @dataclass(frozen=True)
@@ -171,7 +207,13 @@ def _wrap(module: GPT, mesh: ParallelMesh, options: StorageOptions) -> _WrappedM
     units = [*module.layers.values(), *module.mtp.values(), module]
     dense = Shards(units, mesh.shard_group, mesh.copy_group)
     # Experts are inside blocks, so they are wrapped first.
-    model = FullShard(module, [experts, dense], options.dtype, options.grad_dtype)
+    model = FullShard(
+        module,
+        [experts, dense],
+        options.dtype,
+        options.grad_dtype,
+        in_fp8=options.fp8_scales.keys(),
+    )
     return _WrappedModel(model, dense, experts)
 
 

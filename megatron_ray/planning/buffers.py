@@ -107,6 +107,26 @@ def is_fully_sharded(config: TrainConfig, dims: ParallelDims) -> bool:
     return config.parallel.zero == 3 and dims.size("dp", "cp") > dims.zero_replicas
 
 
+def is_multiplied_in_fp8(config: TrainConfig, parameter: LocalParameter) -> bool:
+    """Returns whether a parameter is the weight of a layer that multiplies in FP8."""
+    fp8 = config.training.fp8
+    kind, index, *inner = parameter.name.split(".")
+    is_weight = parameter.parts[0].logical.is_matrix and "router" not in inner
+    if fp8 is None or kind not in ("layers", "mtp") or not is_weight:
+        return False
+    layer = int(index)
+    if kind == "mtp":
+        layer += config.model.num_layers
+    return fp8.covers(layer, config.model.num_layers)
+
+
+def gathered_width(config: TrainConfig, parameter: LocalParameter) -> int:
+    """Returns the bytes of an element of a weight that ZeRO-3 has gathered."""
+    if config.training.gathers_in_fp8 and is_multiplied_in_fp8(config, parameter):
+        return 1
+    return width_of(config)
+
+
 @dataclass(frozen=True)
 class RankBuffers:
     """The parameters of a rank and the flat buffers that they are laid out in."""

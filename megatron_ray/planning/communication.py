@@ -12,6 +12,7 @@ carried out.
 
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
+from math import prod
 
 from megatron_ray.commands import NUM_VOTES, num_marks
 from megatron_ray.config.local_sgd import LocalSGDConfig
@@ -24,7 +25,9 @@ from megatron_ray.planning.buffers import (
     PlannedMatrices,
     RankBuffers,
     distinct_buffers,
+    gathered_width,
     is_fully_sharded,
+    is_multiplied_in_fp8,
     planned_matrices,
     rank_buffers,
 )
@@ -39,6 +42,7 @@ from megatron_ray.planning.tally import Axis, Tally, group_sizes
 from megatron_ray.sharding.buckets import PlacedParameter
 from megatron_ray.sharding.matrices import tp_owners
 from megatron_ray.sharding.parameter_types import LocalParameter, Part
+from megatron_ray.sharding.row_shards import row_range
 
 _FP32 = 4
 _FP64 = 8
@@ -116,6 +120,57 @@ def update_communication(
         numbers += num_marks(dims.world_size)
     tally.add("world", "all_reduce", _FP64 * numbers)
     tally.add("sync", "all_reduce", _FP64 * numbers)
+    return tally
+
+
+def gather_communication(
+    config: TrainConfig, dims: ParallelDims, buffers: RankBuffers
+) -> Tally:
+    """Returns what a rank sends while ZeRO-3 gathers each weight once.
+
+    Those are as many rows as the rank with most of them has. How often torch gathers a
+    weight depends on the order of forward and backward passes.
+    """
+    tally = Tally(group_sizes(dims))
+    num_bytes: dict[tuple[Axis, str], int] = {}
+    for parameter in buffers.table:
+        axis: Axis = "edp" if parameter.of_expert else "shard"
+        _, most_rows = row_range(parameter.shape[0], 0, tally.sizes[axis])
+        size = most_rows * prod(parameter.shape[1:]) * gathered_width(config, parameter)
+        unit = (axis, _unit_of(parameter))
+        num_bytes[unit] = num_bytes.get(unit, 0) + size
+    for (axis, _), size in num_bytes.items():
+        tally.add(axis, "all_gather", size)
+    return tally
+
+
+def _unit_of(parameter: LocalParameter) -> str:
+    """Returns what is gathered with a parameter: its layer, or all outside of layers."""
+    kind, index, *_ = parameter.name.split(".")
+    if kind in ("layers", "mtp"):
+        return f"{kind}.{index}"
+    return "model"
+
+
+def gather_scale_communication(
+    config: TrainConfig, dims: ParallelDims, buffers: RankBuffers
+) -> Tally:
+    """Returns what a rank sends once a step for the scales of weights gathered in FP8."""
+    tally = Tally(group_sizes(dims))
+    dense = 0
+    of_experts = 0
+    for parameter in buffers.table:
+        is_multiplied = is_multiplied_in_fp8(config, parameter)
+        if not config.training.gathers_in_fp8 or not is_multiplied:
+            continue
+        if config.model.moe is not None and parameter.of_expert:
+            of_experts += config.model.moe.num_experts // dims.ep
+        else:
+            dense += 1
+    tally.add("shard", "all_reduce", _FP32 * dense)
+    tally.add("tp", "all_reduce", _FP32 * dense)
+    tally.add("edp", "all_reduce", _FP32 * of_experts)
+    tally.add("etp", "all_reduce", _FP32 * of_experts)
     return tally
 
 
@@ -316,17 +371,7 @@ def _add_delayed_scales(
     fp8 = config.training.fp8
     if fp8 is None or fp8.recipe != "delayed":
         return
-    num_layers = config.model.num_layers
-    count = 0
-    for parameter in table:
-        kind, index, *inner = parameter.name.split(".")
-        is_weight = parameter.parts[0].logical.is_matrix and "router" not in inner
-        if kind not in ("layers", "mtp") or not is_weight:
-            continue
-        layer = int(index)
-        if kind == "mtp":
-            layer += num_layers
-        count += fp8.covers(layer, num_layers)
+    count = sum(is_multiplied_in_fp8(config, parameter) for parameter in table)
     tally.add("tokens", "all_reduce", 3 * _FP32 * count)
     if dims.dp > 1:
         tally.add("dp", "all_reduce", 3 * _FP32 * count)

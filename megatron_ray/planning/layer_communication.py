@@ -221,7 +221,7 @@ class LayerCommunication(TensorParallelCommunication):
             self._mlp_forward()
         self._route(moe)
         self._dispatch_and_combine(moe)
-        self._reduce_scales("etp", 2, self._expert_products(moe))
+        self._reduce_scales("etp", 1 + self._weight, self._expert_products(moe))
 
     def _route(self, moe: MoEConfig) -> None:
         """Adds what ranks tell each other about the choice of experts."""
@@ -315,7 +315,7 @@ class LayerCommunication(TensorParallelCommunication):
             if product.runs_again:
                 self._product_forward(product)
             elif product.ends_layer:
-                self._reduce_scales("tp", 1, 2)  # as in `_recomputed_mlp`
+                self._reduce_scales("tp", 1, 1 + self._weight)  # as in `_recomputed_mlp`
         if self.model.mla is not None:
             self._gather_tokens(self.model.mla.qk_rope_head_dim)
         if not keeps_attention(self.config):
@@ -335,7 +335,7 @@ class LayerCommunication(TensorParallelCommunication):
         elif product.kind == "replicated":
             self._replicated()
         elif product.kind == "experts":
-            self._reduce_scales("etp", 2, product.num_matrices)
+            self._reduce_scales("etp", 1 + self._weight, product.num_matrices)
 
     def _recomputed_mlp(self, layer: int, *, is_last: bool) -> None:
         moe = self.model.experts_on(layer)
@@ -343,9 +343,8 @@ class LayerCommunication(TensorParallelCommunication):
             self._experts_forward(moe)
         elif is_last:
             self._column_parallel_forward(self.hidden)
-            # Without its product it has no scales yet when the backward pass begins, which
-            # then reduces that of the weight and that of the inputs.
-            self._reduce_scales("tp", 1, 2)
+            # Without its product the backward pass reduces the scales, one by one.
+            self._reduce_scales("tp", 1, 1 + self._weight)
         else:
             self._mlp_forward()
 

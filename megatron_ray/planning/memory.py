@@ -21,7 +21,12 @@ from megatron_ray.planning.activations import (
     recomputed_by_stage,
     working_head,
 )
-from megatron_ray.planning.buffers import RankBuffers, distinct_buffers, is_fully_sharded
+from megatron_ray.planning.buffers import (
+    RankBuffers,
+    distinct_buffers,
+    gathered_width,
+    is_fully_sharded,
+)
 from megatron_ray.planning.microbatch import (
     all_num_microbatches,
     grad_width_of,
@@ -203,17 +208,17 @@ def _gathered(config: TrainConfig, table: Sequence[LocalParameter]) -> int:
     ahead, the gradients of one layer, and weights and gradients outside of layers, which
     stay gathered.
     """
-    width = width_of(config)
     layers: dict[str, int] = {}
     outside = 0
     for parameter in table:
+        width = gathered_width(config, parameter)
         kind, index, *_ = parameter.name.split(".")
         if kind in ("layers", "mtp"):
-            layers[kind + index] = layers.get(kind + index, 0) + prod(parameter.shape)
+            size = prod(parameter.shape) * (2 * width + _FP32)
+            layers[kind + index] = layers.get(kind + index, 0) + size
         else:
-            outside += prod(parameter.shape)
-    largest = max(layers.values(), default=0)
-    return outside * (width + _FP32) + largest * (2 * width + _FP32)
+            outside += prod(parameter.shape) * (width + _FP32)
+    return outside + max(layers.values(), default=0)
 
 
 def _activations(

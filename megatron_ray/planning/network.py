@@ -21,6 +21,7 @@ class Network:
             "cp": dims.group_of(0, ("cp",)),
             "pp": dims.group_of(0, ("pp",)),
             "dp": dims.group_of(0, ("dp", "cp")),
+            "shard": dims.shard_levels_of(0)[0],
             "ep": dims.experts.group_of(0, ("ep",)),
             "etp": dims.experts.group_of(0, ("etp",)),
             "edp": dims.experts.group_of(0, ("edp",)),

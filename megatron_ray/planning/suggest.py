@@ -25,13 +25,8 @@ from megatron_ray.planning.hardware import Hardware
 from megatron_ray.planning.memory import RankMemory, state_memory, with_activations
 from megatron_ray.planning.microbatch import grad_width_of, num_microbatches, width_of
 from megatron_ray.planning.pipeline import bubble_share
-from megatron_ray.planning.step_time import (
-    StepTime,
-    UpdateTime,
-    precision_on,
-    step_parts,
-    step_update,
-)
+from megatron_ray.planning.step_time.estimate import StepTime, precision_on, step_parts
+from megatron_ray.planning.step_time.update import UpdateTime, step_update
 from megatron_ray.validation import check
 
 _MAX_STAGES = 64

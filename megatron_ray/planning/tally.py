@@ -9,12 +9,24 @@ from typing import Literal
 from megatron_ray.parallel_dims import ParallelDims
 
 Axis = Literal[
-    "tp", "cp", "pp", "dp", "ep", "etp", "edp", "embedding", "tokens", "world", "sync"
+    "tp",
+    "cp",
+    "pp",
+    "dp",
+    "shard",
+    "ep",
+    "etp",
+    "edp",
+    "embedding",
+    "tokens",
+    "world",
+    "sync",
 ]
-"""Process groups. `dp` are the replicas of dense parameters, dp x cp; `edp` those of an
-expert; `tokens` the ranks that share a microbatch, tp x cp; `embedding` the two stages
-with tied word embeddings; `world` all ranks that take a step together; `sync` those in the
-same place of every replica group, while all others are within one."""
+"""Process groups. `dp` are the replicas of dense parameters, dp x cp; `shard` those of them
+that share one copy under ZeRO-3; `edp` the replicas of an expert; `tokens` the ranks that
+share a microbatch, tp x cp; `embedding` the two stages with tied word embeddings; `world`
+all ranks that take a step together; `sync` those in the same place of every replica group,
+while all others are within one."""
 Kind = Literal["all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send"]
 
 
@@ -56,6 +68,7 @@ def group_sizes(dims: ParallelDims, replica_groups: int = 1) -> dict[Axis, int]:
         "cp": dims.cp,
         "pp": dims.pp,
         "dp": dims.size("dp", "cp"),
+        "shard": dims.size("dp", "cp") // dims.zero_replicas,
         "ep": dims.ep,
         "etp": dims.expert_tp,
         "edp": dims.expert_dp,

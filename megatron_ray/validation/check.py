@@ -21,7 +21,6 @@ from megatron_ray.validation import (
     schedule,
 )
 from megatron_ray.validation import model as model_rules
-from megatron_ray.validation import resume as resume_rules
 from megatron_ray.validation import training as training_rules
 from megatron_ray.validation.faults.injection import (
     injection_problems,
@@ -48,6 +47,7 @@ from megatron_ray.validation.replica_groups.rules import (
     local_sgd_warnings,
 )
 from megatron_ray.validation.resolution import expert_dp_multiple, least_dp
+from megatron_ray.validation.resume.fields import resume_changes_problems
 from megatron_ray.validation.storage.path_rules import PathRules, path_problems
 
 _RULES = (
@@ -78,7 +78,7 @@ _RULES = (
     profile_problems,
     recompute.recompute_problems,
     transformer_engine_problems,
-    resume_rules.resume_changes_problems,
+    resume_changes_problems,
 )
 """Rules in the order in which their problems are listed."""
 _STEP_WARNINGS = (

@@ -33,6 +33,7 @@ def fp8_problems(config: TrainConfig) -> list[Problem]:
         )
         problems.append(Problem(_POINTER, "fp8_precision", detail))
     problems += _field_problems(fp8)
+    problems += _gather_problems(fp8, config.parallel.zero)
     problems += _layer_problems(fp8, config.model)
     for size in _sizes(config, fp8):
         problems += size.problems(fp8)
@@ -57,6 +58,32 @@ def _field_problems(fp8: Fp8Config) -> list[Problem]:
             "e4m3 only; leave it out"
         )
         problems.append(Problem(f"{_POINTER}/format", "fp8_recipe", detail))
+    return problems
+
+
+def _gather_problems(fp8: Fp8Config, zero: int) -> list[Problem]:
+    """Returns why weights cannot be gathered in FP8."""
+    if not fp8.param_gather:
+        return []
+    pointer = f"{_POINTER}/param_gather"
+    problems = []
+    if zero != 3:
+        detail = (
+            f"param_gather needs zero=3, not {zero}, which gathers no weights before their "
+            "products; leave it out, or use zero=3"
+        )
+        problems.append(Problem(pointer, "fp8_gather", detail))
+    if fp8.recipe != "current":
+        reasons = {
+            "delayed": "looks for the largest value of whole weights in each product",
+            "blockwise": "has a scale for 128 x 128 elements, which ranks share",
+            "mxfp8": "quantizes a weight and its transpose differently",
+        }
+        detail = (
+            f"param_gather is for recipe=current: {fp8.recipe} {reasons[fp8.recipe]}; use "
+            "current, or leave param_gather out"
+        )
+        problems.append(Problem(pointer, "fp8_gather", detail))
     return problems
 
 

@@ -16,7 +16,7 @@ from megatron_ray.config.problem import Problem
 from megatron_ray.config.train_config import without_lengths
 from megatron_ray.config.training import LENGTHS
 from megatron_ray.validation import resolution
-from megatron_ray.validation.resume import compare
+from megatron_ray.validation.resume.comparison import compare
 from service.exceptions import (
     JobActiveError,
     JobEndedError,

@@ -15,7 +15,7 @@ from typing import Any
 
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.planning.hardware import HARDWARE, Efficiency
-from megatron_ray.planning.step_time import StepParts, step_parts
+from megatron_ray.planning.step_time.estimate import StepParts, step_parts
 from megatron_ray.validation import check
 
 FILE = Path(__file__).with_name("published_runs.json")

@@ -1,8 +1,9 @@
 """Computes the products of a linear layer in FP8, by a recipe.
 
 Operands are quantized right before each product, and a layer keeps them in their own
-type, so that nothing else of it depends on the recipe. Must not know: layers, the
-number of layers, when scales change.
+type, so that nothing else of it depends on the recipe. A weight that ZeRO-3 has gathered
+in FP8 is one already (`Fp8Weight`). Must not know: layers, the number of layers, when
+scales change.
 
 A tensor of which each rank of a group has a part has one scale: its largest value is
 reduced over the group. Blocks need no reduction, because parts begin at blocks
@@ -29,6 +30,7 @@ from megatron_ray.ops.fp8.quantize import (
     scale_for,
 )
 from megatron_ray.ops.fp8.recipe import Recipe, Role
+from megatron_ray.ops.fp8.weights import Fp8Weight
 from megatron_ray.ops.matmul import Counts, concatenate, split_by_expert
 
 Scale = tuple[Tensor, Tensor]
@@ -131,6 +133,8 @@ class Fp8Products:
     def _quantize(
         self, role: Role, tensor: Tensor, *, transposed: bool = False
     ) -> Quantized:
+        if isinstance(tensor, Fp8Weight):
+            return tensor.quantized(transposed=transposed)
         recipe = self.multiplication.recipe
         matrix = tensor.t() if transposed else tensor
         dtype = recipe.dtype_of(role)
@@ -144,7 +148,9 @@ class Fp8Products:
         recipe = self.multiplication.recipe
         amaxes: dict[Role, Tensor] = {}
         for role, tensor in operands.items():
-            if role not in self._scales and recipe.block_of(role) is None:
+            if role in self._scales or isinstance(tensor, Fp8Weight):
+                continue
+            if recipe.block_of(role) is None:
                 amaxes[role] = amax_of(tensor)
         scales = self.multiplication.scales
         if scales is None:

@@ -16,7 +16,7 @@ from megatron_ray.planning.hardware import GPU, Hardware
 from megatron_ray.planning.memory import RankMemory, fullest_rank, peer_copies_bytes
 from megatron_ray.planning.microbatch import num_microbatches
 from megatron_ray.planning.pipeline import bubble_share
-from megatron_ray.planning.step_time import StepTime, step_time
+from megatron_ray.planning.step_time.estimate import StepTime, step_time
 from megatron_ray.planning.suggest import Suggestion, degrees, nearest
 from megatron_ray.planning.tally import Tally
 from megatron_ray.validation import resolution

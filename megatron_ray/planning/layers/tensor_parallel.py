@@ -34,9 +34,10 @@ class TensorParallelCommunication:
             self.parallel.pp > 1 and self.parallel.schedule.startswith("zb")
         )
         self._reduces_scales = False
+        # Weights that are gathered in FP8 come with their scales.
+        self._weight = int(tally.sizes["shard"] == 1 or not config.training.gathers_in_fp8)
 
-    # ---- FP8 with a scale for each tensor: the largest value of a tensor of which each rank
-    # has a part, fp32
+    # ---- FP8 with a scale for each tensor: the largest values of all its parts, fp32
 
     def has_scales(self, layer: int) -> bool:
         """Returns whether the products of a layer reduce the scales of tensors."""
@@ -103,7 +104,7 @@ class TensorParallelCommunication:
 
     def _column_parallel_forward(self, features: int) -> None:
         self._gather_and_multiply(features)
-        self._reduce_scales("tp", 1)  # the weight
+        self._reduce_scales("tp", self._weight)
 
     def _column_parallel_backward(self, features: int) -> None:
         # Gathered inputs are not kept: the weight gradient gathers them again.
@@ -116,7 +117,7 @@ class TensorParallelCommunication:
             self._sum_over_tp(features)
 
     def _row_parallel_forward(self) -> None:
-        self._reduce_scales("tp", 2)  # inputs and weight
+        self._reduce_scales("tp", 1 + self._weight)  # inputs and weight
         self._multiply_and_sum(self.hidden)
 
     def _row_parallel_backward(self) -> None:

@@ -8,7 +8,7 @@ from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.planning.answers.bodies import plan_body
 from megatron_ray.planning.hardware import GPU, HARDWARE
 from megatron_ray.planning.memory import fullest_rank
-from megatron_ray.planning.step_time import step_time
+from megatron_ray.planning.step_time.estimate import step_time
 
 
 def config(precision: str, **optimizer: Any) -> TrainConfig:

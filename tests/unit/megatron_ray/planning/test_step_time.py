@@ -11,7 +11,7 @@ from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.pipeline_parallel.schedules.plan import plan_pipeline
 from megatron_ray.planning.flops import matmul_parameters
 from megatron_ray.planning.hardware import HARDWARE, hardware_named
-from megatron_ray.planning.step_time import StepTime, step_time
+from megatron_ray.planning.step_time.estimate import StepTime, step_time
 from megatron_ray.planning.work import stage_work
 from megatron_ray.sharding.parameters import logical_parameters
 from megatron_ray.validation import check

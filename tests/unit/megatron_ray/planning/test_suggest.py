@@ -10,7 +10,7 @@ from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.config.training import RecomputeConfig
 from megatron_ray.planning.hardware import HARDWARE
 from megatron_ray.planning.memory import fullest_rank
-from megatron_ray.planning.step_time import step_time
+from megatron_ray.planning.step_time.estimate import step_time
 from megatron_ray.planning.suggest import nearest, suggest
 from megatron_ray.validation import check, resolution
 

@@ -88,6 +88,28 @@ def test_good_sizes_are_legal(recipe: str, model: dict[str, Any], tp: int) -> No
             "amax_algorithm=max is for recipe=delayed",
         ),
         (
+            {"training": fp8("current", param_gather=True)},
+            "/training/fp8/param_gather",
+            "param_gather needs zero=3, not 1, which gathers no weights before their "
+            "products; leave it out, or use zero=3",
+        ),
+        (
+            {"training": fp8("delayed", param_gather=True), "parallel": {"zero": 3}},
+            "/training/fp8/param_gather",
+            "param_gather is for recipe=current: delayed looks for the largest value of whole "
+            "weights in each product; use current, or leave param_gather out",
+        ),
+        (
+            {"training": fp8("blockwise", param_gather=True), "parallel": {"zero": 3}},
+            "/training/fp8/param_gather",
+            "blockwise has a scale for 128 x 128 elements, which ranks share; use current",
+        ),
+        (
+            {"training": fp8("mxfp8", param_gather=True), "parallel": {"zero": 3}},
+            "/training/fp8/param_gather",
+            "mxfp8 quantizes a weight and its transpose differently; use current",
+        ),
+        (
             {"training": fp8("blockwise", format="hybrid")},
             "/training/fp8/format",
             "the kernels of blockwise multiply e4m3 only; leave it out",
@@ -160,6 +182,12 @@ def test_a_refusal_names_field_numbers_and_remedy(
     (problem,) = check.find_problems(config(**groups))
     assert problem.pointer == pointer
     assert words in problem.detail
+
+
+def test_weights_are_gathered_in_fp8_under_zero3() -> None:
+    parallel = {"zero": 3, "dp": 2, "tp": 2}
+    training = fp8("current", param_gather=True)
+    assert not check.find_problems(config(parallel=parallel, training=training))
 
 
 def test_layers_at_the_ends_stay_in_bf16() -> None:

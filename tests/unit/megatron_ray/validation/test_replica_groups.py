@@ -6,7 +6,7 @@ import pytest
 
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.validation import check, resolution
-from megatron_ray.validation.resume import compare
+from megatron_ray.validation.resume.comparison import compare
 
 GROUPS = {"groups": 2, "sync_every": 8}
 MOE = {"num_experts": 4, "top_k": 2, "ffn_hidden_size": 48}

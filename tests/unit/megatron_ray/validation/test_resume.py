@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 
 from megatron_ray.config.train_config import TrainConfig
-from megatron_ray.validation import resume
 from megatron_ray.validation.check import find_problems
+from megatron_ray.validation.resume import comparison, fields
 
 SAVED: dict[str, Any] = {
     "model": {"preset": "gpt-tiny"},
@@ -27,9 +27,9 @@ def config(**changes: Any) -> TrainConfig:
 
 def compare(
     new: dict[str, Any], old: dict[str, Any] | None = None
-) -> resume.ResumeComparison:
+) -> comparison.ResumeComparison:
     origin = "the checkpoint /c/step-20 was made with"
-    return resume.compare(config(**new), config(**(old or {})), origin)
+    return comparison.compare(config(**new), config(**(old or {})), origin)
 
 
 def pointers(new: dict[str, Any], old: dict[str, Any] | None = None) -> list[str]:
@@ -60,8 +60,8 @@ FREE: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("changes", FREE)
 def test_how_a_run_is_executed_may_change(changes: dict[str, Any]) -> None:
-    comparison = compare(changes)
-    assert comparison == resume.ResumeComparison((), (), ())
+    result = compare(changes)
+    assert result == comparison.ResumeComparison((), (), ())
 
 
 GUARDED: list[tuple[dict[str, Any], str]] = [
@@ -107,9 +107,9 @@ def test_what_changes_the_run_is_refused_unless_it_is_named(
         named = {**changes, "checkpoint__resume_changes": [name]}
         if name != "model":
             assert find_problems(config(**named)) == []
-        comparison = compare(named)
-        assert comparison.problems == ()
-        (line,) = comparison.accepted
+        result = compare(named)
+        assert result.problems == ()
+        (line,) = result.accepted
         assert line.startswith(f"{field} is ")
     assert pointers({**changes, "checkpoint__resume_changes": ["optimizer.eps"]})
 
@@ -231,14 +231,14 @@ def test_names_of_fields_that_do_not_exist_or_cannot_change_are_refused() -> Non
 
 
 def test_every_field_that_the_tables_name_exists() -> None:
-    known = set(resume._field_names(TrainConfig, ""))
-    tables = (*resume.FREE_ON_RESUME, *resume.FIXED_ON_RESUME, *resume._CHANGEABLE_OF_MODEL)
+    known = set(fields._field_names(TrainConfig, ""))
+    tables = (*fields.FREE_ON_RESUME, *fields.FIXED_ON_RESUME, *fields.CHANGEABLE_OF_MODEL)
     assert set(tables) <= known
     # The field's own documentation lists what is free.
     description = TrainConfig.model_fields["checkpoint"].annotation
     assert description is not None
     text = description.model_fields["resume_changes"].description
-    for name in resume.FREE_ON_RESUME:
+    for name in fields.FREE_ON_RESUME:
         section, _, leaf = name.partition(".")
         if section != "model":
             assert (leaf or section) in text

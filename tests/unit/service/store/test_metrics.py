@@ -3,7 +3,7 @@
 import dataclasses
 
 from megatron_ray.planning.memory import RankMemory
-from megatron_ray.planning.step_time import StepTime
+from megatron_ray.planning.step_time.estimate import StepTime
 from megatron_ray.reports import StepReport
 from service.api.plans.bodies import PlanMemory, PlanTime
 from service.store.metrics import KEYS

@@ -7,7 +7,7 @@ import pytest
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.validation import check
 from megatron_ray.validation.initial_weights import contradictions
-from megatron_ray.validation.resume import compare
+from megatron_ray.validation.resume.comparison import compare
 
 
 def config(spec: str = "transformer_engine", **groups: dict[str, Any]) -> TrainConfig:
