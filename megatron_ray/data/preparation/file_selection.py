@@ -116,13 +116,19 @@ def select_files(
     for reason, left_out in _left_out(groups, chosen, role):
         if left_out:
             notes.append(f"{path}: {named_files(left_out, root)} {reason}")
-    # Shells leave these out of patterns, and programs keep copies of files in such folders.
-    hidden = [file for file in chosen if "/." in f"/{_relative_name(file, root)}"]
-    if hidden:
-        notes.append(
-            f"{path}: {named_files(hidden, root)} with names that begin with .: read"
-        )
+    notes += _hidden_notes(path, root, chosen)
     return Selection(chosen, _without(groups.validation, chosen), notes)
+
+
+def _hidden_notes(path: str, root: str, chosen: Sequence[FileStat]) -> list[str]:
+    """Returns a sentence about chosen files that a user may not expect to be read.
+
+    Shells leave them out of patterns, and programs keep copies of files in such folders.
+    """
+    hidden = [file for file in chosen if "/." in f"/{_relative_name(file, root)}"]
+    if not hidden:
+        return []
+    return [f"{path}: {named_files(hidden, root)} with names that begin with .: read"]
 
 
 def split_of(name: str) -> Split | None:

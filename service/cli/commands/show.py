@@ -69,8 +69,6 @@ def _print_job(client: Client, job: Json) -> None:
     problems = client.events(
         job_id, levels="warn,error", newest_first=True, limit=_NUM_PROBLEM_EVENTS
     )
-    problem_events = problems["data"]
-    out = console()
     _print_heading(job)
     fields = {
         **_state(job),
@@ -82,20 +80,25 @@ def _print_job(client: Client, job: Json) -> None:
     }
     for label, value in fields.items():
         if value:
-            out.print(f"  {label:16} {escape(value)}")
+            console().print(f"  {label:16} {escape(value)}")
     for error in nested(job, "problem.errors") or ():
         pointer = escape(str(error.get("pointer")))
-        out.print(f"  [red]{pointer}[/red] {escape(str(error.get('detail')))}")
-    if problem_events:
-        out.print("[bold]newest warnings and errors[/bold]")
-        # Fetched newest first to get the latest events; printed oldest first.
-        page = {"data": problem_events[::-1]}
-        print_page(page, False, EVENT_COLUMNS, empty="", style=event_style)
-        if problems["has_more"]:
-            print_note(
-                f"{len(problem_events)} of {problems['total']}; show all with `megatron-ray "
-                f"events {job_id} --level warn,error`"
-            )
+        console().print(f"  [red]{pointer}[/red] {escape(str(error.get('detail')))}")
+    if problems["data"]:
+        _print_problems(job_id, problems)
+
+
+def _print_problems(job_id: str, problems: Json) -> None:
+    """Prints a page of a job's warnings and errors, fetched newest first, oldest first."""
+    events = problems["data"]
+    console().print("[bold]newest warnings and errors[/bold]")
+    page = {"data": events[::-1]}
+    print_page(page, False, EVENT_COLUMNS, empty="", style=event_style)
+    if problems["has_more"]:
+        print_note(
+            f"{len(events)} of {problems['total']}; show all with `megatron-ray events "
+            f"{job_id} --level warn,error`"
+        )
 
 
 def _print_heading(job: Json) -> None:

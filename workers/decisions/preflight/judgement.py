@@ -32,6 +32,8 @@ _PART_OF_GPU = "MIG"
 """In the name of a device whose figures are not published."""
 Reasons = dict[str, list[str]]
 """Why nodes are bad, by node id."""
+Pair = tuple[str, str]
+"""Ids of two nodes."""
 
 
 @dataclass(frozen=True)
@@ -196,31 +198,13 @@ def _compare_links(
     reasons: Reasons,
 ) -> tuple[tuple[LinkSpeed, ...], list[str]]:
     """Returns the links, and sentences about slow ones that no node explains."""
-    rates: dict[tuple[str, str], float] = {}
-    of_node: dict[str, list[tuple[str, str]]] = {}
-    for rank, own in speeds.items():
-        for peer, rate in own.links.items():
-            pair = nodes.pair(rank, peer)
-            if pair not in rates:
-                for node_id in pair:
-                    of_node.setdefault(node_id, []).append(pair)
-            rates[pair] = min(rate, rates.get(pair, rate))
+    rates = _link_rates(nodes, speeds)
+    of_node = _pairs_by_node(rates)
     # The links of a slow node are slow too, so the median of all may be one of them.
-    best = []
-    for pairs in of_node.values():
-        best.append(max(map(rates.__getitem__, pairs)))
+    best = [max(map(rates.__getitem__, pairs)) for pairs in of_node.values()]
     median = median_high(best or [0.0])
-    slow = {pair for pair, rate in rates.items() if rate < limits.min_ratio * median}
-    for node_id, pairs in of_node.items():
-        own_slow = slow.intersection(pairs)
-        # One of two slow links may be that of another bad node.
-        if len(pairs) > 1 and 2 * len(own_slow) > len(pairs):
-            fastest = max(map(rates.__getitem__, own_slow))
-            reason = (
-                f"{len(own_slow)} of its {len(pairs)} links {rate_text(fastest)} or less, "
-                f"median of its peers {rate_text(median)}"
-            )
-            reasons.setdefault(node_id, []).append(reason)
+    slow = {pair: rate for pair, rate in rates.items() if rate < limits.min_ratio * median}
+    _blame_for_links(of_node, slow, median, reasons)
     links = []
     warnings = []
     for pair, rate in rates.items():
@@ -232,6 +216,44 @@ def _compare_links(
                 f"{rate_text(median)}"
             )
     return tuple(links), warnings
+
+
+def _link_rates(
+    nodes: MeasuredNodes, speeds: Mapping[int, RankSpeeds]
+) -> dict[Pair, float]:
+    """Returns the lowest rate that any two ranks have measured between two nodes."""
+    rates: dict[Pair, float] = {}
+    for rank, own in speeds.items():
+        for peer, rate in own.links.items():
+            pair = nodes.pair(rank, peer)
+            rates[pair] = min(rate, rates.get(pair, rate))
+    return rates
+
+
+def _pairs_by_node(pairs: Iterable[Pair]) -> dict[str, list[Pair]]:
+    of_node: dict[str, list[Pair]] = {}
+    for pair in pairs:
+        for node_id in pair:
+            of_node.setdefault(node_id, []).append(pair)
+    return of_node
+
+
+def _blame_for_links(
+    of_node: Mapping[str, Sequence[Pair]],
+    slow: Mapping[Pair, float],
+    median: float,
+    reasons: Reasons,
+) -> None:
+    """Adds a reason for each node most of whose links are slow."""
+    for node_id, pairs in of_node.items():
+        own_slow = [slow[pair] for pair in pairs if pair in slow]
+        # One of two slow links may be that of another bad node.
+        if len(pairs) > 1 and 2 * len(own_slow) > len(pairs):
+            reason = (
+                f"{len(own_slow)} of its {len(pairs)} links {rate_text(max(own_slow))} or "
+                f"less, median of its peers {rate_text(median)}"
+            )
+            reasons.setdefault(node_id, []).append(reason)
 
 
 # ---- the verdict
