@@ -21,7 +21,7 @@ from megatron_ray.parallel_dims import ParallelDims
 from megatron_ray.reports import EvalReport, Report, StepReport
 from megatron_ray.training.reporting.step_reporter import NonFiniteLossError
 from megatron_ray.training.session import TrainingSession
-from tests.support.corpus_files import write_prepared
+from tests.support.corpus_files import prepare_squares, write_prepared
 
 pytestmark = pytest.mark.parallel
 Run = Callable[..., list[Any]]
@@ -123,10 +123,7 @@ def goes_on_here_and_elsewhere(
 
 @pytest.fixture
 def corpus(tmp_path: Path) -> PreparedData:
-    (tmp_path / "corpus.txt").write_text(
-        "\n".join(f"line {number}: {number * number} is a square" for number in range(400))
-    )
-    return prepare(config(tmp_path, 1, 1).data, str(tmp_path / "cache"), seq_length=32)
+    return prepare_squares(config(tmp_path, 1, 1).data)
 
 
 def diverge(

@@ -11,13 +11,13 @@ import torch.distributed as dist
 
 from megatron_ray.commands import Command
 from megatron_ray.config.train_config import TrainConfig
-from megatron_ray.data.preparation.prepare import prepare
 from megatron_ray.data.prepared import PreparedData
 from megatron_ray.distributed.mesh import ParallelMesh, World
 from megatron_ray.distributed.stores import PrefixStore
 from megatron_ray.parallel_dims import ParallelDims
 from megatron_ray.reports import PeerCopiesRefusedReport, Report, StepReport
 from megatron_ray.training.session import TrainingSession
+from tests.support.corpus_files import prepare_squares
 from workers.decisions.peers.copies import choose_copies, layout_of
 from workers.decisions.peers.partners import partners
 from workers.rank.environment import RankEnv
@@ -189,9 +189,7 @@ def loses_too_much(
 
 @pytest.fixture
 def corpus(tmp_path: Path) -> PreparedData:
-    text = tmp_path / "corpus.txt"
-    text.write_text("\n".join(f"line {n}: {n * n} {n % 7}" for n in range(400)))
-    return prepare(config(tmp_path).data, str(tmp_path / "cache"), seq_length=32)
+    return prepare_squares(config(tmp_path).data)
 
 
 @pytest.mark.parametrize(

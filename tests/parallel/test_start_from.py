@@ -17,13 +17,13 @@ from megatron_ray.checkpoint.hf.importing import import_folder
 from megatron_ray.config.problem import ConfigError
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.data.datasets import build_dataset
-from megatron_ray.data.preparation.prepare import prepare
 from megatron_ray.data.prepared import PreparedData
 from megatron_ray.distributed.mesh import ParallelMesh, World
 from megatron_ray.parallel_dims import ParallelDims
 from megatron_ray.reports import EvalReport, Report, StepReport
 from megatron_ray.training.saving import start_from_weights, training_state
 from megatron_ray.training.session import TrainingSession, build
+from tests.support.corpus_files import prepare_squares
 from tests.support.hf_folders import VOCABULARY, edit_config, publish
 from tests.support.tokenizer_files import byte_tokenizer
 
@@ -96,10 +96,7 @@ def train(
 
 @pytest.fixture
 def corpus(tmp_path: Path) -> PreparedData:
-    (tmp_path / "corpus.txt").write_text(
-        "\n".join(f"line {number}: {number * number} is a square" for number in range(400))
-    )
-    return prepare(config(tmp_path, None).data, str(tmp_path / "cache"), seq_length=32)
+    return prepare_squares(config(tmp_path, None).data)
 
 
 def losses(reports: list[Report]) -> list[float]:

@@ -1,4 +1,6 @@
-"""Corpora, configs and checks that the tests of preparation share."""
+"""Corpora, configs and checks that tests of preparation share, and a corpus for those of
+training.
+"""
 
 import json
 from pathlib import Path
@@ -11,7 +13,7 @@ from megatron_ray.config.data import DataConfig, DataSource, TokenizerConfig
 from megatron_ray.data.indexed import IndexedDataset, IndexedDatasetBuilder
 from megatron_ray.data.preparation.errors import UnusableDataError
 from megatron_ray.data.preparation.prepare import prepare
-from megatron_ray.data.prepared import PreparedCorpus
+from megatron_ray.data.prepared import PreparedCorpus, PreparedData
 from megatron_ray.data.tokenizer import Tokenizer
 
 BYTES = TokenizerConfig(kind="bytes")
@@ -28,6 +30,15 @@ def write(path: Path, texts: list[str]) -> Path:
 def config(*paths: Path | str, **changes: Any) -> DataConfig:
     values: dict[str, Any] = {"tokenizer": BYTES, "validation_fraction": 0.1, **changes}
     return DataConfig(train=tuple(DataSource(path=str(path)) for path in paths), **values)
+
+
+def prepare_squares(data: DataConfig) -> PreparedData:
+    """Writes short lines to the only source, and prepares them for samples of 32 tokens."""
+    (source,) = data.train
+    lines = [f"line {number}: {number * number} is a square" for number in range(400)]
+    Path(source.path).write_text("\n".join(lines))
+    assert data.cache is not None
+    return prepare(data, data.cache, seq_length=32)
 
 
 def texts_of(corpus: PreparedCorpus, tokenizer: Tokenizer) -> list[str]:
