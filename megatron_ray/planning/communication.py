@@ -216,6 +216,28 @@ def most_mean_sync_bytes(config: TrainConfig) -> float:
     return max(map(partial(mean_sync_bytes, config), ranks))
 
 
+def most_kept_bytes(config: TrainConfig) -> int:
+    """Returns the `kept_mean_bytes` of the rank with most of them."""
+    dims = ParallelDims.of(config.parallel).of_group
+    ranks = distinct_buffers(config, dims, plan_pipeline(config))
+    return max(map(partial(kept_mean_bytes, config), ranks))
+
+
+def kept_mean_bytes(config: TrainConfig, buffers: RankBuffers) -> int:
+    """Returns the bytes of all means of a rank when all of them are due after one step.
+
+    With `rendezvous` they are kept at once, where the optimizer's state is.
+    """
+    local_sgd = config.parallel.local_sgd
+    if local_sgd is None:
+        return 0
+    num_bytes = 0
+    for (_, name), elements in _synced_elements(config, local_sgd, buffers).items():
+        if _sync_period(local_sgd, name) is not None:
+            num_bytes += _FP32 * elements
+    return num_bytes
+
+
 def _sync_period(local_sgd: LocalSGDConfig, name: str) -> int | None:
     """Returns the steps between means of the weights, or of a moment."""
     if name == _WEIGHTS:

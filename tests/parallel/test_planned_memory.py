@@ -21,6 +21,7 @@ from megatron_ray.pipeline_parallel.schedules.layout import StageContents
 from megatron_ray.pipeline_parallel.schedules.plan import plan_pipeline
 from megatron_ray.planning.activations import kept_by_stage
 from megatron_ray.planning.buffers import rank_buffers
+from megatron_ray.planning.communication import kept_mean_bytes
 from megatron_ray.planning.memory import (
     RankMemory,
     fullest_rank,
@@ -384,3 +385,45 @@ def test_latent_attention_and_mtp_are_planned_as_they_are(
         ) == held_bytes(config, rank)
     for cpu in CPUS.values():
         assert_kept(config, cpu, within=0.01)
+
+
+class CountingPeers:
+    """Peers of a job of its own, which count the bytes of means until all are right."""
+
+    group_index = 0
+    can_lose = True
+
+    def __init__(self) -> None:
+        self.num_bytes = 0
+
+    def meet(self, step: int) -> bool:
+        return True
+
+    def mean(self, flat: Tensor) -> None:
+        self.num_bytes += size([flat])
+
+    def confirm(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("parallel", [{"tp": 2, "dp": 1}, {"dp": 2, "zero": 1}])
+def test_means_that_a_job_keeps_are_counted_to_the_byte(parallel: dict[str, int]) -> None:
+    fields = make_config(LLAMA, parallel, steps=12).model_dump(exclude_unset=True)
+    fields["parallel"]["local_sgd"] = {
+        "groups": 2,
+        "sync_every": 3,
+        "sync_moments_every": {"exp_avg": 4},
+        "outer_optimizer": {},
+        "rendezvous": {"path": "/nowhere", "group": 0},
+    }
+    config = TrainConfig.from_mapping(fields)
+    dims = ParallelDims.of(config.parallel)
+    peers = CountingPeers()
+    with world(1, dims.world_size):
+        mesh = ParallelMesh.create(dims, World(1, dims.world_size, 0, "meta"))
+        _, optimizer = build(config, mesh, peers, initialise=False)
+        assert optimizer.group_sync is not None
+        # Weights and moments are due together.
+        optimizer.group_sync.after_update(12)
+    buffers = rank_buffers(config, dims, plan_pipeline(config), 1)
+    assert peers.num_bytes == kept_mean_bytes(config, buffers) > 0

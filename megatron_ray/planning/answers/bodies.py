@@ -13,9 +13,9 @@ from megatron_ray.config.problem import Problem
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.planning.answers import estimates
 from megatron_ray.planning.answers.estimates import Estimates
-from megatron_ray.planning.communication import most_mean_sync_bytes
+from megatron_ray.planning.communication import most_kept_bytes, most_mean_sync_bytes
 from megatron_ray.planning.hardware import Hardware
-from megatron_ray.planning.memory import peer_copies_bytes
+from megatron_ray.planning.memory import NUM_PEER_COPIES, peer_copies_bytes
 from megatron_ray.planning.suggest import Suggestion, suggest
 from megatron_ray.planning.tally import Tally
 from megatron_ray.validation import check, resolution
@@ -217,10 +217,16 @@ def _sync_notes(config: TrainConfig) -> list[str]:
         "step with other replica groups, on average over many steps, beside its communication"
     ]
     if config.parallel.jobs > 1:
+        kept = most_kept_bytes(complete) / _MIB
+        state = peer_copies_bytes(complete) // NUM_PEER_COPIES / _MIB
+        place = "on the device, when there are no activations"
+        if config.optimizer.offload:
+            place = "in host memory"
         notes.append(
-            "parallel.local_sgd.rendezvous: averages are kept until all ranks have them, in "
-            "up to 4 bytes for each averaged number; the estimates of memory and of step "
-            "time do not include the links between jobs"
+            f"parallel.local_sgd.rendezvous: averages are kept until all ranks have them, up "
+            f"to {kept:.3g} MiB per rank {place}; a job that gives or takes a state needs "
+            f"{state:.3g} MiB of host memory per rank meanwhile; the estimates of memory and "
+            "of step time include neither these nor the links between jobs"
         )
     return notes
 

@@ -35,6 +35,18 @@ def test_a_plan_has_the_bytes_between_groups() -> None:
     assert not [note for note in plain["notes"] if "local_sgd" in note]
 
 
+def test_a_plan_has_the_memory_for_groups_that_are_jobs() -> None:
+    rendezvous = {"path": "/meeting", "group": 0}
+    plan = plan_body(in_groups(rendezvous=rendezvous), None, fits=None)
+    _, note = [note for note in plan["notes"] if "local_sgd" in note]
+    # ZeRO-1 spreads weights and two moments over the four replicas of the job.
+    weights = checkpoint_bytes(config(None, dp=4)) / 3 / 4 / MIB
+    kept, state = [float(part.split()[-1]) for part in note.split(" MiB")[:2]]
+    assert kept == pytest.approx(weights, rel=0.02)
+    assert state == pytest.approx(3 * weights, rel=0.02)
+    assert "on the device, when there are no activations" in note
+
+
 def test_checkpoints_have_the_state_of_every_group_and_one_outer_one() -> None:
     one = checkpoint_bytes(config(None, dp=4))
     assert checkpoint_bytes(in_groups()) == 2 * one
