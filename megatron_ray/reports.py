@@ -156,6 +156,39 @@ class PeerCopiesRefusedReport:
 
 
 @dataclass(frozen=True)
+class ReplicaGroupsReport:
+    """Other jobs than before are with this one, which is a replica group of their run."""
+
+    kind: ClassVar[str] = "replica_groups"
+    step: int
+    """Steps that this job has taken."""
+    groups: tuple[int, ...]
+    """Those that go on together, this job's included."""
+    num_groups: int
+    """Groups of the run."""
+    joined: tuple[int, ...] = ()
+    """Those that have started since, or started again."""
+    lost: tuple[int, ...] = ()
+    """Those that are there no longer."""
+
+    def sentence(self) -> str:
+        """Returns which groups are there, and what has changed, in one line."""
+        text = (
+            f"{len(self.groups)} of {self.num_groups} replica groups are there after step "
+            f"{self.step}: {_numbers(self.groups)}"
+        )
+        if self.joined:
+            text += f"; joined: {_numbers(self.joined)}"
+        if self.lost:
+            text += f"; lost: {_numbers(self.lost)}"
+        return text
+
+
+def _numbers(groups: tuple[int, ...]) -> str:
+    return ", ".join(map(str, groups))
+
+
+@dataclass(frozen=True)
 class ProfileReport:
     """A rank has written a profile of some steps, or could not."""
 
@@ -231,6 +264,7 @@ Report = (
     | CheckpointReport
     | CheckpointFailedReport
     | PeerCopiesRefusedReport
+    | ReplicaGroupsReport
     | ProfileReport
     | PhaseReport
     | SpeedReport

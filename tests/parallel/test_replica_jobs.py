@@ -17,15 +17,15 @@ import pytest
 
 from megatron_ray.commands import Command
 from megatron_ray.config.train_config import TrainConfig
-from megatron_ray.data.preparation.prepare import prepare
 from megatron_ray.data.prepared import PreparedData
 from megatron_ray.distributed.mesh import ParallelMesh, World
 from megatron_ray.parallel_dims import ParallelDims
-from megatron_ray.reports import Report, StepReport
+from megatron_ray.reports import ReplicaGroupsReport, Report, StepReport
 from megatron_ray.training.replica_jobs.heartbeats import file_of
 from megatron_ray.training.replica_jobs.peers import Place, joined_jobs
 from megatron_ray.training.session import TrainingSession
 from tests.parallel.test_checkpoint_training import MODEL
+from tests.support.corpus_files import prepare_squares
 from tests.support.parity import boxes
 from tests.support.ranks import RankFailedError, run_ranks
 
@@ -44,6 +44,8 @@ class Trained:
     """When each step was reported, by the machine's clock."""
     state: dict[str, np.ndarray]
     """Its boxes of weights and moments, by name and offset."""
+    meetings: list[ReplicaGroupsReport]
+    """Each time that other jobs than before were there."""
 
 
 def config(
@@ -104,6 +106,7 @@ def train(
     mesh = ParallelMesh.create(dims, World(rank, world_size, rank, "cpu"))
     losses: dict[int, float] = {}
     times: dict[int, float] = {}
+    meetings: list[ReplicaGroupsReport] = []
 
     def note(report: Report) -> None:
         if isinstance(report, StepReport):
@@ -111,6 +114,8 @@ def train(
             times[report.step] = time.time()
             if act is not None:
                 act(report.step)
+        if isinstance(report, ReplicaGroupsReport):
+            meetings.append(report)
 
     def poll() -> Command:
         if stop_after is not None and max(losses, default=0) >= stop_after:
@@ -125,7 +130,7 @@ def train(
     for prefix in ("model/", "optimizer/exp_avg/", "optimizer/exp_avg_sq/"):
         for name, offset, values in boxes(state, prefix):
             arrays[f"{prefix}{name}@{offset}"] = values
-    return Trained(losses, times, arrays)
+    return Trained(losses, times, arrays, meetings)
 
 
 def die(step: int) -> None:
@@ -144,11 +149,8 @@ def linger(step: int) -> None:
 
 @pytest.fixture
 def corpus(tmp_path: Path) -> PreparedData:
-    (tmp_path / "corpus.txt").write_text(
-        "\n".join(f"line {number}: {number * number} is a square" for number in range(400))
-    )
     plain = config(tmp_path, {"groups": 2, "sync_every": 1}, steps=8, batch=8, dp=2)
-    return prepare(plain.data, str(tmp_path / "cache"), seq_length=32)
+    return prepare_squares(plain.data)
 
 
 def start(
@@ -229,6 +231,10 @@ def test_the_others_go_on_when_a_job_is_killed_and_it_comes_back(
         assert list(other.losses) == list(range(1, 61)), "no step is missed or repeated"
         gaps = np.diff([at for at in other.at.values() if at > died - 1])
         assert gaps.max() < LOST_AFTER_S, "nobody waits for the time of a silent job"
+        together, *_, again = other.meetings
+        assert (together.groups, together.lost) == ((0, 1, 2), ())
+        # It may be back before the others meet.
+        assert (again.groups, again.joined) == ((0, 1, 2), (0,))
     first = min(returned.losses)
     assert 5 < first < 60, "it goes on where the others are"
     assert first % 4 == 1
@@ -269,6 +275,10 @@ def test_a_job_that_stops_leaves_at_once(tmp_path: Path, corpus: PreparedData) -
     assert max(stopped.losses) < 9
     assert list(other.losses) == list(range(1, 10))
     assert max(np.diff(list(other.at.values()))) < LOST_AFTER_S
+    assert [(each.groups, each.lost) for each in other.meetings] == [
+        ((0, 1), ()),
+        ((1,), (0,)),
+    ]
     assert not list((tmp_path / "meeting").glob(file_of(0)))
 
 

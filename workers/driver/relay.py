@@ -4,7 +4,7 @@ Owns: the events that reports become, and their wording. Pure.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from megatron_ray.reports import (
@@ -15,6 +15,7 @@ from megatron_ray.reports import (
     PeerCopiesRefusedReport,
     PhaseReport,
     ProfileReport,
+    ReplicaGroupsReport,
     RuleReport,
     SkippedStepReport,
     SpeedReport,
@@ -70,10 +71,8 @@ def _describe(kind: str, data: dict[str, Any]) -> tuple[str, str]:
         )
     if kind == SpeedReport.kind:
         return "info", describe_speed(data)
-    if kind == ProfileReport.kind:
-        return describe_profile(data)
-    if kind == "failed":
-        return _describe_failure(data)
+    if kind in _LEVELS_VARY:
+        return _LEVELS_VARY[kind](data)
     if kind == "ended":
         return "info", f"{data['outcome']} at step {data['step']}"
     return "info", ""
@@ -84,6 +83,15 @@ def describe_profile(data: Mapping[str, Any]) -> tuple[str, str]:
     report = ProfileReport(**data)
     level = "info"
     if report.problem is not None:
+        level = "warn"
+    return level, report.sentence()
+
+
+def _describe_groups(data: Mapping[str, Any]) -> tuple[str, str]:
+    """Returns level and message of the event of other replica groups than before."""
+    report = ReplicaGroupsReport(**data)
+    level = "info"
+    if report.lost:
         level = "warn"
     return level, report.sentence()
 
@@ -103,3 +111,11 @@ def _describe_failure(data: dict[str, Any]) -> tuple[str, str]:
     if failure_kind is FailureKind.COLLATERAL:
         return "info", "rank 0: a peer disconnected"
     return "warn", f"rank 0: {message}"
+
+
+_LEVELS_VARY: Mapping[str, Callable[[dict[str, Any]], tuple[str, str]]] = {
+    ProfileReport.kind: describe_profile,
+    ReplicaGroupsReport.kind: _describe_groups,
+    "failed": _describe_failure,
+}
+"""What describes events whose level depends on what has happened."""

@@ -72,6 +72,7 @@ class EventType(StrEnum):
     RANK_SLOW = "rank.slow"
     RANK_RECOVERED = "rank.recovered"
     RANK_PEER_COPIES_REFUSED = "rank.peer_copies_refused"
+    RANK_REPLICA_GROUPS = "rank.replica_groups"
     RANK_SPEED = "rank.speed"
     RANK_PROFILE = "rank.profile"
     RANK_FAILED = "rank.failed"

@@ -28,6 +28,7 @@ from megatron_ray.reports import (
     PeerCopiesRefusedReport,
     PhaseReport,
     ProfileReport,
+    ReplicaGroupsReport,
     Report,
     RuleReport,
     SkippedStepReport,
@@ -268,7 +269,7 @@ def _log_message(item: Report) -> str:
         return f"step {item.step}: {item.split} loss {item.loss:.4f} over {item.num_tokens} tokens"
     if isinstance(item, SkippedStepReport | RuleReport):
         return item.message
-    if isinstance(item, ProfileReport):
+    if isinstance(item, ProfileReport | ReplicaGroupsReport):
         return item.sentence()
     if isinstance(item, PeerCopiesRefusedReport):
         return f"the copies of step {item.step} are not used: {item.cause}"

@@ -27,7 +27,7 @@ from megatron_ray.distributed import collectives
 from megatron_ray.distributed.mesh import ParallelMesh
 from megatron_ray.distributed.outside_group import OutsideGroup, PeerLostError
 from megatron_ray.distributed.stores import Store, connected_store, serve_store
-from megatron_ray.reports import PhaseReport, Report
+from megatron_ray.reports import PhaseReport, ReplicaGroupsReport, Report
 from megatron_ray.storage.storage import open_storage
 from megatron_ray.training.replica_jobs.heartbeats import Heartbeats
 from megatron_ray.training.replica_jobs.membership import Address, Heartbeat, Meeting
@@ -96,6 +96,7 @@ class JobPeers:
         self._num_meetings = 0
         self._meeting: Meeting | None = None
         self._members: tuple[tuple[int, str], ...] = ()
+        self._incarnations: dict[int, str] = {}
         self._outside: OutsideGroup | None = None
         self._is_pending = False
         self._has_failed = False
@@ -198,7 +199,28 @@ class JobPeers:
         if meeting is not None:
             self._check_layout(meeting)
             self._is_pending = bool(meeting.behind)
+            self._report_changes(step, meeting)
         return meeting
+
+    def _report_changes(self, step: int, meeting: Meeting) -> None:
+        """Reports which jobs are there, if they are not those of the meeting before."""
+        before = self._incarnations
+        now = {}
+        for arrival in (*meeting.members, *meeting.behind):
+            now[arrival.group] = arrival.incarnation
+        self._incarnations = now
+        joined = {group for group, _ in now.items() - before.items()} - {self.group}
+        lost = before.keys() - now.keys()
+        if joined or lost or not before:
+            self._place.report(
+                ReplicaGroupsReport(
+                    step,
+                    tuple(sorted(now)),
+                    self._num_groups,
+                    tuple(sorted(joined)),
+                    tuple(sorted(lost)),
+                )
+            )
 
     def _check_layout(self, meeting: Meeting) -> None:
         """Raises ConfigError if this job's layout is not that of the first member."""

@@ -3,6 +3,8 @@
 import json
 import math
 
+import pytest
+
 from workers.driver.relay import to_record
 from workers.rank.spool import Line
 
@@ -33,3 +35,28 @@ def test_numbers_of_callbacks_are_sent_as_they_are() -> None:
     text = json.dumps({"n": 7, "kind": "monitors", "attempt": 1, "data": data}).encode()
     line = Line(7, "monitors", text)
     assert to_record(line) is line
+
+
+@pytest.mark.parametrize(
+    ("changes", "level", "message"),
+    [
+        (
+            {"groups": [0, 1, 2], "joined": [1, 2]},
+            "info",
+            "3 of 3 replica groups are there after step 8: 0, 1, 2; joined: 1, 2",
+        ),
+        (
+            {"groups": [0, 2], "lost": [1]},
+            "warn",
+            "2 of 3 replica groups are there after step 8: 0, 2; lost: 1",
+        ),
+    ],
+)
+def test_replica_groups_that_join_or_are_lost_are_in_the_history(
+    changes: dict[str, list[int]], level: str, message: str
+) -> None:
+    data = {"step": 8, "num_groups": 3, "joined": [], "lost": [], **changes}
+    text = json.dumps({"n": 5, "kind": "replica_groups", "attempt": 1, "data": data})
+    event = to_record(Line(5, "replica_groups", text.encode())).value()["data"]
+    assert (event["type"], event["level"]) == ("rank.replica_groups", level)
+    assert event["message"] == message
