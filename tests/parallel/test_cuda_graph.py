@@ -26,8 +26,10 @@ from megatron_ray.reports import EvalReport, Report, SkippedStepReport, StepRepo
 from megatron_ray.training.components import TrainingComponents
 from megatron_ray.training.evaluate import Evaluation
 from megatron_ray.training.graphs.passes import RecordedPasses
-from megatron_ray.training.loop import train
+from megatron_ray.training.profiling.profiler import NO_PROFILER
 from megatron_ray.training.progress import Progress
+from megatron_ray.training.rules.checks import Recheck
+from megatron_ray.training.rules.run import train_by_rules
 from megatron_ray.training.session import TrainingSession, build
 from megatron_ray.validation import check
 from tests.support.frozen_recording import FrozenRecording
@@ -121,7 +123,14 @@ def run_case(rank: int, world_size: int, config: TrainConfig) -> Result:
         passes = RecordedPasses(model, mesh, graph.warmup_steps, record)
         vars(components)["passes"] = passes
     reports: list[Report] = []
-    train(components, Progress(), reports.append, lambda: Command.CONTINUE)
+    train_by_rules(
+        components,
+        Progress(),
+        reports.append,
+        lambda: Command.CONTINUE,
+        NO_PROFILER,
+        Recheck(),
+    )
     steps = [report for report in reports if isinstance(report, StepReport)]
     return {
         "numbers": [
@@ -192,15 +201,16 @@ TWO_RANKS = {
     "tp2-overlap": Case(LLAMA, TP2 | {"tp_comm_overlap": True}, BF16),
     "cp2": Case(LLAMA, {"cp": 2}, {}),
     "cp2-a2a": Case(LLAMA, {"cp": 2, "cp_method": "a2a"}, {}),
+    "local-sgd": Case(LLAMA, {"dp": 2, "local_sgd": {"groups": 2, "sync_every": 2}}, {}),
     "ep2": Case(MOE, {"dp": 2, "ep": 2}, EVALUATED),
     "ep2-allgather": Case(MOE, {"dp": 2, "ep": 2, "dispatcher": "allgather"}, {}),
 }
 
 
-def assert_equal(plain: Result, replayed: Result) -> None:
+def assert_equal(plain: Result, replayed: Result, reruns: int = 0) -> None:
     assert plain["replays"] == []
     # The recording itself is the first replay, and does the work in a frozen one.
-    assert replayed["replays"] == [STEPS - WARMUP - 1]
+    assert replayed["replays"] == [STEPS - WARMUP - 1 + reruns]
     assert [step for step, *_ in plain["numbers"]] == list(range(1, STEPS + 1))
     for name in ("numbers", "others", "evaluations"):
         assert repr(replayed[name]) == repr(plain[name]), name
@@ -220,16 +230,33 @@ def assert_equal(plain: Result, replayed: Result) -> None:
         assert split["backward"] > 0
 
 
-@pytest.mark.parametrize("name", ONE_RANK)
-def test_no_bit_changes_on_one_rank(name: str) -> None:
-    ((results,),) = run_ranks(run_cases, 1, [ONE_RANK[name]])
+def named(cases: dict[str, Case], long_forms: set[str]) -> list[Any]:
+    return [
+        pytest.param(case, id=name, marks=[pytest.mark.parity] * (name in long_forms))
+        for name, case in cases.items()
+    ]
+
+
+@pytest.mark.parametrize("case", named(ONE_RANK, {"one-microbatch", "modules"}))
+def test_no_bit_changes_on_one_rank(case: Case) -> None:
+    ((results,),) = run_ranks(run_cases, 1, [case])
     assert_equal(*results)
 
 
-@pytest.mark.parametrize("name", TWO_RANKS)
-def test_no_bit_changes_on_two_ranks(name: str) -> None:
-    for (results,) in run_ranks(run_cases, 2, [TWO_RANKS[name]]):
+@pytest.mark.parametrize(
+    "case", named(TWO_RANKS, {"dp2-zero0", "tp2-overlap", "cp2-a2a", "ep2-allgather"})
+)
+def test_no_bit_changes_on_two_ranks(case: Case) -> None:
+    for (results,) in run_ranks(run_cases, 2, [case]):
         assert_equal(*results)
+
+
+def test_a_step_that_is_computed_again_is_replayed_again() -> None:
+    rule = {"when": "large_grad_norm", "limit": 1e9, "rerun": True, "action": "skip"}
+    fault = {"kind": "transient", "breaks": "large_grad_norm", "steps": [6]}
+    case = Case(LLAMA, {}, {"rules": [rule], "inject_faults": [fault]})
+    (((plain, replayed),),) = run_ranks(run_cases, 1, [case])
+    assert_equal(plain, replayed, reruns=1)
 
 
 def session_config(folder: Path, **training: Any) -> TrainConfig:
@@ -275,14 +302,19 @@ def run_session(
         ParallelDims.of(config.parallel), World(rank, world_size, rank, "cpu")
     )
     reports: list[Report] = []
-    TrainingSession(
+    session = TrainingSession(
         config,
         mesh,
         data,
         report=reports.append,
         attempt=attempt,
         resume_from=resume_from,
-    ).run()
+    )
+    session.run()
+    passes = session._components.passes
+    assert isinstance(passes, RecordedPasses) == (config.training.cuda_graph is not None)
+    if isinstance(passes, RecordedPasses):
+        assert passes._recording is None, "communicators may be closed now"
     steps = [report for report in reports if isinstance(report, StepReport)]
     return {report.step: (report.loss, report.grad_norm) for report in steps}
 
