@@ -52,6 +52,11 @@ class ParallelismConfig(Config):
     """How tokens reach their experts: `alltoall` sends each token to the ranks that own
     its experts, `allgather` sends all tokens to all ranks of the expert group, which
     communicates more but in fewer, larger messages."""
+    ep_comm_overlap: bool = False
+    """With dispatcher=alltoall: interleaves the forward pass of a microbatch with the
+    backward pass of an earlier one, and computes one while tokens of the other are on their
+    way to experts and back. Activations of more microbatches are kept. No number changes.
+    Has no effect at ep=1."""
     dp: Annotated[int, Field(ge=1, le=1 << 20)] | Literal["auto"] = "auto"
     """Data parallel size: replicas that split the batch. `auto` takes the most that fit
     the cluster and divide the batch. Where an autoscaler adds nodes, that is the most that
@@ -89,6 +94,11 @@ class ParallelismConfig(Config):
     def expert_tp(self) -> int:
         """Tensor parallel size inside an expert, resolved."""
         return self.etp or self.tp
+
+    @property
+    def interleaves_passes(self) -> bool:
+        """Whether forward passes are interleaved with backward passes."""
+        return self.ep_comm_overlap and self.ep > 1
 
     @property
     def replica_groups(self) -> int:

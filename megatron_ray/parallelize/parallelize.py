@@ -89,9 +89,9 @@ class ParallelModel:
         return self.storage.groups
 
     @property
-    def is_pipelined(self) -> bool:
-        """Whether there is more than one stage, and thus actions to run."""
-        return self.pipeline.stages.num_stages > 1
+    def has_schedule(self) -> bool:
+        """Whether passes follow a schedule's actions, not one microbatch after another."""
+        return self.pipeline.stages.num_stages > 1 or self.pipeline.in_pairs
 
     @property
     def has_loss(self) -> bool:
@@ -247,7 +247,11 @@ def build_model(
             comm_overlap=parallel.tp_comm_overlap,
         ),
         ExpertParallelGroups(
-            mesh.ep_group, mesh.etp_group, mesh.token_group, parallel.dispatcher
+            mesh.interleaver,
+            mesh.ep_group,
+            mesh.etp_group,
+            mesh.token_group,
+            parallel.dispatcher,
         ),
         dtype=dtype,
         streams=Streams(seed, {"tp": mesh.tp_rank, "cp": mesh.cp_rank}),
