@@ -375,7 +375,7 @@ def recording(sent: Sent) -> Callable[[ParallelMesh], AbstractContextManager[Non
             "start_reduce_scatter_into": ("reduce_scatter", 1, 2),
             "start_send": ("send", 0, 2),
             "start_exchange": ("send", 0, 4),
-            "all_to_all_rows": ("all_to_all", 0, 1),
+            "start_all_to_all_rows": ("all_to_all", 0, 1),
         }
         with pytest.MonkeyPatch.context() as patch:
             for name, (kind, content, place) in watched.items():
