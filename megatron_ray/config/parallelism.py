@@ -69,6 +69,10 @@ class ParallelismConfig(Config):
     """With sequence_parallel: multiplies a rank's own tokens while those of others arrive, and
     sends the sums of one rank's tokens while those of the next are computed. Has no effect
     at tp=1."""
+    tp_symmetric_memory: bool = False
+    """With tp_comm_overlap, on GPUs of one node: tokens are copied from the memory of one
+    GPU to that of another (torch's symmetric memory), while all processors of the GPUs
+    compute products. No number changes."""
     zero: Literal[0, 1, 3] = 1
     """ZeRO stage: 0 shards nothing, 1 shards the optimizer state over the data-parallel
     ranks, 3 shards weights and gradients too."""

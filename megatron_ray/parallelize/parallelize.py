@@ -40,6 +40,7 @@ from megatron_ray.parallelize.storage import (
     place_in_buffers,
     shard_fully,
 )
+from megatron_ray.parallelize.token_overlap import token_overlap
 from megatron_ray.parallelize.transformer_engine.apply import apply_transformer_engine
 from megatron_ray.parallelize.transformer_engine.library import load_transformer_engine
 from megatron_ray.pipeline_parallel.schedules.actions import Order
@@ -244,7 +245,7 @@ def build_model(
         TensorParallel.of_group(
             mesh.tp_group,
             sequence_parallel=sequence_parallel,
-            comm_overlap=parallel.tp_comm_overlap,
+            overlap=token_overlap(parallel, mesh),
         ),
         ExpertParallelGroups(
             mesh.interleaver,
