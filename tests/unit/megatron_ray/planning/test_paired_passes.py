@@ -1,4 +1,4 @@
-"""What a plan says of passes that are interleaved: memory, idle time and messages."""
+"""Plans of passes that are interleaved: memory, idle time and messages."""
 
 from typing import Any
 
