@@ -12,6 +12,7 @@ import pickle
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable
 from enum import Enum
+from threading import local
 from types import CellType, CodeType, FunctionType, MethodType
 from typing import Any
 
@@ -91,7 +92,8 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _is_copied(obj: Any) -> bool:
-    if isinstance(obj, type | Tensor | Enum | CodeType | _Reference):
+    # What threads keep for themselves is there during a pass only.
+    if isinstance(obj, type | Tensor | Enum | CodeType | _Reference | local):
         return False
     # Closures may have our objects in them.
     if isinstance(obj, FunctionType):

@@ -79,6 +79,13 @@ def _layout_problems(config: TrainConfig) -> Iterator[Problem]:
             "replay, as overlap_param_gather does layer by layer "
             f"(data_parallel/weight_gathers.py); leave overlap_param_gather out, or {_OUT}",
         )
+    if parallel.interleaves_passes:
+        yield _problem(
+            "/parallel/ep_comm_overlap",
+            "training.cuda_graph records the passes of one thread, and ep_comm_overlap runs "
+            "two at once, each on its own (distributed/interleaver.py); leave ep_comm_overlap "
+            f"out, or {_OUT}",
+        )
     if config.model.spec == "transformer_engine":
         yield _problem(
             "/model/spec",

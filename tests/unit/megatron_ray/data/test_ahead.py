@@ -2,7 +2,6 @@
 
 import gc
 import threading
-import time
 
 import pytest
 
@@ -53,14 +52,12 @@ def test_an_error_belongs_to_the_value_that_is_taken() -> None:
 
 
 def test_its_thread_ends_with_it() -> None:
-    before = threading.active_count()
-    ahead = Ahead(Squares())
-    assert threading.active_count() == before
+    squares = Squares()
+    ahead = Ahead(squares)
     ahead.take(1, following=2)
-    assert threading.active_count() == before + 1
+    (ident,) = squares.threads
+    (thread,) = [each for each in threading.enumerate() if each.ident == ident]
     del ahead
     gc.collect()
-    deadline = time.monotonic() + 10
-    while threading.active_count() > before and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert threading.active_count() == before
+    thread.join(timeout=10)
+    assert not thread.is_alive()

@@ -69,6 +69,16 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
         f"(data_parallel/weight_gathers.py); leave overlap_param_gather out, or {OUT}",
     ),
     (
+        {
+            "model": {"moe": EXPERTS | {"capacity_factor": 1.25, "pad_to_capacity": True}},
+            "parallel": {"dp": 2, "ep": 2, "ep_comm_overlap": True},
+        },
+        "/parallel/ep_comm_overlap",
+        "training.cuda_graph records the passes of one thread, and ep_comm_overlap runs two "
+        "at once, each on its own (distributed/interleaver.py); leave ep_comm_overlap out, "
+        f"or {OUT}",
+    ),
+    (
         {"model": {"spec": "transformer_engine"}, "training": {"precision": "bf16"}},
         "/model/spec",
         "training.cuda_graph does not record spec=transformer_engine, which keeps state of "
