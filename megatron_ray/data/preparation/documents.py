@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 from megatron_ray.data.preparation.errors import DataError, read_errors
+from megatron_ray.data.preparation.formats.arrow import read_arrow
 from megatron_ray.data.preparation.formats.contents import HEAD_BYTES, is_compressed
 from megatron_ray.data.preparation.formats.json_lines import read_json_lines
 from megatron_ray.data.preparation.formats.parquet import read_parquet
@@ -102,6 +103,8 @@ def _read_file(
         return read_json_lines(location, form.compression, source.text_key, tally)
     if form.kind == "parquet":
         return read_parquet(location, source.text_key, tally)
+    if form.kind == "arrow":
+        return read_arrow(location, source.text_key, tally)
     # A bad file is left out as a whole only if bad records are allowed.
     checks_first = source.max_bad_records > 0
     return read_text(location, form.compression, tally, checks_first=checks_first)
@@ -112,7 +115,7 @@ def _read_remedy(file: FileStat) -> str:
     form = file_format(file.path)
     if form is not None and form.compression is not None:
         return "check that the file is complete, or unpack it"
-    if form is not None and form.kind == "parquet":
+    if form is not None and form.is_table:
         return "check that the file is complete"
     return "check the path and the credentials"
 

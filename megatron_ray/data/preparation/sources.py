@@ -36,7 +36,8 @@ from megatron_ray.storage.location import Location, parse_location
 STDLIB = "builtin://python-stdlib"
 
 _REMEDY = (
-    "give .txt, .jsonl or .parquet files (text and lines also as .gz, .zst or .bz2), a "
+    "give .txt, .jsonl, .parquet or .arrow files (text and lines also as .gz, .zst, .bz2 or "
+    ".xz), a "
     "folder or glob of them, the prefix of prepared .bin/.idx files, or " + STDLIB
 )
 _SKIPPED_STDLIB_FOLDERS = frozenset(
