@@ -20,7 +20,8 @@ class DataSource(Config):
     """One corpus of a blend."""
 
     path: str = Field(min_length=1, max_length=4096)
-    """`builtin://python-stdlib`, or a path or URI of a .txt, .jsonl (also .json with an
+    """`builtin://python-stdlib`, `builtin://mock` (4 MiB of random words, to measure a
+    cluster), or a path or URI of a .txt, .jsonl (also .json with an
     object per line), .parquet or .arrow file, of a folder or glob of such files, or of a
     prepared .bin/.idx pair (without the extension). Text and lines may be compressed: .gz,
     .zst, .bz2, .xz. In a folder or glob, files and sub-folders named as test or validation data

@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
+from megatron_ray.data.mock import mock_documents
 from megatron_ray.data.preparation.errors import DataError, read_errors
 from megatron_ray.data.preparation.formats.arrow import read_arrow
 from megatron_ray.data.preparation.formats.contents import HEAD_BYTES, is_compressed
@@ -20,7 +21,7 @@ from megatron_ray.data.preparation.formats.records import (
 )
 from megatron_ray.data.preparation.formats.suffixes import file_format
 from megatron_ray.data.preparation.formats.text import read_text
-from megatron_ray.data.preparation.sources import SourceFiles
+from megatron_ray.data.preparation.sources import MOCK, SourceFiles
 from megatron_ray.storage.files import FileStat, open_stream, read_bytes
 from megatron_ray.storage.location import Location
 
@@ -61,6 +62,11 @@ def read_file_chunks(
     num_records = tally.num_records
     # Covers reading as well as opening, because disks may fail at any time.
     with read_errors(file.path, _read_remedy(file)):
+        if source_files.source.path == MOCK:
+            part = int(file.path.rpartition("/")[2])
+            for text in mock_documents(part):
+                yield TextChunk(text, True)
+            return
         if source_files.kind == "builtin":
             yield from _read_python(Path(file.path))
             return

@@ -174,7 +174,7 @@ def test_paths_that_are_wrong(tmp_path: Path) -> None:
     assert_refused(
         "builtin://shakespeare",
         "unknown_builtin",
-        "the only one is builtin://python-stdlib",
+        "there are builtin://python-stdlib and builtin://mock",
     )
     assert_refused(
         "~nobody-of-this-name/x",
