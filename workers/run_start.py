@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Self
 
 from megatron_ray.checkpoint.claim import Claim, read_claim
-from megatron_ray.checkpoint.digests import verify_share
 from megatron_ray.checkpoint.directory import (
     COMMITTED,
     FOLDER,
@@ -23,6 +22,7 @@ from megatron_ray.checkpoint.directory import (
     rollbacks_of,
 )
 from megatron_ray.checkpoint.disk_space import room_problems, writable_problems
+from megatron_ray.checkpoint.integrity.digests import verify_share
 from megatron_ray.checkpoint.records.rollbacks import Rollback, steps_left_out
 from megatron_ray.checkpoint.resume_config import compare_with_checkpoint
 from megatron_ray.checkpoint.resume_point import choose_resume_point

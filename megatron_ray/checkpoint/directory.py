@@ -11,7 +11,7 @@ for people, who may edit them.
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -302,6 +302,18 @@ def read_manifest(path: str) -> dict[str, Any]:
     Raises CheckpointError when it is not committed or was written by a newer version,
     DamagedCheckpointError when it has lost a file.
     """
+    manifest = read_committed_manifest(path)
+    for _, cause in damaged_files(path, manifest):
+        raise DamagedCheckpointError("load", path, cause)
+    return manifest
+
+
+def read_committed_manifest(path: str) -> dict[str, Any]:
+    """Returns the manifest of a committed checkpoint, whose files may be damaged.
+
+    Raises CheckpointError when it is not committed or was written by a newer version,
+    DamagedCheckpointError when it has lost the manifest.
+    """
     storage = open_storage(path)
     if not storage.exists(COMMITTED):
         cause = contained_checkpoint(path)
@@ -318,10 +330,15 @@ def read_manifest(path: str) -> dict[str, Any]:
     if manifest is None:
         raise DamagedCheckpointError("load", path, _NO_MANIFEST)
     check_format_version(path, manifest)
-    damage = _find_damage(_needed_files(manifest), _file_sizes(storage))
-    if damage is not None:
-        raise DamagedCheckpointError("load", path, damage)
     return manifest
+
+
+def damaged_files(path: str, manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Returns the files that are missing or have another size, each with what is wrong.
+
+    Raises StorageError.
+    """
+    return list(_damaged(_needed_files(manifest), _file_sizes(open_storage(path))))
 
 
 def contained_checkpoint(path: str) -> str | None:
@@ -401,12 +418,17 @@ def _file_sizes(storage: Storage) -> FileSizes:
 
 def _find_damage(expected: Mapping[str, int], files: FileSizes) -> str | None:
     """Returns a message about missing or truncated files, if any."""
+    for _, cause in _damaged(expected, files):
+        return cause
+    return None
+
+
+def _damaged(expected: Mapping[str, int], files: FileSizes) -> Iterator[tuple[str, str]]:
     for name, size in expected.items():
         if name not in files:
-            return f"its file {name} is missing"
-        if files[name] != size:
-            return f"its file {name} has {files[name]} bytes, {size} were written"
-    return None
+            yield name, f"its file {name} is missing"
+        elif files[name] != size:
+            yield name, f"its file {name} has {files[name]} bytes, {size} were written"
 
 
 def _needed_files(manifest: Mapping[str, Any]) -> FileSizes:

@@ -17,13 +17,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_ray.checkpoint.digests import CheckedFiles
 from megatron_ray.checkpoint.directory import (
     FORMAT_VERSION,
     INDEX,
     DamagedCheckpointError,
     check_format_version,
 )
+from megatron_ray.checkpoint.integrity.digests import CheckedFiles
 from megatron_ray.distributed.collectives import Group
 from megatron_ray.sharding.boxes import Box
 from megatron_ray.sharding.sharded_state import ShardedState
@@ -309,6 +309,7 @@ def read_index(files: CheckedFiles, path: str) -> dict[str, SavedTensor]:
         tensors = {}
         for fqn, entry in body["tensors"].items():
             tensors[fqn] = _saved_tensor(fqn, entry)
+        files.locate_tensors(body)
         return tensors
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         cause = f"{INDEX} is not readable: {error}"

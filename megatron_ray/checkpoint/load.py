@@ -13,9 +13,9 @@ from math import prod
 
 import torch
 
-from megatron_ray.checkpoint.digests import CheckedFiles
 from megatron_ray.checkpoint.directory import CheckpointError, read_manifest
 from megatron_ray.checkpoint.index import SavedTensor, Slot, overlaps, read_index
+from megatron_ray.checkpoint.integrity.digests import CheckedFiles
 from megatron_ray.sharding.boxes import Box
 from megatron_ray.sharding.sharded_state import ShardedState, ShardedTensor
 from megatron_ray.storage.storage import Readable, open_storage

@@ -9,13 +9,13 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_ray.checkpoint.digests import CheckedFiles
 from megatron_ray.checkpoint.directory import (
     CheckpointError,
     DamagedCheckpointError,
     check_format_version,
     read_manifest,
 )
+from megatron_ray.checkpoint.integrity.digests import CheckedFiles
 from megatron_ray.config.model import ModelConfig
 from megatron_ray.storage.errors import MissingFileError
 from megatron_ray.storage.storage import open_storage

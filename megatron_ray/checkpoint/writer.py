@@ -19,9 +19,9 @@ from typing import Any, Literal
 
 import torch
 
-from megatron_ray.checkpoint.digests import DigestedFiles
 from megatron_ray.checkpoint.directory import INDEX
 from megatron_ray.checkpoint.index import RankPlan, Slot, data_file, plan_save
+from megatron_ray.checkpoint.integrity.digests import DigestedFiles
 from megatron_ray.checkpoint.train_state import TRAIN_STATE, rank_state_file
 from megatron_ray.distributed.host_memory import allocate_host, unregister_host
 from megatron_ray.distributed.mesh import ParallelMesh

@@ -50,11 +50,11 @@ class CheckpointConfig(Config):
     fields. Any other change of the model, of the learning rate or of the samples is
     refused. How the run is executed may always change: `parallel` except local_sgd,
     `callbacks`, `checkpoint`, `storage`, `data.cache`, and of `training`
-    micro_batch_size, recompute, compile, deterministic, eval_every_steps, eval_samples,
-    skip_steps, max_skipped_steps, max_consecutive_skipped_steps, rules, max_rollbacks,
-    inject_faults, check_replicas_every_steps, loss_scale, grad_reduce_in_fp32,
-    fp8.param_gather, max_duration_s, exit_every_steps and profile; of `optimizer`
-    store_param_remainders and offload. Default: nothing else may change."""
+    micro_batch_size, recompute, compile, cuda_graph, deterministic, eval_every_steps,
+    eval_samples, skip_steps, max_skipped_steps, max_consecutive_skipped_steps, rules,
+    max_rollbacks, inject_faults, check_replicas_every_steps, loss_scale,
+    grad_reduce_in_fp32, fp8.param_gather, max_duration_s, exit_every_steps and profile; of
+    `optimizer` store_param_remainders and offload. Default: nothing else may change."""
 
 
 class StorageConfig(Config):

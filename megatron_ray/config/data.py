@@ -20,10 +20,11 @@ class DataSource(Config):
     """One corpus of a blend."""
 
     path: str = Field(min_length=1, max_length=4096)
-    """`builtin://python-stdlib`, or a path or URI of a .txt, .jsonl (also .json with an
-    object per line) or .parquet file, of a folder or glob of such files, or of a prepared
-    .bin/.idx pair (without the extension). Text and lines may be compressed: .gz, .zst,
-    .bz2. In a folder or glob, files and sub-folders named as test or validation data
+    """`builtin://python-stdlib`, `builtin://mock` (4 MiB of random words, to measure a
+    cluster), or a path or URI of a .txt, .jsonl (also .json with an
+    object per line), .parquet or .arrow file, of a folder or glob of such files, or of a
+    prepared .bin/.idx pair (without the extension). Text and lines may be compressed: .gz,
+    .zst, .bz2, .xz. In a folder or glob, files and sub-folders named as test or validation data
     (test, validation, valid, val, dev, eval) are not trained on; name them by themselves
     to do so. READMEs and licences are not read. What is left out is listed by `data
     prepare`, in plans and in the job's events."""
@@ -31,7 +32,7 @@ class DataSource(Config):
     """Relative share of samples taken from this corpus. Weights are normalized over the
     blend, so they need not sum to one."""
     text_key: str = Field(default="text", min_length=1)
-    """Name of the JSON field (.jsonl) or the column (.parquet) with the text; a dotted
+    """Name of the JSON field (.jsonl) or the column (.parquet, .arrow) with the text; a dotted
     path, such as `meta.text`, for one inside an object or struct. Rows without text (null,
     empty or absent) are left out and counted."""
     max_bad_records: int = Field(default=0, ge=0, le=1 << 40)

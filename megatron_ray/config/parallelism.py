@@ -52,6 +52,11 @@ class ParallelismConfig(Config):
     """How tokens reach their experts: `alltoall` sends each token to the ranks that own
     its experts, `allgather` sends all tokens to all ranks of the expert group, which
     communicates more but in fewer, larger messages."""
+    ep_comm_overlap: bool = False
+    """With dispatcher=alltoall: interleaves the forward pass of a microbatch with the
+    backward pass of an earlier one, and computes one while tokens of the other are on their
+    way to experts and back. Activations of more microbatches are kept. No number changes.
+    Has no effect at ep=1."""
     dp: Annotated[int, Field(ge=1, le=1 << 20)] | Literal["auto"] = "auto"
     """Data parallel size: replicas that split the batch. `auto` takes the most that fit
     the cluster and divide the batch. Where an autoscaler adds nodes, that is the most that
@@ -64,6 +69,10 @@ class ParallelismConfig(Config):
     """With sequence_parallel: multiplies a rank's own tokens while those of others arrive, and
     sends the sums of one rank's tokens while those of the next are computed. Has no effect
     at tp=1."""
+    tp_symmetric_memory: bool = False
+    """With tp_comm_overlap, on GPUs of one node: tokens are copied from the memory of one
+    GPU to that of another (torch's symmetric memory), while all processors of the GPUs
+    compute products. No number changes."""
     zero: Literal[0, 1, 3] = 1
     """ZeRO stage: 0 shards nothing, 1 shards the optimizer state over the data-parallel
     ranks, 3 shards weights and gradients too."""
@@ -89,6 +98,11 @@ class ParallelismConfig(Config):
     def expert_tp(self) -> int:
         """Tensor parallel size inside an expert, resolved."""
         return self.etp or self.tp
+
+    @property
+    def interleaves_passes(self) -> bool:
+        """Whether forward passes are interleaved with backward passes."""
+        return self.ep_comm_overlap and self.ep > 1
 
     @property
     def replica_groups(self) -> int:

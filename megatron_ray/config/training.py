@@ -9,6 +9,7 @@ from pydantic import Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
 from megatron_ray.config.base import Config
+from megatron_ray.config.cuda_graph import CudaGraphConfig
 from megatron_ray.config.faults.injection import FaultConfig
 from megatron_ray.config.faults.rules import RuleConfig
 from megatron_ray.config.schedules.batch_sizes import (
@@ -285,6 +286,9 @@ class TrainingConfig(Config):
     activation, rotation) and the loss, which reads and writes less memory. It adds some
     seconds to the start of every process, and every node needs a C++ compiler and
     Python's headers."""
+    cuda_graph: CudaGraphConfig | None = None
+    """A CUDA graph of all forward and backward passes of a step, which the host launches at
+    once. No number changes. Default: the host launches every kernel by itself."""
     seed: int = Field(default=1234, ge=0, le=(1 << 63) - 1)
     """Seed of the initial weights, the order of samples and every random stream."""
     deterministic: bool = False

@@ -16,11 +16,60 @@ import torch
 from torch import Tensor
 
 from megatron_ray.config.schedules.batch_sizes import BatchSizes, RampupConfig
+from megatron_ray.data.ahead import Ahead
 from megatron_ray.data.blend import SampleDataset
 from megatron_ray.data.datasets import EvaluationSource
 from megatron_ray.data.sampler import sample_ids
 from megatron_ray.models.batch import Batch, MTPTargets, Packed
 from megatron_ray.sharding.sequence_split import SequenceCut
+
+
+@dataclass(frozen=True)
+class HostBatch:
+    """A batch on the host, in memory from which a GPU copies asynchronously."""
+
+    tokens: tuple[Tensor, ...]
+    """Tokens with the label of the last one, [B, S + 1]; under context parallelism this
+    rank's tokens and, apart from them, their labels."""
+    loss_mask_BS: Tensor
+    position_ids: Tensor
+    num_tokens: int
+    packed: Packed | None
+    mtp_targets: MTPTargets | None
+
+    def to(self, device: torch.device) -> Batch:
+        """Returns the batch on a device, to which it is on its way."""
+
+        def moved(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=True)
+
+        tokens, *labels = [moved(tensor) for tensor in self.tokens]
+        if labels:
+            tokens_BS = tokens
+            labels_BS = labels[0]
+        else:
+            # One copy to the device; tokens and labels are views of it.
+            tokens_BS = tokens[:, :-1]
+            labels_BS = tokens[:, 1:]
+        packed = self.packed
+        if packed is not None:
+            packed = replace(
+                packed,
+                documents_BS=moved(packed.documents_BS),
+                cu_seqlens=moved(packed.cu_seqlens),
+            )
+        targets = self.mtp_targets
+        if targets is not None:
+            targets = MTPTargets(moved(targets.labels_DBS), moved(targets.loss_mask_DBS))
+        return Batch(
+            tokens_BS,
+            labels_BS,
+            moved(self.loss_mask_BS),
+            moved(self.position_ids),
+            self.num_tokens,
+            packed,
+            targets,
+        )
 
 
 @dataclass(frozen=True)
@@ -48,11 +97,20 @@ class BatchMaker:
         counted_rows: int | None = None,
     ) -> Batch:
         """Returns the batch of samples of a dataset."""
+        return self.read(dataset, indices, counted_rows).to(self.device)
+
+    def read(
+        self,
+        dataset: SampleDataset,
+        indices: Sequence[int],
+        counted_rows: int | None = None,
+    ) -> HostBatch:
+        """Returns the batch of samples of a dataset on the host."""
         samples = np.stack([dataset[index] for index in indices])
         if self.end_of_document is None:
-            return self(samples, counted_rows)
+            return self._on_host(samples, counted_rows)
         starts = np.stack([dataset.document_starts(index) for index in indices])
-        return self(samples, counted_rows, starts)
+        return self._on_host(samples, counted_rows, starts)
 
     def __call__(
         self,
@@ -65,9 +123,16 @@ class BatchMaker:
         Only the first `counted_rows` samples (default: all) count in the loss. `starts`
         [B, S + 1] are first tokens of documents, beside those after an end token.
         """
+        return self._on_host(samples, counted_rows, starts).to(self.device)
+
+    def _on_host(
+        self,
+        samples: np.ndarray,
+        counted_rows: int | None = None,
+        starts: np.ndarray | None = None,
+    ) -> HostBatch:
         rows = samples.shape[0]
         length = samples.shape[1] - 1
-        # In numpy on the host, which is idle while the device computes.
         mask_BS = np.ones((rows, length), dtype=np.float32)
         if counted_rows is not None:
             mask_BS[counted_rows:] = 0
@@ -84,29 +149,26 @@ class BatchMaker:
         mtp_targets = None
         if self.num_mtp_layers:
             mtp_targets = self._mtp_targets(samples, mask_BS)
-        tokens_BS, labels_BS = self._tokens_and_labels(samples)
+        tokens = self._tokens_and_labels(samples)
         if self.cut.cp > 1:
             local = self.cut.positions(length)
             mask_BS = mask_BS[:, local]
             positions = positions[:, local]
-        return Batch(
-            tokens_BS,
-            labels_BS,
-            self._to_device(mask_BS),
-            self._to_device(positions),
+        return HostBatch(
+            tokens,
+            self._in_memory(mask_BS),
+            self._in_memory(positions),
             # Computed on the host: reading it from the device later would synchronize.
             int(mask_BS.sum()),
             packed,
             mtp_targets,
         )
 
-    def _tokens_and_labels(self, samples: np.ndarray) -> tuple[Tensor, Tensor]:
+    def _tokens_and_labels(self, samples: np.ndarray) -> tuple[Tensor, ...]:
         if self.cut.cp == 1:
-            # One copy to the device; tokens and labels are views of it.
-            whole = self._to_device(samples)
-            return whole[:, :-1], whole[:, 1:]
+            return (self._in_memory(samples),)
         local = self.cut.positions(samples.shape[1] - 1)
-        return self._to_device(samples[:, local]), self._to_device(samples[:, local + 1])
+        return self._in_memory(samples[:, local]), self._in_memory(samples[:, local + 1])
 
     def _mtp_targets(self, samples: np.ndarray, mask_BS: np.ndarray) -> MTPTargets:
         """Returns the labels beyond the next token.
@@ -127,8 +189,8 @@ class BatchMaker:
             previous_mask_BS = masks_DBS[depth]
         local = self.cut.positions(length)
         return MTPTargets(
-            self._to_device(labels_DBS[:, :, local]),
-            self._to_device(masks_DBS[:, :, local]),
+            self._in_memory(labels_DBS[:, :, local]),
+            self._in_memory(masks_DBS[:, :, local]),
         )
 
     def _packed(self, starts_BS: np.ndarray) -> Packed:
@@ -143,17 +205,17 @@ class BatchMaker:
         # A row's first token starts a document, so rows one after another need no more.
         cu_seqlens = np.append(np.flatnonzero(starts_BS), rows * length)
         return Packed(
-            self._to_device(documents_BS),
+            self._in_memory(documents_BS),
             tuple(lengths),
-            self._to_device(cu_seqlens.astype(np.int32)),
+            self._in_memory(cu_seqlens.astype(np.int32)),
         )
 
-    def _to_device(self, values: np.ndarray) -> Tensor:
+    def _in_memory(self, values: np.ndarray) -> Tensor:
         tensor = torch.from_numpy(np.ascontiguousarray(values))
-        # The copy is asynchronous from pinned memory only.
+        # A copy to the device is asynchronous from pinned memory only.
         if self.device.type == "cuda":
             tensor = tensor.pin_memory()
-        return tensor.to(self.device, non_blocking=True)
+        return tensor
 
 
 def _document_starts(
@@ -184,7 +246,8 @@ class StepLoader:
     """Loads the microbatches of one data-parallel rank.
 
     A pure function of the consumed samples, so a resumed run continues with the same
-    data. `job` is the index and the number of the jobs that train together: sizes and
+    data. Batches of the next step are read and put together on a thread, while the device
+    computes. `job` is the index and the number of the jobs that train together: sizes and
     consumed samples are those of one of them, and each has the samples that its replicas
     would have in a single job.
     """
@@ -207,6 +270,7 @@ class StepLoader:
         self.dp = dp
         self._job_index, self._num_jobs = job
         self._batch_sizes = BatchSizes(global_batch_size, rampup)
+        self._ahead = Ahead(self._read)
 
     def num_microbatches(self, consumed_samples: int) -> int:
         """Returns the microbatches of the step that starts after `consumed_samples`."""
@@ -215,6 +279,16 @@ class StepLoader:
 
     def step(self, consumed_samples: int) -> list[Batch]:
         """Returns the batches of the step that starts after `consumed_samples`."""
+        following = consumed_samples + self._batch_sizes.at(consumed_samples)
+        batches = []
+        for first_sample, read in self._ahead.take(consumed_samples, following):
+            batch = read.to(self.make_batch.device)
+            # Dropout masks depend on the sample's number, and thus not on dp.
+            batches.append(replace(batch, first_sample=first_sample))
+        return batches
+
+    def _read(self, consumed_samples: int) -> list[tuple[int, HostBatch]]:
+        """Returns the microbatches of a step, each with the number of its first sample."""
         ids = sample_ids(
             consumed_samples * self._num_jobs,
             self.micro_batch_size,
@@ -224,9 +298,8 @@ class StepLoader:
         )
         batches = []
         for microbatch_ids in ids:
-            batch = self.make_batch.load(self.dataset, microbatch_ids.tolist())
-            # Dropout masks depend on the sample's number, and thus not on dp.
-            batches.append(replace(batch, first_sample=int(microbatch_ids[0])))
+            batch = self.make_batch.read(self.dataset, microbatch_ids.tolist())
+            batches.append((int(microbatch_ids[0]), batch))
         return batches
 
 

@@ -362,8 +362,20 @@ def all_to_all_rows(
 
     Without these numbers all parts are equal.
     """
+    received, pending = start_all_to_all_rows(tensor, group, send, receive)
+    pending.wait()
+    return received
+
+
+def start_all_to_all_rows(
+    tensor: Tensor,
+    group: Group,
+    send: Sequence[int] | None = None,
+    receive: Sequence[int] | None = None,
+) -> tuple[Tensor, Pending]:
+    """Starts `all_to_all_rows`; returns its result and the handle."""
     if group is None:
-        return tensor
+        return tensor, DONE
     num_rows = tensor.shape[0]
     if receive is not None:
         num_rows = sum(receive)
@@ -380,8 +392,7 @@ def all_to_all_rows(
         group=group,
         async_op=True,
     )
-    entry.wait()
-    return received
+    return received, entry
 
 
 def set_timeout(group: Group, timeout: timedelta) -> None:

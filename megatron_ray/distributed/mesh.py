@@ -17,6 +17,7 @@ import torch.distributed as dist
 from megatron_ray.distributed import collectives, device
 from megatron_ray.distributed.collectives import Group
 from megatron_ray.distributed.device_kind import DeviceKind
+from megatron_ray.distributed.interleaver import Interleaver
 from megatron_ray.distributed.recording import name_groups
 from megatron_ray.parallel_dims import ParallelDims
 
@@ -53,6 +54,8 @@ class ParallelMesh:
     device: torch.device
     device_kind: DeviceKind
     """Decides which kernels run; by default the kind of the device."""
+    interleaver: Interleaver
+    """Interleaves two passes on the device."""
     world_group: Group
     step_group: Group
     """Ranks that take a step together: the world, or one of its replica groups."""
@@ -119,8 +122,15 @@ class ParallelMesh:
         # Each group once, as axes may share a group, in the same order on all ranks.
         for group in dict.fromkeys((*groups.values(), *cp_levels)):
             collectives.barrier(group, torch_device)
-        kind = device.kind_of(torch_device.type)
-        return cls(dims, rank, torch_device, kind, cp_levels=tuple(cp_levels), **groups)
+        return cls(
+            dims,
+            rank,
+            torch_device,
+            device.kind_of(torch_device.type),
+            Interleaver(torch_device),
+            cp_levels=tuple(cp_levels),
+            **groups,
+        )
 
     @classmethod
     def single(cls, kind: str = "cpu") -> "ParallelMesh":

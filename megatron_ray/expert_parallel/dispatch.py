@@ -15,7 +15,7 @@ Shapes: T tokens of this rank, K experts of a token, E experts, L of them on thi
 H hidden, R rows.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from megatron_ray.distributed import collectives
 from megatron_ray.distributed.collectives import Group
+from megatron_ray.distributed.interleaver import Interleaver
 from megatron_ray.expert_parallel.rows import (
     exchange,
     gather,
@@ -126,13 +127,17 @@ class AllToAllPlan:
 class AllToAllDispatcher:
     """Sends each row to the ep rank of its expert.
 
-    Each etp rank has a part of the expert, so etp ranks gather each other's rows.
+    Each etp rank has a part of the expert, so etp ranks gather each other's rows. While
+    rows are on their way, the interleaver may run another pass.
     """
 
-    def __init__(self, num_experts: int, ep_group: Group, etp_group: Group) -> None:
+    def __init__(
+        self, num_experts: int, ep_group: Group, etp_group: Group, interleaver: Interleaver
+    ) -> None:
         self.num_experts = num_experts
         self.ep_group = ep_group
         self.etp_group = etp_group
+        self.interleaver = interleaver
 
     def dispatch(self, x_TH: Tensor, experts_TK: Tensor, capacity: Capacity) -> Dispatched:
         """Returns the rows of this rank's experts from all ranks."""
@@ -151,17 +156,22 @@ class AllToAllDispatcher:
         else:
             plan = self._plan_evenly(counts, slots.device)
         # First to the ep rank of the expert, then to all etp ranks that share it.
-        received = exchange(rows, plan.send, plan.receive, self.ep_group)
+        received = self._exchange(rows, plan.send, plan.receive)
         arrived = gather(received, plan.gathered, self.etp_group)
 
         def combine(outputs_RH: Tensor, weights_TK: Tensor) -> Tensor:
             # The same exchanges in reverse order; etp ranks have partial sums of every row.
             partial_sums = reorder(outputs_RH, plan.to_arrival_order_R)
             summed = sum_and_scatter(partial_sums, plan.gathered, self.etp_group)
-            returned = exchange(summed, plan.receive, plan.send, self.ep_group)
+            returned = self._exchange(summed, plan.receive, plan.send)
             return weigh_and_sum(returned, weights_TK, slots)
 
         return Dispatched(reorder(arrived, plan.to_expert_order_R), plan.counts, combine)
+
+    def _exchange(
+        self, rows: Tensor, send: Sequence[int], receive: Sequence[int]
+    ) -> Tensor:
+        return exchange(rows, send, receive, self.ep_group, self.interleaver)
 
     def _plan_evenly(self, rows_per_expert: int, device: torch.device) -> AllToAllPlan:
         """Plans for equally many rows from every rank to every expert."""

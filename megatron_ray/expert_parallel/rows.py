@@ -17,6 +17,7 @@ from torch import Tensor
 
 from megatron_ray.distributed import collectives
 from megatron_ray.distributed.collectives import Group
+from megatron_ray.distributed.interleaver import Interleaver
 from megatron_ray.ops.autograd import AutogradFunction
 from megatron_ray.ops.dtypes import to_fp32
 
@@ -40,12 +41,19 @@ def reorder(rows_RH: Tensor, order_R: Tensor) -> Tensor:
 
 
 def exchange(
-    rows: Tensor, send: Sequence[int] | None, receive: Sequence[int] | None, group: Group
+    rows: Tensor,
+    send: Sequence[int],
+    receive: Sequence[int],
+    group: Group,
+    interleaver: Interleaver,
 ) -> Tensor:
-    """Sends send[r] rows to rank r (all-to-all); the backward sends gradients back."""
+    """Sends send[r] rows to rank r (all-to-all); the backward sends gradients back.
+
+    Meanwhile the interleaver may run another pass.
+    """
     if group is None:
         return rows
-    return _Exchange.apply(rows, send, receive, group)
+    return _Exchange.apply(rows, send, receive, group, interleaver)
 
 
 def gather(rows: Tensor, counts: Sequence[int], group: Group) -> Tensor:
@@ -137,19 +145,34 @@ class _Exchange(AutogradFunction[Tensor]):
     def forward(
         ctx: Any,
         rows: Tensor,
-        send: Sequence[int] | None,
-        receive: Sequence[int] | None,
+        send: Sequence[int],
+        receive: Sequence[int],
         group: Group,
+        interleaver: Interleaver,
     ) -> Tensor:
         ctx.send = send
         ctx.receive = receive
         ctx.group = group
-        return collectives.all_to_all_rows(rows, group, send, receive)
+        ctx.interleaver = interleaver
+        return _all_to_all(rows, send, receive, group, interleaver)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        returned = collectives.all_to_all_rows(grad, ctx.group, ctx.receive, ctx.send)
-        return returned, None, None, None
+        returned = _all_to_all(grad, ctx.receive, ctx.send, ctx.group, ctx.interleaver)
+        return returned, None, None, None, None
+
+
+def _all_to_all(
+    rows: Tensor,
+    send: Sequence[int],
+    receive: Sequence[int],
+    group: Group,
+    interleaver: Interleaver,
+) -> Tensor:
+    received, pending = collectives.start_all_to_all_rows(rows, group, send, receive)
+    interleaver.switch()
+    pending.wait()
+    return received
 
 
 class _Gather(AutogradFunction[Tensor]):

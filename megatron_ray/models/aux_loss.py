@@ -45,20 +45,20 @@ class AuxLoss(nn.Module):
         """Adds one microbatch's loss to the sum."""
         if self._total is None:
             # fp64, since this is summed over all microbatches of a step.
-            self._total = loss.double()
-        else:
-            self._total = self._total + loss
+            self._total = torch.zeros((), dtype=torch.float64, device=loss.device)
+        # In place, because a CUDA graph counts in the memory that it was recorded with.
+        self._total += loss
 
     def take(self) -> Tensor | None:
         """Returns this layer's share since the last call, and starts a new sum.
 
-        The share is an fp64 scalar on the device; None when nothing was counted.
+        The share is an fp64 scalar on the device; None when nothing was ever counted.
         """
-        total = self._total
-        self._total = None
-        if total is None:
+        if self._total is None:
             return None
-        return total / self._divisor
+        share = self._total / self._divisor
+        self._total.zero_()
+        return share
 
 
 class _Attach(AutogradFunction[Tensor]):

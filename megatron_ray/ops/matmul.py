@@ -9,8 +9,8 @@ all; torch includes oneDNN and already uses it for bf16. With AVX2 only, MKL is 
 too, is multiplied in fp32 and rounded once.
 
 The grouped products multiply rows sorted by expert with each expert's matrix: one
-kernel on CUDA in bf16, which reads the counts on the device; otherwise one product per
-expert, which needs the counts on the host (no synchronization on CPU).
+kernel on CUDA in bf16, from Hopper on, which reads the counts on the device; otherwise one
+product per expert, which needs the counts on the host (no synchronization on CPU).
 
 Shapes: T tokens, I inputs, O outputs, E experts.
 """
@@ -167,6 +167,9 @@ def _has_grouped_kernel(rows: Tensor, weight_EOI: Tensor) -> bool:
         and rows.dtype == torch.bfloat16
         and aligned
         and len(rows) > 0
+        # Before Hopper torch multiplies one expert after the other, too, and reads even
+        # equal counts on the host (pytorch issue 169970), which no CUDA graph can record.
+        and kind_of("cuda").capability >= (9, 0)
     )
 
 

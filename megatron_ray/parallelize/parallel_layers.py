@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from megatron_ray.config.model import ModelConfig
 from megatron_ray.distributed import collectives
 from megatron_ray.distributed.collectives import Group
+from megatron_ray.distributed.interleaver import Interleaver
 from megatron_ray.distributed.rng import Streams
 from megatron_ray.expert_parallel.dispatch import AllGatherDispatcher, AllToAllDispatcher
 from megatron_ray.expert_parallel.layers import ExpertBias, GroupedLinear, RouterLinear
@@ -47,6 +48,8 @@ from megatron_ray.tensor_parallel.norm import LayerNorm, RMSNorm
 class ExpertParallelGroups:
     """The groups that share a mixture's experts, and the kind of dispatcher."""
 
+    interleaver: Interleaver
+    """Runs another pass while tokens are on their way."""
     ep_group: Group = None
     etp_group: Group = None
     token_group: Group = None
@@ -195,7 +198,9 @@ class ParallelLayerFactory:
         """Makes the dispatcher of tokens to experts."""
         experts = self._experts
         if experts.dispatcher == "alltoall":
-            return AllToAllDispatcher(num_experts, experts.ep_group, experts.etp_group)
+            return AllToAllDispatcher(
+                num_experts, experts.ep_group, experts.etp_group, experts.interleaver
+            )
         return AllGatherDispatcher(num_experts, experts.ep_group, experts.etp_group)
 
     def aux_loss(self, kind: str, divisor: float, *, is_per_rank: bool) -> AuxLoss:

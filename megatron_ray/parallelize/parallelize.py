@@ -40,6 +40,7 @@ from megatron_ray.parallelize.storage import (
     place_in_buffers,
     shard_fully,
 )
+from megatron_ray.parallelize.token_overlap import token_overlap
 from megatron_ray.parallelize.transformer_engine.apply import apply_transformer_engine
 from megatron_ray.parallelize.transformer_engine.library import load_transformer_engine
 from megatron_ray.pipeline_parallel.schedules.actions import Order
@@ -89,9 +90,9 @@ class ParallelModel:
         return self.storage.groups
 
     @property
-    def is_pipelined(self) -> bool:
-        """Whether there is more than one stage, and thus actions to run."""
-        return self.pipeline.stages.num_stages > 1
+    def has_schedule(self) -> bool:
+        """Whether passes follow a schedule's actions, not one microbatch after another."""
+        return self.pipeline.stages.num_stages > 1 or self.pipeline.in_pairs
 
     @property
     def has_loss(self) -> bool:
@@ -244,10 +245,14 @@ def build_model(
         TensorParallel.of_group(
             mesh.tp_group,
             sequence_parallel=sequence_parallel,
-            comm_overlap=parallel.tp_comm_overlap,
+            overlap=token_overlap(parallel, mesh),
         ),
         ExpertParallelGroups(
-            mesh.ep_group, mesh.etp_group, mesh.token_group, parallel.dispatcher
+            mesh.interleaver,
+            mesh.ep_group,
+            mesh.etp_group,
+            mesh.token_group,
+            parallel.dispatcher,
         ),
         dtype=dtype,
         streams=Streams(seed, {"tp": mesh.tp_rank, "cp": mesh.cp_rank}),

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from threading import local
 from typing import Any, TypeVar
 
 import torch
@@ -35,12 +36,12 @@ Value = TypeVar("Value")
 class OutputSaver:
     """Connects the recomputation of a region with its chosen operations.
 
-    Several microbatches may be between forward and backward pass, but only one of them
-    runs at a time.
+    Several microbatches may be between forward and backward pass. Two of them may be in
+    the region at once, one in each pass, where passes are interleaved: each has its thread.
     """
 
     def __init__(self) -> None:
-        self._run: _Run | None = None
+        self._current = _Current()
 
     def recomputed(
         self,
@@ -73,35 +74,41 @@ class OutputSaver:
         """
 
         def run(*arguments: Any, **options: Any) -> Tensor:
-            if self._run is None:
+            if self._current.run is None:
                 # No training, or nothing before the region needs a gradient.
                 return operation(*arguments, **options)
-            if self._run.is_second:
-                return self._run.replay(arguments)
+            if self._current.run.is_second:
+                return self._current.run.replay(arguments)
             execute = partial(operation, **options)
-            return self._run.record(execute, arguments, is_changed, is_read)
+            return self._current.run.record(execute, arguments, is_changed, is_read)
 
         return run
 
     def remember(self, compute: Callable[[], Value]) -> Value:
         """Returns what `compute` returns in the first run, also in the second one."""
-        if self._run is None:
+        if self._current.run is None:
             return compute()
-        if not self._run.is_second:
+        if not self._current.run.is_second:
             value = compute()
-            self._run.values.append(value)
+            self._current.run.values.append(value)
             return value
-        first_value: Value = self._run.values.popleft()
+        first_value: Value = self._current.run.values.popleft()
         return first_value
 
     @contextmanager
     def running(self, run: "_Run") -> Iterator[None]:
         """Records the operations of a run, or replays them."""
-        self._run = run
+        self._current.run = run
         try:
             yield
         finally:
-            self._run = None
+            self._current.run = None
+
+
+class _Current(local):
+    """The run of the thread that reads it."""
+
+    run: "_Run | None" = None
 
 
 @dataclass

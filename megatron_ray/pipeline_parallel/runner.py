@@ -10,6 +10,7 @@ use, so that they overlap with computation.
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -18,8 +19,15 @@ from torch import Tensor
 from megatron_ray.distributed import collectives
 from megatron_ray.distributed.activity import PROCESS
 from megatron_ray.distributed.collectives import Group, Pending
+from megatron_ray.distributed.interleaver import Interleaver, Pass
 from megatron_ray.ops.backward import Backward
-from megatron_ray.pipeline_parallel.schedules.actions import Action, Op, Order, StageMap
+from megatron_ray.pipeline_parallel.schedules.actions import (
+    Action,
+    Op,
+    Order,
+    StageMap,
+    in_units,
+)
 
 Chunk = Callable[[Tensor | None, int], Tensor]
 """The forward of a stage: (received activations, microbatch) -> activations for the
@@ -83,8 +91,8 @@ class _StepState:
 class PipelineRunner:
     """Runs one rank's list of actions, step after step.
 
-    `group` is the pipeline group; `on_action` is called after every action (for
-    traces).
+    `group` is the pipeline group; `interleaver` is that of the chunks; `on_action` is
+    called after every action, and where one is interrupted by another.
     """
 
     def __init__(
@@ -94,6 +102,7 @@ class PipelineRunner:
         chunks: Sequence[Chunk],
         group: Group,
         transfer: Transfer,
+        interleaver: Interleaver,
         weight_grads: WeightGrads | None = None,
         on_action: Callable[[Action], None] | None = None,
     ) -> None:
@@ -103,6 +112,7 @@ class PipelineRunner:
         self._group = group
         self._rank = collectives.rank(group)
         self._transfer = transfer
+        self._interleaver = interleaver
         self._weight_grads = weight_grads
         self._on_action = on_action
         # An evaluation has forward passes only and saves nothing for a backward.
@@ -133,17 +143,28 @@ class PipelineRunner:
         Returns the losses by microbatch on the rank of the last stage, else nothing.
         """
         self._state = _StepState()
-        for action in self._actions:
-            PROCESS.microbatch = action.microbatch
-            self._handlers[action.op](action)
-            if self._on_action is not None:
-                self._on_action(action)
+        for unit in in_units(self._actions):
+            passes = [self._pass(action) for action in unit]
+            if len(passes) == 1:
+                passes[0].run_alone()
+            else:
+                self._interleaver.run(*passes)
         # Receives have been waited for at their use; only sends can still be pending.
         for pending, _ in self._state.sends:
             pending.wait()
         losses = self._state.losses
         self._state = _StepState()
         return [losses[microbatch] for microbatch in sorted(losses)]
+
+    def _pass(self, action: Action) -> Pass:
+        def enter() -> None:
+            PROCESS.microbatch = action.microbatch
+
+        def leave() -> None:
+            if self._on_action is not None:
+                self._on_action(action)
+
+        return Pass(partial(self._handlers[action.op], action), enter, leave)
 
     # ---- computing
 

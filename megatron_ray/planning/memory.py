@@ -234,8 +234,8 @@ def _activations(
         if stage.loss:
             loss = working_head(config, device)
     peak = kept_by_chunk[0]
-    # Without a pipeline each microbatch's backward runs before the next forward.
-    if pipeline.stages.num_stages > 1:
+    # Without a schedule each microbatch's backward runs before the next forward.
+    if pipeline.stages.num_stages > 1 or pipeline.in_pairs:
         peak = 0
         # Interleaving enlarges its groups by a remainder, which a small batch may have.
         for count in all_num_microbatches(config):

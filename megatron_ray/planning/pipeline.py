@@ -4,14 +4,10 @@ Schedules repeat themselves after some microbatches, so that a step with thousan
 them need not be simulated in full. Pure. Must not know: torch, bytes, seconds.
 """
 
+from dataclasses import replace
 from functools import lru_cache
 
 from megatron_ray.pipeline_parallel.schedules.actions import Op
-from megatron_ray.pipeline_parallel.schedules.orders import (
-    ScheduleName,
-    compute_orders,
-    stage_map,
-)
 from megatron_ray.pipeline_parallel.schedules.plan import PipelinePlan
 from megatron_ray.pipeline_parallel.schedules.simulation import (
     EQUAL,
@@ -21,6 +17,8 @@ from megatron_ray.pipeline_parallel.schedules.simulation import (
 
 _ROUNDS = 2
 """Rounds of pp microbatches after which every schedule repeats itself."""
+_ROUNDS_IN_PAIRS = 3
+"""Such rounds of schedules in pairs, which keep twice as many microbatches."""
 
 
 def kept_and_released(
@@ -34,20 +32,18 @@ def kept_and_released(
     """
     schedule = pipeline.schedule
     pp = pipeline.stages.pp
-    count = _short(pp, num_microbatches)
+    count = _short(pipeline, num_microbatches)
     # GPipe keeps all microbatches of a step at once, and interleaving enlarges its groups
     # by a remainder, so these two must be simulated in full.
     if schedule == "gpipe" or (schedule == "interleaved" and num_microbatches % pp):
         count = num_microbatches
-    return _kept_and_released(schedule, pp, pipeline.stages.vpp, count, pp_rank)
+    return _kept_and_released(replace(pipeline, contents=()), count, pp_rank)
 
 
 @lru_cache(maxsize=1024)
-def _kept_and_released(
-    schedule: ScheduleName, pp: int, vpp: int, count: int, pp_rank: int
-) -> tuple[int, ...]:
+def _kept_and_released(pipeline: PipelinePlan, count: int, pp_rank: int) -> tuple[int, ...]:
     events = []
-    for action in compute_orders(schedule, pp, count, vpp)[pp_rank]:
+    for action in pipeline.orders(count)[pp_rank]:
         if action.op is Op.FORWARD:
             events.append(action.chunk + 1)
         elif action.op in (Op.BACKWARD, Op.BACKWARD_WEIGHT):
@@ -61,11 +57,10 @@ def bubble(pipeline: PipelinePlan, num_microbatches: int, costs: Costs = EQUAL) 
 
     Transfers between stages take no time.
     """
-    stages = pipeline.stages
-    if stages.num_stages == 1:
+    if pipeline.stages.num_stages == 1:
         return 0.0
-    count = _short(stages.pp, num_microbatches)
-    return _bubble(pipeline.schedule, stages.pp, stages.vpp, count, costs)
+    count = _short(pipeline, num_microbatches)
+    return _bubble(replace(pipeline, contents=()), count, costs)
 
 
 def bubble_share(pipeline: PipelinePlan, num_microbatches: int) -> float:
@@ -77,12 +72,15 @@ def bubble_share(pipeline: PipelinePlan, num_microbatches: int) -> float:
     return idle / (idle + num_microbatches * EQUAL.microbatch)
 
 
-def _short(pp: int, num_microbatches: int) -> int:
+def _short(pipeline: PipelinePlan, num_microbatches: int) -> int:
+    pp = pipeline.stages.pp
+    rounds = _ROUNDS
+    if pipeline.in_pairs:
+        rounds = _ROUNDS_IN_PAIRS
     # The remainder stays, because some schedules treat an incomplete round differently.
-    return min(num_microbatches, _ROUNDS * pp + num_microbatches % pp)
+    return min(num_microbatches, rounds * pp + num_microbatches % pp)
 
 
 @lru_cache(maxsize=256)
-def _bubble(schedule: ScheduleName, pp: int, vpp: int, count: int, costs: Costs) -> float:
-    orders = compute_orders(schedule, pp, count, vpp)
-    return simulate_computing(orders, stage_map(schedule, pp, vpp), costs).bubble
+def _bubble(pipeline: PipelinePlan, count: int, costs: Costs) -> float:
+    return simulate_computing(pipeline.orders(count), pipeline.stages, costs).bubble

@@ -6,6 +6,7 @@ job below one root. Must not know: the contents of files.
 
 import errno
 import io
+import lzma
 import os
 import shutil
 import stat
@@ -148,18 +149,42 @@ def split_repeated(files: Sequence[FileStat]) -> tuple[list[FileStat], list[File
 def open_stream(location: Location, compression: str | None = None) -> io.BufferedReader:
     """Opens a file for sequential reads.
 
-    `compression` is Arrow's name of the file's compression, such as `gzip`; None reads
-    the bytes as they are. Raises StorageError; reading raises OSError.
+    `compression` is the file's: Arrow's name, such as `gzip`, or `xz`; None reads the bytes
+    as they are. Raises StorageError; reading raises OSError.
     """
     with storage_errors("read", location.path):
         if location.is_local and compression is None:
             return Path(location.path).open("rb")
+        if compression == "xz":
+            packed = location.filesystem.open_input_stream(location.path, compression=None)
+            return io.BufferedReader(_XzFile(packed), _BUFFER_BYTES)
         # By default Arrow decompresses according to the file's suffix.
         stream = location.filesystem.open_input_stream(
             location.path, compression=compression
         )
         # Arrow's streams cannot read lines, so Python's buffer wraps them.
         return io.BufferedReader(stream, _BUFFER_BYTES)
+
+
+class _XzFile(lzma.LZMAFile):
+    """Unpacks a stream of xz, which Arrow does not read."""
+
+    def __init__(self, packed: Any) -> None:
+        super().__init__(packed)
+        self._packed = packed
+
+    def read(self, size: int | None = -1) -> bytes:
+        """Returns at most `size` bytes, none at the end. Raises OSError."""
+        try:
+            return super().read(size)
+        # EOFError: the file ends too early.
+        except (lzma.LZMAError, EOFError) as error:
+            raise OSError(str(error)) from error
+
+    def close(self) -> None:
+        """Closes the packed stream too."""
+        super().close()
+        self._packed.close()
 
 
 def open_random_access(location: Location) -> Any:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from megatron_ray.distributed import collectives
 from megatron_ray.distributed.collectives import Group
+from megatron_ray.tensor_parallel.overlap import TokenOverlap
 
 
 @dataclass(frozen=True)
@@ -16,12 +17,16 @@ class TensorParallel:
     """This rank's index in the group."""
     sequence_parallel: bool = False
     """Whether activations between these layers are split along the tokens."""
-    comm_overlap: bool = False
-    """Whether these tokens are sent while products of others are computed."""
+    overlap: TokenOverlap | None = None
+    """Sends these tokens while products of others are computed."""
 
     @classmethod
     def of_group(
-        cls, group: Group, *, sequence_parallel: bool = False, comm_overlap: bool = False
+        cls,
+        group: Group,
+        *,
+        sequence_parallel: bool = False,
+        overlap: TokenOverlap | None = None,
     ) -> "TensorParallel":
         """Describes a live process group, or one rank where it is None."""
         return cls(
@@ -29,7 +34,7 @@ class TensorParallel:
             collectives.size(group),
             collectives.rank(group),
             sequence_parallel,
-            comm_overlap,
+            overlap,
         )
 
     @property
@@ -40,14 +45,4 @@ class TensorParallel:
         """
         if self.sequence_parallel:
             return self.group
-        return None
-
-    @property
-    def overlap_group(self) -> Group:
-        """The group over which products overlap with gathers and sums of their tokens.
-
-        None where they do not.
-        """
-        if self.comm_overlap:
-            return self.sequence_group
         return None

@@ -29,10 +29,6 @@ from megatron_ray.ops.grad_slots import (
 from megatron_ray.ops.matmul import forward_product, input_grad_product
 from megatron_ray.ops.products import PLAIN, Multiplication, Products
 from megatron_ray.tensor_parallel.group import TensorParallel
-from megatron_ray.tensor_parallel.overlap import (
-    gather_and_multiply,
-    multiply_and_reduce_scatter,
-)
 
 Shape = tuple[int, ...]
 
@@ -125,9 +121,9 @@ def multiply_gathered(
 
     What overlaps is never multiplied in FP8, see `validation.layout`.
     """
-    if tp.overlap_group is not None:
+    if tp.overlap is not None:
         product = partial(forward_product, weight_OI=weight_OI)
-        return gather_and_multiply(product, inputs_tI, weight_OI.shape[0], tp.overlap_group)
+        return tp.overlap.gather_and_multiply(product, inputs_tI, weight_OI.shape[0])
     gathered = collectives.all_gather_rows(inputs_tI, tp.sequence_group)
     return gathered, products.forward(gathered, weight_OI)
 
@@ -163,14 +159,15 @@ def _start_input_grad(
     The gather for the weight gradient has `arriving` then. Returns what
     `start_input_grad_reduction` returns.
     """
-    group = module.tp.overlap_group
-    if group is None or _multiplies_weight_grad(module):
+    overlap = module.tp.overlap
+    if overlap is None or _multiplies_weight_grad(module):
         grad_TI = products.input_grad(grad_TO, weight_OI)
         arriving.wait()
         return start_input_grad_reduction(module.tp, grad_TI)
     # No other product overlaps with the sum.
     product = partial(input_grad_product, weight_OI=weight_OI)
-    return multiply_and_reduce_scatter(product, grad_TO, group), collectives.DONE
+    grad_tI = overlap.multiply_and_reduce_scatter(product, grad_TO, weight_OI.shape[1])
+    return grad_tI, collectives.DONE
 
 
 def _defer_weight_grad(
@@ -303,9 +300,10 @@ def _sum_of_products(
     tp: TensorParallel, products: Products, inputs_TI: Tensor, weight_OI: Tensor
 ) -> Tensor:
     """Returns the sum over ranks of inputs @ weight^T: [T or t, O]."""
-    if tp.overlap_group is not None:
+    if tp.overlap is not None:
         product = partial(forward_product, weight_OI=weight_OI)
-        return multiply_and_reduce_scatter(product, inputs_TI, tp.overlap_group)
+        width = weight_OI.shape[0]
+        return tp.overlap.multiply_and_reduce_scatter(product, inputs_TI, width)
     output = products.forward(inputs_TI, weight_OI)
     if tp.sequence_group is not None:
         return collectives.reduce_scatter_rows(output, tp.sequence_group)
@@ -316,9 +314,9 @@ def _multiply_gathered_grad(
     tp: TensorParallel, products: Products, grad_tO: Tensor, weight_OI: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Returns the gradients of all tokens [T, O], and grad @ weight of them [T, I]."""
-    if tp.overlap_group is not None:
+    if tp.overlap is not None:
         product = partial(input_grad_product, weight_OI=weight_OI)
-        return gather_and_multiply(product, grad_tO, weight_OI.shape[1], tp.overlap_group)
+        return tp.overlap.gather_and_multiply(product, grad_tO, weight_OI.shape[1])
     gathered = collectives.all_gather_rows(grad_tO, tp.sequence_group)
     return gathered, products.input_grad(gathered, weight_OI)
 

@@ -17,6 +17,7 @@ from megatron_ray.optimizer.step_rates import RunRates
 from megatron_ray.parallelize.parallelize import ParallelModel
 from megatron_ray.training.callbacks.runner import CallbackRunner
 from megatron_ray.training.evaluate import Evaluation
+from megatron_ray.training.graphs.passes import Passes, PlainPasses, RecordedPasses
 from megatron_ray.training.progress import Progress
 from megatron_ray.training.reporting.step_numbers import StepNumbers
 from megatron_ray.training.rules.injection import FaultInjector
@@ -109,6 +110,14 @@ class TrainingComponents:
     copier: Copier = field(default_factory=NoCopies)
     callbacks: CallbackRunner = field(default_factory=CallbackRunner)
     exchange: Exchange = field(default_factory=NoExchange)
+
+    @cached_property
+    def passes(self) -> Passes:
+        """The forward and backward passes of every step."""
+        graph = self.config.training.cuda_graph
+        if graph is None:
+            return PlainPasses(self.model, self.mesh)
+        return RecordedPasses(self.model, self.mesh, graph.warmup_steps)
 
     @cached_property
     def rates(self) -> RunRates:

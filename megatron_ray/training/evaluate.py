@@ -58,7 +58,7 @@ def evaluate(
     )
     for group in _groups(evaluation.batches(), mesh):
         batches = [batch for _, batch in group]
-        if model.is_pipelined:
+        if model.has_schedule:
             losses = run_stages(
                 model, mesh, actions(len(batches)), batches, ForwardMode.EVAL
             )

@@ -25,7 +25,7 @@ from megatron_ray.training.reporting.step_numbers import StepsInFlight
 from megatron_ray.training.reporting.step_reporter import StepReporter
 from megatron_ray.training.reporting.step_timer import StepTimer, step_timer
 from megatron_ray.training.rules.checks import StepChecks
-from megatron_ray.training.step import forward_backward, reduce_step
+from megatron_ray.training.step import reduce_step
 
 Outcome = Literal["finished", "stopped", "exited"]
 """`stopped`: by a command; `exited`: at a limit of the config, before the last step."""
@@ -124,7 +124,7 @@ def _train_step(
     timer.mark("data")
     callbacks.begin_step(progress.step + 1, batches)
     PROCESS.phase = "forward_backward"
-    loss_sum = forward_backward(components.model, components.mesh, batches, timer.mark)
+    loss_sum = components.passes.run(batches, timer.mark)
     PROCESS.phase = "reduce"
     # Every rank votes for its received command. The votes are reduced with the step's
     # numbers, so all ranks act on the same command at the same boundary.

@@ -197,6 +197,9 @@ class TrainingSession:
             self._saver.abandon()
             profiler.discard()
             raise
+        finally:
+            # The process groups may be closed next.
+            self._components.passes.release()
         profiler.close()
         self._saver.close()
         return outcome

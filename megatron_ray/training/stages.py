@@ -40,8 +40,9 @@ def run_stages(
 ) -> list[Tensor]:
     """Executes a rank's list of actions on these microbatches.
 
-    `mark` is called at the end of each action, with the pass that it belongs to. Returns
-    the losses by microbatch on the rank of the last stage, else none.
+    `mark` is called with the pass that an action belongs to at its end, and where it is
+    interrupted by another one. Returns the losses by microbatch on the rank of the last
+    stage, else none.
     """
     # A new runner per call, because evaluations have other actions and maybe other shapes.
     chunks = [_chunk(model, stage, batches, mode) for stage in model.module.stages]
@@ -51,6 +52,7 @@ def run_stages(
         chunks,
         mesh.pp_group,
         _transfer(model, mesh, batches[0]),
+        mesh.interleaver,
         model.sink,
         _marker(mark),
     ).step()
@@ -59,7 +61,7 @@ def run_stages(
 def _marker(
     mark: Callable[[StepPart], None] | None,
 ) -> Callable[[Action], None] | None:
-    """Returns what the runner calls after each action."""
+    """Returns what the runner calls at the end of an action."""
     if mark is None:
         return None
     return lambda action: mark(_PART_OF[action.op])

@@ -42,7 +42,7 @@ def forward_backward(
     at the end of each forward and backward pass. Raises ValueError without a microbatch.
     """
     model.begin_step()
-    if model.is_pipelined:
+    if model.has_schedule:
         actions = model.actions(len(batches))
         losses = run_stages(model, mesh, actions, batches, ForwardMode.TRAIN, mark)
         return loss_sum(losses, mesh)

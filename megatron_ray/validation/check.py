@@ -40,6 +40,10 @@ from megatron_ray.validation.parameters.main_parameters import remainder_problem
 from megatron_ray.validation.parameters.matrices import matrix_problems
 from megatron_ray.validation.parameters.moments import moment_problems
 from megatron_ray.validation.parameters.monitored import monitor_problems
+from megatron_ray.validation.passes.cuda_graph import (
+    cuda_graph_problems,
+    cuda_graph_warnings,
+)
 from megatron_ray.validation.profiling import profile_problems, profile_warnings
 from megatron_ray.validation.replica_groups.rules import (
     group_dp_problems,
@@ -78,6 +82,7 @@ _RULES = (
     profile_problems,
     recompute.recompute_problems,
     transformer_engine_problems,
+    cuda_graph_problems,
     resume_changes_problems,
 )
 """Rules in the order in which their problems are listed."""
@@ -89,6 +94,7 @@ _STEP_WARNINGS = (
     local_sgd_warnings,
     intervals.source_warnings,
     training_rules.rampup_warnings,
+    cuda_graph_warnings,
 )
 """Rules of what is legal but without effect, for a known number of steps."""
 _WARNINGS = (

@@ -8,6 +8,7 @@ from megatron_ray.config.model import ModelConfig
 from megatron_ray.config.parallelism import ParallelismConfig
 from megatron_ray.config.problem import Problem
 from megatron_ray.config.train_config import TrainConfig
+from megatron_ray.pipeline_parallel.schedules.orders import PAIRED
 
 
 def expert_problems(config: TrainConfig) -> list[Problem]:
@@ -18,6 +19,7 @@ def expert_problems(config: TrainConfig) -> list[Problem]:
         return _problems_without_experts(parallel)
     return [
         *_parallelism_problems(config.model, moe, parallel),
+        *_overlap_problems(config),
         *_shape_problems(config.model, moe),
         *_routing_problems(moe),
         *_group_problems(moe),
@@ -77,6 +79,48 @@ def _parallelism_problems(
         problems.append(
             Problem("/parallel/sequence_parallel", "experts_need_sequence_parallel", detail)
         )
+    return problems
+
+
+def _overlap_problems(config: TrainConfig) -> list[Problem]:
+    """Returns problems of `parallel.ep_comm_overlap`, which has no effect at ep=1."""
+    parallel = config.parallel
+    if not parallel.interleaves_passes:
+        return []
+    problems = []
+
+    def refuse(code: str, detail: str) -> None:
+        detail = f"ep_comm_overlap {detail}, or leave ep_comm_overlap out"
+        problems.append(Problem("/parallel/ep_comm_overlap", code, detail))
+
+    if parallel.dispatcher != "alltoall":
+        refuse(
+            "overlap_needs_alltoall",
+            f"computes while an all-to-all is under way, and dispatcher="
+            f"{parallel.dispatcher} has none; use alltoall",
+        )
+    if parallel.schedule not in ("auto", *PAIRED):
+        refuse(
+            "overlap_needs_pairs",
+            "interleaves the forward pass of a microbatch with the backward pass of "
+            f"another, and schedule={parallel.schedule} has no such pairs; use 1f1b, or "
+            "interleaved with vpp > 1",
+        )
+    if parallel.zero == 3:
+        refuse(
+            "overlap_excludes_zero3",
+            "runs two passes through a layer at once, and zero=3 frees the gathered weights "
+            "at the end of each; use zero=1",
+        )
+    if parallel.dp != "auto":
+        samples = config.training.micro_batch_size * parallel.dp
+        batch_size = config.training.global_batch_size
+        if batch_size < 2 * samples:
+            refuse(
+                "overlap_needs_microbatches",
+                f"needs two microbatches in a step, and global_batch_size={batch_size} is "
+                f"one of dp x micro_batch_size = {samples} samples; use at least {2 * samples}",
+            )
     return problems
 
 

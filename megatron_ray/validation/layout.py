@@ -69,6 +69,13 @@ def tensor_parallel_problems(config: TrainConfig) -> list[Problem]:
 def comm_overlap_problems(config: TrainConfig) -> list[Problem]:
     """Returns problems of `parallel.tp_comm_overlap`, which has no effect at tp=1."""
     parallel = config.parallel
+    if parallel.tp_symmetric_memory and not parallel.tp_comm_overlap:
+        detail = (
+            "tp_symmetric_memory copies the tokens that tp_comm_overlap sends, which is "
+            "false; set it to true, or leave tp_symmetric_memory out"
+        )
+        pointer = "/parallel/tp_symmetric_memory"
+        return [Problem(pointer, "symmetric_memory_needs_overlap", detail)]
     if not parallel.tp_comm_overlap or parallel.tp == 1:
         return []
     pointer = "/parallel/tp_comm_overlap"

@@ -18,7 +18,7 @@ from service.cli.commands import (
     plan,
     stack,
 )
-from service.cli.commands.models import convert, generate, mup
+from service.cli.commands.models import convert, generate, mup, verify
 from service.cli.commands.ranks import diagnose, profile
 from service.cli.failure import CommandError, from_service, show_failure
 from service.client import ServiceError
@@ -42,6 +42,7 @@ for commands in (
     profile,
     generate,
     convert,
+    verify,
     mup,
     data,
     demo,

@@ -10,14 +10,16 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import GroupName
 
 from megatron_ray.config.train_config import TrainConfig
 from megatron_ray.distributed import collectives
 from megatron_ray.distributed.collectives import Group
 from megatron_ray.ops.matmul import forward_product, input_grad_product
-from megatron_ray.tensor_parallel.overlap import (
-    gather_and_multiply,
-    multiply_and_reduce_scatter,
+from megatron_ray.tensor_parallel.overlap import MessageOverlap, TokenOverlap
+from megatron_ray.tensor_parallel.symmetric_memory import (
+    PipelinedCopies,
+    SymmetricMemoryOverlap,
 )
 from tests.parallel.test_parity import MODELS, compare, reference
 from tests.parallel.test_recompute import DEEPSEEK, EXPERTS, gradients, with_recompute
@@ -80,11 +82,9 @@ def multiply_by_ten(
 
 
 def test_own_tokens_are_multiplied_while_those_of_others_arrive(log: list[str]) -> None:
-    gathered, output = gather_and_multiply(
-        partial(multiply_by_ten, log),
-        torch.full((2, 4), 5.0),
-        4,
-        cast(dist.ProcessGroup, Rank1Of3()),
+    overlap = MessageOverlap(cast(dist.ProcessGroup, Rank1Of3()))
+    gathered, output = overlap.gather_and_multiply(
+        partial(multiply_by_ten, log), torch.full((2, 4), 5.0), 4
     )
     assert log == [
         "send 5 to 2",
@@ -101,9 +101,8 @@ def test_own_tokens_are_multiplied_while_those_of_others_arrive(log: list[str]) 
 
 def test_products_are_sent_while_the_next_ones_are_computed(log: list[str]) -> None:
     rows = torch.arange(3.0).repeat_interleave(2)[:, None].expand(6, 4)
-    total = multiply_and_reduce_scatter(
-        partial(multiply_by_ten, log), rows, cast(dist.ProcessGroup, Rank1Of3())
-    )
+    overlap = MessageOverlap(cast(dist.ProcessGroup, Rank1Of3()))
+    total = overlap.multiply_and_reduce_scatter(partial(multiply_by_ten, log), rows, 4)
     assert log == [
         "multiply 2",
         "send 20 to 2",
@@ -116,30 +115,73 @@ def test_products_are_sent_while_the_next_ones_are_computed(log: list[str]) -> N
     assert torch.equal(total, torch.full((2, 4), 12.0))
 
 
+class Copies:
+    """Stands in for symmetric memory, of which only GPUs have any."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group = group
+
+    def gather(
+        self,
+        shard: Tensor,
+        shard_consumer: Callable[[Tensor, int], None],
+        ag_out: Tensor,
+        group_name: GroupName,
+    ) -> None:
+        assert group_name == self.group.group_name
+        ag_out.copy_(collectives.all_gather_rows(shard, self.group))
+        for step in range(self.group.size()):
+            source = (self.group.rank() + step) % self.group.size()
+            shard_consumer(ag_out.chunk(self.group.size())[source], source)
+
+    def scatter(
+        self,
+        chunk_producer: Callable[[int, Tensor], None],
+        output: Tensor,
+        group_name: GroupName,
+    ) -> None:
+        assert group_name == self.group.group_name
+        produced = torch.full_like(output, torch.nan)
+        for receiver, chunk in enumerate(produced.chunk(self.group.size())):
+            chunk_producer(receiver, chunk)
+        output.copy_(collectives.all_to_all_rows(produced, self.group))
+
+
+def overlaps(group: dist.ProcessGroup) -> list[TokenOverlap]:
+    copies = Copies(group)
+    return [
+        MessageOverlap(group),
+        SymmetricMemoryOverlap(group, PipelinedCopies(copies.gather, copies.scatter)),
+    ]
+
+
 def both_forms(rank: int, world_size: int) -> list[tuple[Tensor, Tensor]]:
     """Overlapped and plain results. Products of whole numbers are exact."""
     group = dist.group.WORLD
+    assert group is not None
     torch.manual_seed(rank)
     tokens = torch.randint(-8, 8, (3, 16)).float()
     weight = torch.randint(-8, 8, (5, 16)).float()
-    forward = partial(forward_product, weight_OI=weight)
-    gathered, output = gather_and_multiply(forward, tokens, 5, group)
-    plain = collectives.all_gather_rows(tokens, group)
-    pairs = [(gathered, plain), (output, forward(plain))]
-
     grads = torch.randint(-8, 8, (3 * world_size, 5)).float()
-    input_grad = partial(input_grad_product, weight_OI=weight)
-    summed = collectives.reduce_scatter_rows(input_grad(grads), group)
-    pairs.append((multiply_and_reduce_scatter(input_grad, grads, group), summed))
-
     # Sums in bf16 depend on their order.
     addends = torch.randn(3 * world_size, 7).bfloat16()
-    summed = collectives.reduce_scatter_rows(addends, group)
-    pairs.append((multiply_and_reduce_scatter(copy_rows, addends, group), summed))
+    forward = partial(forward_product, weight_OI=weight)
+    input_grad = partial(input_grad_product, weight_OI=weight)
+    plain = collectives.all_gather_rows(tokens, group)
+    pairs = []
+    for overlap in overlaps(group):
+        gathered, output = overlap.gather_and_multiply(forward, tokens, 5)
+        pairs += [(gathered, plain), (output, forward(plain))]
+        for product, rows, width in ((input_grad, grads, 16), (copy_rows, addends, 7)):
+            summed = collectives.reduce_scatter_rows(product(rows), group)
+            total = overlap.multiply_and_reduce_scatter(product, rows, width)
+            pairs.append((total, summed))
     return pairs
 
 
 def copy_rows(rows: Tensor, /, *, out: Tensor | None = None) -> Tensor:
+    if out is not None:
+        return out.copy_(rows)
     return rows.clone()
 
 

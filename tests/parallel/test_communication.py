@@ -134,6 +134,12 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = [
         {"tp": 4, "sequence_parallel": True, "tp_comm_overlap": True, "ep": 4, "etp": 2},
         {"recompute": OPERATIONS},
     ),
+    (
+        "tokens of experts overlapped",
+        MOE,
+        {"dp": 4, "ep": 4, "pp": 2, "ep_comm_overlap": True},
+        {},
+    ),
     ("tp overlapped on one rank", SHAPE, {"tp_comm_overlap": True, "cp": 2}, {}),
     ("tp without, nothing sharded", SHAPE, {"tp": 8, "zero": 0}, {}),
     (
@@ -369,7 +375,7 @@ def recording(sent: Sent) -> Callable[[ParallelMesh], AbstractContextManager[Non
             "start_reduce_scatter_into": ("reduce_scatter", 1, 2),
             "start_send": ("send", 0, 2),
             "start_exchange": ("send", 0, 4),
-            "all_to_all_rows": ("all_to_all", 0, 1),
+            "start_all_to_all_rows": ("all_to_all", 0, 1),
         }
         with pytest.MonkeyPatch.context() as patch:
             for name, (kind, content, place) in watched.items():

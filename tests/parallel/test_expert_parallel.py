@@ -73,6 +73,7 @@ LAYOUTS: dict[str, tuple[str, dict[str, Any]]] = {
     "ep2-tp2-etp1": ("softmax", SP | {"ep": 2, "etp": 1}),
     "ep2-tp2-etp2-dp2": ("shared", SP | {"dp": 2, "ep": 2}),
     "ep2-pp2-zb": ("sigmoid", {"dp": 2, "ep": 2, "pp": 2, "schedule": "zb-h1"}),
+    "ep2-overlap": ("shared", {"dp": 2, "ep": 2, "ep_comm_overlap": True}),
     "ep2-allgather": ("dropping", {"dp": 2, "ep": 2, "dispatcher": "allgather"}),
 }
 LONG_LAYOUTS: dict[str, dict[str, Any]] = {
@@ -92,6 +93,7 @@ LONG_LAYOUTS: dict[str, dict[str, Any]] = {
     "ep2-tp2-dp2-allgather": SP | {"dp": 2, "ep": 2, "dispatcher": "allgather"},
     "etp4-tp2-dp2": SP | {"dp": 2, "etp": 4},
     "ep2-pp2": {"dp": 2, "ep": 2, "pp": 2},
+    "ep2-pp2-overlap": {"dp": 2, "ep": 2, "pp": 2, "ep_comm_overlap": True},
     "ep2-pp2-zb": {"dp": 2, "ep": 2, "pp": 2, "schedule": "zb-h1"},
     "ep2-cp2": {"cp": 2, "ep": 2},
     "ep2-cp2-dp2-allgather": {"cp": 2, "dp": 2, "ep": 2, "dispatcher": "allgather"},

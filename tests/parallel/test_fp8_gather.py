@@ -78,7 +78,12 @@ def configured(layout: Layout, *, param_gather: bool, ends: bool) -> TrainConfig
     """`ends`: whether the first layer multiplies in bf16."""
     model, parallel, training = layout
     values = make_config(
-        model, {"dp": 1, "zero": 3} | parallel, steps=4, precision="bf16", batch=24
+        model,
+        {"dp": 1, "zero": 3} | parallel,
+        steps=4,
+        precision="bf16",
+        batch=24,
+        micro_batch=1,
     ).model_dump()
     fp8 = {
         "recipe": "current",

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from megatron_ray.distributed.interleaver import Interleaver
 from megatron_ray.ops.weight_grad import GradSlot, WeightGradSink
 from megatron_ray.pipeline_parallel.runner import PipelineRunner, Transfer
 from megatron_ray.pipeline_parallel.schedules.actions import Action, StageMap
@@ -26,6 +27,7 @@ pytestmark = pytest.mark.parallel
 Run = Callable[..., list[Any]]
 WIDTH = 6
 TOKENS = 5
+CPU = torch.device("cpu")
 
 
 class Part(nn.Module):
@@ -66,25 +68,34 @@ def with_slots(
 
 
 def piped(
-    rank: int, world_size: int, name: ScheduleName, vpp: int, count: int, steps: int
+    rank: int,
+    world_size: int,
+    name: ScheduleName,
+    vpp: int,
+    count: int,
+    steps: int,
+    in_pairs: bool = False,
 ) -> tuple[Any, ...]:
     """Losses, gradients, whether the trace is the list, and the parameters in the order
     in which they became ready.
     """
     stages = stage_map(name, world_size, vpp)
-    actions = lower(compute_orders(name, world_size, count, vpp), stages)[rank]
+    actions = lower(
+        compute_orders(name, world_size, count, vpp, in_pairs=in_pairs), stages
+    )[rank]
     numbers = [stages.stage(rank, chunk) for chunk in range(vpp)]
     parts = {stage: Part(stage, stage + 1 == stages.num_stages) for stage in numbers}
     ready: list[str] = []
     trace: list[Action] = []
     sink, gradients = with_slots(parts, lambda slot: ready.append(slot.name))
-    transfer = Transfer((TOKENS, WIDTH), torch.float32, torch.device("cpu"))
+    transfer = Transfer((TOKENS, WIDTH), torch.float32, CPU)
     runner = PipelineRunner(
         actions,
         stages,
         list(parts.values()),
         dist.group.WORLD,
         transfer,
+        Interleaver(transfer.device),
         sink,
         trace.append,
     )
@@ -112,26 +123,29 @@ def whole(num_stages: int, count: int) -> tuple[list[float], dict[str, Tensor]]:
 
 
 @pytest.mark.parametrize(
-    ("name", "pp", "vpp", "count"),
+    ("name", "pp", "vpp", "count", "in_pairs"),
     [
-        ("gpipe", 2, 1, 3),
-        ("1f1b", 2, 1, 4),
-        ("1f1b", 4, 1, 6),
-        ("1f1b", 4, 1, 2),
-        ("interleaved", 2, 2, 4),
-        ("interleaved", 2, 3, 5),
-        ("interleaved", 4, 2, 6),
-        ("zb-h1", 2, 1, 4),
-        ("zb-h1", 4, 1, 7),
-        ("zb-v", 2, 2, 3),
-        ("zb-v", 4, 2, 9),
+        ("gpipe", 2, 1, 3, False),
+        ("1f1b", 2, 1, 4, False),
+        ("1f1b", 4, 1, 6, False),
+        ("1f1b", 4, 1, 2, False),
+        ("interleaved", 2, 2, 4, False),
+        ("interleaved", 2, 3, 5, False),
+        ("interleaved", 4, 2, 6, False),
+        ("zb-h1", 2, 1, 4, False),
+        ("zb-h1", 4, 1, 7, False),
+        ("zb-v", 2, 2, 3, False),
+        ("zb-v", 4, 2, 9, False),
+        ("1f1b", 2, 1, 5, True),
+        ("1f1b", 4, 1, 9, True),
+        ("interleaved", 2, 2, 7, True),
     ],
 )
 def test_every_schedule_is_one_process(
-    run_ranks: Run, name: ScheduleName, pp: int, vpp: int, count: int
+    run_ranks: Run, name: ScheduleName, pp: int, vpp: int, count: int, in_pairs: bool
 ) -> None:
     losses, gradients = whole(pp * vpp, count)
-    by_rank = run_ranks(piped, pp, name, vpp, count, 2)
+    by_rank = run_ranks(piped, pp, name, vpp, count, 2, in_pairs)
     at, _ = stage_map(name, pp, vpp).rank_and_chunk(pp * vpp - 1)
     assert [ranks_losses for ranks_losses, *_ in by_rank] == [
         losses if rank == at else [] for rank in range(pp)
@@ -154,7 +168,8 @@ def test_stages_of_one_rank_hand_over_without_a_group() -> None:
         stages,
         list(parts.values()),
         None,
-        Transfer((1,), torch.float32, torch.device("cpu")),
+        Transfer((1,), torch.float32, CPU),
+        Interleaver(CPU),
         sink,
     )
     losses, expected = whole(3, 4)
@@ -171,7 +186,8 @@ def test_weight_gradients_apart_need_a_sink() -> None:
         StageMap(1),
         [Part(0, True)],
         None,
-        Transfer((1,), torch.float32, torch.device("cpu")),
+        Transfer((1,), torch.float32, CPU),
+        Interleaver(CPU),
     )
     with pytest.raises(ValueError, match="needs weight_grads, which can defer it"):
         runner.step()

@@ -71,6 +71,7 @@ def count_one(config: TrainConfig, mesh: ParallelMesh) -> Counted:
             chunks,
             mesh.pp_group,
             transfer,
+            mesh.interleaver,
             model.sink,
             note,
         ).step()

@@ -13,13 +13,13 @@ from typing import Any
 
 import yaml
 
-from megatron_ray.checkpoint.digests import DigestedFiles
 from megatron_ray.checkpoint.directory import FORMAT_VERSION, INDEX, CheckpointError, commit
 from megatron_ray.checkpoint.hf.output_folder import new_folder
 from megatron_ray.checkpoint.hf.published.files import inside_checkpoint, read_published
 from megatron_ray.checkpoint.hf.published.tokenizer import read_published_tokenizer
 from megatron_ray.checkpoint.hf.weights import HfWeights, load_whole
 from megatron_ray.checkpoint.index import BoxSpec, RankPlan, data_file, plan_all
+from megatron_ray.checkpoint.integrity.digests import DigestedFiles
 from megatron_ray.checkpoint.load import bytes_of
 from megatron_ray.checkpoint.train_state import TOKENIZER, TRAIN_STATE
 from megatron_ray.config.model import ModelConfig

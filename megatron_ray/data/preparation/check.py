@@ -156,7 +156,7 @@ def _read_beginning(chunks: Iterator[TextChunk]) -> bool:
 def _is_compressed(file: FileStat) -> bool:
     form = file_format(file.path)
     # Files of the builtin corpus have no format.
-    return form is not None and (form.kind == "parquet" or form.compression is not None)
+    return form is not None and (form.is_table or form.compression is not None)
 
 
 def _num_prepared_tokens(source_files: SourceFiles) -> int | None:

@@ -8,7 +8,9 @@ import json
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
+from megatron_ray.data.mock import mock_documents
 from megatron_ray.data.preparation.errors import DataError, read_errors
+from megatron_ray.data.preparation.formats.arrow import read_arrow
 from megatron_ray.data.preparation.formats.contents import HEAD_BYTES, is_compressed
 from megatron_ray.data.preparation.formats.json_lines import read_json_lines
 from megatron_ray.data.preparation.formats.parquet import read_parquet
@@ -19,7 +21,7 @@ from megatron_ray.data.preparation.formats.records import (
 )
 from megatron_ray.data.preparation.formats.suffixes import file_format
 from megatron_ray.data.preparation.formats.text import read_text
-from megatron_ray.data.preparation.sources import SourceFiles
+from megatron_ray.data.preparation.sources import MOCK, SourceFiles
 from megatron_ray.storage.files import FileStat, open_stream, read_bytes
 from megatron_ray.storage.location import Location
 
@@ -60,6 +62,11 @@ def read_file_chunks(
     num_records = tally.num_records
     # Covers reading as well as opening, because disks may fail at any time.
     with read_errors(file.path, _read_remedy(file)):
+        if source_files.source.path == MOCK:
+            part = int(file.path.rpartition("/")[2])
+            for text in mock_documents(part):
+                yield TextChunk(text, True)
+            return
         if source_files.kind == "builtin":
             yield from _read_python(Path(file.path))
             return
@@ -102,6 +109,8 @@ def _read_file(
         return read_json_lines(location, form.compression, source.text_key, tally)
     if form.kind == "parquet":
         return read_parquet(location, source.text_key, tally)
+    if form.kind == "arrow":
+        return read_arrow(location, source.text_key, tally)
     # A bad file is left out as a whole only if bad records are allowed.
     checks_first = source.max_bad_records > 0
     return read_text(location, form.compression, tally, checks_first=checks_first)
@@ -112,7 +121,7 @@ def _read_remedy(file: FileStat) -> str:
     form = file_format(file.path)
     if form is not None and form.compression is not None:
         return "check that the file is complete, or unpack it"
-    if form is not None and form.kind == "parquet":
+    if form is not None and form.is_table:
         return "check that the file is complete"
     return "check the path and the credentials"
 

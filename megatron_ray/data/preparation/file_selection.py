@@ -50,6 +50,10 @@ _DESCRIPTION = re.compile(
 )
 
 
+_CACHE = re.compile(r"(?:cache|tmp)[-_]?[^/]*\.arrow$")
+"""What Hugging Face's datasets keeps beside a set: results of its own functions."""
+
+
 @dataclass(frozen=True)
 class Selection:
     """The files of a folder or pattern, by what becomes of them."""
@@ -75,6 +79,7 @@ class _Groups:
     """Data in formats that are not read."""
     hidden: list[FileStat] = field(default_factory=list)
     """Data in files or folders whose names begin with `.` or `_`."""
+    caches: list[FileStat] = field(default_factory=list)
     packed: list[FileStat] = field(default_factory=list)
     """Compressed files beside the same files unpacked."""
     others: list[FileStat] = field(default_factory=list)
@@ -180,6 +185,8 @@ def _grouped(files: Sequence[FileStat], root: str, *, skips_hidden: bool) -> _Gr
             groups.packed.append(file)
         elif _DESCRIPTION.match(PurePosixPath(name.lower()).name):
             groups.descriptions.append(file)
+        elif skips_hidden and _CACHE.match(PurePosixPath(name).name):
+            groups.caches.append(file)
         elif is_read:
             getattr(groups, split or "unmarked").append(file)
         # What is held out is not trained on in any format.
@@ -221,6 +228,7 @@ def _left_out(
         (f"of test data: {use}", _without(groups.test, chosen)),
         (f"without a mark of held-out data: {use}", _without(groups.unmarked, chosen)),
         ("describing the data: not read", groups.descriptions),
+        ("that a library keeps as its cache: not read", groups.caches),
         ("beside the same file unpacked: not read", groups.packed),
         ("with names that begin with . or _: not read", groups.hidden),
         (f"of other types: not read; convert them to {TYPES} to use them", groups.others),

@@ -202,8 +202,8 @@ def _key_notes(sources: Sequence[SourceAt]) -> list[str]:
     for _, source_files in sources:
         source = source_files.source
         formats = {file_format(file.path) for file in source_files.files}
-        kinds = {form.kind for form in formats if form is not None}
-        if source.text_key != _DEFAULT_TEXT_KEY and not kinds & {"json_lines", "parquet"}:
+        has_fields = any(form is not None and form.has_fields for form in formats)
+        if source.text_key != _DEFAULT_TEXT_KEY and not has_fields:
             notes.append(
                 f"{source.path} has no fields, so text_key={source.text_key!r} has no effect"
             )

@@ -14,6 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Literal
 
 from megatron_ray.config.data import DataSource
+from megatron_ray.data.mock import NUM_PARTS, PART_BYTES
 from megatron_ray.data.preparation.errors import DataError, read_errors, short_cause
 from megatron_ray.data.preparation.file_selection import (
     Role,
@@ -34,9 +35,11 @@ from megatron_ray.storage.files import (
 from megatron_ray.storage.location import Location, parse_location
 
 STDLIB = "builtin://python-stdlib"
+MOCK = "builtin://mock"
 
 _REMEDY = (
-    "give .txt, .jsonl or .parquet files (text and lines also as .gz, .zst or .bz2), a "
+    "give .txt, .jsonl, .parquet or .arrow files (text and lines also as .gz, .zst, .bz2 or "
+    ".xz), a "
     "folder or glob of them, the prefix of prepared .bin/.idx files, or " + STDLIB
 )
 _SKIPPED_STDLIB_FOLDERS = frozenset(
@@ -170,8 +173,13 @@ def _find_matching(source: DataSource, root: Location, role: Role) -> SourceFile
 
 
 def _find_builtin(source: DataSource) -> SourceFiles:
+    if source.path == MOCK:
+        parts = []
+        for part in range(NUM_PARTS):
+            parts.append(FileStat(f"{MOCK}/{part}", PART_BYTES, 0))
+        return SourceFiles(source, "builtin", parse_location("/"), tuple(parts))
     if source.path != STDLIB:
-        detail = f"{source.path} is not a builtin corpus; the only one is {STDLIB}"
+        detail = f"{source.path} is not a builtin corpus; there are {STDLIB} and {MOCK}"
         raise DataError("unknown_builtin", detail)
     # The sources of the running Python, available on every machine.
     folder = Path(sysconfig.get_path("stdlib"))

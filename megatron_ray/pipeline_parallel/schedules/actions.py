@@ -8,6 +8,7 @@ computing actions, `lowering` adds sends and receives, the runner executes the l
 `simulation` simulates them.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Literal, NamedTuple
@@ -48,10 +49,24 @@ class Action(NamedTuple):
     microbatch: int
     peer: int = -1
     """The other pipeline rank of a transfer; -1 for computing."""
+    is_paired: bool = False
+    """Whether a forward pass is interleaved with the backward pass that follows it in
+    the list, which is of another microbatch. Both need their inputs at their begin, and
+    their results are sent after both."""
 
 
 Order = list[Action]
 """One rank's actions in order of execution."""
+
+
+def in_units(order: Order) -> Iterator[Order]:
+    """Yields the actions of a list, and those that are interleaved together."""
+    unit: Order = []
+    for action in order:
+        unit.append(action)
+        if not action.is_paired:
+            yield unit
+            unit = []
 
 
 @dataclass(frozen=True)

@@ -7,14 +7,21 @@ match the k-th of the other. So the messages of each pair are ordered by the tim
 which an ideal run at equal costs produces them, and both ranks post their sends and
 receives in this order. A send follows directly after the action that produces it; a
 receive is posted one computing action ahead of its use, or earlier if the order
-requires it. This needs no extra buffers, and no rank waits because of the order.
+requires it. Passes that are interleaved count as one action. This needs no extra
+buffers, and no rank waits because of the order.
 """
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from megatron_ray.pipeline_parallel.schedules.actions import Action, Op, Order, StageMap
+from megatron_ray.pipeline_parallel.schedules.actions import (
+    Action,
+    Op,
+    Order,
+    StageMap,
+    in_units,
+)
 from megatron_ray.pipeline_parallel.schedules.simulation import EQUAL, run_computing
 
 
@@ -36,8 +43,8 @@ class _Message(NamedTuple):
 class _Post(NamedTuple):
     """One side of a message in a rank's list; compares by position, then by message.
 
-    Positions of computing actions are 0, 1, 2 ...; posts are at half positions between
-    them.
+    Positions of computing actions are 0, 1, 2 ..., the same for those that are
+    interleaved; posts are at half positions between them.
     """
 
     place: float
@@ -103,10 +110,12 @@ def _insert(
     """
     # A weight gradient needs no message and produces none.
     places: dict[_Use, int] = {}
-    for place, action in enumerate(order):
-        if action.op is not Op.BACKWARD_WEIGHT:
-            backward = action.op is not Op.FORWARD
-            places[backward, action.chunk, action.microbatch] = place
+    units = list(in_units(order))
+    for place, unit in enumerate(units):
+        for action in unit:
+            if action.op is not Op.BACKWARD_WEIGHT:
+                backward = action.op is not Op.FORWARD
+                places[backward, action.chunk, action.microbatch] = place
     posts: list[_Post] = []
     for queue in queues.values():
         posts += _posts(rank, queue, stages, places)
@@ -116,11 +125,10 @@ def _insert(
     for post in sorted(posts):
         by_gap[int(post.place + 0.5)].append(post.action)
     lowered: Order = []
-    for place, action in enumerate(order):
-        lowered += by_gap[place]
-        lowered.append(action)
+    for place, unit in enumerate(units):
+        lowered += by_gap[place] + unit
     # Posts after the last computing action send its results.
-    return lowered + by_gap[len(order)]
+    return lowered + by_gap[len(units)]
 
 
 def _posts(

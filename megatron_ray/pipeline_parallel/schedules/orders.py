@@ -7,15 +7,23 @@ warm-up counts. ZB-H1: Qi et al. 2023, which computes weight gradients separatel
 idle time, with at most the activations of 1F1B's first rank. ZB-V (same paper): the
 same with two chunks per rank in a V, which halves the remaining bubble.
 
+1F1B and interleaving can be in pairs: each forward pass of the steady state is then
+interleaved with the backward pass of an earlier microbatch, as with Megatron's
+overlap_moe_expert_parallel_comm. A rank sends results after both, so that twice as many
+microbatches are on their way as without pairs, and warm-up takes one more.
+
 F, B and W are the forward, the gradient of the input and that of the weights.
 """
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import Literal
 
 from megatron_ray.pipeline_parallel.schedules.actions import Action, Op, Order, StageMap
 
 ScheduleName = Literal["gpipe", "1f1b", "interleaved", "zb-h1", "zb-v"]
+PAIRED: tuple[ScheduleName, ...] = ("1f1b", "interleaved")
+"""Schedules whose orders can be in pairs."""
 
 
 def stage_map(name: ScheduleName, pp: int, vpp: int) -> StageMap:
@@ -34,14 +42,18 @@ def compute_orders(
     num_microbatches: int,
     vpp: int = 1,
     group: int | None = None,
+    *,
+    in_pairs: bool = False,
 ) -> list[Order]:
     """Returns the computing actions of every rank.
 
     `group`: consecutive microbatches per chunk, for interleaved only; default pp.
-    Raises ValueError for sizes that the schedule does not support, or groups smaller
-    than the pipeline.
+    Raises ValueError for sizes that the schedule does not support, groups smaller than
+    the pipeline, or a schedule that has no pairs.
     """
     _check_sizes(name, pp, num_microbatches, vpp)
+    if in_pairs and name not in PAIRED:
+        raise ValueError(f"schedule {name} has no pairs; use one of {', '.join(PAIRED)}")
     if name == "interleaved":
         size = pp if group is None else group
         if size < pp:
@@ -49,13 +61,14 @@ def compute_orders(
                 f"groups of {size} microbatches are smaller than the pipeline of {pp} "
                 f"ranks; use groups of at least {pp}"
             )
-        return [_interleaved(pp, rank, vpp, num_microbatches, size) for rank in range(pp)]
+        sizes = _group_sizes(num_microbatches, size)
+        return [_interleaved(pp, rank, vpp, sizes, in_pairs=in_pairs) for rank in range(pp)]
     orders = []
     for rank in range(pp):
         if name == "gpipe":
             orders.append(_gpipe(num_microbatches))
         elif name == "1f1b":
-            orders.append(_1f1b(pp, rank, num_microbatches))
+            orders.append(_1f1b(pp, rank, num_microbatches, in_pairs=in_pairs))
         elif name == "zb-h1":
             orders.append(_zb_h1(pp, rank, num_microbatches))
         else:
@@ -86,31 +99,37 @@ def _gpipe(num_microbatches: int) -> Order:
     return _row(Op.FORWARD, num_microbatches) + _row(Op.BACKWARD, num_microbatches)
 
 
-def _1f1b(pp: int, rank: int, num_microbatches: int) -> Order:
+def _1f1b(pp: int, rank: int, num_microbatches: int, *, in_pairs: bool = False) -> Order:
     forwards = _row(Op.FORWARD, num_microbatches)
     backwards = _row(Op.BACKWARD, num_microbatches)
     # Number of forwards until the first gradient arrives from the last rank.
-    num_warmup = min(pp - rank - 1, num_microbatches)
-    return _warmup_steady_cooldown(forwards, backwards, num_warmup)
+    num_warmup = pp - rank - 1
+    if in_pairs:
+        num_warmup = 2 * num_warmup + 1
+    return _warmup_steady_cooldown(forwards, backwards, num_warmup, in_pairs=in_pairs)
 
 
-def _warmup_steady_cooldown(forwards: Order, backwards: Order, num_warmup: int) -> Order:
+def _warmup_steady_cooldown(
+    forwards: Order, backwards: Order, num_warmup: int, *, in_pairs: bool
+) -> Order:
     """Returns warm-up, then alternating forwards and backwards, then cool-down."""
     order = forwards[:num_warmup]
-    num_steady = len(forwards) - num_warmup
-    for index in range(num_steady):
-        order.append(forwards[num_warmup + index])
+    for index, forward in enumerate(forwards[num_warmup:]):
+        order.append(forward._replace(is_paired=in_pairs))
         order.append(backwards[index])
+    num_steady = max(0, len(forwards) - num_warmup)
     return order + backwards[num_steady:]
 
 
-def _interleaved(pp: int, rank: int, vpp: int, num_microbatches: int, group: int) -> Order:
+def _interleaved(
+    pp: int, rank: int, vpp: int, sizes: Sequence[int], *, in_pairs: bool
+) -> Order:
     """Returns 1F1B over chunks, chunk by chunk within each group of microbatches.
 
-    Megatron rejects a last group smaller than the pipeline, because ranks would
-    deadlock; here the remainder is distributed over all groups.
+    `sizes` are those of the groups. Megatron rejects a last group smaller than the
+    pipeline, because ranks would deadlock; here the remainder is distributed over all
+    groups.
     """
-    sizes = _group_sizes(num_microbatches, group)
     forwards: Order = []
     backwards: Order = []
     start = 0
@@ -123,8 +142,8 @@ def _interleaved(pp: int, rank: int, vpp: int, num_microbatches: int, group: int
         start += size
     # Megatron's count: all chunks but the last of the first group, and two more for every
     # later rank, through which activations and gradients pass.
-    num_warmup = (pp - rank - 1) * 2 + (vpp - 1) * sizes[0]
-    return _warmup_steady_cooldown(forwards, backwards, min(num_warmup, len(forwards)))
+    num_warmup = (pp - rank - 1) * 2 + (vpp - 1) * sizes[0] + int(in_pairs)
+    return _warmup_steady_cooldown(forwards, backwards, num_warmup, in_pairs=in_pairs)
 
 
 def _group_sizes(num_microbatches: int, group: int) -> list[int]:

@@ -3,7 +3,7 @@
 Owns: the choice of schedule, stages and ranks. Pure; must not know: torch, groups.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_ray.config.parallelism import ParallelismConfig
 from megatron_ray.config.train_config import TrainConfig
@@ -30,6 +30,8 @@ class PipelinePlan:
     stages: StageMap
     contents: tuple[StageContents, ...]
     """Contents of each stage."""
+    in_pairs: bool = False
+    """Whether a forward pass is interleaved with a backward pass."""
 
     def stages_of(self, pp_rank: int) -> tuple[StageContents, ...]:
         """Returns the stages of a pipeline rank, by chunk."""
@@ -40,19 +42,24 @@ class PipelinePlan:
 
     def training_actions(self, num_microbatches: int, pp_rank: int) -> Order:
         """Returns a rank's complete list for a step."""
-        return lower_one(self._orders(num_microbatches), self.stages, pp_rank)
+        return lower_one(self.orders(num_microbatches), self.stages, pp_rank)
 
     def evaluation_actions(self, num_microbatches: int, pp_rank: int) -> Order:
         """Returns a rank's complete list for forward passes only."""
         # Messages depend on forward passes only, so these are lowered separately.
         forwards = []
-        for order in self._orders(num_microbatches):
+        for order in replace(self, in_pairs=False).orders(num_microbatches):
             forwards.append([action for action in order if action.op is Op.FORWARD])
         return lower_one(forwards, self.stages, pp_rank)
 
-    def _orders(self, num_microbatches: int) -> list[Order]:
+    def orders(self, num_microbatches: int) -> list[Order]:
+        """Returns the computing actions of every rank in a step."""
         return compute_orders(
-            self.schedule, self.stages.pp, num_microbatches, self.stages.vpp
+            self.schedule,
+            self.stages.pp,
+            num_microbatches,
+            self.stages.vpp,
+            in_pairs=self.in_pairs,
         )
 
 
@@ -75,7 +82,7 @@ def plan_pipeline(config: TrainConfig) -> PipelinePlan:
             last=parallel.last_stage_layers,
             num_mtp_layers=num_mtp_layers,
         )
-        return PipelinePlan(schedule, stages, contents)
+        return PipelinePlan(schedule, stages, contents, parallel.interleaves_passes)
     contents = parse_layout(parallel.layout, num_layers, num_mtp_layers)
     # These layers share head and loss with the last stage.
     if contents[-1].mtp_layers != tuple(range(num_mtp_layers)):
@@ -88,7 +95,7 @@ def plan_pipeline(config: TrainConfig) -> PipelinePlan:
             f"layout {parallel.layout!r} has {len(contents)} stages, pp x vpp = "
             f"{parallel.pp} x {parallel.vpp} needs {stages.num_stages}"
         )
-    return PipelinePlan(schedule, stages, contents)
+    return PipelinePlan(schedule, stages, contents, parallel.interleaves_passes)
 
 
 def _schedule(parallel: ParallelismConfig) -> ScheduleName:

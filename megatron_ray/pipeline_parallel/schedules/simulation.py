@@ -13,7 +13,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from megatron_ray.exceptions import MegatronRayError
-from megatron_ray.pipeline_parallel.schedules.actions import Action, Op, Order, StageMap
+from megatron_ray.pipeline_parallel.schedules.actions import (
+    Action,
+    Op,
+    Order,
+    StageMap,
+    in_units,
+)
 
 
 class ScheduleError(MegatronRayError):
@@ -133,11 +139,11 @@ class _ComputingSimulator:
     def __init__(self, orders: Sequence[Order], stages: StageMap, costs: Costs) -> None:
         self.ends: dict[Result, float] = {}
         self.clocks = [0.0] * len(orders)
-        self._orders = orders
+        self._units = [list(in_units(order)) for order in orders]
         self._stages = stages
         self._costs = costs.by_op(stages.vpp)
         self._positions = [0] * len(orders)
-        """Index of each rank's next action."""
+        """Index of each rank's next unit."""
         self._waiting: dict[Result, int] = {}
         """The rank that waits for a result; at most one rank needs a result."""
         self._ready = list(range(len(orders)))
@@ -145,28 +151,36 @@ class _ComputingSimulator:
     def run(self) -> None:
         while self._ready:
             self._advance(self._ready.pop())
-        _check_finished(self._orders, self._positions, "at")
+        _check_finished(self._units, self._positions, "at")
 
     def _advance(self, rank: int) -> None:
         """Runs a rank until it needs a result that is not complete."""
-        order = self._orders[rank]
+        units = self._units[rank]
+        while self._positions[rank] < len(units):
+            unit = units[self._positions[rank]]
+            start = self._start(rank, unit)
+            if start is None:
+                return
+            clock = start + sum(self._costs[action.op] for action in unit)
+            self.clocks[rank] = clock
+            self._positions[rank] += 1
+            for action in unit:
+                if action.op is not Op.BACKWARD_WEIGHT:
+                    stage = self._stages.stage(rank, action.chunk)
+                    self._finish(_result(action.op, stage, action.microbatch), clock)
+
+    def _start(self, rank: int, unit: Order) -> float | None:
+        """Returns when a rank can start; None, and the rank waits, if it cannot yet."""
         clock = self.clocks[rank]
-        position = self._positions[rank]
-        while position < len(order):
-            op, chunk, microbatch, _ = order[position]
-            stage = self._stages.stage(rank, chunk)
-            required = _required_result(op, stage, microbatch, self._stages.num_stages)
-            if required is not None:
-                if required not in self.ends:
-                    self._waiting[required] = rank
-                    break
-                clock = max(clock, self.ends[required])
-            clock += self._costs[op]
-            position += 1
-            if op is not Op.BACKWARD_WEIGHT:
-                self._finish(_result(op, stage, microbatch), clock)
-        self.clocks[rank] = clock
-        self._positions[rank] = position
+        for action in unit:
+            required = _required_result(self._stages, rank, action)
+            if required is None:
+                continue
+            if required not in self.ends:
+                self._waiting[required] = rank
+                return None
+            clock = max(clock, self.ends[required])
+        return clock
 
     def _finish(self, result: Result, clock: float) -> None:
         self.ends[result] = clock
@@ -180,8 +194,11 @@ def _result(op: Op, stage: int, microbatch: int) -> Result:
     return stage, Op.BACKWARD, microbatch
 
 
-def _required_result(op: Op, stage: int, microbatch: int, num_stages: int) -> Result | None:
-    """Returns the result that an action needs from another stage, if any."""
+def _required_result(stages: StageMap, rank: int, action: Action) -> Result | None:
+    """Returns the result that a rank's action needs from another stage, if any."""
+    op = action.op
+    microbatch = action.microbatch
+    stage = stages.stage(rank, action.chunk)
     if op is Op.FORWARD:
         if stage == 0:
             return None
@@ -190,19 +207,22 @@ def _required_result(op: Op, stage: int, microbatch: int, num_stages: int) -> Re
     if op is Op.BACKWARD_WEIGHT:
         return None
     # The last stage's backward starts from the loss.
-    if stage + 1 == num_stages:
+    if stage + 1 == stages.num_stages:
         return stage, Op.FORWARD, microbatch
     return stage + 1, Op.BACKWARD, microbatch
 
 
-def _check_finished(lists: Sequence[Order], positions: Sequence[int], where: str) -> None:
-    """Raises ScheduleError unless every rank has finished its list."""
+def _check_finished(
+    units: Sequence[Sequence[Order]], positions: Sequence[int], where: str
+) -> None:
+    """Raises ScheduleError unless every rank has finished its units."""
     blocked = []
-    for rank, (order, position) in enumerate(zip(lists, positions, strict=True)):
-        if position < len(order):
-            op, chunk, microbatch, _ = order[position]
+    for rank, (own, position) in enumerate(zip(units, positions, strict=True)):
+        if position < len(own):
+            action = own[position][0]
             blocked.append(
-                f"rank {rank} {where} {op.name} of chunk {chunk}, microbatch {microbatch}"
+                f"rank {rank} {where} {action.op.name} of chunk {action.chunk}, "
+                f"microbatch {action.microbatch}"
             )
     if blocked:
         raise ScheduleError("the schedule deadlocks: " + "; ".join(blocked[:4]))
@@ -239,6 +259,7 @@ class _LoweredSimulator:
 
     def __init__(self, lists: Sequence[Order], stages: StageMap, costs: Costs) -> None:
         self._lists = lists
+        self._units = [list(in_units(order)) for order in lists]
         self._stages = stages
         self._transfer_cost = costs.transfer
         self._costs = costs.by_op(stages.vpp)
@@ -253,20 +274,21 @@ class _LoweredSimulator:
     def run(self) -> ScheduleResult:
         while self._ready:
             self._advance(self._ready.pop())
-        _check_finished(self._lists, self._positions, "before")
+        _check_finished(self._units, self._positions, "before")
         return _summarize(self._lists, self._clocks, self._costs)
 
     def _advance(self, rank: int) -> None:
         """Runs a rank until it needs a message that has not arrived."""
-        order = self._lists[rank]
-        while self._positions[rank] < len(order):
-            action = order[self._positions[rank]]
-            if action.op.is_compute:
-                if not self._has_input(rank, action):
-                    return
-                self._clocks[rank] += self._costs[action.op]
+        units = self._units[rank]
+        while self._positions[rank] < len(units):
+            unit = units[self._positions[rank]]
+            if unit[0].op.is_compute:
+                for action in unit:
+                    if not self._has_input(rank, action):
+                        return
+                self._clocks[rank] += sum(self._costs[action.op] for action in unit)
             else:
-                self._post(rank, action)
+                self._post(rank, unit[0])
             self._positions[rank] += 1
 
     def _has_input(self, rank: int, action: Action) -> bool:
@@ -275,10 +297,7 @@ class _LoweredSimulator:
         Input from another rank must have arrived. Input from the same rank is
         available, because it precedes the action in the rank's list.
         """
-        stage = self._stages.stage(rank, action.chunk)
-        required = _required_result(
-            action.op, stage, action.microbatch, self._stages.num_stages
-        )
+        required = _required_result(self._stages, rank, action)
         if required is None:
             return True
         source, _ = self._stages.rank_and_chunk(required[0])

@@ -63,6 +63,7 @@ def plan_body(
             *notes,
             *_spec_notes(config),
             *_estimate_notes(config, hardware, estimate),
+            *_graph_notes(config, hardware, estimate),
             *_copy_notes(config),
             *_sync_notes(config),
         ],
@@ -187,6 +188,24 @@ def _estimate_notes(
             f"{hardware.name}; {_precision_remedy(hardware)}"
         )
     return [*notes, *_assumption_notes(config, hardware), *_kernel_notes(config, hardware)]
+
+
+def _graph_notes(
+    config: TrainConfig, hardware: Hardware | None, estimate: Estimates | None
+) -> list[str]:
+    """Returns what a CUDA graph of a step's passes costs."""
+    if config.training.cuda_graph is None or estimate is None:
+        return []
+    if hardware is not None and hardware.device.type != "cuda":
+        return [
+            f"training.cuda_graph: {hardware.name} records nothing; the same code runs the "
+            "passes of every step"
+        ]
+    size = estimate.memory.activations_bytes_estimate / _GIB
+    return [
+        f"training.cuda_graph: replays keep the {size:.2g} GiB of activations between steps "
+        "too; what evaluations and updates allocate comes on top of the memory estimate"
+    ]
 
 
 def _copy_notes(config: TrainConfig) -> list[str]:

@@ -42,7 +42,7 @@ class MicrobatchTime:
     """Keys and values that are sent while attention is computed on others."""
     overlapped: float
     """Communication that overlaps with all computation: activations between stages,
-    weights that ZeRO-3 gathers."""
+    weights that ZeRO-3 gathers, tokens of experts while another pass computes."""
     latency: float
     multiplied: float
     """Tokens that tp ranks send while they multiply others."""
@@ -87,14 +87,17 @@ def microbatch_time(
         )
     if is_fully_sharded(config, dims):
         overlapped += _zero3_seconds(config, dims, buffers, network)
+    hidden: list[tuple[Axis, Kind]] = []
     ring: list[tuple[Axis, Kind]] = []
     multiplied: list[tuple[Axis, Kind]] = []
     others: list[tuple[Axis, Kind]] = []
     operations = 0
     for key in communication.bytes:
-        # Hops in a ring overlap with attention or products, and so does their latency.
+        # These overlap with computation, and so does their latency.
         if key == ("cp", "send"):
             ring.append(key)
+        elif key == ("ep", "all_to_all") and pipeline.in_pairs:
+            hidden.append(key)
         elif key == ("tp", "send"):
             multiplied.append(key)
         else:
@@ -106,7 +109,7 @@ def microbatch_time(
         memory=work.memory / hardware.memory_bandwidth,
         exposed=network.total(communication, others),
         ring=network.total(communication, ring),
-        overlapped=overlapped,
+        overlapped=overlapped + network.total(communication, hidden),
         latency=hardware.latency_s * operations,
         multiplied=network.total(communication, multiplied),
     )

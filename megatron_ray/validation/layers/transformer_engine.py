@@ -70,6 +70,13 @@ def _layout_problems(config: TrainConfig) -> list[Problem]:
             "out, or set model.spec to local"
         )
         problems.append(Problem("/parallel/tp_comm_overlap", _CODE, detail))
+    if parallel.interleaves_passes:
+        detail = (
+            f"ep_comm_overlap with ep={parallel.ep} switches between two passes inside of a "
+            "layer, and the library keeps the state of one of them; leave it out, or set "
+            "model.spec to local"
+        )
+        problems.append(Problem("/parallel/ep_comm_overlap", _CODE, detail))
     return problems
 
 

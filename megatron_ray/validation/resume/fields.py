@@ -22,6 +22,7 @@ FREE_ON_RESUME = (
     "training.micro_batch_size",
     "training.recompute",
     "training.compile",
+    "training.cuda_graph",
     "training.deterministic",
     "training.eval_every_steps",
     "training.eval_samples",

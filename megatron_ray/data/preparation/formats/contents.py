@@ -23,15 +23,17 @@ _COMPRESSIONS = {
     # The second is a frame of other data before the compressed ones.
     "zstd": re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18"),
     "bz2": re.compile(rb"BZh[1-9]1AY&SY"),
+    "xz": re.compile(rb"\xfd7zXZ\x00"),
 }
 _FORMS = (
     (_COMPRESSIONS["gzip"], "compressed with gzip", "add .gz to its name"),
     (_COMPRESSIONS["zstd"], "compressed with zstd", "add .zst to its name"),
     (_COMPRESSIONS["bz2"], "compressed with bzip2", "add .bz2 to its name"),
-    (re.compile(rb"\xfd7zXZ\x00"), "compressed with xz", _UNPACK),
+    (_COMPRESSIONS["xz"], "compressed with xz", "add .xz to its name"),
     (re.compile(rb"\x04\x22\x4d\x18"), "compressed with lz4", _UNPACK),
     (re.compile(rb"PK\x03\x04"), "a zip archive", _UNPACK),
     (re.compile(rb"PAR1\x15"), "a Parquet file", "let its name end in .parquet"),
+    (re.compile(rb"ARROW1\x00\x00"), "an Arrow file", "let its name end in .arrow"),
 )
 """First bytes, what they show, and the remedy."""
 
@@ -60,7 +62,7 @@ def other_content(head: bytes, name: str, compression: str | None) -> BadRecord 
 
 
 def is_compressed(head: bytes, compression: str) -> bool:
-    """Whether a file begins as one of a compression does. `compression` is Arrow's name."""
+    """Whether a file begins as one of a compression does."""
     return _COMPRESSIONS[compression].match(head) is not None
 
 

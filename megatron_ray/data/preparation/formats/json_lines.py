@@ -30,7 +30,7 @@ AS_ONE_TEXT = "write the parts of each row as one text"
 """What to do with lists, such as the messages of a chat."""
 _MAX_NAMES_SHOWN = 8
 _ENOUGH_OBJECTS = 1000
-_UNPACKERS = {"gzip": "gzip -dc", "zstd": "zstd -dc", "bz2": "bzip2 -dc"}
+_UNPACKERS = {"gzip": "gzip -dc", "zstd": "zstd -dc", "bz2": "bzip2 -dc", "xz": "xz -dc"}
 _ABSENT = object()
 _KINDS = {
     bool: "true or false",

@@ -7,10 +7,12 @@ know: the contents of files.
 from pathlib import PurePosixPath
 from typing import Literal, NamedTuple
 
-TYPES = ".txt, .jsonl, .parquet"
+TYPES = ".txt, .jsonl, .parquet, .arrow"
 """The main suffixes that are read, for messages."""
 
-_KINDS: dict[str, Literal["text", "json_lines", "parquet"]] = {
+Kind = Literal["text", "json_lines", "parquet", "arrow"]
+
+_KINDS: dict[str, Kind] = {
     ".txt": "text",
     ".text": "text",
     ".jsonl": "json_lines",
@@ -19,6 +21,9 @@ _KINDS: dict[str, Literal["text", "json_lines", "parquet"]] = {
     ".json": "json_lines",
     ".parquet": "parquet",
     ".pq": "parquet",
+    ".arrow": "arrow",
+    ".feather": "arrow",
+    ".ipc": "arrow",
 }
 _COMPRESSIONS = {
     ".gz": "gzip",
@@ -26,17 +31,18 @@ _COMPRESSIONS = {
     ".zst": "zstd",
     ".zstd": "zstd",
     ".bz2": "bz2",
+    ".xz": "xz",
 }
-"""Suffix -> name of the compression in Arrow."""
+"""Suffix -> name of the compression, as `storage.files.open_stream` takes it."""
 
 _UNPACK = "unpack it"
 _CONVERT = "convert it to .jsonl or .parquet"
 _REMEDIES = (
     (
         _UNPACK,
-        ".zip .tar .tgz .tbz .tbz2 .txz .tzst .7z .rar .z .xz .lzma .lz .lz4 .br .sz .snappy",
+        ".zip .tar .tgz .tbz .tbz2 .txz .tzst .7z .rar .z .lzma .lz .lz4 .br .sz .snappy",
     ),
-    (_CONVERT, ".csv .tsv .arrow .feather .ipc .orc .avro .xls .xlsx .tfrecord .tfrecords"),
+    (_CONVERT, ".csv .tsv .orc .avro .xls .xlsx .tfrecord .tfrecords"),
     (_CONVERT, ".mds .lance .msgpack .pkl .pickle .npy .npz .h5 .hdf5 .db .sqlite .warc"),
     ("give the pair as a source of its own, by its name without suffix", ".bin .idx"),
 )
@@ -46,9 +52,19 @@ _REMEDIES = (
 class FileFormat(NamedTuple):
     """How a file is read."""
 
-    kind: Literal["text", "json_lines", "parquet"]
+    kind: Kind
     compression: str | None
-    """Arrow's name of the compression around the whole file."""
+    """Name of the compression around the whole file."""
+
+    @property
+    def is_table(self) -> bool:
+        """Whether the file has columns, in batches that it may compress itself."""
+        return self.kind in ("parquet", "arrow")
+
+    @property
+    def has_fields(self) -> bool:
+        """Whether the text is one field or column of several."""
+        return self.kind != "text"
 
 
 def file_format(path: str) -> FileFormat | None:
@@ -58,10 +74,13 @@ def file_format(path: str) -> FileFormat | None:
     if compression is not None:
         name = name.with_suffix("")
     kind = _KINDS.get(name.suffix)
-    # Parquet compresses its own pages and is not read as a stream.
-    if kind is None or (kind == "parquet" and compression is not None):
+    if kind is None:
         return None
-    return FileFormat(kind, compression)
+    form = FileFormat(kind, compression)
+    # Tables compress their own batches and are not read as a stream.
+    if form.is_table and compression is not None:
+        return None
+    return form
 
 
 def unpacked_path(path: str) -> str:

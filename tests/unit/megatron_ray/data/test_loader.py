@@ -168,3 +168,18 @@ def test_a_blend_without_shuffling_takes_each_corpus_in_its_order(
                 firsts.append(first)
         order = [100 * number + 4 * place % 50 for place in range(count)]
         assert firsts == order
+
+
+def test_steps_are_the_same_in_any_order() -> None:
+    """A run that is rolled back takes other steps than those that were read ahead."""
+
+    def loader() -> StepLoader:
+        return StepLoader(Numbered(0), 2, 4, 0, 1, BatchMaker(CPU))
+
+    taken = loader()
+    for consumed in (0, 4, 8, 4, 4, 20, 0):
+        expected = loader().step(consumed)
+        for batch, other in zip(taken.step(consumed), expected, strict=True):
+            assert torch.equal(batch.tokens_BS, other.tokens_BS)
+            assert torch.equal(batch.labels_BS, other.labels_BS)
+            assert batch.first_sample == other.first_sample

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_ray.distributed.interleaver import Interleaver
 from megatron_ray.expert_parallel.dispatch import (
     AllGatherDispatcher,
     AllToAllDispatcher,
@@ -17,11 +18,20 @@ from megatron_ray.expert_parallel.layers import GroupedLinear
 from megatron_ray.ops import matmul
 from megatron_ray.ops.matmul import Library
 
+CPU = torch.device("cpu")
 TOKENS = 7
 EXPERTS = 4
 WIDTH = 8
 CHOICES = torch.tensor([[0, 3], [3, 1], [1, 0], [3, 0], [0, 1], [3, 1], [1, 3]])
 """No token chooses expert 2."""
+
+
+def exchanging(num_experts: int) -> AllToAllDispatcher:
+    return AllToAllDispatcher(num_experts, None, None, Interleaver(CPU))
+
+
+def gathering(num_experts: int) -> AllGatherDispatcher:
+    return AllGatherDispatcher(num_experts, None, None)
 
 
 def inputs() -> tuple[Tensor, Tensor, Tensor]:
@@ -45,7 +55,7 @@ def expected(x: Tensor, weights: Tensor, matrices: Tensor, experts: Tensor) -> T
     return torch.stack(rows)
 
 
-@pytest.mark.parametrize("kind", [AllToAllDispatcher, AllGatherDispatcher])
+@pytest.mark.parametrize("kind", [exchanging, gathering])
 @pytest.mark.parametrize(
     "capacity",
     [Capacity(), Capacity(dropless=False), Capacity(dropless=False, rows_per_expert=5)],
@@ -60,7 +70,7 @@ def test_outputs_and_gradients_are_those_of_a_loop_over_tokens(
     x, weights, matrices = inputs()
     linear = GroupedLinear((EXPERTS * WIDTH, WIDTH), EXPERTS, dtype=torch.float32)
     linear.weight = torch.nn.Parameter(matrices.detach().clone())
-    dispatched = kind(EXPERTS, None, None).dispatch(x, experts, capacity)
+    dispatched = kind(EXPERTS).dispatch(x, experts, capacity)
     counts = [int((experts == expert).sum()) for expert in range(EXPERTS)]
     assert (
         dispatched.counts == 5
@@ -83,12 +93,7 @@ def test_outputs_and_gradients_are_those_of_a_loop_over_tokens(
 
 def test_rows_of_an_expert_are_in_the_order_of_tokens() -> None:
     x = torch.arange(TOKENS, dtype=torch.float32)[:, None].expand(TOKENS, WIDTH)
-    rows = (
-        AllToAllDispatcher(EXPERTS, None, None)
-        .dispatch(x, CHOICES, Capacity())
-        .rows_RH[:, 0]
-        .tolist()
-    )
+    rows = exchanging(EXPERTS).dispatch(x, CHOICES, Capacity()).rows_RH[:, 0].tolist()
     assert rows == [0, 2, 3, 4, 1, 2, 4, 5, 6, 0, 1, 3, 5, 6]
 
 
@@ -125,9 +130,7 @@ def test_one_kernel_multiplies_as_one_product_per_expert_does(
 def test_nobody_may_go_anywhere() -> None:
     x, weights, _ = inputs()
     nowhere = torch.full_like(CHOICES, EXPERTS)
-    dispatched = AllToAllDispatcher(EXPERTS, None, None).dispatch(
-        x, nowhere, Capacity(dropless=False)
-    )
+    dispatched = exchanging(EXPERTS).dispatch(x, nowhere, Capacity(dropless=False))
     linear = GroupedLinear((EXPERTS * WIDTH, WIDTH), EXPERTS, dtype=torch.float32)
     output = dispatched.combine(linear(dispatched.rows_RH, dispatched.counts), weights)
     output.sum().backward()

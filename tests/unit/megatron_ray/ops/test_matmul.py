@@ -1,12 +1,14 @@
 """Products of bf16 where the processor can multiply it and where it cannot."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from megatron_ray.distributed.device import kind_of
+from megatron_ray.distributed.device_kind import DeviceKind
 from megatron_ray.ops import matmul
 from megatron_ray.ops.matmul import Library
 
@@ -104,3 +106,26 @@ def test_only_bf16_on_cpu_is_widened() -> None:
     assert matmul.library_for("cuda", torch.bfloat16) == "torch"
     supported = kind_of("cpu").bf16_products
     assert matmul.library_for("cpu", torch.bfloat16) == ("torch" if supported else "fp32")
+
+
+class OnCuda:
+    """The rows of experts on a GPU, as far as the choice of a kernel looks at them."""
+
+    device = torch.device("cuda")
+    dtype = torch.bfloat16
+    shape = (4, 16, 32)
+
+    def __len__(self) -> int:
+        return 8
+
+
+@pytest.mark.parametrize(
+    ("capability", "has_kernel"), [((8, 0), False), ((8, 9), False), ((9, 0), True)]
+)
+def test_experts_have_one_kernel_from_hopper_on(
+    capability: tuple[int, int], has_kernel: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind = DeviceKind("cuda", bf16_products=True, capability=capability)
+    monkeypatch.setattr(matmul, "kind_of", lambda _: kind)
+    on_cuda: Any = OnCuda()
+    assert matmul._has_grouped_kernel(on_cuda, on_cuda) is has_kernel

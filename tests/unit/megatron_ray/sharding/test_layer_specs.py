@@ -8,6 +8,7 @@ import torch
 
 from megatron_ray.config.model import ModelConfig
 from megatron_ray.distributed.device_kind import DeviceKind
+from megatron_ray.distributed.interleaver import Interleaver
 from megatron_ray.distributed.rng import Streams
 from megatron_ray.models.attention import LocalAttention
 from megatron_ray.models.gpt import GPT
@@ -36,7 +37,7 @@ def make_module(model: ModelConfig, dims: ParallelDims, rank: int) -> GPT:
         model,
         position,
         TensorParallel(None, position.tp, position.tp_rank),
-        ExpertParallelGroups(),
+        ExpertParallelGroups(Interleaver(torch.device("cpu"))),
         dtype=torch.float32,
         streams=Streams(0, {"tp": position.tp_rank, "cp": 0}),
         attention=partial(LocalAttention, device),

@@ -117,6 +117,13 @@ def test_overlapped_tokens_are_legal_and_have_no_effect_on_one_rank(tp: int) -> 
             "sequence_parallel is false; set it to true, or leave tp_comm_overlap out",
         ),
         (
+            {"parallel": {"tp": 2, "tp_symmetric_memory": True}},
+            None,
+            "/parallel/tp_symmetric_memory",
+            "tp_symmetric_memory copies the tokens that tp_comm_overlap sends, which is "
+            "false; set it to true, or leave tp_symmetric_memory out",
+        ),
+        (
             {"parallel": {"zero": 3, "dp": 4, "zero_replicas": 3}},
             None,
             "/parallel/zero_replicas",

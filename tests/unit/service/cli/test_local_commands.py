@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from service.cli.commands.models import generate as generate_module
+from service.cli.commands.models import verify as verify_module
 from service.cli.failure import CommandError
 from service.cli.library import as_arguments
 from tests.support.fake_rest_service import FakeService, Run
@@ -210,4 +211,40 @@ def test_a_shell_completes_commands(run: Run, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("COMP_WORDS", "megatron-ray ch")
     monkeypatch.setenv("COMP_CWORD", "1")
     code, out, _ = run()
-    assert (code, out.split()) == (0, ["checkpoint-now", "checkpoints"])
+    names = ["checkpoint-now", "checkpoints", "checkpoint"]
+    assert (code, out.split()) == (0, names)
+
+
+def test_damage_of_a_checkpoint_is_listed_and_fails_the_command(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer: dict[str, Any] = {
+        "path": "/c",
+        "files": 6,
+        "bytes": 2**20,
+        "damage": [],
+        "unchecked": ["data/rank-00000.bin"],
+    }
+    calls: list[tuple[str, list[str], str]] = []
+
+    def verified(module: str, arguments: list[str], needed: str) -> dict[str, Any]:
+        calls.append((module, arguments, needed))
+        return answer
+
+    monkeypatch.setattr(verify_module, "run_library", verified)
+    code, out, _ = run("checkpoint", "verify", "/c")
+    assert code == 0
+    assert out == (
+        "not checked: data/rank-00000.bin has no digests, only its size is known\n"
+        "/c: whole, 6 files, 1.0 MiB\n"
+    )
+    assert calls == [("megatron_ray.checkpoint.integrity", ["/c"], "damage")]
+    answer["damage"] = ["file index.json is missing"]
+    code, out, _ = run("checkpoint", "verify", "/c")
+    assert code == 1
+    assert "damaged: file index.json is missing\n" in out
+    assert out.endswith("/c: damaged in 1 places, 6 files, 1.0 MiB\n")
+    code, out, _ = run("checkpoint", "verify", "/c", "--json")
+    assert code == 1
+    assert json.loads(out) == answer
+    assert run("checkpoint", "verify", "ftp://x/c")[0] == 2

@@ -156,14 +156,15 @@ def test_a_folder_of_another_split_is_refused_with_a_pattern_that_works(
     ("name", "remedy"),
     [
         ("b.zip", "unpack it"),
-        ("b.jsonl.xz", "unpack it"),
+        ("b.jsonl.lz4", "unpack it"),
         ("part-0.gz", "unpack it, or name it by what it holds, such as .jsonl.gz"),
         ("b.parquet.gz", "unpack it, or give only"),
         ("b.tar.gz", "unpack it, or give only"),
         ("b.jsonl.gz.gz", "unpack it, or give only"),
         ("b.csv.gz", "convert it to .jsonl or .parquet"),
         ("b.csv", "convert it to .jsonl or .parquet"),
-        ("data-00000-of-00001.arrow", "convert it to .jsonl or .parquet"),
+        ("b.arrow.gz", "unpack it"),
+        ("b.orc", "convert it to .jsonl or .parquet"),
         ("b.bin", "give the pair as a source of its own"),
     ],
 )
@@ -187,8 +188,19 @@ def test_other_files_are_named(tmp_path: Path) -> None:
     assert [note.removeprefix(f"{folder}: ") for note in find(folder).notes] == [
         "2 files (.b.jsonl, _c/d.txt) with names that begin with . or _: not read",
         "7 files (0.md, 1.md, 2.md, 3.md, 4.md, ...) of other types: not read; convert them "
-        "to .txt, .jsonl, .parquet to use them",
+        "to .txt, .jsonl, .parquet, .arrow to use them",
     ]
+
+
+def test_caches_of_a_library_are_left_out_unless_they_are_named(tmp_path: Path) -> None:
+    cache = "cache-1ab2.arrow"
+    folder = write_files(tmp_path / "set", "a.jsonl", cache, "dataset_info.json")
+    source = find(folder)
+    assert names_of(source, folder) == ["a.jsonl"]
+    assert f"{folder}: 1 file ({cache}) that a library keeps as its cache: not read" in (
+        source.notes
+    )
+    assert names_of(find(folder / "cache-*.arrow"), folder) == [cache]
 
 
 def test_hidden_files_that_a_pattern_matches_are_named(tmp_path: Path) -> None:
@@ -215,7 +227,7 @@ def test_a_description_is_read_when_it_is_named(tmp_path: Path) -> None:
     assert names_of(find(folder / "README.txt"), folder) == ["README.txt"]
     assert names_of(find(folder / "READ*"), folder) == ["README.txt"]
     (folder / "licensed.txt").unlink()
-    with pytest.raises(DataError, match=r"holds no .txt, .jsonl, .parquet file"):
+    with pytest.raises(DataError, match=r"holds no .txt, .jsonl, .parquet, .arrow file"):
         find(folder)
 
 

@@ -163,6 +163,15 @@ def test_unigram_baseline_follows_the_blend() -> None:
     assert mixed == pytest.approx(-(0.75 * math.log(0.75) + 0.25 * math.log(0.25)))
 
 
+def test_random_words_are_prepared_as_any_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources, "NUM_PARTS", 1)
+    prepared = prepare(config(sources.MOCK), str(tmp_path / "cache"), seq_length=64)
+    assert sum(corpus.num_tokens for corpus in prepared.train) > 1 << 18
+    assert sum(corpus.num_tokens for corpus in prepared.validation) > 1 << 14
+
+
 def test_the_builtin_corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small = str(Path(sysconfig.get_path("stdlib"), "json"))
     monkeypatch.setattr(sysconfig, "get_path", lambda name: small)

@@ -165,14 +165,16 @@ def test_paths_that_are_wrong(tmp_path: Path) -> None:
         r"notes.pdf is of a type that cannot be read; give .txt",
     )
     assert_refused(tmp_path / "*.pdf", "file_type", "notes.pdf is of a type")
-    assert_refused(tmp_path / "folder", "no_files", "holds no .txt, .jsonl, .parquet file")
+    assert_refused(
+        tmp_path / "folder", "no_files", "holds no .txt, .jsonl, .parquet, .arrow file"
+    )
     assert_refused(
         tmp_path / "half", "incomplete_prefix", "half.bin is missing beside its neighbour"
     )
     assert_refused(
         "builtin://shakespeare",
         "unknown_builtin",
-        "the only one is builtin://python-stdlib",
+        "there are builtin://python-stdlib and builtin://mock",
     )
     assert_refused(
         "~nobody-of-this-name/x",

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ray.pipeline_parallel.schedules.actions import Action, Op, StageMap
+from megatron_ray.pipeline_parallel.schedules.actions import Action, Op, StageMap, in_units
 from megatron_ray.pipeline_parallel.schedules.lowering import lower, lower_one
 from megatron_ray.pipeline_parallel.schedules.orders import (
+    PAIRED,
     ScheduleName,
     compute_orders,
     stage_map,
@@ -159,6 +160,46 @@ def test_every_action_is_there_once() -> None:
             assert Counter(order) == every
 
 
+PAIRED_CASES: list[Case] = [case for case in SMALL if case[0] in PAIRED]
+
+
+def test_pairs_take_no_more_time() -> None:
+    """Passes in pairs wait for each other's inputs, for which one more warm-up suffices."""
+    for name, pp, vpp, count in PAIRED_CASES:
+        stages = stage_map(name, pp, vpp)
+        orders = compute_orders(name, pp, count, vpp, in_pairs=True)
+        result = simulate_computing(orders, stages)
+        plain = simulate_computing(compute_orders(name, pp, count, vpp), stages)
+        assert result.bubble == pytest.approx(plain.bubble)
+        lists = lower(orders, stages)
+        assert simulate(lists, stages) == pytest.approx(result)
+        costs = Costs(1.0, 1.3, 0.8, transfer=0.4)
+        assert simulate(lists, stages, costs).makespan >= result.makespan
+
+
+def test_passes_of_a_pair_are_of_different_microbatches_and_side_by_side() -> None:
+    for name, pp, vpp, count in PAIRED_CASES:
+        stages = stage_map(name, pp, vpp)
+        for order in lower(compute_orders(name, pp, count, vpp, in_pairs=True), stages):
+            for unit in in_units(order):
+                if len(unit) > 1:
+                    forward, backward = unit
+                    assert (forward.op, backward.op) == (Op.FORWARD, Op.BACKWARD)
+                    assert forward.microbatch != backward.microbatch or vpp > 1
+
+
+def test_a_long_step_is_in_pairs_but_for_warmup_and_cooldown() -> None:
+    sizes: tuple[tuple[int, int, ScheduleName], ...] = (
+        (1, 1, "1f1b"),
+        (4, 1, "1f1b"),
+        (4, 2, "interleaved"),
+    )
+    for pp, vpp, name in sizes:
+        for rank, order in enumerate(compute_orders(name, pp, 32, vpp, in_pairs=True)):
+            alone = 2 * (pp - rank - 1) + (vpp - 1) * pp + 1
+            assert sum(action.is_paired for action in order) == 32 * vpp - alone
+
+
 def test_what_is_held() -> None:
     """GPipe holds everything, 1F1B what is on its way, ZB-H1 and ZB-V (chunks of half a
     rank) nowhere more than 1F1B's first rank.
@@ -180,6 +221,8 @@ def test_what_is_held() -> None:
         7,
         5,
     ], "Megatron's warm-up, and one"
+    pairs = compute_orders("1f1b", 4, 32, in_pairs=True)
+    assert [peak_activations(order) for order in pairs] == [8, 6, 4, 2]
 
 
 def expected_peak(case: Case) -> int:
@@ -322,3 +365,9 @@ def test_what_cannot_be_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=words):
         compute_orders(name, 4, 8, vpp, group)
+
+
+def test_zero_bubble_has_no_pairs() -> None:
+    words = "schedule zb-h1 has no pairs; use one of 1f1b, interleaved"
+    with pytest.raises(ValueError, match=words):
+        compute_orders("zb-h1", 4, 8, in_pairs=True)

@@ -63,6 +63,15 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
         "multiplies and sends inside of the library; leave it out, or set model.spec to local",
     ),
     (
+        {
+            "model": {"moe": {"num_experts": 4, "top_k": 2}},
+            "parallel": {"dp": 2, "ep": 2, "ep_comm_overlap": True},
+        },
+        "/parallel/ep_comm_overlap",
+        "ep_comm_overlap with ep=2 switches between two passes inside of a layer, and the "
+        "library keeps the state of one of them; leave it out, or set model.spec to local",
+    ),
+    (
         {"parallel": {"pp": 2, "schedule": "zb-h1"}},
         "/parallel/schedule",
         "schedule=zb-h1 computes gradients of weights after those of activations, and "

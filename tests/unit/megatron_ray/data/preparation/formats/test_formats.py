@@ -45,7 +45,12 @@ def zstd(data: bytes) -> bytes:
     return bytes(pa.Codec("zstd").compress(data, asbytes=True))
 
 
-COMPRESSIONS = {".gz": gzip.compress, ".zst": zstd, ".bz2": bz2.compress}
+COMPRESSIONS = {
+    ".gz": gzip.compress,
+    ".zst": zstd,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+}
 
 
 @pytest.mark.parametrize("suffix", COMPRESSIONS)
@@ -102,13 +107,31 @@ def parquet(*texts: str | None) -> bytes:
         return file.getvalue()
 
 
+def arrow_file(*texts: str | None) -> bytes:
+    """A file with batches of 1,000 rows and a table of them, as Feather is."""
+    table = pa.table({"text": pa.array(texts, pa.string()), "id": range(len(texts))})
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table, max_chunksize=1000)
+    return bytes(sink.getvalue())
+
+
+def arrow_stream(*texts: str | None) -> bytes:
+    """As Hugging Face's datasets writes its files."""
+    table = pa.table({"text": pa.array(texts, pa.string()), "id": range(len(texts))})
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table, max_chunksize=1000)
+    return bytes(sink.getvalue())
+
+
 ROWS = lines(*[{"text": "gr\u00fcn \u4e0a"}] * 20)
 GZIPPED = gzip.compress(ROWS, mtime=0)
 OTHER_CONTENTS = [
     ("a.jsonl", GZIPPED, "a.jsonl is compressed with gzip; add .gz to its name"),
     ("a.txt", zstd(ROWS), "a.txt is compressed with zstd; add .zst to its name"),
     ("a.json", bz2.compress(ROWS), "is compressed with bzip2; add .bz2 to its name"),
-    ("a.txt", lzma.compress(ROWS), "a.txt is compressed with xz; unpack it"),
+    ("a.txt", lzma.compress(ROWS), "a.txt is compressed with xz; add .xz to its name"),
     (
         "a.jsonl.gz",
         gzip.compress(GZIPPED, mtime=0),
@@ -121,6 +144,7 @@ OTHER_CONTENTS = [
     ),
     ("a.txt", tar(ROWS), "a.txt is a tar archive; unpack it"),
     ("a.jsonl", parquet("a"), "is a Parquet file; let its name end in .parquet"),
+    ("a.txt", arrow_file("a"), "a.txt is an Arrow file; let its name end in .arrow"),
     ("a.txt", ROWS.decode().encode("utf-16"), "a.txt is UTF-16 text; convert it to UTF-8"),
     ("a.txt", ROWS.decode().encode("utf-16-le"), "a.txt is UTF-16 text; convert it"),
     ("a.jsonl", ROWS.decode().encode("utf-16-le"), "a.jsonl is UTF-16 text; convert it"),
@@ -184,13 +208,48 @@ def test_damaged_parquet_is_refused_with_a_remedy(tmp_path: Path) -> None:
     assert refusal(path).detail.endswith("; check that the file is complete")
 
 
-@pytest.fixture(params=["d.jsonl", "d.parquet"])
+@pytest.mark.parametrize("write", [arrow_file, arrow_stream])
+def test_arrow_files_and_streams_are_read(
+    tmp_path: Path, write: Callable[..., bytes]
+) -> None:
+    texts = [f"text {number}" for number in range(2500)]
+    (tmp_path / "data-00000-of-00002.arrow").write_bytes(write(*texts[:1500]))
+    (tmp_path / "data-00001-of-00002.arrow").write_bytes(write(*texts[1500:]))
+    (tmp_path / "cache-0123456789abcdef.arrow").write_bytes(write("of a function"))
+    (tmp_path / "state.json").write_text("{}")
+    documents, tally = read(tmp_path)
+    assert documents == texts
+    assert tally.num_records == 2500
+    error = refusal(tmp_path / "data-00000-of-00002.arrow", text_key="id")
+    assert "column 'id' is int64, not text; set text_key to a text column" in error.detail
+    error = refusal(tmp_path / "data-00000-of-00002.arrow", text_key="body")
+    assert "has no column 'body' (its columns: text, id)" in error.detail
+
+
+def test_damaged_arrow_files_are_refused_with_a_remedy(tmp_path: Path) -> None:
+    path = tmp_path / "a.arrow"
+    texts = [f"text {number}" for number in range(2500)]
+    path.write_bytes(arrow_file(*texts)[:-9])
+    assert refusal(path).detail.endswith(
+        "check that it is complete, or name it by what it holds"
+    )
+    path.write_bytes(arrow_stream(*texts)[:-5000])
+    assert refusal(path).detail.endswith("; check that the file is complete")
+    path.write_bytes(b"some text")
+    assert "is not an Arrow file" in refusal(path).detail
+    path.write_bytes(b"FEA1" + bytes(100))
+    assert "version 1 of Feather, which is not read; convert it" in refusal(path).detail
+
+
+@pytest.fixture(params=["d.jsonl", "d.parquet", "d.arrow"])
 def rows_without_text(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """A file of four rows, of which one has no text and one an empty text."""
     path = tmp_path / str(request.param)
     texts = ["a", None, "", "b"]
     if path.suffix == ".parquet":
         pq.write_table(pa.table({"text": texts}), path)
+    elif path.suffix == ".arrow":
+        path.write_bytes(arrow_file(*texts))
     else:
         path.write_bytes(lines(*({"text": text} for text in texts)))
     return path

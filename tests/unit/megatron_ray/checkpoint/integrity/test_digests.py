@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ray.checkpoint.digests import (
+from megatron_ray.checkpoint.directory import DamagedCheckpointError, commit
+from megatron_ray.checkpoint.integrity.digests import (
     BLOCK_BYTES,
     CheckedFiles,
     DigestedFiles,
     verify_share,
 )
-from megatron_ray.checkpoint.directory import DamagedCheckpointError, commit
 from megatron_ray.storage.storage import LocalStorage
 
 DATA = "data/rank-00000.bin"

@@ -10,7 +10,7 @@ Checkpoints of earlier versions have no digests and are read unchecked.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +21,7 @@ from megatron_ray.checkpoint.directory import (
     is_needed,
     read_manifest,
 )
+from megatron_ray.checkpoint.integrity.tensor_ranges import TensorRanges
 from megatron_ray.storage.errors import MissingFileError, StorageError
 from megatron_ray.storage.storage import Readable, Storage, Writable, open_storage
 
@@ -30,7 +31,8 @@ FOLDER = "digests"
 _FORMAT_VERSION = 1
 
 
-def _digests_file(rank: int) -> str:
+def digests_file(rank: int) -> str:
+    """Returns the name of the file with the digests of what a rank has written."""
     return f"{FOLDER}/rank-{rank:05d}.json"
 
 
@@ -111,7 +113,7 @@ class DigestedFiles:
             "files": rows,
         }
         content = json.dumps(body).encode()
-        self._storage.write_bytes_atomic(_digests_file(rank), content)
+        self._storage.write_bytes_atomic(digests_file(rank), content)
         return len(content)
 
 
@@ -145,6 +147,11 @@ class CheckedFiles:
         self._path = path
         self._names = frozenset(names)
         self._by_rank: dict[int, dict[str, FileDigests]] = {}
+        self._tensors: TensorRanges | None = None
+
+    def locate_tensors(self, index: Mapping[str, Any]) -> None:
+        """Names tensors in errors from now on; `index` is the content of index.json."""
+        self._tensors = TensorRanges(index)
 
     def read_bytes(self, name: str) -> bytes:
         """Returns the content of a small file."""
@@ -162,16 +169,31 @@ class CheckedFiles:
             if digests is None:
                 yield source
             else:
-                yield _CheckedInput(source, digests, self._path, name)
+                yield _CheckedInput(source, digests, self._path, name, self._tensors)
 
     def verify(self, rank: int) -> None:
         """Reads all files that a rank has written, and checks them."""
-        for name, digests in self._digests_of_rank(rank).items():
-            block = memoryview(bytearray(min(BLOCK_BYTES, digests.num_bytes)))
-            with self.open_input(name) as source:
-                for start in range(0, digests.num_bytes, BLOCK_BYTES):
-                    length = min(BLOCK_BYTES, digests.num_bytes - start)
+        for name in self.written_by(rank):
+            for damage in self.damage_in(name):
+                raise damage
+
+    def written_by(self, rank: int) -> tuple[str, ...]:
+        """Returns the files of a rank that have digests."""
+        return tuple(self._digests_of_rank(rank))
+
+    def damage_in(self, name: str) -> Iterator[DamagedCheckpointError]:
+        """Reads a file and yields an error for each block with other bytes."""
+        digests = self._digests(name)
+        if digests is None:
+            return
+        block = memoryview(bytearray(min(BLOCK_BYTES, digests.num_bytes)))
+        with self.open_input(name) as source:
+            for start in range(0, digests.num_bytes, BLOCK_BYTES):
+                length = min(BLOCK_BYTES, digests.num_bytes - start)
+                try:
                     source.read_into(start, block[:length])
+                except DamagedCheckpointError as error:
+                    yield error
 
     def _digests(self, name: str) -> FileDigests | None:
         # Files that belong to no rank were written by rank 0.
@@ -182,7 +204,7 @@ class CheckedFiles:
 
     def _digests_of_rank(self, rank: int) -> dict[str, FileDigests]:
         if rank not in self._by_rank:
-            self._by_rank[rank] = self._read(_digests_file(rank))
+            self._by_rank[rank] = self._read(digests_file(rank))
         return self._by_rank[rank]
 
     def _read(self, name: str) -> dict[str, FileDigests]:
@@ -208,8 +230,14 @@ class _CheckedInput:
     """Positioned reads of whole blocks, of which the requested part is returned."""
 
     def __init__(
-        self, source: Readable, digests: FileDigests, path: str, name: str
+        self,
+        source: Readable,
+        digests: FileDigests,
+        path: str,
+        name: str,
+        tensors: TensorRanges | None,
     ) -> None:
+        self._tensors = tensors
         self._source = source
         self._digests = digests
         self._path = path
@@ -269,10 +297,14 @@ class _CheckedInput:
 
     def _check(self, number: int, block: memoryview) -> None:
         if crc32(block) != self._digests.blocks[number]:
+            start = number * BLOCK_BYTES
+            end = self._end_of(number)
             cause = (
                 f"its file {self._name} has other bytes than were written, between byte "
-                f"{number * BLOCK_BYTES} and {self._end_of(number)}"
+                f"{start} and {end}"
             )
+            if self._tensors is not None:
+                cause += self._tensors.words(self._name, start, end)
             raise DamagedCheckpointError("load", self._path, cause)
 
     def _end_of(self, number: int) -> int:
